@@ -1,0 +1,57 @@
+"""Make neural networks smaller by Bayesian evidence.
+
+>>> import pyro_bmrs as bmrs
+>>> bmrs.BMRS_N().unit
+'nats'
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "distributions": ("LogUniform", "TruncatedLogNormal", "TruncatedNormal"),
+    "evidence": ("log_evidence_change", "register_log_evidence_change"),
+    "networks": ("MultiplicativeNoise", "name_sites", "without_noise"),
+    "inference": ("AutoTruncatedLogNormal", "Classifier", "Fit", "Regressor", "fit"),
+    "reduction": (
+        "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "Random", "Reduction", "WeightNorm", "reduce",
+    ),
+    "diagnostics": ("compression_curve", "report"),
+    "data": ("load_data",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME_OF, "__version__"])
+
+if TYPE_CHECKING:
+    from pyro_bmrs.data import load_data
+    from pyro_bmrs.diagnostics import compression_curve, report
+    from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal, TruncatedNormal
+    from pyro_bmrs.evidence import log_evidence_change, register_log_evidence_change
+    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Fit, Regressor, fit
+    from pyro_bmrs.networks import MultiplicativeNoise, name_sites, without_noise
+    from pyro_bmrs.reduction import (
+        BMRS_N,
+        BMRS_U,
+        SNR,
+        ExpectedScale,
+        Random,
+        Reduction,
+        WeightNorm,
+        reduce,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pyro_bmrs' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pyro_bmrs.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,7 @@
+"""Distributions of structure scales, and the tail arithmetic under them."""
+
+from pyro_bmrs.distributions.log_uniform import LogUniform
+from pyro_bmrs.distributions.truncated_log_normal import TruncatedLogNormal
+from pyro_bmrs.distributions.truncated_normal import TruncatedNormal
+
+__all__ = ["LogUniform", "TruncatedLogNormal", "TruncatedNormal"]

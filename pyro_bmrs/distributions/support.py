@@ -1,0 +1,78 @@
+"""The closed intervals that the library's distributions live on, and how parameters are laid out in memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints, transform_to
+
+# One rounding to float32 moves θ by 2⁻²⁴ of itself and log θ by 2⁻²⁴ of its size; four times that is
+# still far below any difference a posterior can express.
+ROUNDING = 2.0**-22
+
+
+class _ClosedInterval(constraints.interval):
+    """[lower, upper], both ends included, with the slack that a round trip through float32 needs."""
+
+    def __init__(self, lower_bound: Tensor, upper_bound: Tensor, slack_below: Tensor, slack_above: Tensor):
+        super().__init__(lower_bound, upper_bound)
+        self.slack_below, self.slack_above = slack_below, slack_above
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value >= self.lower_bound - self.slack_below) & (
+            value <= self.upper_bound + self.slack_above
+        )
+
+
+ClosedInterval = _ClosedInterval  # the underscore is what torch's repr of a constraint strips
+
+for _registry in (biject_to, transform_to):
+    # an optimiser or sampler never needs the slack: it moves in the open interval
+    _registry.register(
+        ClosedInterval, lambda c, r=_registry: r(constraints.interval(c.lower_bound, c.upper_bound))
+    )
+
+
+def slack(low: Tensor, high: Tensor) -> Tensor:
+    """How far outside [low, high] a value may lie and still count as rounded from inside."""
+    return ROUNDING * torch.maximum(low.abs(), high.abs()).clamp(min=1.0)
+
+
+def exponential_interval(low: Tensor, high: Tensor) -> ClosedInterval:
+    """[e^low, e^high] with the slack of [low, high], carried over."""
+    lower, upper, width = low.exp(), high.exp(), slack(low, high)
+    return ClosedInterval(lower, upper, lower * width, upper * width)
+
+
+def check_bounds(
+    low: Tensor | float, high: Tensor | float, names: tuple[str, str], *, validate: bool
+) -> None:
+    """Raise unless low < high and both are finite: numbers always, tensors if `validate` (it costs a sync)."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = torch.as_tensor(low), torch.as_tensor(high)
+        if not validate or low.is_meta or high.is_meta:
+            return
+        valid = bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all())
+        given = (low.tolist(), high.tolist())
+    else:
+        valid, given = math.isfinite(low) and math.isfinite(high) and low < high, (low, high)
+    if not valid:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be finite with {names[0]} < {names[1]}: "
+            f"got {names[0]}={given[0]}, {names[1]}={given[1]}"
+        )
+
+
+def without_expansion(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, of one common shape, with every dimension cut to 1 along which none of them varies.
+
+    A distribution expanded over a plate repeats its parameters by stride 0; whatever depends on the
+    parameters alone is then computed once and not once per element of the plate.
+    """
+    shape = tensors[0].shape
+    for dim in range(len(shape)):
+        if shape[dim] > 1 and all(t.stride(dim) == 0 for t in tensors):
+            tensors = tuple(t.narrow(dim, 0, 1) for t in tensors)
+    return tensors

@@ -1,0 +1,74 @@
+"""The evidence lower bound of a batch: several draws of the latents, and the KL counted once per data set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+
+class LatentsPerBatch(Messenger):  # type: ignore[misc]
+    """Effect handler that gives the noise sites `draws` values per batch, and weights the KL of all latents.
+
+    Entered round both model and guide. The programs stay canonical, with one value per noise site; the
+    handler expands the site over a plate of `draws` and scales it by 1/draws, so that the average over
+    draws of the likelihood's parts and one whole KL remain: an unbiased estimate of the same ELBO.
+
+    Args:
+        noise_sites: the sites that are drawn several times; each without batch dimensions of its own.
+        draws: values per batch, at least 1.
+        noise_weight: factor on the KL of the noise sites.
+        latent_weight: factor on the KL of every other latent.
+    """
+
+    def __init__(
+        self, noise_sites: Collection[str], draws: int, noise_weight: float, latent_weight: float
+    ) -> None:
+        super().__init__()
+        self.noise_sites, self.draws = frozenset(noise_sites), draws
+        self.noise_weight, self.latent_weight = noise_weight, latent_weight
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        if msg["name"] not in self.noise_sites:
+            msg["scale"] = msg["scale"] * self.latent_weight
+            return
+        if self.draws > 1:
+            if msg["fn"].batch_shape:
+                raise ValueError(
+                    f"noise site {msg['name']!r} must not lie in a plate to be drawn several times per batch: "
+                    f"it has batch shape {tuple(msg['fn'].batch_shape)}; pass draws_per_batch=1"
+                )
+            msg["fn"] = msg["fn"].expand((self.draws,))
+            frame = CondIndepStackFrame(name="noise_draws", dim=-1, size=self.draws, counter=0)
+            msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
+        msg["scale"] = msg["scale"] * self.noise_weight / self.draws
+
+
+class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
+    """TraceMeanField_ELBO that also keeps the log-likelihood part of its last value, in nats."""
+
+    log_likelihood: Tensor
+
+    def _differentiable_loss_particle(
+        self, model_trace: Trace, guide_trace: Trace
+    ) -> tuple[Tensor | float, Tensor]:
+        self.log_likelihood = observed_log_prob(model_trace)
+        result: tuple[Tensor | float, Tensor] = super()._differentiable_loss_particle(
+            model_trace, guide_trace
+        )
+        return result
+
+
+def observed_log_prob(trace: Trace) -> Tensor:
+    """Sum of the log-likelihoods of the observed sites, with their scales, in nats; detached."""
+    trace.compute_log_prob()
+    parts = [trace.nodes[name]["log_prob_sum"].detach() for name in trace.observation_nodes]
+    return torch.stack(parts).sum() if parts else torch.zeros(())

@@ -1,0 +1,69 @@
+"""How well a model predicts with every structure at its posterior mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.elbo import observed_log_prob
+from pyro_bmrs.inference.likelihoods import Classifier
+
+
+class Evaluation(NamedTuple):
+    """Mean over the examples: loss is -log p(y | x, θ) in nats; accuracy is NaN where there are no classes."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Data | Batches, scales: Mapping[str, Tensor] | None = None, batch_size: int = 1000
+) -> Evaluation:
+    """Loss and accuracy of a Pyro model of (x, y), with its noise sites at the given values.
+
+    Args:
+        model: any Pyro model that observes y; accuracy is given for a `Classifier`.
+        data: (x, y) tensors, a data set or a loader.
+        scales: θ by site, e.g. `guide.mean()`; sites without one are drawn.
+    """
+    device = next(model.parameters()).device
+    batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
+    training = model.training
+    model.eval()
+    likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
+    try:
+        for x, y in batches:
+            with poutine.condition(data=dict(scales or {})):
+                trace = poutine.trace(model).get_trace(x, y)
+            scale = likelihood_scale(trace)
+            likelihood += float(observed_log_prob(trace)) / scale
+            examples += len(y)
+            if isinstance(model, Classifier):
+                predicted = trace.nodes["_RETURN"]["value"].argmax(dim=model.class_dim)
+                valid = y != model.ignore_index
+                correct += float(((predicted == y) & valid).sum())
+                counted += float(valid.sum())
+    finally:
+        model.train(training)
+    return Evaluation(-likelihood / examples, correct / counted if counted else float("nan"))
+
+
+def likelihood_scale(trace: Any) -> float:
+    """The one scale of the observed sites of a trace of the model.
+
+    Raises:
+        ValueError: if the model observes nothing, or its sites are scaled differently.
+    """
+    sites = [trace.nodes[name] for name in trace.observation_nodes]
+    if not sites:
+        raise ValueError("model must observe y when called as model(x, y): it has no observed site")
+    scales = {round(float(site["scale"]), 6) for site in sites}
+    if len(scales) > 1:
+        raise ValueError(f"model must scale all its observed sites alike: got {sorted(scales)}")
+    return scales.pop()

@@ -1,0 +1,191 @@
+"""The mean-field guide: one truncated log-normal for every latent whose prior is one, or log-uniform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.networks import name_sites
+
+# The box in which the distributions' values and gradients are known to be finite (in float32 too).
+LOG_SCALE_BOUNDS = (-20.0, 5.0)
+LOC_BOUNDS = (-40.0, 20.0)
+
+
+def elementary(distribution: Distribution) -> Distribution:
+    """The distribution of single elements: Independent, Masked and Expanded taken off."""
+    while hasattr(distribution, "base_dist") and not isinstance(
+        distribution, torch.distributions.TransformedDistribution
+    ):
+        distribution = distribution.base_dist
+    return distribution
+
+
+class _SitePosterior(nn.Module):
+    """Parameters of one site's posterior, over the shape of the site's value."""
+
+    log_low: Tensor
+    log_high: Tensor
+    kept: Tensor
+
+    def __init__(self, prior: LogUniform | TruncatedLogNormal, shape: torch.Size, loc: float, scale: float):
+        super().__init__()
+        like = prior.log_low
+        self.loc = nn.Parameter(torch.full(shape, loc, dtype=like.dtype, device=like.device))
+        self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(scale)))
+        self.register_buffer("log_low", prior.log_low.detach().expand(shape).clone())
+        self.register_buffer("log_high", prior.log_high.detach().expand(shape).clone())
+        self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=like.device))
+
+    def distribution(self) -> TruncatedLogNormal:
+        return TruncatedLogNormal(
+            self.loc.clamp(*LOC_BOUNDS),
+            self.log_scale.clamp(*LOG_SCALE_BOUNDS).exp(),
+            self.log_low,
+            self.log_high,
+        )
+
+
+class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
+    """Mean-field guide q(θ) = Π TruncatedLogNormal(loc, scale²) for every supported latent of a Pyro model.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from pyro_bmrs import Classifier, MultiplicativeNoise
+    >>> model = Classifier(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), MultiplicativeNoise(8), nn.Linear(8, 3)))
+    >>> guide = AutoTruncatedLogNormal(model)
+    >>> guide(torch.zeros(5, 4))["2"].shape
+    torch.Size([8])
+    >>> guide.posterior()["2"].mean.shape
+    torch.Size([8])
+
+    A latent is supported if its prior is `LogUniform` or `TruncatedLogNormal` (also expanded, masked,
+    `to_event`, inside plates). Others belong to other guides: combine them in Pyro's `AutoGuideList`, each
+    on `poutine.block(model, expose=[…])`. As with Pyro's autoguides the parameters come into being at the
+    first call, which traces the model; they are ordinary `nn.Parameter`s of the guide, so two guides in
+    one process share nothing.
+
+    Args:
+        model: a Pyro model, with any arguments.
+        init_loc: first location of log θ; 0 starts every structure near θ = 1.
+        init_scale: first scale of log θ, e^-5 as in the paper.
+        create_plates: as in Pyro.
+
+    Raises:
+        ValueError: at the first call, naming the first latent of another type; if init_scale ≤ 0.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc: float = 0.0,
+        init_scale: float = math.exp(-5.0),
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if not init_scale > 0:
+            raise ValueError(f"init_scale must be positive: got {init_scale}")
+        if isinstance(model, nn.Module):
+            name_sites(model)
+        super().__init__(model, create_plates=create_plates)
+        self.init_loc, self.init_scale = init_loc, init_scale
+        self.sites: tuple[str, ...] = ()
+        self.posteriors = nn.ModuleList()
+        self.example_arguments: tuple[Any, ...] = ()
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        latents = list(self.prototype_trace.iter_stochastic_nodes())
+        priors = {name: elementary(site["fn"]) for name, site in latents}
+        for name, prior in priors.items():
+            if not isinstance(prior, LogUniform | TruncatedLogNormal):
+                raise ValueError(
+                    f"model has a latent {name!r} with prior {type(prior).__name__}: AutoTruncatedLogNormal "
+                    "takes LogUniform or TruncatedLogNormal; hide the others with poutine.block and give them "
+                    "a guide of their own in an AutoGuideList"
+                )
+        self.sites = tuple(priors)
+        self.posteriors = nn.ModuleList(
+            _SitePosterior(priors[name], site["value"].shape, self.init_loc, self.init_scale)
+            for name, site in latents
+        )
+        self.example_arguments = args
+
+    def site_posterior(self, site: str) -> _SitePosterior:
+        """The module that holds the parameters of one site."""
+        if site not in self.sites:
+            raise KeyError(f"site must be one of {list(self.sites)}: got {site!r}")
+        posterior = self.posteriors[self.sites.index(site)]
+        assert isinstance(posterior, _SitePosterior)
+        return posterior
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values = {}
+        # fetched once: each access to a submodule of a PyroModule registers all its parameters anew
+        posteriors = dict(zip(self.sites, self.posteriors, strict=True))
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            posterior = posteriors[name]
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized:
+                        stack.enter_context(plates[frame.name])
+                elements = posterior.distribution().mask(posterior.kept)
+                values[name] = pyro.sample(name, elements.to_event(site["fn"].event_dim))
+        return values
+
+    def posterior(self) -> dict[str, TruncatedLogNormal]:
+        """The posterior of each site, detached, of the shape of the site's value.
+
+        Raises:
+            RuntimeError: before the first call of the guide, when there are no parameters yet.
+        """
+        if self.prototype_trace is None:
+            raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
+        with torch.no_grad():
+            return {name: self.site_posterior(name).distribution() for name in self.sites}
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior median of each latent."""
+        half = {name: q.icdf(torch.full_like(q.loc, 0.5)) for name, q in self.posterior().items()}
+        return {name: half[name] * self.site_posterior(name).kept for name in half}
+
+    @torch.no_grad()
+    def mean(self) -> dict[str, Tensor]:
+        """E[θ] of each latent, 0 for what has been removed: the values to predict with."""
+        return {name: q.mean * self.site_posterior(name).kept for name, q in self.posterior().items()}
+
+
+def read_posterior(guide: Callable[..., Any], *args: Any) -> dict[str, TruncatedLogNormal]:
+    """The truncated log-normal posteriors of any mean-field guide, detached, by site.
+
+    Raises:
+        ValueError: if the guide has none, naming the sites it has and their types.
+    """
+    if isinstance(guide, AutoTruncatedLogNormal):
+        return guide.posterior()
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*args)
+        found = {
+            name: elementary(site["fn"])
+            for name, site in trace.iter_stochastic_nodes()
+            if not site["infer"].get("is_auxiliary")
+        }
+    posteriors = {name: q for name, q in found.items() if isinstance(q, TruncatedLogNormal)}
+    if not posteriors:
+        kinds = {name: type(q).__name__ for name, q in found.items()}
+        raise ValueError(f"guide must have TruncatedLogNormal sites: it has {kinds}")
+    return posteriors

@@ -1,0 +1,143 @@
+"""Pyro models of (x, y) round a network: what the data are given the network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Categorical, Normal
+from torch import Tensor, nn
+
+from pyro_bmrs.networks import name_sites
+
+
+class _Likelihood(nn.Module):
+    """The part that all likelihoods share: the network, the plates and the scaling to the data set."""
+
+    def __init__(
+        self, net: nn.Module, output: Callable[[Any], Tensor] | None, dataset_size: int | None
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module: got {type(net).__name__}")
+        if dataset_size is not None and dataset_size < 1:
+            raise ValueError(f"dataset_size must be a positive integer or None: got {dataset_size}")
+        name_sites(net)
+        self.net, self.output, self.dataset_size = net, output, dataset_size
+
+    def predict(self, x: Any) -> Tensor:
+        """The network's output tensor for a batch."""
+        value = self.net(x)
+        if self.output is not None:
+            value = self.output(value)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} needs a tensor from the network: got {type(value).__name__}; "
+                "pass a callable that finds it in the output"
+            )
+        return value
+
+    def _plates(self, stack: ExitStack, batch: int, positions: torch.Size, device: torch.device) -> None:
+        # every example stands for dataset_size / batch examples
+        size = self.dataset_size or batch
+        subsample = torch.arange(batch, device=device) if size != batch else None
+        stack.enter_context(pyro.plate("data", size, subsample=subsample, dim=-1 - len(positions)))
+        for index, length in enumerate(positions):
+            dim = index - len(positions)
+            stack.enter_context(pyro.plate(f"position_{index}", length, dim=dim))
+
+
+class Classifier(_Likelihood):
+    """p(y | x, θ) = Categorical(softmax(net(x))), a Pyro model: `model(x, y=None)`, returning the logits.
+
+    >>> import torch, pyro
+    >>> from torch import nn
+    >>> from pyro_bmrs import MultiplicativeNoise
+    >>> model = Classifier(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), MultiplicativeNoise(8), nn.Linear(8, 3)))
+    >>> trace = pyro.poutine.trace(model).get_trace(torch.zeros(5, 4), torch.zeros(5, dtype=torch.long))
+    >>> trace.stochastic_nodes, trace.observation_nodes
+    (['data', '1'], ['y']) # doctest: +SKIP
+
+    Args:
+        net: the network; its noise layers' sites are named after their modules in it.
+        logits: finds the logits in the network's output where that is a dict or a tuple, e.g.
+            `lambda out: out["logits"]`.
+        class_dim: dimension of the logits that counts classes: 1 for (batch, classes) and per-pixel
+            (batch, classes, height, width), -1 for per-token (batch, tokens, classes).
+        dataset_size: N, if this model shall speak for the whole data set when called on a batch (the
+            likelihood is then scaled by N/batch, as `pyro.plate` does). `fit` needs no N: it scales the
+            KL instead, and knows N.
+        ignore_index: label of positions that do not count, -100 as in torch.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        logits: Callable[[Any], Tensor] | None = None,
+        *,
+        class_dim: int = 1,
+        dataset_size: int | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(net, logits, dataset_size)
+        self.class_dim, self.ignore_index = class_dim, ignore_index
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        pyro.module("net", self.net)
+        output = self.predict(x)
+        logits = output.movedim(self.class_dim, -1)  # (batch, *positions, classes)
+        batch, positions = logits.shape[0], logits.shape[1:-1]
+        if y is not None and y.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
+                f"with class_dim={self.class_dim}: got {tuple(y.shape)}"
+            )
+        with ExitStack() as stack:
+            self._plates(stack, batch, positions, logits.device)
+            if y is not None and positions:
+                counted = y != self.ignore_index
+                stack.enter_context(pyro.poutine.mask(mask=counted))
+                y = torch.where(counted, y, 0)
+            pyro.sample("y", Categorical(logits=logits), obs=y)
+        return output
+
+
+class Regressor(_Likelihood):
+    """p(y | x, θ) = Normal(net(x), scale²) elementwise, a Pyro model: `model(x, y=None)`, returning the mean.
+
+    Args:
+        net: the network, with output (batch,) or (batch, *dimensions); y has its shape.
+        mean: finds the mean in the network's output where that is a dict or a tuple.
+        scale: standard deviation of the observations in the units of y; None learns one, from 1.
+        dataset_size: as in `Classifier`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Callable[[Any], Tensor] | None = None,
+        *,
+        scale: float | None = None,
+        dataset_size: int | None = None,
+    ) -> None:
+        super().__init__(net, mean, dataset_size)
+        if scale is not None and not scale > 0:
+            raise ValueError(f"scale must be positive or None: got {scale}")
+        log_scale = torch.tensor(float(scale or 1.0)).log()
+        if scale is None:
+            self.log_scale: Tensor = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        pyro.module("regressor", self)
+        mean = self.predict(x)
+        if y is not None and y.shape != mean.shape:
+            raise ValueError(f"y must have the output's shape {tuple(mean.shape)}: got {tuple(y.shape)}")
+        with ExitStack() as stack:
+            self._plates(stack, mean.shape[0], mean.shape[1:], mean.device)
+            pyro.sample("y", Normal(mean, self.log_scale.exp()), obs=y)
+        return mean

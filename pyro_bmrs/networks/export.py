@@ -1,0 +1,62 @@
+"""Writing the small network where other programs can use it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a file beside `path`, then rename it: `path` is whole or untouched, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)  # mkstemp's files are private; the result should not be
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def save_weights(network: nn.Module, path: Path | str) -> Path:
+    """The network's state_dict as safetensors."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return write_atomically(path, lambda beside: save_file(state, beside))
+
+
+def load_weights(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = load_file(path)
+    return state
+
+
+def export_program(network: nn.Module, example_input: Tensor, path: Path | str) -> Path:
+    """`network` as a torch.export program with a dynamic batch: `torch.export.load(path).module()(x)`.
+
+    The one file of a run that torch reads with pickle inside: load it only from whom you trust.
+    """
+    training = network.training
+    network.eval()
+    # of a batch of one, export would conclude that the batch is always one
+    example = example_input[:1].expand(2, *example_input.shape[1:]).contiguous()
+    with torch.no_grad():
+        program = torch.export.export(
+            network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        )
+    network.train(training)
+    return write_atomically(path, lambda beside: torch.export.save(program, beside))

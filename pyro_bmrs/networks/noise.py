@@ -1,0 +1,170 @@
+"""The layer that puts a latent scale on each structure of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro.distributions import Independent
+from torch import Tensor, nn
+
+from pyro_bmrs.distributions import LogUniform
+
+
+class MultiplicativeNoise(nn.Module):
+    """Multiplies each of `features` structures by its own latent θ ~ LogUniform, one value per structure.
+
+    >>> import torch, pyro
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), MultiplicativeNoise(8), nn.Linear(8, 2))
+    >>> name_sites(net)
+    >>> sites = pyro.poutine.trace(net).get_trace(torch.zeros(5, 4)).stochastic_nodes
+    >>> sites, net(torch.zeros(5, 4)).shape
+    (['2'], torch.Size([5, 2]))
+
+    Put it where the structure is *consumed*: after the activation, at the input of the next linear or
+    convolution layer (pooling, flatten and dropout may stand between). There θ = 0 is exactly removal,
+    and multiplying the consumer's columns by E[θ] is exactly θ = E[θ], whatever activation, bias or
+    normalisation comes before.
+
+    In its forward pass the layer is one Pyro sample site, named after its module by `name_sites` (which
+    `Classifier`, `Regressor` and `AutoTruncatedLogNormal` call), with value of shape (features,), or
+    (draws, features) where `fit` draws for groups of examples: example i then uses draw i mod draws.
+
+    Args:
+        features: number of structures, the size of dimension `dim` of the input.
+        dim: dimension of the input that counts structures: 1 for (batch, features) and
+            (batch, channels, height, width), -1 for (batch, tokens, features).
+        log_low, log_high: bounds of log θ.
+
+    Raises:
+        ValueError: if features < 1, log_low ≥ log_high, or the input has another number of structures.
+        RuntimeError: in the forward pass, if the layer has no site name yet.
+    """
+
+    log_low: Tensor
+    log_high: Tensor
+    kept: Tensor
+
+    def __init__(
+        self, features: int, *, dim: int = 1, log_low: float = -20.0, log_high: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(features, int) or features < 1:
+            raise ValueError(f"features must be a positive integer: got {features!r}")
+        LogUniform(log_low, log_high)  # checks the bounds
+        self.features, self.dim = features, dim
+        self.site: str | None = None
+        self.register_buffer("log_low", torch.tensor(float(log_low)))
+        self.register_buffer("log_high", torch.tensor(float(log_high)))
+        self.register_buffer("kept", torch.ones(features, dtype=torch.bool))
+
+    def prior(self) -> Independent:
+        """LogUniform over the layer, removed structures masked out. Event shape: (features,)."""
+        units = LogUniform(self.log_low, self.log_high).expand([self.features])
+        distribution: Independent = units.mask(self.kept).to_event(1)
+        return distribution
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.site is None:
+            raise RuntimeError(
+                "this MultiplicativeNoise layer has no site name yet: call pyro_bmrs.name_sites(model), "
+                "or wrap the network in pyro_bmrs.Classifier or Regressor"
+            )
+        if x.dim() < 2 or x.shape[self.dim] != self.features:
+            raise ValueError(
+                f"input of noise layer {self.site!r} must have {self.features} structures in dimension "
+                f"{self.dim}: got shape {tuple(x.shape)}"
+            )
+        theta = pyro.sample(self.site, self.prior())
+        return self._multiply(x, theta.to(x.dtype) * self.kept)
+
+    def _multiply(self, x: Tensor, theta: Tensor) -> Tensor:
+        layout = [1] * (x.dim() - 1)
+        layout[(self.dim % x.dim()) - 1] = self.features
+        if theta.dim() == 1:
+            return x * theta.view(1, *layout)
+        draws, batch = theta.shape[0], x.shape[0]
+        if theta.dim() != 2 or draws > batch:
+            raise ValueError(
+                f"θ of noise layer {self.site!r} must have shape ({self.features},) or (draws ≤ {batch}, "
+                f"{self.features}): got {tuple(theta.shape)} (with Predictive, use parallel=False)"
+            )
+        if batch % draws:
+            return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout)
+        grouped = x.view(batch // draws, draws, *x.shape[1:]) * theta.view(1, draws, *layout)
+        return grouped.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, dim={self.dim}, kept={int(self.kept.sum())}, site={self.site!r}"
+
+
+def noise_layers(module: nn.Module) -> dict[str, MultiplicativeNoise]:
+    """The noise layers below `module`, by site name, in the order of its modules."""
+    name_sites(module)
+    return {
+        str(layer.site): layer for layer in module.modules() if isinstance(layer, MultiplicativeNoise)
+    }
+
+
+def name_sites(module: nn.Module) -> None:
+    """Name the site of each unnamed noise layer below `module` after the layer's path in it.
+
+    Raises:
+        ValueError: if two different layers end up with one name.
+    """
+    seen: dict[str, nn.Module] = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, MultiplicativeNoise):
+            layer.site = layer.site or path or "noise"
+            if seen.setdefault(layer.site, layer) is not layer:
+                raise ValueError(
+                    f"two noise layers have the site name {layer.site!r}: set `site` of one of them"
+                )
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The smallest module below `model` that holds all of its noise layers and can be called.
+
+    Raises:
+        ValueError: if `model` has no noise layer.
+    """
+    paths = [
+        path.split(".")[:-1]
+        for path, layer in model.named_modules()
+        if isinstance(layer, MultiplicativeNoise)
+    ]
+    if not paths:
+        raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    # containers that only store modules have no forward of their own
+    while common and isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
+        common.pop()
+    return model.get_submodule(".".join(common))
+
+
+@contextmanager
+def fixed_scales(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context, the noise sites named in `values` take those values instead of being drawn."""
+    layers = noise_layers(module)
+    unknown = sorted(set(values) - set(layers))
+    if unknown:
+        raise ValueError(f"values must name noise sites {sorted(layers)}: got {unknown}")
+    with pyro.poutine.condition(data=dict(values)):
+        yield
+
+
+def without_noise(module: nn.Module) -> nn.Module:
+    """Replace, in place, every noise layer below `module` by an identity, and return the module."""
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, MultiplicativeNoise):
+            if not path:
+                return nn.Identity()
+            module.set_submodule(path, nn.Identity())
+    return module

@@ -1,0 +1,223 @@
+"""Criteria: which structures a network is better without.
+
+One convention for all: a criterion maps the layers' structures to a score per structure, in its own unit,
+and a structure is removed where its score is ≥ 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.evidence import log_evidence_change
+
+PAPER_LOG_ODDS = 0.0
+RELEASED_LOG_ODDS = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class LayerStructures:
+    """What a criterion may look at of one layer.
+
+    Attributes:
+        posterior: of θ, batch shape (features,).
+        prior: of θ, broadcasting with it.
+        kept: bool (features,), False for structures removed before.
+        weight_norm: on call, the Euclidean norm of each structure's own weights over the square root of
+            their number, (features,).
+    """
+
+    posterior: TruncatedLogNormal
+    prior: LogUniform | TruncatedLogNormal
+    kept: Tensor
+    weight_norm: Callable[[], Tensor]
+
+
+Layers = Mapping[str, LayerStructures]
+Scores = dict[str, Tensor]
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """Anything that scores structures: `criterion(layers)` gives, per layer, float64 scores (features,).
+
+    `unit` is the unit of the scores.
+    """
+
+    unit: ClassVar[str]
+
+    def __call__(self, layers: Layers) -> Scores: ...
+
+
+class EvidenceCriterion:
+    """Base of the BMRS criteria: score = ΔF + prior log-odds, in nats."""
+
+    unit: ClassVar[str] = "nats"
+    prior_log_odds: float
+
+    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal) -> Distribution:
+        """The prior of the reduced model, for structures with this prior."""
+        raise NotImplementedError
+
+    def log_evidence_change(self, layers: Layers) -> Scores:
+        """ΔF in nats: log-evidence of the model with the reduced prior less that of the fitted one."""
+        return {
+            name: log_evidence_change(layer.posterior, layer.prior, self.reduced_prior(layer.prior))
+            for name, layer in layers.items()
+        }
+
+    def __call__(self, layers: Layers) -> Scores:
+        return {name: change + self.prior_log_odds for name, change in self.log_evidence_change(layers).items()}
+
+
+@dataclass(frozen=True)
+class BMRS_N(EvidenceCriterion):  # noqa: N801 the paper's name
+    """Evidence for a spike: the reduced prior is a truncated log-normal at the lower edge (paper, eq. 8).
+
+    >>> BMRS_N(prior_log_odds=0.0)
+    BMRS_N(scale=1e-06, loc=None, prior_log_odds=0.0)
+
+    Args:
+        scale: of the reduced prior in log θ; with 1e-6 ΔF is, to 1e-9 nat, the Savage-Dickey density ratio
+            of the posterior at the lower edge.
+        loc: its location; None: the lower bound of the prior.
+        prior_log_odds: log p(reduced)/p(full) per structure before seeing data. A posterior that learned
+            nothing has ΔF = 0, so this decides about idle structures. Two known values: 0, the paper's
+            equation, keeps nearly all that is idle; ½ log 2π = 0.919 (the default) is what the authors'
+            released code does by leaving the 2π out, and removes it.
+    """
+
+    scale: float = 1e-6
+    loc: float | None = None
+    prior_log_odds: float = field(default=RELEASED_LOG_ODDS)
+
+    def __post_init__(self) -> None:
+        _check("scale", self.scale, self.scale > 0, "positive")
+        _check("prior_log_odds", self.prior_log_odds, math.isfinite(self.prior_log_odds), "finite")
+        _check("loc", self.loc, self.loc is None or math.isfinite(self.loc), "finite or None")
+
+    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal) -> TruncatedLogNormal:
+        low, high = prior.log_low.double(), prior.log_high.double()
+        loc = low if self.loc is None else torch.full_like(low, self.loc)
+        return TruncatedLogNormal(loc, torch.full_like(low, self.scale), low, high)
+
+
+@dataclass(frozen=True)
+class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
+    """Evidence for a smaller interval: the reduced prior is log-uniform on [a', 2^-bits] (paper, section 3.3).
+
+    >>> BMRS_U(bits=4, floor_bits=23)
+    BMRS_U(bits=4, floor_bits=23, prior_log_odds=0.0)
+
+    Args:
+        bits: the upper end is 2^-bits: θ below it is lost at that precision; the paper uses 8 and 4.
+        floor_bits: a' = 2^-floor_bits, 23 in the paper, which keeps the very deadest structures, those with
+            mass below 2^-23 (ΔF = -9.3 at loc = -20, scale = 1). None, the default: a' is the prior's
+            lower bound, which cures it.
+        prior_log_odds: as in `BMRS_N`; 0 is the paper's equation and the released code's.
+    """
+
+    bits: float = 8
+    floor_bits: float | None = None
+    prior_log_odds: float = PAPER_LOG_ODDS
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, math.isfinite(self.bits), "finite")
+        valid = self.floor_bits is None or self.floor_bits > self.bits
+        _check("floor_bits", self.floor_bits, valid, f"above bits={self.bits}, or None")
+        _check("prior_log_odds", self.prior_log_odds, math.isfinite(self.prior_log_odds), "finite")
+
+    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal) -> LogUniform:
+        low = prior.log_low.double()
+        if self.floor_bits is not None:
+            low = torch.full_like(low, -self.floor_bits * math.log(2.0))
+        return LogUniform(low, torch.full_like(low, -self.bits * math.log(2.0)))
+
+
+@dataclass(frozen=True)
+class SNR:
+    """Remove where E[θ]/sqrt(Var θ) ≤ threshold (Neklyudov et al., 2017); score = threshold - SNR."""
+
+    unit: ClassVar[str] = "signal-to-noise ratio"
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, self.threshold > 0, "positive")
+
+    def __call__(self, layers: Layers) -> Scores:
+        return {name: self.threshold - layer.posterior.snr.double() for name, layer in layers.items()}
+
+
+@dataclass(frozen=True)
+class ExpectedScale:
+    """Remove where E[θ] ≤ threshold; score = threshold - E[θ]. The threshold has no natural value."""
+
+    unit: ClassVar[str] = "E[θ]"
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, 0 < self.threshold < 1, "between 0 and 1")
+
+    def __call__(self, layers: Layers) -> Scores:
+        return {name: self.threshold - layer.posterior.mean.double() for name, layer in layers.items()}
+
+
+@dataclass(frozen=True)
+class WeightNorm:
+    """Remove the given fraction of all structures, those with the smallest weights.
+
+    The norm of a structure's incoming weights is divided by the square root of their number, without which
+    it would grow with fan-in and no layer could be compared with another. Score = cut - norm.
+    """
+
+    unit: ClassVar[str] = "root mean square weight"
+    fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check("fraction", self.fraction, 0 <= self.fraction <= 1, "in [0, 1]")
+
+    def __call__(self, layers: Layers) -> Scores:
+        norms = {name: layer.weight_norm().double() for name, layer in layers.items()}
+        cut = _smallest(self.fraction, norms, layers)
+        return {name: cut - norm for name, norm in norms.items()}
+
+
+@dataclass(frozen=True)
+class Random:
+    """Remove the given fraction of all structures, chosen at random by `seed`; score = cut - draw."""
+
+    unit: ClassVar[str] = "uniform draw"
+    fraction: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("fraction", self.fraction, 0 <= self.fraction <= 1, "in [0, 1]")
+        _check("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer of 0 or more")
+
+    def __call__(self, layers: Layers) -> Scores:
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = {
+            name: torch.rand(layer.kept.shape, generator=generator, dtype=torch.float64).to(layer.kept.device)
+            for name, layer in layers.items()
+        }
+        cut = _smallest(self.fraction, draws, layers)
+        return {name: cut - draw for name, draw in draws.items()}
+
+
+def _smallest(fraction: float, values: Scores, layers: Layers) -> Tensor:
+    """The value at or below which lie `fraction` of the structures that are not removed yet."""
+    pool = torch.cat([values[name][layer.kept] for name, layer in layers.items()]).sort().values
+    count = round(fraction * len(pool))
+    return pool[count - 1] if count else pool.new_tensor(-math.inf).clamp(min=torch.finfo(pool.dtype).min)
+
+
+def _check(name: str, value: object, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}: got {value!r}")

@@ -1,0 +1,372 @@
+"""From a posterior to a plan, and from a plan to a smaller network."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.networks.cost import compare_costs
+from pyro_bmrs.networks.export import write_atomically
+from pyro_bmrs.networks.noise import network_of, noise_layers, without_noise
+from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.networks.surgery import remove_structures
+from pyro_bmrs.reduction.criteria import Criterion, EvidenceCriterion, LayerStructures
+
+FORMAT, VERSION = "pyro_bmrs.reduction", 1
+# Enough examples for outputs to spread in the equality check, few enough for float64.
+CHECK_EXAMPLES = 32
+
+
+class NonFiniteScoreError(ArithmeticError):
+    """A structure's score is NaN or infinite, so nothing can be said about it; it is never removed."""
+
+
+@dataclass
+class Reduction:
+    """A plan: which structures stay, which go, and why.
+
+    Attributes:
+        table: one row per structure: layer, unit (index in the original network), loc and scale (of log θ),
+            mean (E[θ]), snr, score (in the criterion's unit; ≥ 0: remove), log_evidence_change (ΔF in nats,
+            NaN for criteria without evidence), kl_weight (of the fit: ΔF is the evidence of the model with
+            likelihood p(y|θ)^(1/kl_weight)), removed.
+        criterion: what decided, printed.
+        kl_weight: of the fit.
+        min_kept: structures that every layer keeps at least.
+        costs: after `apply`, rows parameters, multiply_accumulates, latency_milliseconds and columns
+            before, after.
+    """
+
+    table: pd.DataFrame
+    criterion: str
+    kl_weight: float = 1.0
+    min_kept: int = 1
+    costs: pd.DataFrame | None = None
+    _network: nn.Module | None = field(default=None, repr=False)
+    _find_input: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def layers(self) -> list[str]:
+        """Layer names, in the order of the network."""
+        return list(dict.fromkeys(self.table.layer))
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """Per layer the indices, in the original network, of the structures that stay."""
+        rows = self.table[~self.table.removed]
+        return {layer: rows.unit[rows.layer == layer].tolist() for layer in self.layers}
+
+    def kept_mask(self, layer: str) -> Tensor:
+        """True where a structure of `layer` stays. Shape: (features,)."""
+        return torch.tensor((~self.table.removed[self.table.layer == layer]).to_numpy())
+
+    def scales(self) -> dict[str, Tensor]:
+        """E[θ] of each kept structure and 0 of each removed one, by layer, float64."""
+        means = self.table["mean"].where(~self.table.removed, 0.0)
+        return {layer: torch.tensor(means[self.table.layer == layer].to_numpy()) for layer in self.layers}
+
+    def widths(self) -> pd.DataFrame:
+        """Structures per layer: columns layer, before, after."""
+        counts = self.table.groupby("layer", sort=False).removed.agg(["size", "sum"])
+        return pd.DataFrame(
+            {
+                "layer": counts.index,
+                "before": counts["size"].to_numpy(),
+                "after": (counts["size"] - counts["sum"]).to_numpy(),
+            }
+        )
+
+    def summary(self) -> str:
+        """A few lines for people: widths, costs once `apply` has measured them, and cautions."""
+        widths = self.widths()
+        before, after = int(widths.before.sum()), int(widths.after.sum())
+        lines = [f"{self.criterion} keeps {after} of {before} structures"]
+        lines += [f"  {row.layer}: {row.before} → {row.after}" for row in widths.itertuples()]
+        if self.costs is not None:
+            for name, label in (
+                ("parameters", "parameters"),
+                ("multiply_accumulates", "multiply-accumulates"),
+                ("latency_milliseconds", "milliseconds a batch"),
+            ):
+                old, new = self.costs.loc[name, ["before", "after"]]
+                digits = ",.3f" if name == "latency_milliseconds" else ",.0f"
+                lines.append(f"  {label}: {old:{digits}} → {new:{digits}} ({100 * (1 - new / old):.1f} % less)")
+        if self.kl_weight != 1:
+            lines.append(
+                f"  at KL weight {self.kl_weight:g}: evidence of the model tempered to p(y|θ)^(1/{self.kl_weight:g})"
+            )
+        floor = widths.layer[(widths.after <= self.min_kept) & (widths.before > self.min_kept)]
+        if len(floor):
+            lines.append(f"  at the floor of {self.min_kept} kept: {', '.join(map(str, floor))}")
+        return "\n".join(lines)
+
+    __str__ = summary
+
+    def apply(
+        self,
+        network: nn.Module | None = None,
+        example_input: Tensor | None = None,
+        *,
+        measure: bool = True,
+        tolerance: float = 1e-10,
+    ) -> nn.Module:
+        """The smaller network: a plain module with E[θ] folded in, proved equal to the reduced model.
+
+        Args:
+            network: the network with noise layers; default the one that was reduced (a plan that was loaded
+                from disk has none).
+            example_input: a batch of inputs; default what the guide was first called with.
+            measure: also measure `costs` on that batch (some dozen forward passes).
+            tolerance: allowed difference of outputs in float64, relative to their spread over the batch.
+
+        Raises:
+            ValueError: where a network or an example input is needed and missing, or does not match.
+            EqualityError: if the smaller network does not compute what the reduced model computes; the
+                message has the largest difference.
+        """
+        network = network if network is not None else self._network
+        if network is None:
+            raise ValueError("network must be given: this plan was loaded from disk and holds none")
+        if example_input is None:
+            if self._find_input is None:
+                raise ValueError("example_input must be given: a batch of inputs of the network")
+            example_input = self._find_input()
+        kept = {layer: self.kept_mask(layer) for layer in self.layers}
+        small = remove_structures(
+            network, kept, self.scales(), example_input[:CHECK_EXAMPLES], tolerance=tolerance
+        )
+        if measure:
+            full = without_noise(copy.deepcopy(network))
+            self.costs = compare_costs(full, small, example_input)
+        return small
+
+    def save(self, path: Path | str) -> Path:
+        """Write the plan to `path` (JSON) and, beside it, the numbers to the same name with .safetensors.
+
+        Raises:
+            ValueError: if `path` does not end in .json.
+        """
+        from safetensors.torch import save_file
+
+        path = _json_path(path)
+        numeric = ["unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "removed"]
+        columns = {name: torch.tensor(self.table[name].to_numpy()) for name in numeric}
+        sizes = {layer: int((self.table.layer == layer).sum()) for layer in self.layers}
+        costs = None if self.costs is None else self.costs.to_dict()
+        document = dict(
+            format=FORMAT, version=VERSION, criterion=self.criterion, kl_weight=self.kl_weight,
+            min_kept=self.min_kept, layers=sizes, kept=self.kept, costs=costs,
+        )  # fmt: skip
+        write_atomically(path.with_suffix(".safetensors"), lambda beside: save_file(columns, beside))
+        return write_atomically(path, lambda beside: beside.write_text(json.dumps(document, indent=1)))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Reduction:
+        """Read what `save` wrote. The plan then needs `apply(network, example_input)`.
+
+        Raises:
+            ValueError: if the file is not a plan, contradicts its numbers, or was written by a newer version.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = _json_path(path)
+        try:
+            document = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"path must be a plan written by Reduction.save: {path} is no JSON ({error})") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"path must be a plan written by Reduction.save: {path} is none")
+        if document["version"] > VERSION:
+            raise ValueError(
+                f"{path} was written by a newer pyro_bmrs (plan version {document['version']}, this one reads "
+                f"up to {VERSION}): upgrade pyro_bmrs"
+            )
+        try:
+            columns = load_file(path.with_suffix(".safetensors"))
+            layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
+            table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
+            table["kl_weight"] = document["kl_weight"]
+            costs = document["costs"]
+            plan = cls(
+                table=table[_COLUMNS],
+                criterion=document["criterion"],
+                kl_weight=document["kl_weight"],
+                min_kept=document["min_kept"],
+                costs=None if costs is None else pd.DataFrame(costs),
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"path must be a whole plan with its .safetensors beside it: {path}: {error}") from None
+        if plan.kept != document["kept"]:
+            raise ValueError(f"{path} and its .safetensors do not belong together: they keep different structures")
+        return plan
+
+
+_COLUMNS = [
+    "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
+]  # fmt: skip
+
+
+def _json_path(path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"path must end in .json: got {path}")
+    return path
+
+
+def reduce(
+    model: nn.Module,
+    guide: Callable[..., Any],
+    criterion: Criterion,
+    *model_args: Any,
+    min_kept: int = 1,
+    kl_weight: float | None = None,
+) -> Reduction:
+    """Decide, from the guide's parameters alone, which structures the model is better without.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import pyro_bmrs as bmrs
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    >>> model = bmrs.Classifier(net)
+    >>> guide = bmrs.AutoTruncatedLogNormal(model)
+    >>> _ = guide(torch.randn(16, 4))
+    >>> plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5, seed=1))
+    >>> plan.widths().values.tolist()
+    [['2', 8, 4]]
+    >>> plan.apply(measure=False)[0]
+    Linear(in_features=4, out_features=4, bias=True)
+
+    A structure is removed where its score is ≥ 0, or if it was removed during the fit; removal is never
+    undone. A layer whose structures would all go keeps the `min_kept` with the lowest scores.
+
+    Args:
+        model: a Pyro model with noise layers.
+        guide: its mean-field guide.
+        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …: any function from layers to scores.
+        model_args: arguments to call model and guide with, where the guide is not an
+            `AutoTruncatedLogNormal` that remembers its first batch.
+        min_kept: structures that every layer keeps, at least 1.
+        kl_weight: of the fit, to be named wherever a ΔF is shown; default what `fit` noted in the guide.
+
+    Raises:
+        NonFiniteScoreError: naming the layer and the structures with a NaN or infinite score.
+        ValueError: for a bad argument, or a noise layer without a posterior in the guide.
+    """
+    if not isinstance(min_kept, int) or min_kept < 1:
+        raise ValueError(f"min_kept must be an integer of at least 1: got {min_kept!r}")
+    if not callable(criterion) or not hasattr(criterion, "unit"):
+        raise TypeError(f"criterion must be one of pyro_bmrs's or a callable with a unit: got {criterion!r}")
+    arguments = model_args
+    if not arguments and isinstance(guide, AutoTruncatedLogNormal):
+        arguments = guide.example_arguments
+    posterior = read_posterior(guide, *arguments)
+    layers = noise_layers(model)
+    network = network_of(model)
+
+    @cache
+    def example_input() -> Tensor:
+        return _input_of(network, model, arguments)
+
+    @cache
+    def groups() -> dict[str, Any]:
+        return structure_groups(network, example_input())
+
+    structures = {}
+    for site, layer in layers.items():
+        if site not in posterior:
+            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+        structures[site] = LayerStructures(
+            posterior=posterior[site],
+            prior=elementary(layer.prior()),  # type: ignore[arg-type]
+            kept=layer.kept,
+            weight_norm=lambda site=site: _weight_norm(network, groups()[site]),  # type: ignore[misc]
+        )
+    scores = criterion(structures)
+    evidence = (
+        criterion.log_evidence_change(structures) if isinstance(criterion, EvidenceCriterion) else {}
+    )
+    frames = []
+    for site, layer in structures.items():
+        score = scores[site].detach().double().cpu()
+        bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
+        if bad:
+            raise NonFiniteScoreError(
+                f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
+                f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
+            )
+        removed = (score >= 0) | ~layer.kept.cpu()
+        removed = _with_floor(removed, score, layer.kept.cpu(), min_kept)
+        q = layer.posterior
+        columns = {
+            "loc": q.loc,
+            "scale": q.scale,
+            "mean": q.mean,
+            "snr": q.snr,
+            "score": score,
+            "log_evidence_change": evidence.get(site, torch.full_like(score, torch.nan)),
+        }
+        numbers = {name: value.detach().double().cpu().numpy() for name, value in columns.items()}
+        frame = pd.DataFrame({"layer": site, "unit": range(len(score)), **numbers})
+        frame["removed"] = removed.numpy()
+        frames.append(frame)
+    weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
+    table = pd.concat(frames, ignore_index=True)
+    table["kl_weight"] = weight
+    return Reduction(
+        table=table[_COLUMNS],
+        criterion=str(criterion),
+        kl_weight=weight,
+        min_kept=min_kept,
+        _network=network,
+        _find_input=example_input,
+    )
+
+
+def _with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int) -> Tensor:
+    """`removed`, but for the `min_kept` structures with the lowest scores where fewer would stay."""
+    floor = min(min_kept, int(kept.sum()))
+    if int((~removed).sum()) >= floor:
+        return removed
+    best = score.masked_fill(~kept, torch.inf).argsort()[:floor]
+    return removed.index_fill(0, best, False)
+
+
+def _weight_norm(network: nn.Module, group: Any) -> Tensor:
+    """Root mean square of the weights that make each structure, over all layers that produce it."""
+    squares, counts = torch.zeros(group.features), torch.zeros(group.features)
+    for member in group.producers:
+        weight = network.get_submodule(member.path).weight.detach().double().cpu()
+        rows = weight.flatten(1).square()
+        squares = squares.double().index_add(0, member.units, rows.sum(1)[member.indices])
+        counts = counts.double().index_add(
+            0, member.units, torch.full((len(member.units),), float(rows.shape[1])).double()
+        )
+    return (squares / counts).sqrt()
+
+
+@torch.no_grad()
+def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> Tensor:
+    """What `network` is called with when `model` is called with `arguments`."""
+    if not arguments:
+        raise ValueError("model_args must be given: a batch to call the model with")
+    caught: list[Any] = []
+    handle = network.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs[:1]))
+    try:
+        model(*arguments)
+    finally:
+        handle.remove()
+    if not caught or not isinstance(caught[0], Tensor):
+        raise ValueError("the network must be called with one tensor: pass example_input to apply()")
+    example: Tensor = caught[0].detach()
+    return example
