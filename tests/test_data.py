@@ -1,3 +1,4 @@
+import ast
 import doctest
 import os
 import sys
@@ -9,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch.utils.data import TensorDataset
 
 import pyro_bmrs.data
-from pyro_bmrs.data import DataError, Dataset, batches, load_data
+import pyro_bmrs.data_sources
+from pyro_bmrs.data import DataError, Dataset, load_data, read_inputs
 
 REAL_ROOT = Path(os.environ.get("PYRO_BMRS_DATA") or "~/.cache/pyro_bmrs").expanduser()
 
@@ -23,6 +24,11 @@ def needs(folder):
         not (REAL_ROOT / folder).is_dir(), reason=f"{folder} is not under {REAL_ROOT}; see PYRO_BMRS_DATA"
     )
     return [pytest.mark.slow, absent]
+
+
+def no_statistics(_):
+    """In the place of `_channel_statistics`: nothing is standardised."""
+    return torch.tensor(0.0), torch.tensor(1.0)
 
 
 def parts(dataset):
@@ -65,10 +71,18 @@ def refused(*fragments, **call):
     return message
 
 
-def test_docstring_examples():
-    result = doctest.testmod(pyro_bmrs.data)
+@pytest.mark.parametrize("module", [pyro_bmrs.data, pyro_bmrs.data_sources])
+def test_docstring_examples(module):
+    result = doctest.testmod(module)
     assert result.failed == 0
-    assert result.attempted >= 10
+    assert result.attempted >= 6
+
+
+@pytest.mark.parametrize("module", [pyro_bmrs.data, pyro_bmrs.data_sources])
+def test_libraries_of_single_sources_are_imported_only_when_used(module):
+    for statement in ast.parse(Path(module.__file__).read_text()).body:
+        names = [getattr(statement, "module", None), *(a.name for a in getattr(statement, "names", []))]
+        assert not {str(name).split(".")[0] for name in names} & {"torchvision", "sklearn", "PIL"}
 
 
 # digits
@@ -217,7 +231,7 @@ def test_small_units_are_not_taken_for_constant(npz):
 
 
 def test_bytes_are_scaled_and_floats_are_not(npz, monkeypatch):
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
     images = np.random.default_rng(1).integers(0, 256, size=(20, 6, 7), dtype=np.uint8)
     scaled = load_data(npz(arrays(images))).test.tensors[0]
     torch.testing.assert_close(scaled, torch.from_numpy(images[:6, None] / np.float32(255)))
@@ -229,7 +243,7 @@ def test_bytes_are_scaled_and_floats_are_not(npz, monkeypatch):
 
 
 def test_padding_places_zeros_on_all_sides(npz, monkeypatch):
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
     images = np.random.default_rng(1).uniform(0.5, 1.0, size=(20, 28, 28))
     padded = load_data(npz(arrays(images)), image_size=32).test.tensors[0]
     assert padded.shape == (6, 1, 32, 32)
@@ -246,7 +260,7 @@ def test_padding_comes_before_standardising():
 
 
 def test_odd_padding_goes_to_the_bottom_and_the_right(npz, monkeypatch):
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
     padded = load_data(npz(arrays(np.ones((20, 5, 7)))), image_size=8).test.tensors[0][0, 0]
     rows_filled = padded.any(dim=1).nonzero().squeeze(1).tolist()
     columns_filled = padded.any(dim=0).nonzero().squeeze(1).tolist()
@@ -256,14 +270,14 @@ def test_odd_padding_goes_to_the_bottom_and_the_right(npz, monkeypatch):
 
 @pytest.mark.parametrize(("size", "antialias"), [(17, False), (4, True)])
 def test_other_sizes_are_interpolated(monkeypatch, size, antialias):
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
     original = load_data("digits").test.tensors[0]
     expected = F.interpolate(original, (size, size), mode="bilinear", antialias=antialias)
     assert torch.equal(load_data("digits", image_size=size).test.tensors[0], expected)
 
 
 def test_eight_missing_pixels_are_still_padded(monkeypatch):
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
     padded = load_data("digits", image_size=16).test.tensors[0]
     assert torch.equal(padded, F.pad(load_data("digits").test.tensors[0], (4, 4, 4, 4)))
 
@@ -285,7 +299,7 @@ def test_eight_missing_pixels_are_still_padded(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", ">f8"])
 def test_npz_layouts(npz, monkeypatch, stored, expected, dtype):
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
     inputs = np.random.default_rng(1).integers(0, 256, size=stored).astype(dtype)
     dataset = load_data(npz(arrays(inputs)))
     assert dataset.input_shape == expected
@@ -408,7 +422,7 @@ def write_class(folder, count, *, level, shape=(6, 7), offset=0):
 def unscaled(monkeypatch):
     """Pixels in [0, 1], not standardised."""
     pytest.importorskip("torchvision")
-    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(pyro_bmrs.data, "_channel_statistics", no_statistics)
 
 
 def grey_levels(part):
@@ -704,60 +718,268 @@ def test_mnist_padded_to_the_paper_s_size(name):
     assert test.max().item() == pytest.approx((1 - mean) / deviation, rel=5e-3)
 
 
-# batches
+# prepare
+
+
+def prepared_equals_loaded(dataset, raw_train, raw_test, *, seed=0):
+    """prepare() of the raw arrays is bit for bit what load_data made of them."""
+    before = raw_train.copy()
+    prepared = dataset.prepare(raw_train)
+    assert np.array_equal(raw_train, before)
+    assert prepared.dtype == torch.float32
+    assert prepared.is_contiguous()
+    order = torch.randperm(len(raw_train), generator=torch.Generator().manual_seed(seed))
+    loaded = torch.cat([dataset.train.tensors[0], dataset.validation.tensors[0]])
+    assert torch.equal(prepared[order], loaded)
+    assert torch.equal(dataset.prepare(raw_test), dataset.test.tensors[0])
+
+
+@pytest.mark.parametrize("image_size", [None, 12, 17, 4])
+def test_prepare_digits(image_size):
+    dataset = load_data("digits", image_size=image_size)
+    assert dataset.image_size == image_size
+    digits = load_digits()
+    prepared = dataset.prepare(digits.images)
+    loaded = [rows(part) for part in parts(dataset)]
+    label_of = dict(zip([row.numpy().tobytes() for row in prepared], digits.target.tolist(), strict=True))
+    assert sorted(row.numpy().tobytes() for row in prepared) == sorted(
+        row for examples in loaded for row in examples
+    )
+    for part, examples in zip(parts(dataset), loaded, strict=True):
+        assert [label_of[row] for row in examples] == part.tensors[1].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16, np.float64])
+def test_digits_may_be_any_numbers(dtype):
+    dataset = load_data("digits", limit=50)
+    images = load_digits().images
+    assert torch.equal(dataset.prepare(images.astype(dtype)), dataset.prepare(images))
+
+
+@pytest.mark.parametrize("stored", [(20, 6, 7), (20, 6, 7, 1), (20, 6, 7, 3), (20, 3, 6, 7), (20, 2, 6, 7)])
+@pytest.mark.parametrize(
+    ("dtype", "image_size"), [("uint8", None), ("uint8", 9), (">f8", None), ("float32", 5)]
+)
+def test_prepare_npz_images(npz, stored, dtype, image_size):
+    inputs = np.random.default_rng(1).integers(0, 256, size=stored).astype(dtype)
+    contents = arrays(inputs)
+    dataset = load_data(npz(contents), image_size=image_size, seed=4)
+    prepared_equals_loaded(dataset, inputs, contents["x_test"], seed=4)
+    tensors = torch.from_numpy(inputs.astype(inputs.dtype.newbyteorder("=")))
+    assert torch.equal(dataset.prepare(tensors), dataset.prepare(inputs))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float64"])
+def test_prepare_npz_vectors(npz, dtype):
+    inputs = (np.random.default_rng(1).normal(size=(20, 5)) * 40 + 120).astype(dtype)
+    contents = arrays(inputs)
+    dataset = load_data(npz(contents))
+    assert dataset.image_size is None
+    assert dataset.mean.shape == dataset.deviation.shape == (1, 5)
+    prepared_equals_loaded(dataset, inputs, contents["x_test"])
+
+
+def test_statistics_are_the_training_part_s_after_scaling(npz):
+    inputs = np.random.default_rng(1).integers(0, 256, size=(20, 6, 7, 3), dtype=np.uint8)
+    dataset = load_data(npz(arrays(inputs)))
+    assert dataset.mean.shape == dataset.deviation.shape == (1, 3, 1, 1)
+    chosen = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:16].numpy()
+    part = inputs[chosen] / 255
+    np.testing.assert_allclose(dataset.mean.flatten(), part.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(dataset.deviation.flatten(), part.std((0, 1, 2)), rtol=1e-5)
+
+
+def test_prepare_takes_images_in_every_layout(npz):
+    inputs = np.random.default_rng(1).integers(0, 256, size=(20, 6, 7), dtype=np.uint8)
+    dataset = load_data(npz(arrays(inputs)))
+    expected = dataset.prepare(inputs)
+    assert torch.equal(dataset.prepare(inputs[:, None]), expected)
+    assert torch.equal(dataset.prepare(inputs[..., None]), expected)
+    assert torch.equal(dataset.prepare(inputs[:1]), expected[:1])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_prepare_leaves_its_argument_alone(npz, dtype):
+    inputs = np.random.default_rng(1).integers(0, 256, size=(20, 5)).astype(dtype)
+    dataset = load_data(npz(arrays(inputs)))
+    inputs.flags.writeable = False
+    dataset.prepare(inputs)
+    dataset.prepare(inputs[::-1])
+    tensor = torch.from_numpy(inputs.copy())
+    kept = tensor.clone()
+    dataset.prepare(tensor)
+    assert torch.equal(tensor, kept)
+
+
+def test_prepare_takes_tensors_of_models(npz):
+    inputs = np.random.default_rng(1).integers(0, 9, size=(20, 5)).astype(np.float32)
+    dataset = load_data(npz(arrays(inputs)))
+    expected = dataset.prepare(inputs)
+    assert torch.equal(dataset.prepare(torch.from_numpy(inputs).requires_grad_()), expected)
+    assert torch.equal(dataset.prepare(torch.from_numpy(inputs).bfloat16()), expected)
+
+
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_prepare_for_image_folders(tmp_path, image_size):
+    pytest.importorskip("torchvision")
+    images = np.random.default_rng(1).integers(0, 256, size=(20, 6, 12, 3), dtype=np.uint8)
+    for index, image in enumerate(images):
+        write_image(tmp_path / "ab"[index % 2] / f"{index:03d}.png", image)
+    dataset = load_data(str(tmp_path), image_size=image_size)
+    prepared = dataset.prepare(images)
+    assert prepared.shape[1:] == dataset.input_shape
+    loaded = torch.cat([part.tensors[0] for part in parts(dataset)]).flatten(1)
+    distances = torch.cdist(
+        prepared.flatten(1).double(), loaded.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert distances.min(dim=1).values.max() < 1e-4
+    assert len(distances.argmin(dim=1).unique()) == 20
+    if image_size is None:
+        refused_inputs(dataset, images[:, :5], "(N, 6, 12, 3)")
+    else:
+        assert dataset.prepare(images[:, :5]).shape == (20, 3, 8, 8)
+        refused_inputs(dataset, images[..., :2], "(N, H, W, 3)", "(N, 3, H, W)")
+
+
+@pytest.mark.parametrize("name", [pytest.param("mnist", marks=needs("MNIST"))])
+@pytest.mark.parametrize("image_size", [None, 32])
+def test_prepare_mnist(name, image_size):
+    datasets = pytest.importorskip("torchvision.datasets")
+    train, test = (datasets.MNIST(REAL_ROOT, train=train).data.numpy() for train in (True, False))
+    dataset = load_data(name, data_root=REAL_ROOT, image_size=image_size, seed=2)
+    prepared_equals_loaded(dataset, train, test, seed=2)
+
+
+def refused_inputs(dataset, inputs, *fragments):
+    with pytest.raises(DataError) as caught:
+        dataset.prepare(inputs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("inputs ")
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fragments"),
+    [
+        (np.zeros((3, 8, 9)), ["(3, 8, 9)", "(N, 8, 8)", "(N, 8, 8, 1)", "(N, 1, 8, 8)"]),
+        (np.zeros((8, 8)), ["(8, 8)", "(N, 8, 8)"]),
+        (np.zeros((3, 64)), ["(3, 64)", "(N, 8, 8)"]),
+        (np.zeros((3, 3, 8, 8)), ["(3, 3, 8, 8)"]),
+        (np.zeros((3, 8, 8, 1, 1)), ["(3, 8, 8, 1, 1)"]),
+        (np.zeros(()), ["shape ()"]),
+        (np.zeros((0, 8, 8)), ["(0, 8, 8)", "N at least 1"]),
+        (np.full((3, 8, 8), 17), ["17", "from 0 to 16"]),
+        (np.full((3, 8, 8), -0.5), ["-0.5", "from 0 to 16"]),
+        (np.full((3, 8, 8), np.nan), ["nan", "from 0 to 16"]),
+        (np.zeros((3, 8, 8), bool), ["bool", "numbers from 0 to 16"]),
+        (np.zeros((3, 8, 8), object), ["object", "numbers from 0 to 16"]),
+        (np.zeros((3, 8, 8), complex), ["complex128"]),
+        ([[0.0] * 8] * 8, ["list", "NumPy array or a tensor"]),
+        (None, ["NoneType", "NumPy array or a tensor"]),
+        (torch.zeros(3, 8, 8, device="meta"), ["meta"]),
+    ],
+)
+def test_bad_inputs_for_digits(inputs, fragments):
+    refused_inputs(load_data("digits", limit=20), inputs, *fragments)
+
+
+def test_bad_inputs_for_npz(npz):
+    dataset = load_data(
+        npz(arrays(np.random.default_rng(1).integers(0, 256, size=(20, 6, 7, 3), dtype=np.uint8)))
+    )
+    good = np.zeros((2, 6, 7, 3), np.uint8)
+    refused_inputs(dataset, good / 255, "float64", "uint8", "(N, 6, 7, 3) or (N, 3, 6, 7)")
+    refused_inputs(dataset, good.astype(np.int64), "int64", "uint8")
+    refused_inputs(dataset, good[..., 0], "(2, 6, 7)", "(N, 6, 7, 3)")
+    refused_inputs(dataset, good[..., :1], "(2, 6, 7, 1)")
+    vectors = load_data(npz(arrays()))
+    refused_inputs(vectors, np.zeros((3, 5), np.uint8), "uint8", "floating point", "(N, 5)")
+    refused_inputs(vectors, np.zeros((3, 4)), "(3, 4)", "(N, 5)")
+    refused_inputs(vectors, np.full((3, 5), np.inf), "15 values", "finite")
+    refused_inputs(vectors, np.full((3, 5), 1e300), "15 values", "finite")
+
+
+# read_inputs
 
 
 @pytest.fixture
-def pairs():
-    return TensorDataset(torch.arange(20.0).reshape(10, 2), torch.arange(10))
+def saved(tmp_path):
+    def write(file, **contents):
+        path = tmp_path / file
+        if path.suffix == ".npz":
+            np.savez(path, **contents)
+        else:
+            np.save(path, **contents)
+        return path
+
+    return write
 
 
-def test_batches_come_in_order_and_keep_the_last(pairs):
-    collected = list(batches(pairs, 4))
-    assert [labels.tolist() for _, labels in collected] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert torch.equal(torch.cat([inputs for inputs, _ in collected]), pairs.tensors[0])
+def unreadable(path, *fragments):
+    with pytest.raises(DataError) as caught:
+        read_inputs(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in (Path(path).name, *fragments):
+        assert fragment in message
 
 
-def test_shuffled_batches_hold_everything_once(pairs):
-    collected = list(batches(pairs, 3, generator=torch.Generator().manual_seed(0)))
-    assert [len(labels) for _, labels in collected] == [3, 3, 3, 1]
-    labels = torch.cat([labels for _, labels in collected])
-    inputs = torch.cat([inputs for inputs, _ in collected])
-    assert labels.tolist() != list(range(10))
-    assert sorted(labels.tolist()) == list(range(10))
-    assert torch.equal(inputs, pairs.tensors[0][labels])
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", ">f8"])
+def test_read_inputs(saved, dtype):
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    for path in (saved("new.npy", arr=array), saved("new.npz", x=array, y=np.ones(2))):
+        for given in (path, str(path)):
+            read = read_inputs(given)
+            assert read.dtype == array.dtype
+            assert np.array_equal(read, array)
 
 
-def test_shuffles_follow_the_generator(pairs):
-    def epochs(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [
-            [label for _, labels in batches(pairs, 3, generator=generator) for label in labels.tolist()]
-            for _ in "ab"
-        ]
-
-    assert epochs(0) == epochs(0)
-    assert epochs(0) != epochs(1)
-    assert epochs(0)[0] != epochs(0)[1]
-
-
-def test_batches_move_to_the_device(pairs):
-    inputs, labels = next(batches(pairs, 4, generator=torch.Generator().manual_seed(0), device="meta"))
-    assert (inputs.device.type, labels.device.type) == ("meta", "meta")
-    assert inputs.shape == (4, 2)
+@pytest.mark.parametrize(
+    ("array", "fragments"),
+    [
+        (np.zeros((0, 4)), ["(0, 4)", "empty"]),
+        (np.array([1.0, np.nan, np.inf]), ["2 values", "finite"]),
+        (np.array(["a"]), ["<U1", "integers or floating point"]),
+        (np.array([True]), ["bool"]),
+        (np.array([1j]), ["complex128"]),
+        (np.array([{}], dtype=object), ["without pickles"]),
+    ],
+)
+def test_unusable_inputs(saved, array, fragments):
+    unreadable(saved("new.npy", arr=array), *fragments)
+    unreadable(saved("new.npz", x=array), *fragments)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.0, None, True])
-def test_bad_batch_size_raises_at_the_call(pairs, batch_size):
-    with pytest.raises(DataError, match="batch_size is"):
-        batches(pairs, batch_size)
+def test_unreadable_inputs(saved, tmp_path):
+    unreadable(tmp_path / "absent.npy", "no such file")
+    unreadable(tmp_path, "no such file")
+    unreadable(saved("new.npz", inputs=np.ones(3)), "holds 'inputs'", "key 'x'")
+    unreadable(saved("new.npz"), "holds nothing", "key 'x'")
+    (tmp_path / "text.npy").write_text("1, 2, 3")
+    unreadable(tmp_path / "text.npy", "whole .npy file")
 
 
-def test_batches_need_a_pair():
-    with pytest.raises(DataError, match="dataset has 1 tensors"):
-        batches(TensorDataset(torch.ones(3)), 2)
+@pytest.mark.parametrize("length", [0, 1, 7, 60, 130, -1])
+def test_truncated_inputs(saved, length):
+    for path in (saved("new.npy", arr=np.ones((9, 9))), saved("new.npz", x=np.ones((9, 9)))):
+        path.write_bytes(path.read_bytes()[:length])
+        unreadable(path, "whole .npy file")
+
+
+def test_pickled_inputs_are_not_run(tmp_path, saved):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    bomb = np.array([Bomb()], dtype=object)
+    unreadable(saved("new.npy", arr=bomb), "without pickles")
+    unreadable(saved("new.npz", x=bomb), "without pickles")
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_public_names():
-    assert pyro_bmrs.data.__all__ == ["DataError", "Dataset", "batches", "load_data"]
+    assert pyro_bmrs.data.__all__ == ["DataError", "Dataset", "load_data", "read_inputs"]
     assert Dataset.__dataclass_params__.frozen

@@ -1,12 +1,14 @@
-"""The closed intervals that the library's distributions live on, and how parameters are laid out in memory."""
+"""The closed intervals that the library's distributions live on, and how parameters lie in memory."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
 # One rounding to float32 moves θ by 2⁻²⁴ of itself and log θ by 2⁻²⁴ of its size; four times that is
 # still far below any difference a posterior can express.
@@ -17,22 +19,26 @@ class _ClosedInterval(constraints.interval):
     """[lower, upper], both ends included, with the slack that a round trip through float32 needs."""
 
     def __init__(self, lower_bound: Tensor, upper_bound: Tensor, slack_below: Tensor, slack_above: Tensor):
-        super().__init__(lower_bound, upper_bound)
+        super().__init__(lower_bound, upper_bound)  # type: ignore[no-untyped-call]
         self.slack_below, self.slack_above = slack_below, slack_above
 
     def check(self, value: Tensor) -> Tensor:
-        return (value >= self.lower_bound - self.slack_below) & (
-            value <= self.upper_bound + self.slack_above
-        )
+        below, above = self.lower_bound - self.slack_below, self.upper_bound + self.slack_above
+        inside: Tensor = (value >= below) & (value <= above)
+        return inside
 
 
 ClosedInterval = _ClosedInterval  # the underscore is what torch's repr of a constraint strips
 
-for _registry in (biject_to, transform_to):
+
+def _open_interval(registry: Any, constraint: ClosedInterval) -> Transform:
     # an optimiser or sampler never needs the slack: it moves in the open interval
-    _registry.register(
-        ClosedInterval, lambda c, r=_registry: r(constraints.interval(c.lower_bound, c.upper_bound))
-    )
+    transform: Transform = registry(constraints.interval(constraint.lower_bound, constraint.upper_bound))  # type: ignore[no-untyped-call]
+    return transform
+
+
+for _registry in (biject_to, transform_to):
+    _registry.register(ClosedInterval, partial(_open_interval, _registry))  # type: ignore[no-untyped-call]
 
 
 def slack(low: Tensor, high: Tensor) -> Tensor:
@@ -49,13 +55,13 @@ def exponential_interval(low: Tensor, high: Tensor) -> ClosedInterval:
 def check_bounds(
     low: Tensor | float, high: Tensor | float, names: tuple[str, str], *, validate: bool
 ) -> None:
-    """Raise unless low < high and both are finite: numbers always, tensors if `validate` (it costs a sync)."""
+    """Raise unless low < high, both finite: numbers always, tensors if `validate` (it costs a sync)."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = torch.as_tensor(low), torch.as_tensor(high)
         if not validate or low.is_meta or high.is_meta:
             return
         valid = bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all())
-        given = (low.tolist(), high.tolist())
+        given: tuple[Any, Any] = (low.tolist(), high.tolist())
     else:
         valid, given = math.isfinite(low) and math.isfinite(high) and low < high, (low, high)
     if not valid:

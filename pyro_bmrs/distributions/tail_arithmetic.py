@@ -63,7 +63,7 @@ class _AttachDerivatives(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
             (grad * derivative).sum_to_size(shape) if needed else None
@@ -83,9 +83,9 @@ def attach_derivatives(value: Tensor, derivatives: list[tuple[Tensor, Tensor]]) 
     return result
 
 
-def _in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(function)
-    def wrapper(*arguments: Any, **options: Any) -> Any:
+    def wrapper(*arguments: Any, **options: Any) -> Tensor:
         return function(*(a.double() if isinstance(a, Tensor) else a for a in arguments), **options)
 
     return wrapper
@@ -112,7 +112,8 @@ def near_frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> NearFra
 
 def _mills_ratio(a: Tensor) -> Tensor:
     """R(a) = (1 - Φ(a)) / φ(a), for a ≥ 0."""
-    return SQRT_HALF_PI * torch.special.erfcx(a * SQRT_HALF)
+    scaled: Tensor = torch.special.erfcx(a * SQRT_HALF)
+    return SQRT_HALF_PI * scaled
 
 
 def _density(z: Tensor) -> Tensor:
@@ -284,8 +285,8 @@ def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 @_in_float64
-def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """E[x]."""
+def mean_from(point: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """E[x] - point, not rounded to the size of x; `point` is a constant."""
     alpha, beta, from_low = near_frame(loc, scale, low, high)
     with torch.no_grad():
         edges = _edge_terms(alpha, beta)
@@ -293,11 +294,16 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         shift = edges.near_excess - edges.far  # (E[z] - anchor) in the near frame
         edge = torch.where(from_low, low, high)
         sign = torch.where(from_low, 1.0, -1.0)
-        value = torch.where(alpha > 0, edge, loc) + sign * scale * shift
-        value = torch.minimum(torch.maximum(value, low), high)
-        d_scale = sign * (moments.covariance_with_square)
+        value = (torch.where(alpha > 0, edge, loc) - point) + sign * scale * shift
+        value = torch.minimum(torch.maximum(value, low - point), high - point)
+        d_scale = sign * moments.covariance_with_square
     # ∂E[x]/∂loc = Var(z), ∂E[x]/∂scale = Cov(z, z²): cumulants of an exponential family
     return attach_derivatives(value, [(loc, moments.variance), (scale, d_scale)])
+
+
+def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """E[x]."""
+    return mean_from(torch.zeros_like(loc), loc, scale, low, high)
 
 
 @_in_float64
@@ -314,7 +320,7 @@ def squared_distance(point: Tensor, loc: Tensor, scale: Tensor, low: Tensor, hig
     with torch.no_grad():
         alpha, beta, from_low = near_frame(loc, scale, low, high)
         moments = _moments(alpha, beta, _edge_terms(alpha, beta))
-        value = scale**2 * moments.variance + (mean(loc, scale, low, high) - point) ** 2
+        value = scale**2 * moments.variance + mean_from(point, loc, scale, low, high) ** 2
         covariance = torch.where(from_low, 1.0, -1.0) * moments.covariance_with_square
         d_loc = scale * covariance + 2 * (loc - point) * moments.variance
         d_scale = scale * moments.variance_of_square + 2 * (loc - point) * covariance
@@ -361,9 +367,7 @@ def log_exponential_moment(order: int, loc: Tensor, scale: Tensor, low: Tensor, 
         leverage = end * tilted_sign * tilted_step - start * sign * step
         narrow = order * scale * moments.variance.clamp(min=0.0).sqrt() < NARROW_TILT
         half = 0.5 * order * scale
-        d_loc = torch.where(
-            narrow, order * (moments.variance + half * sign * moments.third), moved / scale
-        )
+        d_loc = torch.where(narrow, order * (moments.variance + half * sign * moments.third), moved / scale)
         d_scale = torch.where(
             narrow,
             order * (sign * moments.covariance_with_square + half * moments.third_with_square),

@@ -15,7 +15,7 @@ from pyro_bmrs.distributions.support import check_bounds, exponential_interval
 from pyro_bmrs.distributions.truncated_normal import TruncatedNormal
 
 
-class TruncatedLogNormal(TransformedDistribution):
+class TruncatedLogNormal(TransformedDistribution):  # type: ignore[misc]  # Pyro is untyped
     """θ with log θ ~ Normal(loc, scale²) restricted to [log_low, log_high].
 
     >>> import torch

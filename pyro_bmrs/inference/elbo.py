@@ -69,6 +69,6 @@ class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
 
 def observed_log_prob(trace: Trace) -> Tensor:
     """Sum of the log-likelihoods of the observed sites, with their scales, in nats; detached."""
-    trace.compute_log_prob()
+    trace.compute_log_prob(site_filter=lambda name, site: site["is_observed"])
     parts = [trace.nodes[name]["log_prob_sum"].detach() for name in trace.observation_nodes]
     return torch.stack(parts).sum() if parts else torch.zeros(())

@@ -146,7 +146,8 @@ def fit(
             `criterion` gives a score ≥ 0 are fixed at θ = 0 for good.
         freeze_weights: fit the posterior alone; weights and normalisation statistics stay as given.
         keep_best: end with the parameters of the epoch with the least validation objective (training
-            objective without `validation`), among those after the warm-up and the last removal.
+            objective without `validation`), among those after the warm-up and the last removal; without a
+            guide and where there is one, of the epoch with the highest validation accuracy.
         seed: of initial guide draws, shuffling and noise. The global generators are left as found.
         device: where to train; None: where the model's parameters are.
         progress: show a bar (a line per epoch where output is not a terminal).
@@ -192,6 +193,8 @@ def fit(
             if isinstance(guide, nn.Module):
                 guide.to(home)
         with _frozen(model, freeze_weights):
+            if isinstance(guide, AutoTruncatedLogNormal):
+                guide.kl_weight = float(kl_weight)
             loop = _Loop(model, guide, sites, batches, held_out, settings, criterion, first)
             return loop.run(progress)
 
@@ -342,7 +345,7 @@ class _Loop:
             weight = settings["kl_weight"] * ramp
             self.objective.likelihood_scale = self.batches.size / len(y) if self.scaled else 1.0
             loss, likelihood = self.objective(x, y, weight)
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"loss became {value} at batch {index + 1} of epoch {epoch}; the parameters of epoch "
@@ -373,8 +376,12 @@ class _Loop:
             row["validation_loss"], row["validation_accuracy"] = evaluate(
                 self.model, self.held_out, self._scales()
             )
-        penalty = 0.0 if math.isnan(kl) else settings["kl_weight"] * kl / self.batches.size
-        score = row["loss"] if self.held_out is None else row["validation_loss"] + penalty
+        # the training loss has its KL inside
+        add_kl = self.held_out is not None and not math.isnan(kl)
+        penalty = settings["kl_weight"] * kl / self.batches.size if add_kl else 0.0
+        score = (row["loss"] if self.held_out is None else row["validation_loss"]) + penalty
+        if self.guide is None and not math.isnan(row["validation_accuracy"]):
+            score = -row["validation_accuracy"]
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         # during the warm-up the objective is another one; a removal changes it again

@@ -102,6 +102,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         self.sites: tuple[str, ...] = ()
         self.posteriors = nn.ModuleList()
         self.example_arguments: tuple[Any, ...] = ()
+        self.kl_weight = 1.0  # of the last fit: every ΔF read from this guide is to name it
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)

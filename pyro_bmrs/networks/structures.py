@@ -105,9 +105,12 @@ def structure_groups(network: nn.Module, example_input: Tensor) -> dict[str, Str
     paths = {module: path for path, module in traced.named_modules()}
     groups = {}
     for site, layer in layers.items():
-        coupled = graph.get_pruning_group(layer, pruner.prune_out_channels, idxs=list(range(layer.features)))
+        # a layer with no parametrised module before or behind it never becomes a node of the graph
+        known = layer in graph.module2node
+        every = list(range(layer.features))
+        items = graph.get_pruning_group(layer, pruner.prune_out_channels, idxs=every).items if known else ()
         members = []
-        for item in coupled.items:
+        for item in items:
             module, handler = item.dep.target.module, item.dep.handler
             if module is layer or module not in paths or not list(module.parameters(recurse=False)):
                 continue
@@ -127,7 +130,7 @@ def structure_groups(network: nn.Module, example_input: Tensor) -> dict[str, Str
         members.sort(key=lambda member: ("producer", "between", "consumer").index(member.role))
         group = StructureGroup(site, layer.features, tuple(members))
         if not group.producers or not group.consumers:
-            missing = "makes" if not group.producers else "reads"
+            missing = "makes" if not group.producers else "behind it reads"
             raise ValueError(
                 f"noise layer {site!r} can't be removed from: no linear or convolution layer {missing} its "
                 "structures; put it between two such layers"

@@ -221,3 +221,34 @@ def _smallest(fraction: float, values: Scores, layers: Layers) -> Tensor:
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:
     if not valid:
         raise ValueError(f"{name} must be {allowed}: got {value!r}")
+
+
+def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion:
+    """A criterion from its name and, behind a colon, its arguments.
+
+    >>> parse_criterion("BMRS_U:bits=4,floor_bits=23")
+    BMRS_U(bits=4.0, floor_bits=23.0, prior_log_odds=0.0)
+
+    Raises:
+        ValueError: for an unknown name or argument, or log-odds for a criterion without evidence.
+    """
+    known = {kind.__name__: kind for kind in (BMRS_N, BMRS_U, SNR, ExpectedScale, WeightNorm, Random)}
+    name, _, rest = text.partition(":")
+    if name not in known:
+        raise ValueError(f"criterion must be one of {', '.join(known)}: got {name!r}")
+    arguments: dict[str, float | int] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known[name].__dataclass_fields__:
+            allowed = ", ".join(known[name].__dataclass_fields__)
+            raise ValueError(f"criterion {name} takes {allowed}: got {part!r}")
+        try:
+            arguments[key] = int(value) if key == "seed" else float(value)
+        except ValueError:
+            raise ValueError(f"criterion {name} needs a number for {key}: got {value!r}") from None
+    if prior_log_odds is not None:
+        if not issubclass(known[name], EvidenceCriterion):
+            raise ValueError(f"prior_log_odds goes with BMRS_N and BMRS_U only: got it with {name}")
+        arguments["prior_log_odds"] = prior_log_odds
+    criterion: Criterion = known[name](**arguments)
+    return criterion

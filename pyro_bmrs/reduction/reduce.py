@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,24 @@ class Reduction:
                 "before": counts["size"].to_numpy(),
                 "after": (counts["size"] - counts["sum"]).to_numpy(),
             }
+        )
+
+    def bound_to(self, network: nn.Module, find_input: Callable[[], Tensor]) -> Reduction:
+        """This plan with a network to apply it to and a way to an example input, as `load` can't know them."""
+        return replace(self, _network=network, _find_input=find_input)
+
+    def at(self, threshold: float) -> Reduction:
+        """The plan that removes where score ≥ threshold; for evidence, prior log-odds less by `threshold`.
+
+        What the fit had removed stays removed only as far as its score says.
+        """
+        frames = []
+        for _, rows in self.table.groupby("layer", sort=False):
+            score = torch.tensor(rows.score.to_numpy())
+            removed = _with_floor(score >= threshold, score, torch.ones(len(rows)).bool(), self.min_kept)
+            frames.append(rows.assign(removed=removed.numpy()))
+        return replace(
+            self, table=pd.concat(frames), criterion=f"{self.criterion} at {threshold:g}", costs=None
         )
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""The truth about a truncated normal in 150-digit arithmetic: slow, literal, and nothing like the library's forms.
+"""The truth about a truncated normal in 150-digit arithmetic: slow, literal, unlike the library's forms.
 
 Every formula is the definition (paper.md section 1); precision, not algebra, is what makes it right in
 the tails: at the corner of the box log Z is near -10²¹, and 150 digits leave more than a hundred.
@@ -137,6 +137,8 @@ def numeric_gradient(function: Callable[[Law], object], loc, scale, low=-20, hig
     loc, scale = mp.mpf(loc), mp.mpf(scale)
     step = scale * mp.mpf(10) ** -30
     return (
-        (function(Law(loc + step, scale, low, high)) - function(Law(loc - step, scale, low, high))) / (2 * step),
-        (function(Law(loc, scale + step, low, high)) - function(Law(loc, scale - step, low, high))) / (2 * step),
+        (function(Law(loc + step, scale, low, high)) - function(Law(loc - step, scale, low, high)))
+        / (2 * step),
+        (function(Law(loc, scale + step, low, high)) - function(Law(loc, scale - step, low, high)))
+        / (2 * step),
     )

@@ -1,4 +1,4 @@
-"""loc in [-40, 20], scale in [e⁻²⁰, e⁵], both dtypes: everything finite, samples inside, and right at random points."""
+"""loc in [-40, 20], scale in [e⁻²⁰, e⁵], both dtypes: all finite, samples inside, right at random points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ DTYPES = [torch.float32, torch.float64]
 OTHER = {torch.float32: torch.float64, torch.float64: torch.float32}
 
 # a batch of points an example; the edges of the box and of the support drawn often, shrunk to one point
-LOC = st.one_of(st.floats(*LOCS), st.sampled_from([-40.0, -20.0, 0.0, 20.0, math.nextafter(-20.0, 0.0), -1e-9]))
+LOC = st.one_of(
+    st.floats(*LOCS), st.sampled_from([-40.0, -20.0, 0.0, 20.0, math.nextafter(-20.0, 0.0), -1e-9])
+)
 LOG_SCALE = st.one_of(st.floats(*LOG_SCALES), st.sampled_from([-20.0, -10.0, 0.0, 5.0]))
 POINTS = st.lists(st.tuples(LOC, LOG_SCALE), min_size=1, max_size=24)
 SEED = st.integers(0, 2**31 - 1)
@@ -113,7 +115,7 @@ def test_divergence_and_moments(dtype, points):
     ):
         assert value.dtype == dtype
         assert_finite(name, value, *parameters)
-    assert_inside(q, q.mean)
+    assert bool(q.support.check(q.mean).all())
     assert bool((kl_divergence(q, LogUniform(q.log_low, q.log_high)) >= -1e-6).all())
     # float32 cannot hold the variance of the tightest laws, 1e-58
     variance = q.variance
@@ -189,7 +191,9 @@ def test_log_prob_outside_the_support(dtype, points, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bounds", [(-15.9423851528787, -2.7725887222397), (-0.1, 0.3), (5.0, 45.0), (-85.0, -70.0)])
+@pytest.mark.parametrize(
+    "bounds", [(-15.9423851528787, -2.7725887222397), (-0.1, 0.3), (5.0, 45.0), (-85.0, -70.0)]
+)
 def test_other_bounds(dtype, bounds):
     """The same finiteness where neither bound, nor its exponential, is a float32."""
     torch.manual_seed(0)
@@ -214,7 +218,7 @@ EVERYWHERE = 30
 
 
 def random_points() -> tuple[torch.Tensor, ...]:
-    """30 points over the whole box and 30 whose loc lies within twelve scales of an edge, where the forms change."""
+    """30 points over the whole box, and 30 within twelve scales of an edge, where the forms change."""
     generator = np.random.default_rng(20261122)
     scale = np.exp(generator.uniform(*LOG_SCALES, EVERYWHERE + NEAR_EDGES))
     loc = generator.uniform(*LOCS, EVERYWHERE + NEAR_EDGES)
@@ -345,7 +349,7 @@ def test_random_points_cumulative():
 
 
 def test_float32_is_the_rounded_float64_of_the_same_numbers():
-    """Float32 in, float32 out; in between nothing is lost: the parameters in float64 give the same, rounded."""
+    """Float32 in, float32 out, and nothing lost between: float64 of the same numbers gives it, rounded."""
     single = TruncatedNormal(LOC_60.detach().float(), SCALE_60.detach().float(), LOW, HIGH)
     double = TruncatedNormal(single.loc.double(), single.scale.double(), LOW, HIGH)
     u = U_60.float()

@@ -9,9 +9,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mpmath.ctx_mp import MPContext
+from only_meta import OnlyMeta
 from reference import Law, golden_points
 from torch.distributions import Gamma, Independent, Normal, Uniform
-from torch.overrides import TorchFunctionMode
 
 from pyro_bmrs import LogUniform, TruncatedLogNormal, TruncatedNormal, log_evidence_change
 from pyro_bmrs.evidence import register_log_evidence_change
@@ -142,7 +142,10 @@ def test_the_quadrature_agrees_with_the_golden_file():
         interval = (-23 * mp.log(2), -8 * mp.log(2))
         for name, reduced in (("delta_f_n_wide", Law("-15", "2")), ("delta_f_u8", interval)):
             truth = mp.mpf(point[name])
-            assert abs(log_expectation(q, WHOLE, reduced) - truth) <= 1e-15 * max(1, abs(truth)), (name, point)
+            assert abs(log_expectation(q, WHOLE, reduced) - truth) <= 1e-15 * max(1, abs(truth)), (
+                name,
+                point,
+            )
 
 
 @pytest.mark.parametrize("lower", [-23 * LOG_2, LOW], ids=["a' = 2⁻²³", "a' = a"])
@@ -329,17 +332,6 @@ def test_finite_over_the_parameter_box(points):
                 change = log_evidence_change(q, prior, reduced)
                 assert change.dtype == torch.float64
                 assert bool(torch.isfinite(change).all()), change
-
-
-class OnlyMeta(TorchFunctionMode):
-    """Fails on any tensor that is not on the meta device (0-dim CPU tensors mix with it silently)."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for value in (*arguments, *(options or {}).values(), result):
-            for member in value if isinstance(value, (list, tuple)) else (value,):
-                assert not isinstance(member, torch.Tensor) or member.is_meta, f"{function}: {member}"
-        return result
 
 
 def test_no_tensor_leaves_the_device():

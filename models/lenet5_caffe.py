@@ -1,0 +1,45 @@
+"""LeNet-5-Caffe, 20-50-500, the network of the published studies of Bayesian compression: 431,080 parameters.
+
+A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`; it may also define
+`model(network)` and `guide(model)`.
+"""
+
+from torch import nn
+
+from pyro_bmrs import MultiplicativeNoise
+
+# One entry per data set, "default" for all others; every value can be overridden on the command line.
+SETTINGS = {
+    "default": dict(
+        image_size=28, epochs=40, batch_size=32, learning_rate=1.4e-3, posterior_learning_rate=1e-2,
+        kl_weight=3.0, fine_tune=20,
+    ),
+    "mnist": dict(
+        image_size=28, epochs=24, batch_size=128, learning_rate=1.4e-3, posterior_learning_rate=5e-3,
+        kl_weight=100.0, fine_tune=12,
+    ),
+}  # fmt: skip
+
+
+def network(
+    input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, int, int] = (20, 50, 500)
+) -> nn.Sequential:
+    """Two max-pooled 5×5 convolutions without activation, as in Caffe's file, and a layer of ReLU units."""
+    channels, height, width = input_shape
+    if height != width or height < 16:
+        raise ValueError(f"LeNet-5-Caffe takes square images of at least 16 pixels: got {input_shape}")
+    first, second, third = widths
+    side = ((height - 4) // 2 - 4) // 2
+    layers = nn.Sequential()
+    layers.add_module("conv1", nn.Conv2d(channels, first, 5))
+    layers.add_module("pool1", nn.MaxPool2d(2))
+    layers.add_module("filters1", MultiplicativeNoise(first))
+    layers.add_module("conv2", nn.Conv2d(first, second, 5))
+    layers.add_module("pool2", nn.MaxPool2d(2))
+    layers.add_module("filters2", MultiplicativeNoise(second))
+    layers.add_module("flatten", nn.Flatten())
+    layers.add_module("linear1", nn.Linear(second * side * side, third))
+    layers.add_module("relu1", nn.ReLU())
+    layers.add_module("units1", MultiplicativeNoise(third))
+    layers.add_module("output", nn.Linear(third, num_classes))
+    return layers

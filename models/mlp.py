@@ -1,0 +1,48 @@
+"""A multilayer perceptron with tanh units and one latent scale per hidden unit (the paper's MLP).
+
+Copy this file to start a recipe of your own. A recipe defines `network(input_shape, num_classes, …)` and
+`SETTINGS`; it may also define `model(network)` and `guide(model)`.
+"""
+
+import math
+
+from torch import nn
+
+from pyro_bmrs import MultiplicativeNoise
+
+# One entry per data set, "default" for all others; every value can be overridden on the command line.
+# Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix.
+SETTINGS = {
+    "default": dict(
+        image_size=None, network=dict(widths=(100,) * 3), epochs=40, batch_size=32, learning_rate=8.5e-4,
+        posterior_learning_rate=1e-2, kl_weight=3.0, fine_tune=20,
+    ),
+    "mnist": dict(
+        image_size=32, network=dict(widths=(100,) * 7), epochs=24, batch_size=128, learning_rate=8.5e-4,
+        posterior_learning_rate=5e-3, kl_weight=30.0, fine_tune=12,
+    ),
+    "fashion-mnist": dict(
+        image_size=32, network=dict(widths=(150,)), epochs=24, batch_size=128, learning_rate=1.5e-3,
+        posterior_learning_rate=5e-3, kl_weight=30.0, fine_tune=12,
+    ),
+    "cifar10": dict(
+        image_size=32, network=dict(widths=(150,) * 5), epochs=20, batch_size=32, learning_rate=6.8e-4,
+        posterior_learning_rate=5e-3, kl_weight=30.0, fine_tune=10,
+    ),
+}  # fmt: skip
+
+
+def network(
+    input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, ...] = (100,) * 3
+) -> nn.Sequential:
+    """Hidden layers of the given widths; the noise stands after each tanh, where the next layer reads it."""
+    layers = nn.Sequential()
+    layers.add_module("flatten", nn.Flatten())
+    inputs = math.prod(input_shape)
+    for number, width in enumerate(widths, start=1):
+        layers.add_module(f"linear{number}", nn.Linear(inputs, width))
+        layers.add_module(f"tanh{number}", nn.Tanh())
+        layers.add_module(f"units{number}", MultiplicativeNoise(width))
+        inputs = width
+    layers.add_module("output", nn.Linear(inputs, num_classes))
+    return layers

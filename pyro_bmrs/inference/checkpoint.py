@@ -1,0 +1,54 @@
+"""A fitted posterior on disk: safetensors, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.export import write_atomically
+
+FORMAT, VERSION = "pyro_bmrs.posterior", 1
+
+
+def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> Path:
+    """Write weights and posterior parameters to a safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    tensors |= {f"guide.{name}": t for name, t in guide.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {"format": FORMAT, "version": str(VERSION), "kl_weight": repr(guide.kl_weight)}
+    return write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+
+
+def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> None:
+    """Load what `save_posterior` wrote into a model and a guide that has been called once.
+
+    Raises:
+        ValueError: if the file is none, is damaged, belongs to another network, or to a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path must be a posterior written by save_posterior: {path}: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path must be a posterior written by save_posterior: {path} is none")
+    if int(metadata["version"]) > VERSION:
+        raise ValueError(
+            f"{path} was written by a newer pyro_bmrs (posterior version {metadata['version']}, this one reads "
+            f"up to {VERSION}): upgrade pyro_bmrs"
+        )
+    for prefix, module in (("model.", model), ("guide.", guide)):
+        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} belongs to another network: {reason}") from None
+    guide.kl_weight = float(metadata["kl_weight"])

@@ -1,0 +1,217 @@
+"""Physical removal: what is gone is gone, what is left computes the reduced model, and a lie is caught."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pyro_bmrs import MultiplicativeNoise, name_sites
+from pyro_bmrs.networks import surgery
+from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates, parameters
+from pyro_bmrs.networks.noise import fixed_scales, noise_layers
+from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.networks.surgery import EqualityError, remove_structures
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.Tanh(), MultiplicativeNoise(8), nn.Linear(8, 6), nn.Tanh(), MultiplicativeNoise(6),
+        nn.Dropout(0.5), nn.Linear(6, 3),
+    ), (5,)  # fmt: skip
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), MultiplicativeNoise(4), nn.Conv2d(4, 5, 3, bias=False),
+        nn.BatchNorm2d(5), nn.ReLU(), MultiplicativeNoise(5), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(20, 7),
+        nn.GELU(), MultiplicativeNoise(7), nn.Linear(7, 3),
+    ), (1, 14, 14)  # fmt: skip
+
+
+def one_dimensional():
+    return nn.Sequential(
+        nn.Conv1d(2, 6, 3), nn.ELU(), MultiplicativeNoise(6), nn.Conv1d(6, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(), MultiplicativeNoise(4), nn.Linear(4, 2),
+    ), (2, 12)  # fmt: skip
+
+
+class Shared(nn.Module):
+    """One hidden layer read by two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.noise = nn.Linear(4, 9), MultiplicativeNoise(9)
+        self.left, self.right = nn.Linear(9, 2), nn.Linear(9, 3)
+
+    def forward(self, x):
+        h = self.noise(torch.sigmoid(self.hidden(x)))
+        return {"left": self.left(h), "right": (self.right(h),)}
+
+
+def shared():
+    return Shared(), (4,)
+
+
+FAMILIES = [mlp, convolutions, one_dimensional, shared]
+
+
+def conditioned(make, seed=0):
+    """The network with varying outputs: BatchNorm has seen data, parameters are not tiny."""
+    torch.manual_seed(seed)
+    net, shape = make()
+    name_sites(net)
+    x = torch.randn(16, *shape)
+    with torch.no_grad(), fixed_scales(net, {s: torch.ones(n.features) for s, n in noise_layers(net).items()}):
+        for parameter in net.parameters():
+            parameter.normal_(std=0.5)
+        net.train()(x)
+    return net.eval(), x
+
+
+def random_plan(net, seed, extreme=None):
+    # scales of 0.5 to 1, so that one unit a layer still gives outputs that vary
+    generator = torch.Generator().manual_seed(seed)
+    kept, scales = {}, {}
+    for site, noise in noise_layers(net).items():
+        keep = torch.rand(noise.features, generator=generator) < 0.5
+        if extreme == "all":
+            keep[:] = True
+        if extreme == "one":
+            keep[:] = False
+        if not keep.any():
+            keep[int(torch.randint(noise.features, (), generator=generator))] = True
+        kept[site] = keep
+        scales[site] = 0.5 + 0.5 * torch.rand(noise.features, generator=generator, dtype=torch.float64)
+    return kept, scales
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("extreme", [None, "all", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smaller_network_is_the_reduced_model(make, extreme, dtype):
+    net, x = conditioned(make)
+    net, x = net.to(dtype), x.to(dtype)
+    before = copy.deepcopy(net.state_dict())
+    kept, scales = random_plan(net, 1, extreme)
+    small = remove_structures(net, kept, scales, x)
+    with torch.no_grad(), fixed_scales(net, {s: scales[s].to(dtype) * kept[s] for s in kept}):
+        expected = surgery.outputs_of(net(x))
+    with torch.no_grad():
+        actual = surgery.outputs_of(small(x))
+    for want, have in zip(expected, actual, strict=True):
+        spread = (want - want.mean(0)).abs().max()
+        assert spread > 0.01
+        assert (want - have).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-10) * spread
+        assert have.dtype == dtype
+    # the given network is untouched, the new one is plain
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert type(small) is type(net)
+    assert not any(isinstance(module, MultiplicativeNoise) for module in small.modules())
+    assert not any(name.endswith(("kept", "log_low", "log_high")) for name in small.state_dict())
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_indices_shifted_by_one_are_caught(make, monkeypatch):
+    net, x = conditioned(make)
+    kept, scales = random_plan(net, 3)
+    for site in kept:
+        kept[site][:2] = torch.tensor([True, False])
+    real = surgery.structure_groups
+
+    def shifted(network, example):
+        groups = real(network, example)
+        site = next(iter(groups))
+        group = groups[site]
+        wrong = []
+        for member in group.members:
+            units = (member.units + 1) % group.features if member.role == "consumer" else member.units
+            wrong.append(type(member)(member.path, member.role, member.indices, units, member._cut))
+        groups[site] = type(group)(group.site, group.features, tuple(wrong))
+        return groups
+
+    monkeypatch.setattr(surgery, "structure_groups", shifted)
+    with pytest.raises(EqualityError, match=r"differs from the reduced model: output 0 by at most [\d.e+-]+"):
+        remove_structures(net, kept, scales, x)
+
+
+def test_noise_before_an_activation_that_is_not_homogeneous_is_caught():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), MultiplicativeNoise(6), nn.Sigmoid(), nn.Linear(6, 2))
+    name_sites(net)
+    kept, scales = random_plan(net, 0)
+    with pytest.raises(EqualityError, match="where its structures are consumed"):
+        remove_structures(net, kept, scales, torch.randn(8, 4))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 10_000))
+def test_any_chain_and_any_plan(widths, seed):
+    torch.manual_seed(seed)
+    layers, inputs = [], 3
+    for width in widths:
+        layers += [nn.Linear(inputs, width), nn.Tanh(), MultiplicativeNoise(width)]
+        inputs = width
+    net = nn.Sequential(*layers, nn.Linear(inputs, 2))
+    name_sites(net)
+    kept, scales = random_plan(net, seed)
+    small = remove_structures(net, kept, scales, torch.randn(6, 3))
+    left = [3, *(int(kept[site].sum()) for site in kept), 2]
+    assert parameters(small) == sum(a * b + b for a, b in zip(left, left[1:], strict=False))
+
+
+def test_a_filter_owns_its_block_of_columns_behind_flatten():
+    net, x = conditioned(convolutions)
+    group = structure_groups(net, x)["7"]
+    roles = [(member.role, member.path) for member in group.members]
+    assert roles == [("producer", "4"), ("between", "5"), ("consumer", "10")]
+    assert group.consumers[0].indices_of(torch.tensor([0, 3])) == [0, 1, 2, 3, 12, 13, 14, 15]
+    kept = {s: torch.ones(n.features, dtype=torch.bool) for s, n in noise_layers(net).items()}
+    kept["7"][[0, 3]] = False
+    small = remove_structures(net, kept, {s: torch.ones(len(k)).double() for s, k in kept.items()}, x)
+    # two filters of 4·3·3, two pairs of BatchNorm parameters, eight columns of seven rows
+    assert parameters(net) - parameters(small) == 2 * 36 + 4 + 8 * 7
+
+
+def test_frozen_networks_can_be_cut_and_the_result_is_trainable():
+    net, x = conditioned(mlp)
+    net.requires_grad_(False)
+    small = remove_structures(net, *random_plan(net, 2), x)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in small.parameters())
+
+
+def test_what_has_no_producer_or_no_reader_is_refused_by_name():
+    for net, word in (
+        (nn.Sequential(MultiplicativeNoise(4), nn.Linear(4, 2)), "makes"),
+        (nn.Sequential(nn.Linear(4, 2), MultiplicativeNoise(2)), "reads"),
+    ):
+        name_sites(net)
+        with pytest.raises(ValueError, match=f"'[01]'.*{word}"):
+            structure_groups(net, torch.randn(2, 4))
+
+
+def test_bad_plans_are_refused_before_any_work():
+    net, x = conditioned(mlp)
+    kept, scales = random_plan(net, 0)
+    for bad_kept, bad_scales, message in (
+        ({}, scales, "kept must have the sites"),
+        (kept, {}, "scales must have the sites"),
+        ({**kept, "2": torch.zeros(8, dtype=torch.bool)}, scales, "at least one of 8"),
+        ({**kept, "2": torch.ones(7, dtype=torch.bool)}, scales, r"shape \(8,\)"),
+        (kept, {**scales, "5": torch.full((6,), torch.nan)}, "'5'.*finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            remove_structures(net, bad_kept, bad_scales, x)
+
+
+def test_costs_are_counted_and_measured():
+    net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)), torch.randn(3, 1, 8, 8)
+    assert parameters(net) == 40 + 725
+    assert multiply_accumulates(net, x) == 4 * 36 * 9 + 144 * 5
+    table = compare_costs(net, net, x)
+    assert (table.loc["parameters"] == 765).all()
+    assert (table.loc["latency_milliseconds"] > 0).all()
+    with pytest.raises(ValueError, match="before must be a network without noise"):
+        compare_costs(nn.Sequential(MultiplicativeNoise(2)), net, x)
