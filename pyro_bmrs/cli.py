@@ -7,123 +7,182 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
+from pyro_bmrs import __version__
 
 if TYPE_CHECKING:
     from pyro_bmrs.runs import Run
 
-app = typer.Typer(
-    name="pyro-bmrs",
-    help="Make neural networks smaller by Bayesian evidence.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+Command = Callable[[Namespace], int]  # gives the exit status
 
-Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
-Data = Annotated[
-    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a .npz file or an image folder.")
-]
-DataRoot = Annotated[
-    Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, ~/.cache/pyro_bmrs.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of the fit; default the recipe's.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples per step.")]
-Seed = Annotated[int, typer.Option(help="Seeds weights, split, order and noise.")]
-KLWeight = Annotated[
-    float | None, typer.Option("--kl-weight", help="Factor on the KL; 1 is the ELBO. More removes more.")
-]
-LearningRate = Annotated[float | None, typer.Option(help="Of the weights.")]
-PosteriorRate = Annotated[float | None, typer.Option(help="Of the posterior's parameters.")]
-Draws = Annotated[int | None, typer.Option(help="Values of θ per batch; default one per example.")]
-Removal = Annotated[str | None, typer.Option(help="end, or epoch: remove after each epoch too.")]
-Limit = Annotated[int | None, typer.Option(help="Use only so many training examples.")]
-CriterionName = Annotated[
-    str | None,
-    typer.Option(
-        "--criterion", help="BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, Random:fraction=0.5."
-    ),
-]
-LogOdds = Annotated[
-    float | None,
-    typer.Option(help="Prior log-odds of removal: 0 is the paper's equation, 0.919 its released code."),
-]
-MinKept = Annotated[int | None, typer.Option(help="Structures that every layer keeps.")]
-FineTune = Annotated[int | None, typer.Option(help="Epochs of fine-tuning the small network.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-RecipeFile = Annotated[Path, typer.Argument(help="A Python file like those in models/.")]
-RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
-
-_STAGE_FILES = (
-    "settings.json", "recipe.py", "posterior.safetensors", "history.csv", "removals.csv", "structures.csv",
-    "evaluation.csv", "curve.csv", "plan.json", "plan.safetensors", "small.safetensors", "small.pt2",
-    "report.html",
+# Options that are settings of a run, by the names `runs.Settings` has for them.
+_REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "fine_tune")
+_FIT_SETTINGS = (
+    "epochs", "batch_size", "seed", "kl_weight", "learning_rate", "posterior_learning_rate",
+    "draws_per_batch", "removal", "limit",
 )  # fmt: skip
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
+class _Parser(ArgumentParser):
+    """Says what is wrong with the arguments in one line, without the usage round it."""
 
-    return str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
-def _new_run(recipe: Path, out: Path, options: dict[str, Any]) -> Run:
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="pyro-bmrs", description="Make neural networks smaller by Bayesian evidence.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    machine = _Parser(add_help=False)
+    option = machine.add_argument_group("machine").add_argument
+    option(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs",
+    )
+    option("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, …")
+    option("--quiet", action="store_true", help="show no progress")
+
+    reduction = _Parser(add_help=False)
+    option = reduction.add_argument_group("reduction (default: the recipe's)").add_argument
+    option(
+        "--criterion",
+        metavar="NAME",
+        help="BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, Random:fraction=0.5",
+    )
+    option(
+        "--prior-log-odds",
+        type=float,
+        metavar="NATS",
+        help="of removal, per structure: 0 is the paper's equation, 0.919 its released code",
+    )
+    option("--min-kept", type=int, metavar="N", help="structures that every layer keeps")
+    option("--fine-tune", type=int, metavar="N", help="epochs of fine-tuning the small network")
+
+    fitting = _Parser(add_help=False)
+    fitting.add_argument("recipe", type=Path, metavar="RECIPE", help="a Python file like those in models/")
+    option = fitting.add_argument_group("run").add_argument
+    option(
+        "--data",
+        default="digits",
+        metavar="NAME",
+        help="digits (the default), mnist, fashion-mnist, cifar10, a .npz file or an image folder",
+    )
+    option(
+        "--out",
+        type=Path,
+        default=Path("runs/latest"),
+        metavar="DIR",
+        help="folder for everything that comes out; default runs/latest",
+    )
+    option("--overwrite", action="store_true", help="start anew where the folder holds a run")
+    option = fitting.add_argument_group("fit (default: the recipe's)").add_argument
+    option("--epochs", type=int, metavar="N")
+    option("--batch-size", type=int, metavar="N", help="examples per step")
+    option("--seed", type=int, metavar="N", help="of weights, split, order and noise")
+    option("--kl-weight", type=float, metavar="W", help="factor on the KL; 1 is the ELBO, more removes more")
+    option("--learning-rate", type=float, metavar="RATE", help="of the weights")
+    option("--posterior-learning-rate", type=float, metavar="RATE", help="of the posterior's parameters")
+    option("--draws-per-batch", type=int, metavar="N", help="values of θ per batch; default one per example")
+    option("--removal", metavar="WHEN", help="end, or epoch: remove after each epoch too")
+    option("--limit", type=int, metavar="N", help="use only so many training examples")
+
+    folder = _Parser(add_help=False)
+    folder.add_argument("folder", type=Path, metavar="DIR", help="a run's folder")
+
+    def command(function: Command, *parents: _Parser) -> _Parser:
+        text = function.__doc__
+        made = commands.add_parser(
+            function.__name__, parents=list(parents), help=text, description=text, allow_abbrev=False
+        )
+        made.set_defaults(command=function)
+        return made
+
+    whole = command(run, fitting, reduction, machine)
+    option = whole.add_argument_group("what is required of it").add_argument
+    option(
+        "--require-removed",
+        type=float,
+        metavar="SHARE",
+        help="exit with 1 if less of the parameters is removed (0 to 1)",
+    )
+    option(
+        "--require-accuracy",
+        type=float,
+        metavar="SHARE",
+        help="exit with 1 if the test accuracy is lower (0 to 1)",
+    )
+    command(fit, fitting, reduction, machine)
+    command(reduce, folder, reduction, machine)
+    command(report, folder, machine)
+    option = command(predict, folder, machine).add_argument
+    option(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="a .npy, or .npz with x, of raw inputs; default the test examples",
+    )
+    option(
+        "--out",
+        type=Path,
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="CSV to write: label, probability; default predictions.csv",
+    )
+    return parser
+
+
+def _new_run(given: Namespace) -> Run:
     from pyro_bmrs.runs import Recipe, Run, Settings
 
-    overwrite, device = options.pop("overwrite"), options.pop("device")
-    data_root, quiet, data = options.pop("data_root"), options.pop("quiet"), options.pop("data")
-    read = Recipe.read(recipe)
-    settings = Settings.of(read, data, options)
-    if overwrite:
-        for name in _STAGE_FILES:
-            (out / name).unlink(missing_ok=True)
-    return Run(out, read, settings, data_root=data_root, device=_device(device), progress=not quiet)
+    recipe = Recipe.read(given.recipe)
+    overrides = {name: getattr(given, name) for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
+    current = Run(
+        given.out, recipe, Settings.of(recipe, given.data, overrides), data_root=given.data_root,
+        device=given.device, progress=not given.quiet, overwrite=given.overwrite,
+    )  # fmt: skip
+    weight = current.settings.kl_weight
+    print(
+        f"{recipe.name} on {current.dataset}; seed {current.settings.seed}, KL weight {weight:g}"
+        + ("" if weight == 1 else " (1 is the ELBO)"),
+        flush=True,
+    )
+    return current
 
 
-def _old_run(folder: Path, data_root: Path | None, device: str, quiet: bool, **changes: Any) -> Run:
-    from dataclasses import replace
-
+def _old_run(given: Namespace, *changes: str) -> Run:
     from pyro_bmrs.runs import Run
 
-    run = Run(folder, data_root=data_root, device=_device(device), progress=not quiet)
-    run.load_posterior()
-    run.settings = replace(run.settings, **{k: v for k, v in changes.items() if v is not None})
-    return run
-
-
-def _announce(run: Run) -> None:
-    settings = run.settings
-    weight = f"KL weight {settings.kl_weight:g}" + ("" if settings.kl_weight == 1 else " (1 is the ELBO)")
-    typer.echo(f"{run.recipe.path.name} on {run.dataset}; seed {settings.seed}, {weight}", err=True)
+    return Run(
+        given.folder, changes={name: getattr(given, name) for name in changes}, data_root=given.data_root,
+        device=given.device, progress=not given.quiet,
+    )  # fmt: skip
 
 
 def _print_outcome(run: Run) -> None:
-    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
-    from pyro_bmrs.reduction.reduce import Reduction
-
-    evaluation = pd.read_csv(run.folder / "evaluation.csv")
-    table = Table(title=None)
+    table = Table()
     for name in ("network", "parameters", "test accuracy", "test NLL (nats)"):
         table.add_column(name, justify="left" if name == "network" else "right")
-    for row in evaluation.itertuples():
+    for row in run.evaluation().itertuples():
         table.add_row(
             str(row.network), f"{row.parameters:,}", f"{100 * row.accuracy:.2f} %",
             f"{row.negative_log_likelihood:.4f}",
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(Reduction.load(run.folder / "plan.json").summary(), markup=False, highlight=False)
+    console.print(run.plan().summary(), markup=False, highlight=False)
     outcome = run.outcome()
     console.print(
         f"{100 * outcome['removed']:.1f} % of the parameters physically removed, "
@@ -132,180 +191,91 @@ def _print_outcome(run: Run) -> None:
     )
 
 
-def _check_required(run: Run, removed: float | None, accuracy: float | None) -> None:
-    outcome = run.outcome()
-    for name, least in (("removed", removed), ("accuracy", accuracy)):
-        if least is not None and outcome[name] < least:
-            typer.echo(f"pyro-bmrs: {name} is {outcome[name]:.4f}, required at least {least:g}", err=True)
-            raise typer.Exit(1)
-
-
-@app.command()
-def run(
-    recipe: RecipeFile,
-    data: Data = "digits",
-    out: Out = Path("runs/latest"),
-    data_root: DataRoot = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    criterion: CriterionName = None,
-    kl_weight: KLWeight = None,
-    prior_log_odds: LogOdds = None,
-    fine_tune: FineTune = None,
-    min_kept: MinKept = None,
-    learning_rate: LearningRate = None,
-    posterior_learning_rate: PosteriorRate = None,
-    draws_per_batch: Draws = None,
-    removal: Removal = None,
-    limit: Limit = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    require_removed: Annotated[
-        float | None, typer.Option(help="Exit with 1 if less of the parameters is removed (0 to 1).")
-    ] = None,
-    require_accuracy: Annotated[
-        float | None, typer.Option(help="Exit with 1 if the test accuracy is lower (0 to 1).")
-    ] = None,
-) -> None:
+def run(given: Namespace) -> int:
     """Fit, reduce, remove, fine-tune and report; called again it goes on from the last finished stage."""
-    options = dict(
-        data=data, data_root=data_root, epochs=epochs, batch_size=batch_size, seed=seed, criterion=criterion,
-        kl_weight=kl_weight, prior_log_odds=prior_log_odds, fine_tune=fine_tune, min_kept=min_kept,
-        learning_rate=learning_rate, posterior_learning_rate=posterior_learning_rate,
-        draws_per_batch=draws_per_batch, removal=removal, limit=limit, device=device, overwrite=overwrite,
-        quiet=quiet,
-    )  # fmt: skip
-    current = _new_run(recipe, out, options)
-    _announce(current)
-    if current.complete():
-        typer.echo(f"{out} already holds this run, complete", err=True)
+    required = {"removed": given.require_removed, "accuracy": given.require_accuracy}
+    for name, least in required.items():
+        if least is not None and not 0 <= least <= 1:
+            raise ValueError(f"--require-{name} must be a share from 0 to 1: got {least:g}")
+    current = _new_run(given)
+    if current.complete() and not given.overwrite:
+        print(f"{given.out} already holds this run, complete")
     else:
         current.fit()
-        current.reduce()
+        if not current.reduced():
+            current.reduce()
         current.report()
     _print_outcome(current)
-    typer.echo(f"report: {out / 'report.html'}")
-    _check_required(current, require_removed, require_accuracy)
+    print(f"report: {given.out / 'report.html'}")
+    outcome = current.outcome()
+    # an accuracy that is not known, NaN, is not enough either
+    missed = [
+        f"{name} is {outcome[name]:.4f}, required at least {least:g}"
+        for name, least in required.items()
+        if least is not None and not outcome[name] >= least
+    ]
+    if missed:
+        print(f"pyro-bmrs: {'; '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
 
 
-@app.command()
-def fit(
-    recipe: RecipeFile,
-    data: Data = "digits",
-    out: Out = Path("runs/latest"),
-    data_root: DataRoot = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    criterion: CriterionName = None,
-    kl_weight: KLWeight = None,
-    prior_log_odds: LogOdds = None,
-    learning_rate: LearningRate = None,
-    posterior_learning_rate: PosteriorRate = None,
-    draws_per_batch: Draws = None,
-    removal: Removal = None,
-    limit: Limit = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-) -> None:
+def fit(given: Namespace) -> int:
     """Fit the posterior only."""
-    options = dict(
-        data=data, data_root=data_root, epochs=epochs, batch_size=batch_size, seed=seed, criterion=criterion,
-        kl_weight=kl_weight, prior_log_odds=prior_log_odds, learning_rate=learning_rate,
-        posterior_learning_rate=posterior_learning_rate, draws_per_batch=draws_per_batch, removal=removal,
-        limit=limit, device=device, overwrite=overwrite, quiet=quiet,
-    )  # fmt: skip
-    current = _new_run(recipe, out, options)
-    _announce(current)
-    result = current.fit()
-    typer.echo(str(result) if result is not None else f"{out} already holds this fit")
+    result = _new_run(given).fit()
+    print(f"{given.out} already holds this fit" if result is None else result)
+    return 0
 
 
-@app.command()
-def reduce(
-    folder: RunFolder,
-    criterion: CriterionName = None,
-    prior_log_odds: LogOdds = None,
-    min_kept: MinKept = None,
-    fine_tune: FineTune = None,
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
-) -> None:
+def reduce(given: Namespace) -> int:
     """Reduce a fitted run again, by another criterion if you like, and write the small network."""
-    current = _old_run(
-        folder, data_root, device, quiet,
-        criterion=criterion, prior_log_odds=prior_log_odds, min_kept=min_kept, fine_tune=fine_tune,
-    )  # fmt: skip
-    from pyro_bmrs.reduction.criteria import parse_criterion
-
-    parse_criterion(current.settings.criterion, current.settings.prior_log_odds)
+    current = _old_run(given, *_REDUCE_SETTINGS)
+    current.load_posterior()
     current.reduce()
     _print_outcome(current)
+    return 0
 
 
-@app.command()
-def report(
-    folder: RunFolder, data_root: DataRoot = None, device: Device = "auto", quiet: Quiet = False
-) -> None:
+def report(given: Namespace) -> int:
     """Write the report of a reduced run anew."""
-    typer.echo(f"report: {_old_run(folder, data_root, device, quiet).report()}")
+    current = _old_run(given)
+    current.load_posterior()
+    print(f"report: {current.report()}")
+    return 0
 
 
-@app.command()
-def predict(
-    folder: RunFolder,
-    inputs: Annotated[
-        Path | None, typer.Option(help="A .npy, or .npz with x, of raw inputs; default the test examples.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="CSV to write: label, probability.")] = Path("predictions.csv"),
-    data_root: DataRoot = None,
-    device: Device = "auto",
-) -> None:
+def predict(given: Namespace) -> int:
     """Predict with the small network of a run."""
     from pyro_bmrs.data import read_inputs
     from pyro_bmrs.networks.export import write_atomically
-    from pyro_bmrs.runs import Run
 
-    current = Run(folder, data_root=data_root, device=_device(device))
-    x = current.dataset.test[:][0] if inputs is None else current.dataset.prepare(read_inputs(inputs))
+    inputs = None if given.inputs is None else read_inputs(given.inputs)
+    current = _old_run(given)
+    x = current.dataset.test[:][0] if inputs is None else current.dataset.prepare(inputs)
     table = current.predict(x)
-    write_atomically(out, lambda beside: table.to_csv(beside, index=False))
-    typer.echo(f"{len(table)} predictions in {out}")
+    write_atomically(given.out, lambda beside: table.to_csv(beside, index=False))
+    print(f"{len(table)} predictions in {given.out}")
+    return 0
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; any mistake of the user's is one line on stderr and exit status 2."""
-    sys.exit(_guarded(lambda: app(arguments, standalone_mode=False)))
+    sys.exit(_guarded(arguments))
 
 
-def _guarded(command: Callable[[], Any]) -> int:
-    from typer.exceptions import TyperException
-
+def _guarded(arguments: list[str] | None) -> int:
     try:
-        status = command()
-    except TyperException as error:
-        message = getattr(error, "format_message", lambda: str(error))()
-        return _complain(message)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("pyro-bmrs: interrupted", err=True)
+        given = _parser().parse_args(arguments)
+        command: Command = given.command
+        return command(given)
+    except KeyboardInterrupt as error:
+        print(f"pyro-bmrs: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("PYRO_BMRS_DEBUG"):
             raise
-        if type(error).__name__ == "Interrupted":
-            typer.echo(f"pyro-bmrs: {error}", err=True)
-            return 130
-        return _complain(str(error) or type(error).__name__)
-    return status if isinstance(status, int) else 0
-
-
-def _complain(message: str) -> int:
-    typer.echo(f"pyro-bmrs: error: {' '.join(message.split())}", err=True)
-    return 2
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"pyro-bmrs: error: {message}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import json
 import math
+import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pandas as pd
+import pyro
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_bmrs import __version__
-from pyro_bmrs.data import Dataset, load_data
+from pyro_bmrs.data import DataError, Dataset, load_data
 from pyro_bmrs.diagnostics import compression_curve, report
 from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Fit, evaluate, fit
 from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_program, load_weights, save_weights, write_atomically
-from pyro_bmrs.networks.noise import without_noise
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.reduction.criteria import parse_criterion
-from pyro_bmrs.reduction.reduce import Reduction, reduce
+from pyro_bmrs.reduction.reduce import CHECK_EXAMPLES, Reduction, reduce
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
+# What each stage leaves. The last of a stage's files is written last: where it is, the stage is done.
+FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "posterior.safetensors")
+REDUCE_FILES = (
+    "evaluation.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.safetensors", "plan.json",
+)  # fmt: skip
+REPORT_FILES = ("curve.csv", "report.html")
 
-class Interrupted(RuntimeError):
-    """Ctrl-C during a run; what was finished before stands."""
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run, saying what stands; what was finished before does."""
+
+
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Turns any error of a recipe's code into a ValueError of one line that says whose it is."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{what} fails with {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -40,57 +61,81 @@ class Recipe:
     """A Python file that defines `network` and `SETTINGS`, and optionally `model` and `guide`.
 
     Reading a recipe runs it: it is code, unlike every other file of a run.
+
+    Attributes:
+        path: the file.
+        module: what it defines.
+        name: what to call it; a run's folder keeps it as recipe.py, whatever its name was.
     """
 
     path: Path
     module: ModuleType
+    name: str
 
     @classmethod
-    def read(cls, path: Path | str) -> Recipe:
+    def read(cls, path: Path | str, name: str | None = None) -> Recipe:
         """Raises ValueError, in one line, if the file is missing, fails, or lacks what a recipe defines."""
         path = Path(path)
-        if not path.is_file():
+        if path.suffix != ".py" or not path.is_file():
             raise ValueError(f"recipe must be a Python file: {path} is none")
-        spec = importlib.util.spec_from_file_location(f"pyro_bmrs_recipe_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"recipe must be a Python file: {path} is none")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"recipe {path} fails with {type(error).__name__}: {error}") from error
-        for name in ("network", "SETTINGS"):
-            if not hasattr(module, name):
-                raise ValueError(f"recipe {path} must define {name}; see models/lenet5.py for one that does")
-        if not isinstance(module.SETTINGS, dict):
+        module = ModuleType(f"pyro_bmrs_recipe_{path.stem}")
+        module.__file__ = str(path)
+        with _blamed(f"recipe {path}"):
+            # not through importlib, which would leave a __pycache__ beside it, in a run's folder too
+            exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        if not callable(getattr(module, "network", None)):
+            raise ValueError(
+                f"recipe {path} must define a function network; see models/lenet5.py for one that does"
+            )
+        if not isinstance(getattr(module, "SETTINGS", None), dict):
             raise ValueError(f"recipe {path} must define SETTINGS as a dict of data name to settings")
-        return cls(path, module)
+        return cls(path, module, name or path.name)
 
     def settings(self, data: str) -> dict[str, Any]:
         """The recipe's settings for a data set, those under "default" where it has none."""
-        return dict(self.module.SETTINGS.get(data) or self.module.SETTINGS.get("default") or {})
+        table = self.module.SETTINGS
+        chosen = table.get(data, table.get("default", {}))
+        if not isinstance(chosen, dict):
+            raise ValueError(f"recipe {self.path} must have a dict in SETTINGS for {data!r}: got {chosen!r}")
+        return chosen
 
     def network(self, dataset: Dataset, options: Mapping[str, Any], seed: int) -> nn.Module:
         """The network with noise layers, its initial weights drawn with `seed`."""
-        with torch.random.fork_rng(devices=[]):
+        arguments = f"{dataset.input_shape}, {dataset.num_classes}"
+        with torch.random.fork_rng(), self._blamed("network", arguments):
             torch.manual_seed(seed)
-            net: nn.Module = self.module.network(dataset.input_shape, dataset.num_classes, **options)
-        return net
+            net = self.module.network(dataset.input_shape, dataset.num_classes, **options)
+        return self._checked("network", net, nn.Module)
 
     def model(self, network: nn.Module) -> nn.Module:
-        build: Callable[[nn.Module], nn.Module] = getattr(self.module, "model", Classifier)
-        return build(network)
+        """The Pyro model round a network: the recipe's own, or `Classifier`."""
+        with self._blamed("model", "network"):
+            model = getattr(self.module, "model", Classifier)(network)
+        return self._checked("model", model, nn.Module)
 
     def guide(self, model: nn.Module) -> AutoTruncatedLogNormal:
-        build: Callable[[nn.Module], AutoTruncatedLogNormal] = getattr(
-            self.module, "guide", AutoTruncatedLogNormal
-        )
-        return build(model)
+        """The guide of a model: the recipe's own, or `AutoTruncatedLogNormal`."""
+        with self._blamed("guide", "model"):
+            guide = getattr(self.module, "guide", AutoTruncatedLogNormal)(model)
+        return self._checked("guide", guide, AutoTruncatedLogNormal)
+
+    def _blamed(self, function: str, arguments: str) -> Any:
+        return _blamed(f"recipe {self.path}: {function}({arguments})")
+
+    def _checked[T](self, function: str, result: object, kind: type[T]) -> T:
+        if not isinstance(result, kind):
+            raise ValueError(
+                f"recipe {self.path}: {function} must return a {kind.__name__}: got {type(result).__name__}"
+            )
+        return result
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that shapes a run. Fields up to `limit` shape the fit, the rest what is done with it."""
+    """All that shapes a run. Fields up to `limit` shape the fit, the rest what is done with it.
+
+    What `fit` and `load_data` check before any work is done is not checked here again.
+    """
 
     data: str = "digits"
     seed: int = 0
@@ -110,27 +155,74 @@ class Settings:
     min_kept: int = 1
     fine_tune: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least, allowed in (
+            ("min_kept", 1, "a number of structures, 1 or more"),
+            ("fine_tune", 0, "a number of epochs, 0 or more"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be {allowed}: got {value!r}")
+        if not isinstance(self.criterion, str):
+            raise ValueError(f"criterion must be a name such as 'BMRS_N': got {self.criterion!r}")
+        parse_criterion(self.criterion, self.prior_log_odds)
+        try:
+            # as settings.json will give it back, with lists for tuples
+            network = json.loads(json.dumps(self.network))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"network must hold what JSON can: got {self.network!r} ({error})") from None
+        if not isinstance(network, dict | None):
+            raise ValueError(f"network must be a dict of arguments of the recipe's network: got {network!r}")
+        object.__setattr__(self, "network", network)
+
     @classmethod
     def of(cls, recipe: Recipe, data: str, overrides: Mapping[str, Any]) -> Settings:
         """The recipe's settings for `data`, with the given ones (None: not given) laid over them."""
-        given = {name: value for name, value in overrides.items() if value is not None}
-        known = {field.name for field in fields(cls)}
-        merged = {**recipe.settings(data), "data": data, **given}
-        unknown = sorted(set(merged) - known)
+        chosen = recipe.settings(data)
+        known = {field.name for field in fields(cls)} - {"data"}
+        unknown = sorted(map(str, set(chosen) - known))
         if unknown:
-            raise ValueError(f"SETTINGS of {recipe.path} has unknown names {unknown}; known are {sorted(known)}")
-        settings = cls(**merged)
-        if settings.fine_tune < 0:
-            raise ValueError(f"fine_tune must be a number of epochs, 0 or more: got {settings.fine_tune}")
-        parse_criterion(settings.criterion, settings.prior_log_odds)  # before any work is done
-        return settings
+            raise ValueError(
+                f"recipe {recipe.path} must have known names in SETTINGS, {sorted(known)}: got {unknown}"
+            )
+        return cls(**chosen, data=data).changed(overrides)
+
+    def changed(self, overrides: Mapping[str, Any]) -> Settings:
+        """These settings with the given ones (None: not given) laid over them.
+
+        Another criterion leaves the prior log-odds behind, which belong to the one before.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if "criterion" in given:
+            given.setdefault("prior_log_odds", None)
+        return replace(self, **given)
 
     def of_fit(self) -> dict[str, Any]:
-        """The part that a fitted posterior depends on, as JSON holds it."""
+        """The part that a fitted posterior depends on."""
         names = [field.name for field in fields(self)]
         kept = names[: names.index("limit") + 1]
-        part: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in kept}))
-        return part
+        if self.removal == "epoch":  # then the criterion has a hand in the fit
+            kept += ["criterion", "prior_log_odds"]
+        return {name: getattr(self, name) for name in kept}
+
+
+def _usable_device(name: str) -> torch.device:
+    """The device called `name`; "auto": the accelerator where there is one."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for a device
+        raise ValueError(f"device must be auto, or one that torch can use: got {name!r} ({error})") from error
+    return device
+
+
+def _check_writable(folder: Path) -> None:
+    """Said before a fit, not after it; nothing is created."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out must be a folder that can be written to: got {folder}, and {there} is none")
 
 
 class Run:
@@ -140,13 +232,15 @@ class Run:
         folder: where the files are, or will be.
         recipe: the recipe; default the copy that the folder holds.
         settings: default those that the folder holds.
+        changes: to the settings that the folder holds, by name; None: no change.
         data_root: where the data sets are.
-        device: where to compute; None: the CPU.
+        device: where to compute: "auto" is the accelerator where there is one.
         progress: show progress.
+        overwrite: whether a fit with other settings or another recipe in the folder may be replaced.
 
     Raises:
-        ValueError: if the folder holds a fit with other settings, another recipe, or no run where one is
-            needed, or was written by a newer version.
+        ValueError: if the folder holds a fit with other settings or another recipe, or no run where one is
+            needed, or was written by a newer version; if recipe, data or device can't be used.
     """
 
     def __init__(
@@ -155,22 +249,28 @@ class Run:
         recipe: Recipe | None = None,
         settings: Settings | None = None,
         *,
+        changes: Mapping[str, Any] | None = None,
         data_root: Path | str | None = None,
-        device: str | None = None,
+        device: str = "auto",
         progress: bool = True,
+        overwrite: bool = False,
     ) -> None:
-        self.folder = Path(folder)
-        self.device, self.progress = torch.device(device or "cpu"), progress
-        stored = self._stored_settings()
+        self.folder, self.progress, self.overwrite = Path(folder), progress, overwrite
+        stored = None if overwrite else self._stored_settings()
         if recipe is None or settings is None:
             if stored is None:
                 raise ValueError(f"run must be a folder with a settings.json: {self.folder} has none")
-            recipe = recipe or Recipe.read(self.folder / "recipe.py")
-            settings = settings or Settings(**stored["settings"])
+            recipe = recipe or Recipe.read(self.folder / "recipe.py", stored["recipe"])
+            settings = settings or stored["settings"].changed(changes or {})
         elif stored is not None and self.has("posterior.safetensors"):
-            before, now = Settings(**stored["settings"]).of_fit(), settings.of_fit()
-            changed = [f"{name} {before[name]!r} → {now[name]!r}" for name in now if before[name] != now[name]]
-            if recipe.path.read_text() != (self.folder / "recipe.py").read_text():
+            before, now = stored["fit"], settings.of_fit()
+            changed = [
+                f"{name} {before.get(name)!r} → {now.get(name)!r}"
+                for name in dict.fromkeys([*now, *before])
+                if before.get(name) != now.get(name)
+            ]
+            self._need("recipe.py")
+            if recipe.path.read_bytes() != (self.folder / "recipe.py").read_bytes():
                 changed.append("another recipe")
             if changed:
                 raise ValueError(
@@ -178,102 +278,175 @@ class Run:
                     "choose another folder, or pass --overwrite"
                 )
         self.recipe, self.settings = recipe, settings
-        self.dataset = load_data(
-            settings.data, data_root=data_root, image_size=settings.image_size, seed=settings.seed,
-            limit=settings.limit,
-        )  # fmt: skip
+        # what the folder's posterior was fitted with: a later reduction may have other settings
+        self.fitted_with = settings.of_fit() if stored is None else stored["fit"]
+        self.device = _usable_device(device)
+        try:
+            self.dataset = load_data(
+                settings.data, data_root=data_root, image_size=settings.image_size, seed=settings.seed,
+                limit=settings.limit,
+            )  # fmt: skip
+        except DataError as error:
+            raise ValueError(f"data {settings.data!r} can't be used: {error}") from error
         self.network = recipe.network(self.dataset, settings.network or {}, settings.seed).to(self.device)
-        self.model = recipe.model(self.network)
+        self.model = recipe.model(self.network).to(self.device)
         self.guide = recipe.guide(self.model)
 
     def _stored_settings(self) -> dict[str, Any] | None:
+        """settings (Settings), fit (the part of them the posterior was fitted with), recipe (its name)."""
         path = self.folder / "settings.json"
         if not path.exists():
             return None
         try:
-            document: dict[str, Any] = json.loads(path.read_text())
-            version = document["version"] if document["format"] == FORMAT else None
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+            document = json.loads(path.read_text())
+            version = int(document["version"]) if document["format"] == FORMAT else None
+        except (ValueError, KeyError, TypeError):
             version = None
         if version is None:
-            raise ValueError(f"{path} is not the settings file of a run")
+            raise ValueError(f"{path} is not the settings file of a run, or is damaged")
         if version > VERSION:
             raise ValueError(
-                f"{path} was written by a newer pyro_bmrs (run version {version}, this one reads up to {VERSION})"
+                f"{path} was written by a newer pyro_bmrs (run version {version}, this one reads up to "
+                f"{VERSION}): upgrade pyro_bmrs"
             )
-        return document
+        try:
+            return {
+                "settings": Settings(**document["settings"]),
+                "fit": dict(document["fit"]),
+                "recipe": str(document["recipe"]),
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
 
-    def has(self, name: str) -> bool:
-        """Whether the folder holds a file."""
-        return (self.folder / name).exists()
+    def has(self, *names: str) -> bool:
+        """Whether the folder holds these files."""
+        return all((self.folder / name).exists() for name in names)
+
+    def _need(self, *names: str) -> None:
+        for name in names:
+            if not self.has(name):
+                stage = "fit" if name in FIT_FILES else "reduce"
+                raise ValueError(f"run {self.folder} has no {name}: call `pyro-bmrs {stage}` first")
+
+    def _clear(self, *names: str) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _write_table(self, name: str, table: pd.DataFrame) -> None:
         write_atomically(self.folder / name, lambda beside: table.to_csv(beside, index=False))
+
+    def _read_table(self, name: str, *columns: str) -> pd.DataFrame:
+        """A table of the folder that has at least these columns."""
+        self._need(name)
+        table = pd.read_csv(self.folder / name, dtype={"layer": str})
+        missing = [column for column in columns if column not in table]
+        if missing:
+            raise ValueError(f"{self.folder / name} is damaged: it has no column {', '.join(missing)}")
+        return table
 
     def _write_settings(self) -> None:
         document = {
             "format": FORMAT,
             "version": VERSION,
             "settings": asdict(self.settings),
-            "recipe": self.recipe.path.name,
-            "versions": {"pyro_bmrs": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "fit": self.fitted_with,
+            "recipe": self.recipe.name,
+            "versions": {
+                "pyro_bmrs": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         write_atomically(
             self.folder / "settings.json", lambda beside: beside.write_text(json.dumps(document, indent=1))
         )
-        if self.recipe.path.resolve() != (self.folder / "recipe.py").resolve():
-            write_atomically(
-                self.folder / "recipe.py", lambda beside: shutil.copyfile(self.recipe.path, beside)
-            )
 
     # the stages -------------------------------------------------------------------------------------
 
     def fit(self) -> Fit | None:
-        """Fit the posterior and write it, unless the folder has it. Returns the fit if one was made."""
-        if self.has("posterior.safetensors"):
+        """Fit the posterior and write it, unless the folder has it. Returns the fit if one was made.
+
+        With `overwrite` a fit is always made; the folder keeps what it holds until the new one is done.
+        """
+        if self.has("posterior.safetensors") and not self.overwrite:
             self.load_posterior()
             return None
         settings = self.settings
-        criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
+        _check_writable(self.folder)
+        self._check_shrinkable()
         result = fit(
             self.model, self.guide, self.dataset.train, self.dataset.validation, epochs=settings.epochs,
             batch_size=settings.batch_size, learning_rate=settings.learning_rate,
             posterior_learning_rate=settings.posterior_learning_rate, kl_weight=settings.kl_weight,
-            warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch, criterion=criterion,
+            warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch,
+            criterion=parse_criterion(settings.criterion, settings.prior_log_odds),
             removal=settings.removal, seed=settings.seed, device=self.device, progress=self.progress,
         )  # fmt: skip
         if result.interrupted:
-            raise Interrupted(f"interrupted in epoch {len(result.history) + 1}; {self.folder} holds no fit yet")
+            raise Interrupted(
+                f"interrupted in epoch {len(result.history) + 1}; nothing of this fit is in {self.folder}"
+            )
+        self.fitted_with = settings.of_fit()
+        copied = self.folder / "recipe.py"
+        # the posterior is what says that the folder holds a fit: it goes first and comes last
+        self._clear("posterior.safetensors", *REPORT_FILES, *reversed(REDUCE_FILES))
         self._write_settings()
+        if self.recipe.path.resolve() != copied.resolve():
+            write_atomically(copied, lambda beside: shutil.copyfile(self.recipe.path, beside))
         self._write_table("history.csv", result.history)
-        self._write_table("removals.csv", result.removals)
+        self._write_table("removals.csv", result.removals.assign(phase="fit")[_REMOVAL_COLUMNS])
         save_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
+        self.overwrite = False
         return result
+
+    def _check_shrinkable(self) -> None:
+        """Call the model once and shrink its network once, so that a bad recipe is refused before the fit."""
+        example = self._example()
+        with torch.random.fork_rng(), _blamed(f"recipe {self.recipe.path}: its model"):
+            self._call(copy.deepcopy(self.model), self.dataset.train[: self.settings.batch_size])
+        layers = noise_layers(self.network)
+        if not layers:
+            raise ValueError(f"recipe {self.recipe.path}: network must have MultiplicativeNoise layers")
+        kept, halves = {}, {}
+        for site, layer in layers.items():
+            kept[site] = torch.arange(layer.features) < max(1, layer.features - 1)
+            halves[site] = torch.full((layer.features,), 0.5, dtype=torch.float64)
+        with _blamed(f"recipe {self.recipe.path}: removing structures of its network"):
+            remove_structures(self.network, kept, halves, example[:CHECK_EXAMPLES])
+
+    def _call(self, program: Callable[[Tensor, Tensor], Any], batch: tuple[Tensor, ...]) -> None:
+        """Call a model or a guide on a batch, with no trace of it in Pyro's parameter store."""
+        with torch.no_grad(), pyro.get_param_store().scope():
+            program(batch[0].to(self.device), batch[1].to(self.device))
 
     def load_posterior(self) -> None:
         """Put the folder's posterior into model and guide."""
-        if not self.has("posterior.safetensors"):
-            raise ValueError(f"run {self.folder} has no fit yet: call `pyro-bmrs fit` first")
-        x, y = self.dataset.train[: self.settings.batch_size]
-        self.guide(x.to(self.device), y.to(self.device))
+        self._need("posterior.safetensors")
+        with torch.random.fork_rng():
+            self._call(self.guide, self.dataset.train[: self.settings.batch_size])
         self.guide.to(self.device)
         load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
 
     def reduce(self) -> tuple[Reduction, nn.Module]:
         """Reduce, apply, fine-tune, evaluate, and write plan, tables and the small network."""
         settings = self.settings
+        _check_writable(self.folder)
         criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
         plan = reduce(self.model, self.guide, criterion, min_kept=settings.min_kept)
+        plan = plan.bound_to(self.network, self._example)
         small = plan.apply()
-        full = evaluate(self.model, self.dataset.test, self.guide.mean())
-        rows = [("full, E[θ]", *full, parameters(self.network))]
-        wrapped = self.recipe.model(small)
-        rows.append(("reduced", *evaluate(wrapped, self.dataset.test), parameters(small)))
-        history = pd.read_csv(self.folder / "history.csv")
+        model = self._model_of(small)
+        test = self.dataset.test
+        rows = [
+            ("full, E[θ]", *evaluate(self.model, test, self.guide.mean()), parameters(self.network)),
+            ("reduced", *evaluate(model, test), parameters(small)),
+        ]
+        history = self._read_table("history.csv", "phase", "epoch")
         history = history[history.phase == "fit"]
+        removals = self._removals(plan, len(history))
         if settings.fine_tune:
             tuned = fit(
-                wrapped, None, self.dataset.train, self.dataset.validation, epochs=settings.fine_tune,
+                model, None, self.dataset.train, self.dataset.validation, epochs=settings.fine_tune,
                 batch_size=settings.batch_size, learning_rate=settings.learning_rate, schedule="cosine",
                 seed=settings.seed, progress=self.progress,
             )  # fmt: skip
@@ -281,76 +454,111 @@ class Run:
                 raise Interrupted(f"interrupted while fine-tuning; the fit in {self.folder} stands")
             kept = sum(map(len, plan.kept.values()))
             history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
-            rows.append(("fine-tuned", *evaluate(wrapped, self.dataset.test), parameters(small)))
-        evaluation = pd.DataFrame(
-            rows, columns=["network", "negative_log_likelihood", "accuracy", "parameters"]
-        ).assign(split="test")
+            rows.append(("fine-tuned", *evaluate(model, test), parameters(small)))
+        columns = ["network", "negative_log_likelihood", "accuracy", "parameters"]
+        # never files of two reductions side by side
+        self._clear(*REPORT_FILES, *reversed(REDUCE_FILES))
         self._write_settings()
         self._write_table("history.csv", history)
+        self._write_table("removals.csv", removals)
+        self._write_table("evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
         self._write_table("structures.csv", plan.table)
-        if settings.removal == "end":
-            gone = plan.table[plan.table.removed].assign(epoch=int((history.phase == "fit").sum()))
-            self._write_table("removals.csv", gone[["epoch", "layer", "unit", "score", "log_evidence_change"]])
-        self._write_table("evaluation.csv", evaluation)
-        plan.save(self.folder / "plan.json")
+        small.cpu()  # so that the program can be loaded where there is no accelerator
         save_weights(small, self.folder / "small.safetensors")
-        export_program(small, self.dataset.test[:2][0].to(self.device), self.folder / "small.pt2")
+        export_program(small, test[:2][0], self.folder / "small.pt2")
+        plan.save(self.folder / "plan.json")
         return plan, small
+
+    def _model_of(self, small: nn.Module) -> nn.Module:
+        """The Pyro model round the small network, with what the fit learned outside the network."""
+        model = self.recipe.model(small)
+        network = {id(tensor) for tensor in self.network.state_dict(keep_vars=True).values()}
+        state = self.model.state_dict(keep_vars=True)
+        model.load_state_dict({n: t for n, t in state.items() if id(t) not in network}, strict=False)
+        return model.to(self.device)
+
+    def _removals(self, plan: Reduction, epochs: int) -> pd.DataFrame:
+        """A row per removed structure: those of the fit as it noted them, then those of this reduction."""
+        noted = self._read_table("removals.csv", *_REMOVAL_COLUMNS)
+        noted = noted[noted.phase == "fit"]
+        known = set(zip(noted.layer, noted.unit, strict=True))
+        gone = plan.table[plan.table.removed].assign(phase="reduce", epoch=epochs)
+        new = [pair not in known for pair in zip(gone.layer, gone.unit, strict=True)]
+        gone = gone.loc[new, _REMOVAL_COLUMNS]
+        return gone if noted.empty else pd.concat([noted, gone], ignore_index=True)
 
     def report(self) -> Path:
         """Draw the accuracy-against-parameters line and write report.html."""
-        for name in ("plan.json", "evaluation.csv", "history.csv"):
-            if not self.has(name):
-                raise ValueError(f"run {self.folder} has no {name} yet: call `pyro-bmrs reduce` first")
+        self._need("plan.json")
+        history = self._read_table("history.csv", "phase", "epoch")
+        evaluation = self._read_table("evaluation.csv", "network", "parameters", "accuracy")
         plan = Reduction.load(self.folder / "plan.json").bound_to(self.network, self._example)
-        if self.has("curve.csv") and self._newer("curve.csv", "plan.json"):
-            curve = pd.read_csv(self.folder / "curve.csv")
+        if self.has("curve.csv"):
+            curve = self._read_table("curve.csv")
         else:
             curve = compression_curve(self.model, plan, self.dataset.validation)
             self._write_table("curve.csv", curve)
-        history = pd.read_csv(self.folder / "history.csv")
         epochs = int((history.phase == "fit").sum())
-        shown = Fit(history, pd.DataFrame(), asdict(self.settings), best_epoch=epochs)
         return report(
-            shown, plan, self.folder / "report.html", curve=curve,
-            evaluation=pd.read_csv(self.folder / "evaluation.csv"),
-            settings={"recipe": self.recipe.path.name, "data": str(self.dataset), "pyro_bmrs": __version__,
+            Fit(history, pd.DataFrame(), asdict(self.settings), best_epoch=epochs), plan,
+            self.folder / "report.html", curve=curve, evaluation=evaluation,
+            settings={"recipe": self.recipe.name, "data": str(self.dataset), "pyro_bmrs": __version__,
                       "torch": torch.__version__},
         )  # fmt: skip
 
-    def _newer(self, name: str, than: str) -> bool:
-        return (self.folder / name).stat().st_mtime >= (self.folder / than).stat().st_mtime
-
     def _example(self) -> Tensor:
-        return self.dataset.train[: self.settings.batch_size][0].to(self.device)
+        x: Tensor = self.dataset.train[: self.settings.batch_size][0].to(self.device)
+        return x
+
+    def evaluation(self) -> pd.DataFrame:
+        """How the networks do on the test examples, a row each, the final one last."""
+        return self._read_table(
+            "evaluation.csv", "network", "negative_log_likelihood", "accuracy", "parameters"
+        )
 
     def outcome(self) -> dict[str, float]:
         """removed (fraction of parameters) and accuracy (test, 0 to 1) of the final network."""
-        table = pd.read_csv(self.folder / "evaluation.csv")
+        table = self.evaluation()
         removed = 1 - table.parameters.iloc[-1] / table.parameters.iloc[0]
         return {"removed": float(removed), "accuracy": float(table.accuracy.iloc[-1])}
 
+    def reduced(self) -> bool:
+        """Whether the folder holds the reduction by these very settings."""
+        stored = self._stored_settings()
+        done = self.has(*FIT_FILES, *REDUCE_FILES)
+        return done and stored is not None and stored["settings"] == self.settings
+
     def complete(self) -> bool:
         """Whether every stage has been done with these very settings."""
-        stored = self._stored_settings()
-        files = ("posterior.safetensors", "plan.json", "small.safetensors", "small.pt2", "report.html")
-        same = stored is not None and stored["settings"] == json.loads(json.dumps(asdict(self.settings)))
-        return same and all(map(self.has, files))
+        return self.reduced() and self.has(*REPORT_FILES)
+
+    def plan(self) -> Reduction:
+        """The folder's plan."""
+        self._need("plan.json")
+        return Reduction.load(self.folder / "plan.json")
 
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
-        plan = Reduction.load(self.folder / "plan.json")
-        small = plan.apply(self.network, self._example(), measure=False)
-        small.load_state_dict(load_weights(self.folder / "small.safetensors"))
-        return without_noise(small).eval()
+        small = self.plan().apply(self.network, self._example(), measure=False)
+        path = self.folder / "small.safetensors"
+        self._need(path.name)
+        try:
+            small.load_state_dict(load_weights(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged, or does not belong to this plan: {error}") from error
+        return small.eval()
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> pd.DataFrame:
-        """Predicted class and its probability for standardised inputs, one row each."""
+        """Predicted class and its probability for inputs as `Dataset.prepare` gives them, one row each."""
         small = self.small_network()
-        logits = torch.cat([small(part.to(self.device)).cpu() for part in inputs.split(1000)])
+        model = self.recipe.model(small)
+        predict = model.predict if isinstance(model, Classifier) else small
+        logits = torch.cat([predict(part.to(self.device)).cpu() for part in torch.split(inputs, 1000)])
         probability, label = logits.softmax(dim=1).max(dim=1)
-        table = pd.DataFrame({"label": label.numpy(), "probability": probability.numpy()})
         if not math.isfinite(float(probability.sum())):
             raise ValueError("inputs must be finite: a prediction is NaN")
-        return table
+        return pd.DataFrame({"label": label.numpy(), "probability": probability.numpy()})
+
+
+_REMOVAL_COLUMNS = ["phase", "epoch", "layer", "unit", "score"]

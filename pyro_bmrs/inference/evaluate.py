@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
 from pyro_bmrs.inference.likelihoods import Classifier
+from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.noise import FixedScales
 
 
 class Evaluation(NamedTuple):
@@ -34,12 +36,10 @@ def evaluate(
     """
     device = next(model.parameters()).device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
-    training = model.training
-    model.eval()
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
-    try:
+    with in_mode(model, training=False):
         for x, y in batches:
-            with poutine.condition(data=dict(scales or {})):
+            with FixedScales(scales or {}):
                 trace = poutine.trace(model).get_trace(x, y)
             scale = likelihood_scale(trace)
             likelihood += float(observed_log_prob(trace)) / scale
@@ -49,8 +49,6 @@ def evaluate(
                 valid = y != model.ignore_index
                 correct += float(((predicted == y) & valid).sum())
                 counted += float(valid.sum())
-    finally:
-        model.train(training)
     return Evaluation(-likelihood / examples, correct / counted if counted else float("nan"))
 
 

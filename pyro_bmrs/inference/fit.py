@@ -21,6 +21,7 @@ from pyro_bmrs.inference.elbo import LatentsPerBatch, LikelihoodELBO
 from pyro_bmrs.inference.evaluate import evaluate, likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, read_posterior
 from pyro_bmrs.inference.progress import EpochProgress
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ def fit(
         if guide is not None:
             if isinstance(guide, nn.Module):
                 guide.to(home)
-            guide(*first)  # parameters come into being
+            with in_mode(model, training=False):
+                guide(*first)  # parameters come into being
             if isinstance(guide, nn.Module):
                 guide.to(home)
         with _frozen(model, freeze_weights):
@@ -236,15 +238,13 @@ def _isolated(seed: int, validate: bool) -> Iterator[None]:
 @contextmanager
 def _frozen(model: nn.Module, freeze: bool) -> Iterator[None]:
     """With `freeze`, no parameter of the model requires a gradient and no statistic is updated."""
-    training = model.training
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.train(not freeze)
     if freeze:
         model.requires_grad_(False)
     try:
-        yield
+        with in_mode(model, training=not freeze):
+            yield
     finally:
-        model.train(training)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 
@@ -269,7 +269,7 @@ class _Loop:
         self.history: list[dict[str, Any]] = []
         self.removals: list[dict[str, Any]] = []
         self.best: tuple[float, int, list[dict[str, Tensor]]] = (math.inf, 0, [])
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(model, training=False):
             scale = likelihood_scale(poutine.trace(model).get_trace(*first))
         full = batches.size / len(first[1])
         if not (math.isclose(scale, 1.0) or math.isclose(scale, full, rel_tol=1e-4)):

@@ -53,6 +53,7 @@ class _SitePosterior(nn.Module):
             self.log_scale.clamp(*LOG_SCALE_BOUNDS).exp(),
             self.log_low,
             self.log_high,
+            validate_args=False,  # the clamps leave nothing to check but NaN, which reduce and fit look for
         )
 
 
@@ -64,7 +65,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
     >>> from pyro_bmrs import Classifier, MultiplicativeNoise
     >>> model = Classifier(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), MultiplicativeNoise(8), nn.Linear(8, 3)))
     >>> guide = AutoTruncatedLogNormal(model)
-    >>> guide(torch.zeros(5, 4))["2"].shape
+    >>> guide(torch.zeros(5, 4), torch.zeros(5, dtype=torch.long))["2"].shape
     torch.Size([8])
     >>> guide.posterior()["2"].mean.shape
     torch.Size([8])
@@ -113,7 +114,8 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
                 raise ValueError(
                     f"model has a latent {name!r} with prior {type(prior).__name__}: AutoTruncatedLogNormal "
                     "takes LogUniform or TruncatedLogNormal; hide the others with poutine.block and give them "
-                    "a guide of their own in an AutoGuideList"
+                    "a guide of their own in an AutoGuideList. If it is what the model observes, call the guide "
+                    "with the observations, as guide(x, y)"
                 )
         self.sites = tuple(priors)
         self.posteriors = nn.ModuleList(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 
@@ -55,18 +56,14 @@ def compare_costs(before: nn.Module, after: nn.Module, example_input: Tensor) ->
     for name, network in (("before", before), ("after", after)):
         if any(isinstance(module, MultiplicativeNoise) for module in network.modules()):
             raise ValueError(f"{name} must be a network without noise layers: see pyro_bmrs.without_noise")
-    modes = before.training, after.training
-    before.eval(), after.eval()
-    times = latency_milliseconds([before, after], example_input)
-    table = pd.DataFrame(
-        {
+    with in_mode(before, training=False), in_mode(after, training=False):
+        times = latency_milliseconds([before, after], example_input)
+        columns = {
             name: {
                 "parameters": parameters(network),
                 "multiply_accumulates": multiply_accumulates(network, example_input),
-                "latency_milliseconds": time_,
+                "latency_milliseconds": milliseconds,
             }
-            for name, network, time_ in (("before", before, times[0]), ("after", after, times[1]))
+            for name, network, milliseconds in zip(("before", "after"), (before, after), times, strict=True)
         }
-    )
-    before.train(modes[0]), after.train(modes[1])
-    return table
+    return pd.DataFrame(columns)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.networks.modes import in_mode
+
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a file beside `path`, then rename it: `path` is whole or untouched, never half."""
@@ -50,13 +52,10 @@ def export_program(network: nn.Module, example_input: Tensor, path: Path | str) 
 
     The one file of a run that torch reads with pickle inside: load it only from whom you trust.
     """
-    training = network.training
-    network.eval()
     # of a batch of one, export would conclude that the batch is always one
     example = example_input[:1].expand(2, *example_input.shape[1:]).contiguous()
-    with torch.no_grad():
+    with torch.no_grad(), in_mode(network, training=False):
         program = torch.export.export(
             network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
-    network.train(training)
     return write_atomically(path, lambda beside: torch.export.save(program, beside))

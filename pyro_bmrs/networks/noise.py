@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
 import pyro
 import torch
 from pyro.distributions import Independent
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
@@ -149,15 +150,33 @@ def network_of(model: nn.Module) -> nn.Module:
     return model.get_submodule(".".join(common))
 
 
-@contextmanager
-def fixed_scales(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context, the noise sites named in `values` take those values instead of being drawn."""
+class FixedScales(Messenger):  # type: ignore[misc]
+    """Effect handler: the sites named in `values` take those values instead of being drawn.
+
+    Unlike `poutine.condition` it leaves them latent, so that they don't count among the observations, and
+    θ = 0, a removed structure, is no value outside the prior's support.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def fixed_scales(module: nn.Module, values: Mapping[str, Tensor]) -> FixedScales:
+    """A context in which the noise sites of `module` that `values` names take those values.
+
+    Raises:
+        ValueError: if `values` names a site that `module` has not.
+    """
     layers = noise_layers(module)
     unknown = sorted(set(values) - set(layers))
     if unknown:
         raise ValueError(f"values must name noise sites {sorted(layers)}: got {unknown}")
-    with pyro.poutine.condition(data=dict(values)):
-        yield
+    return FixedScales(values)
 
 
 def without_noise(module: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -236,12 +236,12 @@ def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion
     name, _, rest = text.partition(":")
     if name not in known:
         raise ValueError(f"criterion must be one of {', '.join(known)}: got {name!r}")
+    allowed = [field.name for field in fields(known[name])]
     arguments: dict[str, float | int] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
-        if key not in known[name].__dataclass_fields__:
-            allowed = ", ".join(known[name].__dataclass_fields__)
-            raise ValueError(f"criterion {name} takes {allowed}: got {part!r}")
+        if key not in allowed:
+            raise ValueError(f"criterion {name} takes {', '.join(allowed)}: got {part!r}")
         try:
             arguments[key] = int(value) if key == "seed" else float(value)
         except ValueError:

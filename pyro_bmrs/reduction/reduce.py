@@ -258,7 +258,7 @@ def reduce(
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
     >>> model = bmrs.Classifier(net)
     >>> guide = bmrs.AutoTruncatedLogNormal(model)
-    >>> _ = guide(torch.randn(16, 4))
+    >>> _ = guide(torch.randn(16, 4), torch.zeros(16, dtype=torch.long))
     >>> plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5, seed=1))
     >>> plan.widths().values.tolist()
     [['2', 8, 4]]

@@ -1,0 +1,274 @@
+"""The fit: what it learns, what it leaves alone, and how it ends when something goes wrong."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import pyro_bmrs as bmrs
+from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
+from pyro_bmrs.inference import evaluate
+from pyro_bmrs.networks.noise import noise_layers
+
+QUIET = dict(progress=False, validate=True)
+
+
+def data(examples=200, seed=0):
+    """Labels depend on two of six inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 6, generator=generator)
+    return x, (x[:, 0] + x[:, 1] > 0).long()
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), MultiplicativeNoise(12), nn.Linear(12, 2))
+
+
+def fitted(**options):
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    settings = {**dict(epochs=4, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2), **QUIET}
+    return model, guide, bmrs.fit(model, guide, data(), data(100, 1), **{**settings, **options})
+
+
+def test_it_learns_and_finds_idle_units():
+    model, guide, result = fitted(epochs=80, kl_weight=2.0)
+    assert evaluate(model, data(500, 2), guide.mean()).accuracy > 0.93
+    plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
+    assert 1 <= len(plan.kept["2"]) <= 8
+    small = plan.apply(measure=False)
+    assert evaluate(Classifier(small), data(500, 2)).accuracy > 0.9
+    history = result.history
+    assert list(history.columns) == [
+        "phase", "epoch", "loss", "log_likelihood", "kl", "kl_weight", "validation_loss", "validation_accuracy",
+        "kept", "seconds",
+    ]  # fmt: skip
+    assert history.kl_weight.iloc[-1] == 2.0
+    assert history.kl_weight.iloc[0] < 0.2
+    # the loss is what its parts say, up to what the KL moved within the last epoch
+    last = history.iloc[-1]
+    assert last.loss == pytest.approx(-last.log_likelihood + 2.0 * last.kl / 200, rel=0.05)
+
+
+def test_same_seed_same_result_and_the_global_generator_is_left_alone():
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    _, first, one = fitted()
+    torch.set_rng_state(before)
+    _, second, two = fitted()
+    assert torch.equal(first.posterior()["2"].loc, second.posterior()["2"].loc)
+    assert one.history.drop(columns="seconds").equals(two.history.drop(columns="seconds"))
+    _, other, _ = fitted(seed=1)
+    assert not torch.equal(first.posterior()["2"].loc, other.posterior()["2"].loc)
+    state = torch.get_rng_state()
+    model = Classifier(nn.Linear(6, 2))
+    torch.set_rng_state(state)
+    bmrs.fit(model, None, data(), epochs=1, **QUIET)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_pyros_settings_and_store_are_left_as_found():
+    pyro.clear_param_store()
+    pyro.param("mine", torch.tensor(3.0))
+    enabled = pyro.settings.get("validate_poutine")
+    fitted(validate=False)
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    assert pyro.settings.get("validate_poutine") == enabled
+    pyro.clear_param_store()
+
+
+def test_frozen_weights_and_statistics_stay():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), MultiplicativeNoise(12), nn.Linear(12, 2)
+    )
+    model = Classifier(net)
+    guide = AutoTruncatedLogNormal(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    bmrs.fit(model, guide, data(), epochs=2, freeze_weights=True, **QUIET)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert (guide.posterior()["3"].loc != 0).any()
+
+
+class Robust(nn.Module):
+    """A user's own Pyro model: Student-t likelihood, own learned scale, noise layers somewhere inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"net": network()})
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, y=None):
+        mean = self.body["net"](x)[:, 0]
+        with pyro.plate("examples", len(x)):
+            return pyro.sample("obs", pyro.distributions.StudentT(4.0, mean, self.log_scale.exp()), obs=y)
+
+
+def test_any_pyro_model_of_x_and_y():
+    model = Robust()
+    guide = AutoTruncatedLogNormal(model)
+    x, labels = data()
+    result = bmrs.fit(model, guide, (x, labels.float()), (x, labels.float()), epochs=3, **QUIET)
+    assert guide.sites == ("body.net.2",)
+    assert math.isnan(result.history.validation_accuracy.iloc[-1])
+    assert model.log_scale != 0
+    plan = bmrs.reduce(model, guide, bmrs.Random(0.5))
+    small = plan.apply(measure=False)
+    assert small[0].out_features == 6
+
+
+class Doubled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.net, self.factor = network(), factor
+
+    def forward(self, x, y=None):
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=self.factor):
+            pyro.sample("y", pyro.distributions.Categorical(logits=self.net(x)), obs=y)
+
+
+def test_a_likelihood_scaled_in_another_way_is_refused():
+    for factor in (2.0, 0.5):
+        model = Doubled(factor)
+        with pytest.raises(ValueError, match=r"scale its likelihood.*N/batch = 4.*got"):
+            bmrs.fit(model, AutoTruncatedLogNormal(model), data(), epochs=1, batch_size=50, **QUIET)
+
+    class Blind(Doubled):
+        def forward(self, x, y=None):
+            return self.net(x)
+
+    model = Blind(1.0)
+    with pytest.raises(ValueError, match="must observe y"):
+        bmrs.fit(model, AutoTruncatedLogNormal(model), data(), epochs=1, **QUIET)
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        x, y = data()
+        return x[index], y[index]
+
+
+@pytest.mark.parametrize("source", [TensorDataset(*data()), Pairs(), DataLoader(Pairs(), batch_size=20)])
+def test_every_form_of_data(source):
+    model = Classifier(network())
+    result = bmrs.fit(model, AutoTruncatedLogNormal(model), source, epochs=2, batch_size=30, **QUIET)
+    assert len(result.history) == 2
+    assert result.history.loss.notna().all()
+
+
+def test_regression_fits():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), MultiplicativeNoise(10), nn.Linear(10, 1))
+    model = Regressor(net)
+    x = torch.randn(200, 6)
+    y = x[:, :1] * 2 + 0.1 * torch.randn(200, 1)
+    guide = AutoTruncatedLogNormal(model)
+    result = bmrs.fit(model, guide, (x, y), epochs=60, batch_size=50, learning_rate=1e-2, **QUIET)
+    assert evaluate(model, (x, y), guide.mean()).loss < 0.6
+    assert math.isnan(result.history.validation_accuracy.iloc[-1])
+
+
+def test_removal_after_each_epoch_is_for_good_and_logged():
+    model, guide, result = fitted(
+        epochs=60, kl_weight=5.0, criterion=bmrs.BMRS_N(), removal="epoch", keep_best=True
+    )
+    layer = noise_layers(model)["2"]
+    gone = set(torch.nonzero(~layer.kept).flatten().tolist())
+    assert gone
+    assert set(result.removals.unit) == gone
+    assert not result.removals.unit.duplicated().any()
+    assert (result.removals.score >= 0).all()
+    assert result.history.kept.is_monotonic_decreasing
+    plan = bmrs.reduce(model, guide, bmrs.SNR(1e-9))  # a criterion that removes nothing by itself
+    assert set(plan.table.unit[plan.table.removed]) == gone
+    assert guide.mean()["2"][sorted(gone)].tolist() == [0.0] * len(gone)
+
+
+def test_ctrl_c_leaves_a_usable_state(monkeypatch):
+    from pyro_bmrs.inference import progress
+
+    def stop(self, row, real=progress.EpochProgress.epoch):
+        if row["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.EpochProgress, "epoch", stop)
+    model, guide, result = fitted(epochs=50)
+    assert result.interrupted
+    assert len(result.history) == 3
+    assert result.best_epoch in (1, 2, 3)
+    assert bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)(torch.zeros(2, 6)).shape == (2, 2)
+
+
+def test_nan_in_the_data_stops_with_the_last_good_parameters():
+    x, y = data()
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    bmrs.fit(model, guide, (x, y), epochs=1, batch_size=50, **QUIET)
+    x[150] = math.nan
+    with pytest.raises(FloatingPointError, match=r"batch \d+ of epoch 1"):
+        bmrs.fit(model, guide, (x, y), epochs=3, batch_size=50, progress=False)
+    assert all(torch.isfinite(p).all() for p in [*model.parameters(), *guide.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(epochs=0), "epochs must be a positive integer: got 0"),
+        (dict(epochs=2.5), "epochs must be a positive integer: got 2.5"),
+        (dict(batch_size=-1), "batch_size must be"),
+        (dict(learning_rate=math.nan), "learning_rate must be finite"),
+        (dict(posterior_learning_rate=-1.0), "posterior_learning_rate"),
+        (dict(kl_weight=-0.5), "kl_weight must be finite and not negative: got -0.5"),
+        (dict(warm_up=1.5), "warm_up must be a share"),
+        (dict(draws_per_batch=0), "draws_per_batch"),
+        (dict(seed=-1), "seed"),
+        (dict(schedule="step"), r"schedule must be one of \('constant', 'cosine'\): got 'step'"),
+        (dict(removal="sometimes"), "removal must be one of"),
+        (dict(removal="epoch"), "criterion must be given"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(options, message):
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        bmrs.fit(model, guide, data(), **{**QUIET, **options})
+    assert guide.prototype_trace is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_bad_data_and_models_are_named():
+    x, y = data()
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    plain = Classifier(nn.Linear(6, 2))
+    for arguments, error, message in (
+        ((model, guide, (x, y[:5])), ValueError, "train must have as many labels"),
+        ((model, guide, (x[:0], y[:0])), ValueError, "train must not be empty"),
+        ((model, guide, (x, y, y)), TypeError, "train must be"),
+        ((model, guide, (x, y), (x[:0], y[:0])), ValueError, "validation must not be empty"),
+        ((model, None, (x, y)), ValueError, "guide must be given"),
+        ((plain, guide, (x, y)), ValueError, "MultiplicativeNoise"),
+        ((lambda x, y: None, guide, (x, y)), TypeError, "model must be"),
+        ((model, "guide", (x, y)), TypeError, "guide must be"),
+    ):
+        with pytest.raises(error, match=message):
+            bmrs.fit(*arguments, epochs=1, progress=False)
+
+
+def test_fine_tuning_is_a_fit_without_a_guide():
+    model = Classifier(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)))
+    result = bmrs.fit(model, None, data(), data(100, 1), epochs=20, batch_size=50, learning_rate=1e-2,
+                      schedule="cosine", **QUIET)  # fmt: skip
+    assert set(result.history.phase) == {"fine-tune"}
+    assert result.history.validation_accuracy.max() == result.history.validation_accuracy[result.best_epoch - 1]
+    assert evaluate(model, data(300, 5)).accuracy > 0.9
