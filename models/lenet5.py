@@ -12,23 +12,44 @@ from pyro_bmrs import MultiplicativeNoise
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix. At a KL weight
 # of 1, the ELBO, the posterior removes little; the weights below are what a first study chose.
 SETTINGS = {
-    "default": dict(
-        image_size=32, epochs=40, batch_size=32, learning_rate=1.4e-3, posterior_learning_rate=1e-2,
-        kl_weight=3.0, fine_tune=20,
-    ),
-    "mnist": dict(
-        image_size=32, epochs=24, batch_size=128, learning_rate=1.4e-3, posterior_learning_rate=5e-3,
-        kl_weight=100.0, fine_tune=12,
-    ),
-    "fashion-mnist": dict(
-        image_size=32, epochs=24, batch_size=128, learning_rate=1.4e-3, posterior_learning_rate=5e-3,
-        kl_weight=100.0, fine_tune=12,
-    ),
-    "cifar10": dict(
-        image_size=32, network=dict(widths=(18, 48, 360, 252)), epochs=20, batch_size=64,
-        learning_rate=1.0e-3, posterior_learning_rate=5e-3, kl_weight=100.0, fine_tune=10,
-    ),
-}  # fmt: skip
+    "default": {
+        "image_size": 32,
+        "epochs": 40,
+        "batch_size": 32,
+        "learning_rate": 1.4e-3,
+        "posterior_learning_rate": 1e-2,
+        "kl_weight": 3.0,
+        "fine_tune": 20,
+    },
+    "mnist": {
+        "image_size": 32,
+        "epochs": 24,
+        "batch_size": 128,
+        "learning_rate": 1.4e-3,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 100.0,
+        "fine_tune": 12,
+    },
+    "fashion-mnist": {
+        "image_size": 32,
+        "epochs": 24,
+        "batch_size": 32,
+        "learning_rate": 1.4e-3,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 100.0,
+        "fine_tune": 12,
+    },
+    "cifar10": {
+        "image_size": 32,
+        "network": {"widths": (18, 48, 360, 252)},
+        "epochs": 20,
+        "batch_size": 64,
+        "learning_rate": 1.0e-3,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 100.0,
+        "fine_tune": 10,
+    },
+}
 
 
 class LeNet5(nn.Module):
@@ -37,9 +58,7 @@ class LeNet5(nn.Module):
     Noise stands where the next layer reads: after the pooling, which commutes with a positive scale.
     """
 
-    def __init__(
-        self, channels: int, side: int, num_classes: int, widths: tuple[int, int, int, int]
-    ) -> None:
+    def __init__(self, channels: int, side: int, num_classes: int, widths: tuple[int, int, int, int]) -> None:
         super().__init__()
         first, second, third, fourth = widths
         self.features = nn.Sequential()
@@ -70,7 +89,7 @@ def network(
     input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, int, int, int] = (6, 16, 120, 84)
 ) -> LeNet5:
     """LeNet5 for square images (channels, side, side) with side ≥ 16."""
-    channels, height, width = input_shape
-    if height != width or height < 16:
+    if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] < 16:
         raise ValueError(f"LeNet5 takes square images of at least 16 pixels: got input shape {input_shape}")
+    channels, height, _ = input_shape
     return LeNet5(channels, height, num_classes, widths)

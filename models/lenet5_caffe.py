@@ -10,24 +10,34 @@ from pyro_bmrs import MultiplicativeNoise
 
 # One entry per data set, "default" for all others; every value can be overridden on the command line.
 SETTINGS = {
-    "default": dict(
-        image_size=28, epochs=40, batch_size=32, learning_rate=1.4e-3, posterior_learning_rate=1e-2,
-        kl_weight=3.0, fine_tune=20,
-    ),
-    "mnist": dict(
-        image_size=28, epochs=24, batch_size=128, learning_rate=1.4e-3, posterior_learning_rate=5e-3,
-        kl_weight=100.0, fine_tune=12,
-    ),
-}  # fmt: skip
+    "default": {
+        "image_size": 28,
+        "epochs": 40,
+        "batch_size": 32,
+        "learning_rate": 1.4e-3,
+        "posterior_learning_rate": 1e-2,
+        "kl_weight": 3.0,
+        "fine_tune": 20,
+    },
+    "mnist": {
+        "image_size": 28,
+        "epochs": 24,
+        "batch_size": 128,
+        "learning_rate": 1.4e-3,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 100.0,
+        "fine_tune": 12,
+    },
+}
 
 
 def network(
     input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, int, int] = (20, 50, 500)
 ) -> nn.Sequential:
     """Two max-pooled 5×5 convolutions without activation, as in Caffe's file, and a layer of ReLU units."""
-    channels, height, width = input_shape
-    if height != width or height < 16:
+    if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] < 16:
         raise ValueError(f"LeNet-5-Caffe takes square images of at least 16 pixels: got {input_shape}")
+    channels, height, _ = input_shape
     first, second, third = widths
     side = ((height - 4) // 2 - 4) // 2
     layers = nn.Sequential()

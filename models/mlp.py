@@ -13,23 +13,47 @@ from pyro_bmrs import MultiplicativeNoise
 # One entry per data set, "default" for all others; every value can be overridden on the command line.
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix.
 SETTINGS = {
-    "default": dict(
-        image_size=None, network=dict(widths=(100,) * 3), epochs=40, batch_size=32, learning_rate=8.5e-4,
-        posterior_learning_rate=1e-2, kl_weight=3.0, fine_tune=20,
-    ),
-    "mnist": dict(
-        image_size=32, network=dict(widths=(100,) * 7), epochs=24, batch_size=128, learning_rate=8.5e-4,
-        posterior_learning_rate=5e-3, kl_weight=30.0, fine_tune=12,
-    ),
-    "fashion-mnist": dict(
-        image_size=32, network=dict(widths=(150,)), epochs=24, batch_size=128, learning_rate=1.5e-3,
-        posterior_learning_rate=5e-3, kl_weight=30.0, fine_tune=12,
-    ),
-    "cifar10": dict(
-        image_size=32, network=dict(widths=(150,) * 5), epochs=20, batch_size=32, learning_rate=6.8e-4,
-        posterior_learning_rate=5e-3, kl_weight=30.0, fine_tune=10,
-    ),
-}  # fmt: skip
+    "default": {
+        "image_size": None,
+        "network": {"widths": (100,) * 3},
+        "epochs": 40,
+        "batch_size": 32,
+        "learning_rate": 8.5e-4,
+        "posterior_learning_rate": 1e-2,
+        "kl_weight": 3.0,
+        "fine_tune": 20,
+    },
+    "mnist": {
+        "image_size": 32,
+        "network": {"widths": (100,) * 7},
+        "epochs": 24,
+        "batch_size": 128,
+        "learning_rate": 8.5e-4,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 30.0,
+        "fine_tune": 12,
+    },
+    "fashion-mnist": {
+        "image_size": 32,
+        "network": {"widths": (150,)},
+        "epochs": 24,
+        "batch_size": 128,
+        "learning_rate": 1.5e-3,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 30.0,
+        "fine_tune": 12,
+    },
+    "cifar10": {
+        "image_size": 32,
+        "network": {"widths": (150,) * 5},
+        "epochs": 20,
+        "batch_size": 32,
+        "learning_rate": 6.8e-4,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 30.0,
+        "fine_tune": 10,
+    },
+}
 
 
 def network(

@@ -338,7 +338,10 @@ class Run:
     def _read_table(self, name: str, *columns: str) -> pd.DataFrame:
         """A table of the folder that has at least these columns."""
         self._need(name)
-        table = pd.read_csv(self.folder / name, dtype={"layer": str})
+        try:
+            table = pd.read_csv(self.folder / name, dtype={"layer": str})
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         missing = [column for column in columns if column not in table]
         if missing:
             raise ValueError(f"{self.folder / name} is damaged: it has no column {', '.join(missing)}")

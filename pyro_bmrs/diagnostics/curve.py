@@ -19,7 +19,8 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
         model: the Pyro model that `plan` was made from.
         plan: the reduction; its own decision is one of the points.
         data: (x, y) tensors, a data set or a loader, of examples not used for the fit.
-        points: how many, spread evenly over the number of structures removed.
+        points: how many, spread evenly over the number of structures removed; a third as many again lie
+            between the plan's number and all, where the accuracy falls.
 
     Returns:
         A row per point: parameters_removed (fraction 0 to 1, physically gone), accuracy (0 to 1, NaN for a
@@ -34,7 +35,10 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
     if points < 2:
         raise ValueError(f"points must be at least 2: got {points}")
     scores = plan.table.score.sort_values(ascending=False, ignore_index=True)
-    counts = [round(index * len(scores) / (points - 1)) for index in range(points)]
+    total, own = len(scores), int((scores >= 0).sum())
+    counts = [round(index * total / (points - 1)) for index in range(points)]
+    beyond = points // 3 + 1
+    counts += [own + round(index * (total - own) / beyond) for index in range(1, beyond)]
     thresholds = {float("inf") if count == 0 else float(scores[count - 1]) for count in counts} | {0.0}
     full = parameters(plan.at(float("inf")).apply(measure=False))
     rows = []

@@ -1,0 +1,68 @@
+"""What is imported when: the package and --help must cost nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pyro_bmrs
+
+HEAVY = (
+    "arviz", "matplotlib", "torchvision", "lightning_fabric", "torch_pruning", "torch", "pyro", "pandas", "numpy",
+    "sklearn", "rich",
+)  # fmt: skip
+
+
+def python(code, *options):
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pyro_bmrs; dir(pyro_bmrs); pyro_bmrs.__version__",
+        "from pyro_bmrs import cli; command(['--help'])",
+        "from pyro_bmrs import cli; command(['run', '--help'])",
+        "from pyro_bmrs import cli; command(['predict', '--help'])",
+        "from pyro_bmrs import cli; command(['--version'])",
+        "from pyro_bmrs import cli; command(['run', 'models/mlp.py', '--epochs', 'many'])",
+    ],
+)
+def test_nothing_heavy_is_imported(code):
+    prelude = "def command(arguments):\n    try: cli.main(arguments)\n    except SystemExit: pass\n"
+    check = f"import sys; loaded = set({HEAVY}) & set(sys.modules); assert not loaded, loaded"
+    result = python(f"{prelude}\n{code}\n{check}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_everything_loads_no_plotting_or_vision():
+    """All public names, resolved: only what they are made of is loaded."""
+    later = ("arviz", "matplotlib", "torchvision", "lightning_fabric", "torch_pruning")
+    result = python(
+        "import sys, pyro_bmrs\n"
+        "for name in pyro_bmrs.__all__: getattr(pyro_bmrs, name)\n"
+        "import pyro_bmrs.runs\n"
+        f"loaded = [name for name in {later} if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_import_is_silent_with_warnings_as_errors():
+    result = python("import pyro_bmrs", "-W", "error")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", pyro_bmrs.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(pyro_bmrs, name) is not None
+    assert name in dir(pyro_bmrs)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'pyro_bmrs' has no attribute 'nothing'"):
+        _ = pyro_bmrs.nothing

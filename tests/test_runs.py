@@ -1,0 +1,462 @@
+"""What a run leaves, and what is left of one that is stopped, repeated, changed or damaged."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyro
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pyro_bmrs import cli, runs
+from pyro_bmrs.data import load_data
+from pyro_bmrs.runs import Recipe, Run, Settings
+
+RECIPE = Path(__file__).with_name("tiny_recipe.py")
+CONTRACT = {
+    "posterior.safetensors", "plan.json", "plan.safetensors", "small.safetensors", "small.pt2", "history.csv",
+    "structures.csv", "removals.csv", "settings.json", "report.html", "evaluation.csv", "curve.csv",
+    "recipe.py",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(*arguments):
+    """The exit status of a command line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run; to be read only."""
+    folder = tmp_path_factory.mktemp("runs") / "deep" / "tiny"
+    assert call("run", RECIPE, "--out", folder, "--quiet") == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def stamps(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
+
+
+def plan_without_times(folder):
+    document = json.loads((folder / "plan.json").read_text())
+    for column in document["costs"].values():
+        del column["latency_milliseconds"]
+    return document
+
+
+def tables(folder):
+    return {
+        path.name: pd.read_csv(path, dtype={"layer": str}).drop(columns="seconds", errors="ignore")
+        for path in sorted(folder.glob("*.csv"))
+    }
+
+
+def same_outcome(one, other):
+    """Everything but measured times and the program, which holds the same weights in an archive."""
+    for name in ("posterior.safetensors", "plan.safetensors", "small.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert plan_without_times(one) == plan_without_times(other)
+    for name, table in tables(one).items():
+        pd.testing.assert_frame_equal(table, tables(other)[name])
+
+
+def test_a_run_leaves_the_files_of_the_contract_and_nothing_else(finished):
+    assert {path.name for path in finished.iterdir()} == CONTRACT
+    assert all(path.stat().st_size > 0 for path in finished.iterdir())
+    assert (finished / "recipe.py").read_bytes() == RECIPE.read_bytes()
+    assert {path.name for path in finished.parent.iterdir()} == {"tiny"}
+
+
+def test_files_are_readable_by_whom_the_umask_lets(finished):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in finished.iterdir()} == {0o666 & ~mask}
+
+
+def test_called_again_it_is_complete_and_nothing_changes(copied, capsys):
+    before = stamps(copied)
+    assert call("run", RECIPE, "--out", copied, "--quiet") == 0
+    assert "complete" in capsys.readouterr().out
+    assert stamps(copied) == before
+
+
+def test_other_fit_settings_are_refused(copied, capsys):
+    before = stamps(copied)
+    assert call("run", RECIPE, "--out", copied, "--quiet", "--kl-weight", "7") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "kl_weight 2.0 → 7.0" in error
+    assert "--overwrite" in error
+    assert stamps(copied) == before
+
+
+def test_another_recipe_is_refused(copied, tmp_path, capsys):
+    other = tmp_path / "tiny_recipe.py"
+    other.write_text(RECIPE.read_text() + "\n# another\n")
+    assert call("run", other, "--out", copied, "--quiet") == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_overwrite_starts_anew(copied, finished, capsys):
+    assert call("run", RECIPE, "--out", copied, "--quiet", "--overwrite", "--seed", "5") == 0
+    assert {path.name for path in copied.iterdir()} == CONTRACT
+    assert json.loads((copied / "settings.json").read_text())["settings"]["seed"] == 5
+    assert contents(copied)["posterior.safetensors"] != contents(finished)["posterior.safetensors"]
+
+
+def test_overwrite_with_a_mistake_destroys_nothing(copied):
+    before = stamps(copied)
+    assert call("run", RECIPE, "--out", copied, "--overwrite", "--data", "nothing") == 2
+    assert call("run", RECIPE, "--out", copied, "--overwrite", "--epochs", "0") == 2
+    assert call("run", RECIPE, "--out", copied, "--overwrite", "--learning-rate", "1e38", "--quiet") == 2
+    assert stamps(copied) == before
+
+
+def test_overwrite_by_the_copy_of_the_recipe_in_the_folder(copied):
+    assert call("fit", copied / "recipe.py", "--out", copied, "--quiet", "--overwrite", "--epochs", "1") == 0
+    assert {path.name for path in copied.iterdir()} == set(runs.FIT_FILES)
+
+
+def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_path):
+    folder = tmp_path / "parts"
+    assert call("fit", RECIPE, "--out", folder, "--quiet") == 0
+    assert {path.name for path in folder.iterdir()} == set(runs.FIT_FILES)
+    assert call("reduce", folder, "--quiet") == 0
+    assert {path.name for path in folder.iterdir()} == CONTRACT - {"report.html", "curve.csv"}
+    assert call("report", folder, "--quiet") == 0
+    assert {path.name for path in folder.iterdir()} == CONTRACT
+    same_outcome(finished, folder)
+    assert "tiny_recipe.py" in (folder / "report.html").read_text()  # not recipe.py, the copy's name
+
+
+def test_another_criterion_needs_no_other_fit_and_leaves_no_stale_report(copied, capsys):
+    posterior = stamps(copied)["posterior.safetensors"]
+    before = pd.read_csv(copied / "structures.csv")
+    assert call("reduce", copied, "--criterion", "SNR", "--fine-tune", "0", "--quiet") == 0
+    assert "SNR" in capsys.readouterr().out
+    after = pd.read_csv(copied / "structures.csv")
+    assert stamps(copied)["posterior.safetensors"] == posterior
+    assert after.log_evidence_change.isna().all()
+    assert (after["loc"] == before["loc"]).all()
+    assert ((after.score >= 0) == after.removed).all()
+    assert list(pd.read_csv(copied / "evaluation.csv").network) == ["full, E[θ]", "reduced"]
+    assert not (copied / "report.html").exists()
+    assert not (copied / "curve.csv").exists()
+    # the settings of the first run ask for the first reduction again, not for another fit
+    assert call("run", RECIPE, "--out", copied, "--quiet") == 0
+    assert stamps(copied)["posterior.safetensors"] == posterior
+    pd.testing.assert_frame_equal(pd.read_csv(copied / "structures.csv"), before)
+
+
+def test_another_criterion_leaves_the_old_log_odds_behind(tmp_path):
+    folder = tmp_path / "run"
+    assert call("fit", RECIPE, "--out", folder, "--quiet", "--epochs", "1", "--prior-log-odds", "0") == 0
+    assert Run(folder, changes={"criterion": "SNR"}).settings.prior_log_odds is None
+    assert Run(folder, changes={"fine_tune": 3}).settings.prior_log_odds == 0
+
+
+def test_removal_in_the_fit_is_noted_and_ties_the_fit_to_its_criterion(tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = ("--out", folder, "--quiet", "--removal", "epoch", "--fine-tune", "0", "--device", "cpu")
+    assert call("fit", RECIPE, *arguments) == 0
+    noted = pd.read_csv(folder / "removals.csv", dtype={"layer": str})
+    assert len(noted)
+    assert (noted.phase == "fit").all()
+    assert call("reduce", folder, "--criterion", "Random:fraction=0.3", "--quiet") == 0
+    removals = pd.read_csv(folder / "removals.csv", dtype={"layer": str})
+    structures = pd.read_csv(folder / "structures.csv", dtype={"layer": str})
+    pd.testing.assert_frame_equal(removals[: len(noted)], noted)
+    assert len(removals) == structures.removed.sum() > len(noted)
+    assert not removals.duplicated(["layer", "unit"]).any()
+    capsys.readouterr()
+    assert call("fit", RECIPE, *arguments, "--criterion", "SNR") == 2
+    assert "criterion" in capsys.readouterr().err
+    assert call("fit", RECIPE, *arguments) == 0  # reducing it did not change what it was fitted with
+
+
+def test_columns_and_counts_of_the_tables(finished):
+    table = tables(finished)
+    structures, removals = table["structures.csv"], table["removals.csv"]
+    assert list(structures) == [
+        "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight",
+        "removed",
+    ]  # fmt: skip
+    assert list(removals) == ["phase", "epoch", "layer", "unit", "score"]
+    gone = structures[structures.removed]
+    assert 0 < len(gone) < len(structures) == 26
+    assert (structures.kl_weight == 2.0).all()
+    assert list(zip(removals.layer, removals.unit, strict=True)) == list(
+        zip(gone.layer, gone.unit, strict=True)
+    )
+    assert (removals.epoch == 2).all()
+    assert list(table["history.csv"].phase) == ["fit", "fit", "fine-tune"]
+    assert list(table["evaluation.csv"].network) == ["full, E[θ]", "reduced", "fine-tuned"]
+    assert table["curve.csv"].is_plan.sum() == 1
+
+    plan = json.loads((finished / "plan.json").read_text())
+    kept = {layer: list(rows.unit[~rows.removed]) for layer, rows in structures.groupby("layer")}
+    assert plan["kept"] == kept
+    weights = load_file(finished / "small.safetensors")
+    filters, units = len(kept["3"]), len(kept["7"])
+    assert weights["0.weight"].shape == (filters, 1, 3, 3)
+    assert weights["5.weight"].shape == (units, 9 * filters)
+    assert weights["8.weight"].shape == (10, units)
+    count = sum(tensor.numel() for tensor in weights.values())
+    assert count == table["evaluation.csv"].parameters.iloc[-1] == plan["costs"]["after"]["parameters"]
+
+
+PREDICT = """
+import sys
+import torch
+program = torch.export.load(sys.argv[1]).module()
+inputs = torch.load(sys.argv[2])
+with torch.no_grad():
+    logits = {size: program(inputs[:size]) for size in (1, 2, 7, 100)}
+assert "pyro" not in sys.modules and "pyro_bmrs" not in sys.modules
+torch.save(logits, sys.argv[3])
+"""
+
+
+def test_the_program_predicts_where_there_is_only_torch_and_predict_agrees(finished, tmp_path):
+    inputs, outputs, csv = tmp_path / "inputs.pt", tmp_path / "logits.pt", tmp_path / "predictions.csv"
+    test = load_data("digits").test
+    run = Run(finished)  # statistics of the 200 examples of the recipe
+    torch.save(run.dataset.test.tensors[0][:100].clone(), inputs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    subprocess.run(
+        [sys.executable, "-c", PREDICT, finished / "small.pt2", inputs, outputs],
+        check=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    small = run.small_network()
+    with torch.no_grad():
+        expected = small(torch.load(inputs))
+    for size, logits in torch.load(outputs).items():
+        assert logits.shape == (size, 10)
+        torch.testing.assert_close(logits, expected[:size], atol=1e-6, rtol=0)
+
+    assert call("predict", finished, "--out", csv) == 0
+    predictions = pd.read_csv(csv)
+    assert len(predictions) == len(test)
+    assert predictions.label[:100].tolist() == expected.argmax(1).tolist()
+    probability = expected.softmax(1).amax(1).double()
+    torch.testing.assert_close(
+        torch.tensor(predictions.probability[:100].to_numpy()), probability, atol=1e-6, rtol=0
+    )
+    accuracy = (torch.tensor(predictions.label.to_numpy()) == run.dataset.test.tensors[1]).double().mean()
+    assert float(accuracy) == pytest.approx(run.outcome()["accuracy"], abs=1e-9)
+
+
+def test_a_run_leaves_nothing_in_pyros_store_and_random_numbers(copied):
+    pyro.clear_param_store()
+    state = torch.get_rng_state()
+    run = Run(copied)
+    run.load_posterior()
+    run.report()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not list(pyro.get_param_store().keys())
+
+
+# stopped ------------------------------------------------------------------------------------------------
+
+
+def start(folder):
+    """A run that would take long, in a process of its own, past its first epoch."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyro_bmrs.cli", "run", RECIPE, "--out", folder, "--epochs", "100000"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "epoch 1/" in process.stderr.readline()
+    return process
+
+
+def test_ctrl_c_in_the_fit_is_one_line_and_status_130(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+    assert "interrupted in epoch" in error
+    assert not folder.exists()
+
+
+def test_a_killed_fit_leaves_nothing_and_a_later_run_finishes(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not folder.exists()
+    assert call("run", RECIPE, "--out", folder, "--quiet", "--epochs", "1") == 0
+    assert {path.name for path in folder.iterdir()} == CONTRACT
+
+
+@pytest.mark.parametrize("stage", ["save_posterior", "export_program", "report"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
+    finished, copied, stage, error, monkeypatch, capsys
+):
+    """Whatever was there before, other settings' files do not survive beside the new ones."""
+
+    def stop(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, stage, stop)
+        arguments = ("--quiet", "--overwrite", "--criterion", "SNR")
+        assert call("run", RECIPE, "--out", copied, *arguments) == (2 if isinstance(error, OSError) else 130)
+    assert capsys.readouterr().err.count("\n") == 1
+    left = {path.name for path in copied.iterdir()}
+    assert left <= CONTRACT
+    assert "report.html" not in left
+    if stage != "report":
+        assert "plan.json" not in left
+        assert call("report", copied) == 2
+        assert call("predict", copied, "--out", copied.parent / "p.csv") == 2
+        assert capsys.readouterr().err.count("\n") == 2
+    if stage == "export_program" and isinstance(error, OSError):  # one finish is enough; each takes seconds
+        assert call("run", RECIPE, "--out", copied, "--quiet") == 0
+        assert {path.name for path in copied.iterdir()} == CONTRACT
+        same_outcome(finished, copied)
+
+
+# damaged ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("posterior.safetensors", "reduce"),
+        ("plan.json", "report"),
+        ("plan.safetensors", "report"),
+        ("settings.json", "reduce"),
+        ("settings.json", "predict"),
+        ("recipe.py", "report"),
+        ("evaluation.csv", "report"),
+        ("history.csv", "report"),
+        ("removals.csv", "reduce"),
+        ("small.safetensors", "predict"),
+        ("plan.json", "predict"),
+    ],
+)
+def test_a_file_cut_short_is_told_in_one_line(copied, name, command, share, tmp_path, capsys):
+    path = copied / name
+    data = path.read_bytes()
+    # half a table of text can be a whole one of fewer rows; its first line can't
+    path.write_bytes(data[: min(int(len(data) * share), 12 if path.suffix == ".csv" else len(data))])
+    out = ("--out", tmp_path / "predictions.csv") if command == "predict" else ("--quiet",)
+    before = stamps(copied)
+    assert call(command, copied, *out) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pyro-bmrs: error: ")
+    assert error.count("\n") == 1
+    assert path.stem in error
+    assert stamps(copied) == before
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "plan.json"])
+@pytest.mark.parametrize("command", ["run", "report", "predict"])
+def test_files_of_a_newer_version_are_refused(copied, name, command, tmp_path, capsys):
+    document = json.loads((copied / name).read_text())
+    (copied / name).write_text(json.dumps({**document, "version": 99}))
+    before = stamps(copied)
+    first = (RECIPE, "--out", copied) if command == "run" else (copied,)
+    out = ("--out", tmp_path / "p.csv") if command == "predict" else ("--quiet",)
+    assert call(command, *first, *out) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "99" in error
+    assert "up to 1" in error
+    assert stamps(copied) == before
+
+
+# settings -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_goes_before_the_recipe_which_goes_before_the_defaults(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "SETTINGS = {'default': dict(epochs=9, seed=4, prior_log_odds=0.5), 'digits': dict(epochs=7)}\n"
+        "def network(*_): ...\n"
+    )
+    recipe = Recipe.read(path)
+    assert Settings.of(recipe, "mnist", {}).epochs == 9
+    assert Settings.of(recipe, "mnist", {"seed": None}).seed == 4
+    assert Settings.of(recipe, "mnist", {"seed": 0}).seed == 0
+    assert Settings.of(recipe, "digits", {}) == Settings(epochs=7)  # its own entry, not laid over "default"
+    assert Settings.of(recipe, "mnist", {"criterion": "SNR"}).prior_log_odds is None
+    assert Settings.of(recipe, "mnist", {"criterion": "BMRS_U", "prior_log_odds": 1.0}).prior_log_odds == 1.0
+
+
+def test_settings_are_equal_after_a_way_through_json():
+    settings = Settings(network={"widths": (3, 4)}, prior_log_odds=0.1)
+    assert Settings(**json.loads(json.dumps(settings.__dict__))) == settings
+
+
+def test_reading_a_recipe_leaves_no_bytecode_beside_it(tmp_path):
+    shutil.copy(RECIPE, tmp_path / "recipe.py")
+    Recipe.read(tmp_path / "recipe.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.py"]
+
+
+def test_what_a_model_learned_round_the_network_stays_in_the_reduced_model(copied):
+    """A temperature outside the network is the small network's too."""
+    text = (copied / "recipe.py").read_text() + (
+        "import torch\n"
+        "from pyro_bmrs import Classifier\n"
+        "class Tempered(Classifier):\n"
+        "    def __init__(self, net):\n"
+        "        super().__init__(net)\n"
+        "        self.temperature = nn.Parameter(torch.ones(()))\n"
+        "    def predict(self, x):\n"
+        "        return super().predict(x) / self.temperature\n"
+        "model = Tempered\n"
+    )
+    path = copied.parent / "tempered.py"
+    path.write_text(text)
+    recipe = Recipe.read(path)
+    run = Run(copied.parent / "tempered", recipe, Settings.of(recipe, "digits", {}), progress=False)
+    run.model.temperature.data.fill_(2.5)
+    small = torch.nn.Linear(4, 2)
+    model = run._model_of(small)
+    assert model.net is small
+    assert model.temperature.item() == 2.5
+
+
+def test_stages_are_quick_to_find_complete(finished):
+    """Nothing is computed to say so: a run of hours must answer at once."""
+    start = time.perf_counter()
+    recipe = Recipe.read(RECIPE)
+    assert Run(finished, recipe, Settings.of(recipe, "digits", {})).complete()
+    assert time.perf_counter() - start < 5
