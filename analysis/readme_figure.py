@@ -1,6 +1,6 @@
 """The README's figure: kept and removed structures, and accuracy against parameters, from committed CSVs.
 
-    python analysis/readme_figure.py analysis/results/lenet5_mnist docs/images/lenet5_mnist.svg
+python analysis/readme_figure.py analysis/results/lenet5_mnist docs/images/lenet5_mnist.svg
 """
 
 import sys
@@ -22,7 +22,9 @@ def draw(folder: Path) -> Figure:
         kept = int((~table.removed[table.layer == layer]).sum())
         total = int((table.layer == layer).sum())
         left.barh(row, kept / total, color="#0b559f")
-        left.barh(row, 1 - kept / total, left=kept / total, color="#fff", edgecolor="#d08a3e", hatch="xxx", lw=0.8)
+        left.barh(
+            row, 1 - kept / total, left=kept / total, color="#fff", edgecolor="#d08a3e", hatch="xxx", lw=0.8
+        )
         left.text(1.02, row, f"{kept} of {total}", va="center", fontsize=9)
     left.set_yticks(range(len(layers)), [layer.rsplit(".")[-1] for layer in layers])
     left.invert_yaxis()

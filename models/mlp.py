@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise
 
-# One entry per data set, "default" for all others; every value can be overridden on the command line.
+# One entry per data set, "default" for all others; options of the command line go before it.
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix.
 SETTINGS = {
     "default": {

@@ -175,14 +175,16 @@ def _print_outcome(run: Run) -> None:
     table = Table()
     for name in ("network", "parameters", "test accuracy", "test NLL (nats)"):
         table.add_column(name, justify="left" if name == "network" else "right")
-    for row in run.evaluation().itertuples():
+    for row in run.evaluation().to_dict("records"):
         table.add_row(
-            str(row.network), f"{row.parameters:,}", f"{100 * row.accuracy:.2f} %",
-            f"{row.negative_log_likelihood:.4f}",
-        )  # fmt: skip
+            row["network"],
+            f"{row['parameters']:,}",
+            f"{100 * row['accuracy']:.2f} %",
+            f"{row['negative_log_likelihood']:.4f}",
+        )
     console = Console()
     console.print(table)
-    console.print(run.plan().summary(), markup=False, highlight=False)
+    console.print(run.plan().summary(), markup=False, highlight=False, soft_wrap=True)
     outcome = run.outcome()
     console.print(
         f"{100 * outcome['removed']:.1f} % of the parameters physically removed, "

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro import poutine
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -157,6 +158,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least, allowed in (
+            ("batch_size", 1, "a number of examples, 1 or more"),
             ("min_kept", 1, "a number of structures, 1 or more"),
             ("fine_tune", 0, "a number of epochs, 0 or more"),
         ):
@@ -406,7 +408,7 @@ class Run:
         """Call the model once and shrink its network once, so that a bad recipe is refused before the fit."""
         example = self._example()
         with torch.random.fork_rng(), _blamed(f"recipe {self.recipe.path}: its model"):
-            self._call(copy.deepcopy(self.model), self.dataset.train[: self.settings.batch_size])
+            self._traced(copy.deepcopy(self.model)).compute_log_prob()
         layers = noise_layers(self.network)
         if not layers:
             raise ValueError(f"recipe {self.recipe.path}: network must have MultiplicativeNoise layers")
@@ -417,16 +419,18 @@ class Run:
         with _blamed(f"recipe {self.recipe.path}: removing structures of its network"):
             remove_structures(self.network, kept, halves, example[:CHECK_EXAMPLES])
 
-    def _call(self, program: Callable[[Tensor, Tensor], Any], batch: tuple[Tensor, ...]) -> None:
-        """Call a model or a guide on a batch, with no trace of it in Pyro's parameter store."""
-        with torch.no_grad(), pyro.get_param_store().scope():
-            program(batch[0].to(self.device), batch[1].to(self.device))
+    @torch.no_grad()
+    def _traced(self, program: Callable[[Tensor, Tensor], Any]) -> poutine.Trace:
+        """The trace of a model or a guide on a batch, which Pyro's parameter store does not see."""
+        x, y = self.dataset.train[: self.settings.batch_size]
+        with pyro.get_param_store().scope():
+            return poutine.trace(program).get_trace(x.to(self.device), y.to(self.device))
 
     def load_posterior(self) -> None:
         """Put the folder's posterior into model and guide."""
         self._need("posterior.safetensors")
         with torch.random.fork_rng():
-            self._call(self.guide, self.dataset.train[: self.settings.batch_size])
+            self._traced(self.guide)
         self.guide.to(self.device)
         load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
 

@@ -9,8 +9,8 @@ import pytest
 import pyro_bmrs
 
 HEAVY = (
-    "arviz", "matplotlib", "torchvision", "lightning_fabric", "torch_pruning", "torch", "pyro", "pandas", "numpy",
-    "sklearn", "rich",
+    "arviz", "matplotlib", "torchvision", "lightning_fabric", "torch_pruning", "torch", "pyro", "pandas",
+    "numpy", "sklearn", "rich",
 )  # fmt: skip
 
 

@@ -9,4 +9,11 @@ from pyro_bmrs.diagnostics.plots import plot_compression_curve, plot_history, pl
 # Imported now, not on demand: the function has its module's name, and a later import would bind the module.
 from pyro_bmrs.diagnostics.report import report
 
-__all__ = ["compression_curve", "plot_compression_curve", "plot_history", "plot_scores", "plot_structures", "report"]
+__all__ = [
+    "compression_curve",
+    "plot_compression_curve",
+    "plot_history",
+    "plot_scores",
+    "plot_structures",
+    "report",
+]

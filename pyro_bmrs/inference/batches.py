@@ -75,7 +75,8 @@ class Batches:
                 if generator is None
                 else torch.randperm(self.size, generator=generator)
             )
-            for indices in order.split(self.batch_size):
+            for start in range(0, self.size, self.batch_size):
+                indices = order[start : start + self.batch_size]
                 x, y = (tensor[indices.to(tensor.device)] for tensor in self.tensors)
                 yield to_device(x, self.device), to_device(y, self.device)
             return

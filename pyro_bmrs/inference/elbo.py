@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 

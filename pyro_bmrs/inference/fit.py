@@ -306,9 +306,11 @@ class _Loop:
         rate = 1.0
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
-            if self.settings["schedule"] == "cosine"
-            else rate,
+            lambda step: (
+                0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+                if self.settings["schedule"] == "cosine"
+                else rate
+            ),
         )
         generator = torch.Generator().manual_seed(self.settings["seed"])
         interrupted = False
@@ -331,9 +333,7 @@ class _Loop:
             interrupted=interrupted,
         )
 
-    def _epoch(
-        self, epoch: int, generator: torch.Generator, scheduler: Any, display: EpochProgress
-    ) -> None:
+    def _epoch(self, epoch: int, generator: torch.Generator, scheduler: Any, display: EpochProgress) -> None:
         start = time.perf_counter()
         settings, count = self.settings, len(self.batches)
         warm_up_steps = settings["warm_up"] * settings["epochs"] * count
@@ -361,7 +361,7 @@ class _Loop:
             display.step()
         removed = self._remove(epoch) if settings["removal"] == "epoch" and ramp >= 1.0 else 0
         kl = self._kl()
-        row = {
+        row: dict[str, Any] = {
             "phase": self.phase,
             "epoch": epoch,
             "loss": loss_sum / seen,
@@ -411,10 +411,10 @@ class _Loop:
             )
 
     def _kept(self) -> int:
-        if self.criterion is not None and self.settings["removal"] == "end":
+        if self.criterion is not None and self.guide is not None and self.settings["removal"] == "end":
             from pyro_bmrs.reduction.reduce import reduce
 
-            return sum(len(units) for units in reduce(self.model, self.guide, self.criterion).kept.values())
+            return int(reduce(self.model, self.guide, self.criterion).widths().after.sum())
         return sum(int(layer.kept.sum()) for layer in noise_layers(self.model).values())
 
     def _remove(self, epoch: int) -> int:

@@ -108,8 +108,9 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         latents = list(self.prototype_trace.iter_stochastic_nodes())
-        priors = {name: elementary(site["fn"]) for name, site in latents}
-        for name, prior in priors.items():
+        priors: dict[str, LogUniform | TruncatedLogNormal] = {}
+        for name, site in latents:
+            prior = elementary(site["fn"])
             if not isinstance(prior, LogUniform | TruncatedLogNormal):
                 raise ValueError(
                     f"model has a latent {name!r} with prior {type(prior).__name__}: AutoTruncatedLogNormal "
@@ -117,6 +118,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
                     "a guide of their own in an AutoGuideList. If it is what the model observes, call the guide "
                     "with the observations, as guide(x, y)"
                 )
+            priors[name] = prior
         self.sites = tuple(priors)
         self.posteriors = nn.ModuleList(
             _SitePosterior(priors[name], site["value"].shape, self.init_loc, self.init_scale)
@@ -138,7 +140,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         plates = self._create_plates(*args, **kwargs)
         values = {}
         # fetched once: each access to a submodule of a PyroModule registers all its parameters anew
-        posteriors = dict(zip(self.sites, self.posteriors, strict=True))
+        posteriors: dict[str, Any] = dict(zip(self.sites, self.posteriors, strict=True))
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             posterior = posteriors[name]
             with ExitStack() as stack:

@@ -49,9 +49,7 @@ class MultiplicativeNoise(nn.Module):
     log_high: Tensor
     kept: Tensor
 
-    def __init__(
-        self, features: int, *, dim: int = 1, log_low: float = -20.0, log_high: float = 0.0
-    ) -> None:
+    def __init__(self, features: int, *, dim: int = 1, log_low: float = -20.0, log_high: float = 0.0) -> None:
         super().__init__()
         if not isinstance(features, int) or features < 1:
             raise ValueError(f"features must be a positive integer: got {features!r}")
@@ -105,9 +103,7 @@ class MultiplicativeNoise(nn.Module):
 def noise_layers(module: nn.Module) -> dict[str, MultiplicativeNoise]:
     """The noise layers below `module`, by site name, in the order of its modules."""
     name_sites(module)
-    return {
-        str(layer.site): layer for layer in module.modules() if isinstance(layer, MultiplicativeNoise)
-    }
+    return {str(layer.site): layer for layer in module.modules() if isinstance(layer, MultiplicativeNoise)}
 
 
 def name_sites(module: nn.Module) -> None:

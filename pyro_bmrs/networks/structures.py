@@ -59,6 +59,13 @@ class StructureGroup:
         return tuple(member for member in self.members if member.role == "consumer")
 
 
+def weight_of(network: nn.Module, member: Member) -> nn.Parameter:
+    """The weight (rows, columns, …) of a producer or consumer."""
+    weight = network.get_submodule(member.path).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def structure_groups(network: nn.Module, example_input: Tensor) -> dict[str, StructureGroup]:
     """The coupled structures of each noise layer of `network`, by site name. The network is not changed.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers, without_noise
-from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.networks.structures import structure_groups, weight_of
 
 # The check runs in float64, where the two networks differ by rounding alone.
 TOLERANCE = 1e-10
@@ -124,7 +124,7 @@ def remove_structures(
         scale = torch.where(keep, scales[site].to(device, torch.float64), 0.0)
         reduced_scales[site] = scale
         for member in group.consumers:
-            weight = small.get_submodule(member.path).weight
+            weight = weight_of(small, member)
             columns = torch.ones(weight.shape[1], dtype=torch.float64, device=device)
             columns[member.indices.to(device)] = scale[member.units.to(device)]
             with torch.no_grad():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,7 +74,9 @@ class EvidenceCriterion:
         }
 
     def __call__(self, layers: Layers) -> Scores:
-        return {name: change + self.prior_log_odds for name, change in self.log_evidence_change(layers).items()}
+        return {
+            name: change + self.prior_log_odds for name, change in self.log_evidence_change(layers).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion
     if name not in known:
         raise ValueError(f"criterion must be one of {', '.join(known)}: got {name!r}")
     allowed = [field.name for field in fields(known[name])]
-    arguments: dict[str, float | int] = {}
+    arguments: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         if key not in allowed:

@@ -18,7 +18,7 @@ from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.export import write_atomically
 from pyro_bmrs.networks.noise import network_of, noise_layers, without_noise
-from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.networks.structures import StructureGroup, structure_groups, weight_of
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.reduction.criteria import Criterion, EvidenceCriterion, LayerStructures
 
@@ -116,9 +116,11 @@ class Reduction:
                 ("multiply_accumulates", "multiply-accumulates"),
                 ("latency_milliseconds", "milliseconds a batch"),
             ):
-                old, new = self.costs.loc[name, ["before", "after"]]
+                old, new = (float(self.costs[column][name]) for column in ("before", "after"))
                 digits = ",.3f" if name == "latency_milliseconds" else ",.0f"
-                lines.append(f"  {label}: {old:{digits}} → {new:{digits}} ({100 * (1 - new / old):.1f} % less)")
+                lines.append(
+                    f"  {label}: {old:{digits}} → {new:{digits}} ({100 * (1 - new / old):.1f} % less)"
+                )
         if self.kl_weight != 1:
             lines.append(
                 f"  at KL weight {self.kl_weight:g}: evidence of the model tempered to p(y|θ)^(1/{self.kl_weight:g})"
@@ -202,7 +204,9 @@ class Reduction:
         try:
             document = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"path must be a plan written by Reduction.save: {path} is no JSON ({error})") from None
+            raise ValueError(
+                f"path must be a plan written by Reduction.save: {path} is no JSON ({error})"
+            ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"path must be a plan written by Reduction.save: {path} is none")
         if document["version"] > VERSION:
@@ -224,9 +228,13 @@ class Reduction:
                 costs=None if costs is None else pd.DataFrame(costs),
             )
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"path must be a whole plan with its .safetensors beside it: {path}: {error}") from None
+            raise ValueError(
+                f"path must be a whole plan with its .safetensors beside it: {path}: {error}"
+            ) from None
         if plan.kept != document["kept"]:
-            raise ValueError(f"{path} and its .safetensors do not belong together: they keep different structures")
+            raise ValueError(
+                f"{path} and its .safetensors do not belong together: they keep different structures"
+            )
         return plan
 
 
@@ -297,7 +305,7 @@ def reduce(
         return _input_of(network, model, arguments)
 
     @cache
-    def groups() -> dict[str, Any]:
+    def groups() -> dict[str, StructureGroup]:
         return structure_groups(network, example_input())
 
     structures = {}
@@ -311,11 +319,9 @@ def reduce(
             weight_norm=lambda site=site: _weight_norm(network, groups()[site]),  # type: ignore[misc]
         )
     scores = criterion(structures)
-    evidence = (
-        criterion.log_evidence_change(structures) if isinstance(criterion, EvidenceCriterion) else {}
-    )
+    evidence = criterion.log_evidence_change(structures) if isinstance(criterion, EvidenceCriterion) else {}
     frames = []
-    for site, layer in structures.items():
+    for site, view in structures.items():
         score = scores[site].detach().double().cpu()
         bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
         if bad:
@@ -323,9 +329,9 @@ def reduce(
                 f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
             )
-        removed = (score >= 0) | ~layer.kept.cpu()
-        removed = _with_floor(removed, score, layer.kept.cpu(), min_kept)
-        q = layer.posterior
+        removed = (score >= 0) | ~view.kept.cpu()
+        removed = _with_floor(removed, score, view.kept.cpu(), min_kept)
+        q = view.posterior
         columns = {
             "loc": q.loc,
             "scale": q.scale,
@@ -360,16 +366,14 @@ def _with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int) -> 
     return removed.index_fill(0, best, False)
 
 
-def _weight_norm(network: nn.Module, group: Any) -> Tensor:
+def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
     """Root mean square of the weights that make each structure, over all layers that produce it."""
-    squares, counts = torch.zeros(group.features), torch.zeros(group.features)
+    squares = torch.zeros(group.features, dtype=torch.float64)
+    counts = torch.zeros_like(squares)
     for member in group.producers:
-        weight = network.get_submodule(member.path).weight.detach().double().cpu()
-        rows = weight.flatten(1).square()
-        squares = squares.double().index_add(0, member.units, rows.sum(1)[member.indices])
-        counts = counts.double().index_add(
-            0, member.units, torch.full((len(member.units),), float(rows.shape[1])).double()
-        )
+        rows = weight_of(network, member).detach().double().cpu().flatten(1).square()
+        squares.index_add_(0, member.units, rows.sum(1)[member.indices])
+        counts.index_add_(0, member.units, torch.full_like(member.units, rows.shape[1], dtype=torch.float64))
     return (squares / counts).sqrt()
 
 

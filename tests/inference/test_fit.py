@@ -270,5 +270,7 @@ def test_fine_tuning_is_a_fit_without_a_guide():
     result = bmrs.fit(model, None, data(), data(100, 1), epochs=20, batch_size=50, learning_rate=1e-2,
                       schedule="cosine", **QUIET)  # fmt: skip
     assert set(result.history.phase) == {"fine-tune"}
-    assert result.history.validation_accuracy.max() == result.history.validation_accuracy[result.best_epoch - 1]
+    assert (
+        result.history.validation_accuracy.max() == result.history.validation_accuracy[result.best_epoch - 1]
+    )
     assert evaluate(model, data(300, 5)).accuracy > 0.9

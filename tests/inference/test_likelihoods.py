@@ -28,7 +28,7 @@ def observed(model, x, y):
 def test_logits_in_a_dict():
     model = Classifier(DictNet(), lambda out: out["logits"])
     assert model(torch.randn(5, 3)).shape == (5, 2)
-    with pytest.raises(TypeError, match="needs a tensor.*dict"):
+    with pytest.raises(TypeError, match=r"needs a tensor.*dict"):
         Classifier(DictNet())(torch.randn(5, 3))
 
 

@@ -35,7 +35,7 @@ PAPER = {
 
 
 def built(name, data):
-    """(settings, network, model, guide, batch), for random examples of the shape a data set has when sized."""
+    """(settings, network, model, guide, batch) for random examples of the shape a data set has."""
     recipe = RECIPES[name]
     settings = Settings.of(recipe, data, {})
     channels, side, _ = RAW_SHAPES[data]

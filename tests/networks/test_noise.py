@@ -29,7 +29,10 @@ def test_example_i_uses_draw_i_mod_draws_at_every_position(shape, dim, draws):
         y = noise(x)
     for i in range(len(x)):
         own = (theta if draws is None else theta[i % draws]) * noise.kept
-        torch.testing.assert_close(y[i], (x[i].movedim(dim - 1 if dim > 0 else dim, -1) * own).movedim(-1, dim - 1 if dim > 0 else dim))
+        torch.testing.assert_close(
+            y[i],
+            (x[i].movedim(dim - 1 if dim > 0 else dim, -1) * own).movedim(-1, dim - 1 if dim > 0 else dim),
+        )
 
 
 def test_the_site_is_one_and_named_after_the_module():
@@ -69,7 +72,10 @@ def test_bad_bounds_inputs_and_draws_are_named():
 
 def test_fixed_scales_knows_its_sites():
     net = nn.Sequential(nn.Linear(3, 4), layer())
-    with pytest.raises(ValueError, match=r"\['noise'\].*\['nosie'\]"), fixed_scales(net, {"nosie": torch.ones(4)}):
+    with (
+        pytest.raises(ValueError, match=r"\['noise'\].*\['nosie'\]"),
+        fixed_scales(net, {"nosie": torch.ones(4)}),
+    ):
         pass
 
 
@@ -78,7 +84,9 @@ def test_the_network_of_a_model_is_the_smallest_module_with_all_the_noise():
         def __init__(self):
             super().__init__()
             self.stem = nn.Linear(3, 3)
-            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(3, 4), MultiplicativeNoise(4)) for _ in range(2)])
+            self.blocks = nn.ModuleList(
+                [nn.Sequential(nn.Linear(3, 4), MultiplicativeNoise(4)) for _ in range(2)]
+            )
 
     own = Own()
     assert network_of(nn.ModuleDict({"net": own})) is own

@@ -1,6 +1,7 @@
 """Physical removal: what is gone is gone, what is left computes the reduced model, and a lie is caught."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,10 @@ def conditioned(make, seed=0):
     net, shape = make()
     name_sites(net)
     x = torch.randn(16, *shape)
-    with torch.no_grad(), fixed_scales(net, {s: torch.ones(n.features) for s, n in noise_layers(net).items()}):
+    with (
+        torch.no_grad(),
+        fixed_scales(net, {s: torch.ones(n.features) for s, n in noise_layers(net).items()}),
+    ):
         for parameter in net.parameters():
             parameter.normal_(std=0.5)
         net.train()(x)
@@ -159,7 +163,7 @@ def test_any_chain_and_any_plan(widths, seed):
     kept, scales = random_plan(net, seed)
     small = remove_structures(net, kept, scales, torch.randn(6, 3))
     left = [3, *(int(kept[site].sum()) for site in kept), 2]
-    assert parameters(small) == sum(a * b + b for a, b in zip(left, left[1:], strict=False))
+    assert parameters(small) == sum(a * b + b for a, b in pairwise(left))
 
 
 def test_a_filter_owns_its_block_of_columns_behind_flatten():

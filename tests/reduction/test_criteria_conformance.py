@@ -58,7 +58,9 @@ def test_conformance(criterion, dtype):
 def test_evidence_is_score_less_log_odds(criterion):
     change, score = criterion.log_evidence_change(layers()), criterion(layers())
     for name in change:
-        torch.testing.assert_close(score[name] - change[name], torch.full((5,), criterion.prior_log_odds).double())
+        torch.testing.assert_close(
+            score[name] - change[name], torch.full((5,), criterion.prior_log_odds).double()
+        )
 
 
 def test_a_posterior_that_learned_nothing_sits_on_the_fence():

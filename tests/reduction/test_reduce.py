@@ -103,7 +103,10 @@ def test_apply_computes_the_reduced_model():
     with torch.no_grad(), fixed_scales(model.net, {k: v.float() for k, v in plan.scales().items()}):
         torch.testing.assert_close(small(x), model.net(x))
     assert [small[0].out_features, small[3].in_features, small[6].in_features] == [4, 4, 1]
-    assert plan.costs.loc["parameters"].tolist() == [4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3, 4 * 4 + 4 + 4 + 1 + 3 + 3]
+    assert plan.costs.loc["parameters"].tolist() == [
+        4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3,
+        4 * 4 + 4 + 4 + 1 + 3 + 3,
+    ]
     assert "parameters: 83 → 31" in plan.summary()
     other = torch.randn(7, 4)
     assert plan.apply(example_input=other, measure=False)(other).shape == (7, 3)
@@ -157,7 +160,7 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
     numbers.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match="whole plan"):
         Reduction.load(path)
-    with pytest.raises(ValueError, match="end in .json"):
+    with pytest.raises(ValueError, match=r"end in .json"):
         Reduction.load(tmp_path / "plan.pkl")
 
 
