@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.diagnostics.report import Plan
+    from pyro_bmrs.reduction import Reduction
 
 TABLE_COLUMNS = (
     "layer",
@@ -106,7 +106,7 @@ def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> N
         )
 
 
-def score_label(plan: Plan) -> str:
+def score_label(plan: Reduction) -> str:
     """Name the score of a plan with its unit, and with the KL weight where the score is evidence.
 
     Args:
@@ -144,7 +144,7 @@ def evidence_label(kl_weight: float) -> str:
     return "ΔF (nats)" if kl_weight == 1 else f"ΔF (nats, KL weight {kl_weight:g})"
 
 
-def plot_structures(plan: Plan) -> Figure:
+def plot_structures(plan: Reduction) -> Figure:
     """Map every unit of every layer: what was kept, what was removed, and how clear the case was.
 
     One row of cells per layer (wrapped where it is long), one cell per unit, sorted by score, the
@@ -336,7 +336,7 @@ def plot_compression_curve(curve: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_scores(plan: Plan) -> Figure:
+def plot_scores(plan: Reduction) -> Figure:
     """Draw the histogram of the scores, kept and removed, with the decision line at zero.
 
     Where scores exceed 10 the axis is linear between -1 and 1 and logarithmic beyond. Scores that are no
@@ -514,7 +514,7 @@ def _figure(height: float, layout: Literal["constrained"] | None = "constrained"
     return Figure(figsize=(FIGURE_WIDTH, height), layout=layout)
 
 
-def _units(plan: Plan) -> pd.DataFrame:
+def _units(plan: Reduction) -> pd.DataFrame:
     require_columns("plan.table", plan.table, TABLE_COLUMNS)
     if plan.table.empty:
         raise ValueError("plan.table has no rows: there is no unit to show")

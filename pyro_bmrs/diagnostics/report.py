@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
+    from pyro_bmrs.inference import Fit
+    from pyro_bmrs.reduction import Reduction
+
 WIDTH_COLUMNS = ("layer", "before", "after")
 COST_COLUMNS = ("before", "after")
 EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
@@ -51,44 +54,9 @@ _COST_NAMES = {
 }
 
 
-class Fit(Protocol):
-    """What the report reads of a fit."""
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """A row per epoch, columns as :func:`pyro_bmrs.diagnostics.plots.plot_history` takes them."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """Plain values by name: epochs, batch_size, learning_rate, seed, …"""
-
-
-class Plan(Protocol):
-    """What the report reads of a reduction."""
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per unit, columns as :func:`pyro_bmrs.diagnostics.plots.plot_structures` takes them."""
-
-    @property
-    def criterion(self) -> str:
-        """The criterion and its arguments, printable."""
-
-    @property
-    def kl_weight(self) -> float:
-        """The weight w of the KL term in the loss that the posterior was fitted with."""
-
-    @property
-    def costs(self) -> pd.DataFrame | None:
-        """``before`` and ``after``, by ``parameters``, ``multiply_accumulates``, ``latency_milliseconds``."""
-
-    def widths(self) -> pd.DataFrame:
-        """Return a row per layer: ``layer``, ``before``, ``after`` (units)."""
-
-
 def report(
     fit: Fit | None,
-    plan: Plan,
+    plan: Reduction,
     out: str | os.PathLike[str] = "report.html",
     *,
     curve: pd.DataFrame | None = None,
@@ -216,7 +184,7 @@ def _svg(name: str, draw: Callable[[], Figure]) -> Markup:
 
 def _verdict(
     history: pd.DataFrame | None,
-    plan: Plan,
+    plan: Reduction,
     curve: pd.DataFrame | None,
     evaluation: pd.DataFrame | None,
 ) -> str:
@@ -249,7 +217,7 @@ def _verdict(
     return f"{removed}."
 
 
-def _warnings(plan: Plan, widths: pd.DataFrame) -> list[str]:
+def _warnings(plan: Reduction, widths: pd.DataFrame) -> list[str]:
     found = []
     if plan.kl_weight != 1:
         found.append(
@@ -307,7 +275,7 @@ def _shown_units(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(
-    fit: Fit | None, plan: Plan, settings: Mapping[str, Any] | None
+    fit: Fit | None, plan: Reduction, settings: Mapping[str, Any] | None
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     groups: list[tuple[str, Mapping[str, Any]]] = [
         ("Run", settings or {}),
