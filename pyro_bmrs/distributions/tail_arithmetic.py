@@ -110,6 +110,11 @@ def near_frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> NearFra
     )
 
 
+def _occurs(mask: Tensor) -> bool:
+    """Whether a branch is needed at all; always, on devices where asking would cost more than computing."""
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
 def _mills_ratio(a: Tensor) -> Tensor:
     """R(a) = (1 - Φ(a)) / φ(a), for a ≥ 0."""
     scaled: Tensor = torch.special.erfcx(a * SQRT_HALF)
@@ -152,7 +157,9 @@ def _edge_terms(alpha: Tensor, beta: Tensor) -> _EdgeTerms:
     decay = torch.exp((-0.5 * (beta - a) * (beta + a)).clamp(min=EXPONENT_FLOOR))
     near_ratio, far_ratio = _mills_ratio(a), _mills_ratio(beta.clamp(min=0.0))
     mass = near_ratio - far_ratio * decay
-    deficit = torch.where(a > TAIL, _mills_deficit(a.clamp(min=TAIL)), 1 - a * near_ratio)
+    deficit = 1 - a * near_ratio
+    if _occurs(a > TAIL):
+        deficit = torch.where(a > TAIL, _mills_deficit(a.clamp(min=TAIL)), deficit)
     tail_log_mass = torch.log(near_ratio) + torch.log1p(-decay * far_ratio / near_ratio) - LOG_SQRT_2PI
     # inside: the mass is a sum of two positive parts, or one less two small tails
     b = alpha.clamp(max=0.0)
@@ -192,8 +199,14 @@ def _moments(alpha: Tensor, beta: Tensor, edges: _EdgeTerms) -> _Moments:
         variance_of_square=m4 - m2**2,
         third_with_square=m4 - m2**2 - 2 * m1 * (m3 - m1 * m2),
     )
-    # beyond: moments of the excess s over the near edge, less what lies past the far edge
-    a = alpha.clamp(min=TAIL)
+    if not _occurs(alpha > TAIL):
+        return direct
+    tail = _tail_moments(alpha.clamp(min=TAIL), beta)
+    return _Moments(*(torch.where(alpha > TAIL, t, d) for t, d in zip(tail, direct, strict=True)))
+
+
+def _tail_moments(a: Tensor, beta: Tensor) -> _Moments:
+    """From the moments of the excess s over the near edge, less what lies past the far edge; a ≥ TAIL."""
     b = torch.maximum(beta, a)
     width = b - a
     decay = torch.exp((-0.5 * width * (b + a)).clamp(min=EXPONENT_FLOOR))
@@ -210,14 +223,13 @@ def _moments(alpha: Tensor, beta: Tensor, edges: _EdgeTerms) -> _Moments:
     ]
     s1, s2, s3, s4 = (moment / raw[0] for moment in raw[1:])
     variance, skew, third = s2 - s1**2, s3 - s1 * s2, s3 - 3 * s1 * s2 + 2 * s1**3
-    tail = _Moments(
+    return _Moments(
         variance=variance,
         third=third,
         covariance_with_square=2 * a * variance + skew,
         variance_of_square=4 * a**2 * variance + 4 * a * skew + s4 - s2**2,
         third_with_square=s4 - s2**2 - 2 * s1 * skew + 2 * a * third,
     )
-    return _Moments(*(torch.where(alpha > TAIL, t, d) for t, d in zip(tail, direct, strict=True)))
 
 
 @_in_float64
@@ -431,31 +443,55 @@ def _implicit_derivatives(
     gap = torch.where(alpha > 0, (beta - alpha) - s, beta - z).clamp(min=0.0)
     r = (-0.5 * gap * (beta + z)).clamp(min=EXPONENT_FLOOR, max=-EXPONENT_FLOOR)
     survive = 1 - u
-    direct = -survive * torch.expm1(q) - u * torch.expm1(r)
-    # the tail
-    a = alpha.clamp(min=TAIL)
+    d_loc = -survive * torch.expm1(q) - u * torch.expm1(r)
+    if _occurs(alpha > TAIL):
+        tail = _tail_slope(s.clamp(min=0.0), torch.exp(r.clamp(max=0.0)), alpha.clamp(min=TAIL), beta)
+        d_loc = torch.where(alpha > TAIL, tail, d_loc)
+    grown, far = survive * torch.exp(q), u * torch.exp(r)
+    from_edge = s + alpha * d_loc - (beta - alpha) * far
+    from_centre = z - alpha * torch.where(grown > 0, grown, 0.0) - beta * far
+    return d_loc, torch.where(alpha > -1, from_edge, from_centre)
+
+
+def _tail_slope(s: Tensor, decay_z: Tensor, a: Tensor, beta: Tensor) -> Tensor:
+    """∂x/∂loc at excess s over the near edge, by differences of Mills ratios; a ≥ TAIL, decay_z = e_z."""
     b = torch.maximum(beta, a)
-    c = torch.minimum(a + s.clamp(min=0.0), b)
+    step = torch.minimum(s, b - a)
+    c = a + step
     ta, tb, tc = _mills_deficit(a), _mills_deficit(b), _mills_deficit(c)
 
     def drop(x: Tensor, y: Tensor, y_minus_x: Tensor, tx: Tensor, ty: Tensor) -> Tensor:
         return (y_minus_x * (1 - tx) + x * (ty - tx)) / (x * y)  # R(x) - R(y)
 
-    step = torch.minimum(s.clamp(min=0.0), b - a)
-    decay_z = torch.exp(r.clamp(max=0.0))
     decay_a = torch.exp((-0.5 * (b - a) * (b + a)).clamp(min=EXPONENT_FLOOR))
     mass = (1 - ta) / a - decay_a * (1 - tb) / b
-    tail = (
+    return (
         drop(a, c, step, ta, tc)
         - decay_z * drop(a, b, b - a, ta, tb)
         + decay_a * drop(c, b, (b - a) - step, tc, tb)
     ) / mass
-    beyond = alpha > TAIL
-    d_loc = torch.where(beyond, tail, direct)
-    grown, far = survive * torch.exp(q), u * torch.exp(r)
-    from_edge = s + alpha * d_loc - (beta - alpha) * far
-    from_centre = z - alpha * torch.where(grown > 0, grown, 0.0) - beta * far
-    return d_loc, torch.where(alpha > -1, from_edge, from_centre)
+
+
+def _tail_excess(u: Tensor, t: Tensor, beta: Tensor) -> Tensor:
+    """The excess s over the near edge at probability u, for t ≥ TAIL.
+
+    Newton's method on H(v) = v + log(1 - u (1 - κ)) - log(R_z/R_α), v = α s + s²/2, κ the survival at the
+    far edge; H' = 1/(z R_z) is so near 1 that three steps reach the last bit.
+    """
+    far = torch.maximum(beta, t)
+    near_log = torch.log1p(-_mills_deficit(t))
+    v_far = 0.5 * (far - t) * (far + t)
+    far_ratio = (t / far) * torch.exp(torch.log1p(-_mills_deficit(far)) - near_log)
+    kappa = far_ratio * torch.exp((-v_far).clamp(min=EXPONENT_FLOOR))
+    exponential = -torch.log1p((-u * (1 - kappa)).clamp(min=-1 + 1e-300))
+    v = torch.minimum(exponential.clamp(max=-EXPONENT_FLOOR), v_far)
+    for _ in range(3):
+        step = 2 * v / (t + torch.sqrt(t * t + 2 * v))
+        deficit = _mills_deficit(t + step)
+        log_ratio = torch.log1p(-deficit) - near_log - torch.log1p(step / t)
+        v = (v - (1 - deficit) * (v - exponential - log_ratio)).clamp(min=0.0)
+        v = torch.minimum(v, v_far)
+    return 2 * v / (t + torch.sqrt(t * t + 2 * v))
 
 
 def _quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Quantile:
@@ -489,28 +525,9 @@ def _quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) 
     sliver = sliver_mass * a.abs().clamp(min=1.0) < 1e-3
     s = torch.where(sliver, _edge_series(torch.where(sliver, sliver_mass, 0.0), a), s)
 
-    # far outside: Newton on H(v) = v + log(1 - u (1 - κ)) - log(R_z/R_α), v = α s + s²/2,
-    # κ the survival at the far edge; H' = 1/(z R_z)
-    t = alpha.clamp(min=TAIL)
-    far = torch.maximum(beta, t)
-    deficit = _mills_deficit(t)
-    near_log = torch.log1p(-deficit)
-    v_far = 0.5 * (far - t) * (far + t)
-    far_ratio = (t / far) * torch.exp(torch.log1p(-_mills_deficit(far)) - near_log)
-    kappa = far_ratio * torch.exp((-v_far).clamp(min=EXPONENT_FLOOR))
-    exponential = -torch.log1p((-u * (1 - kappa)).clamp(min=-1 + 1e-300))
-    v = torch.minimum(exponential.clamp(max=-EXPONENT_FLOOR), v_far)
-    for _ in range(3):
-        step = 2 * v / (t + torch.sqrt(t * t + 2 * v))
-        c = t + step
-        deficit_c = _mills_deficit(c)
-        log_ratio = torch.log1p(-deficit_c) - near_log - torch.log1p(step / t)
-        v = (v - (1 - deficit_c) * (v - exponential - log_ratio)).clamp(min=0.0)
-        v = torch.minimum(v, v_far)
-    tail_s = 2 * v / (t + torch.sqrt(t * t + 2 * v))
-
     beyond = alpha > TAIL
-    s = torch.where(beyond, tail_s, s)
+    if _occurs(beyond):
+        s = torch.where(beyond, _tail_excess(u, alpha.clamp(min=TAIL), beta), s)
     s = torch.minimum(s.clamp(min=0.0), width)
     z = torch.where(beyond | sliver, alpha + s, z)
 
