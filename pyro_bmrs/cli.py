@@ -7,17 +7,40 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
 
 from pyro_bmrs import __version__
 
 if TYPE_CHECKING:
     from pyro_bmrs.runs import Run
 
-Command = Callable[[Namespace], int]  # gives the exit status
+app = typer.Typer(
+    name="pyro-bmrs",
+    help="Make neural networks smaller by Bayesian evidence.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _whole(text: str) -> int:
+    """typer's own message does not say what was given."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a whole number: got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number: got {text!r}") from None
+
 
 # Options that are settings of a run, by the names `runs.Settings` has for them.
 _REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "fine_tune")
@@ -26,129 +49,74 @@ _FIT_SETTINGS = (
     "draws_per_batch", "removal", "limit",
 )  # fmt: skip
 
-
-class _Parser(ArgumentParser):
-    """Says what is wrong with the arguments in one line, without the usage round it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="pyro-bmrs", description="Make neural networks smaller by Bayesian evidence.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    machine = _Parser(add_help=False)
-    option = machine.add_argument_group("machine").add_argument
-    option(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs",
-    )
-    option("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, …")
-    option("--quiet", action="store_true", help="show no progress")
-
-    reduction = _Parser(add_help=False)
-    option = reduction.add_argument_group("reduction (default: the recipe's)").add_argument
-    option(
-        "--criterion",
-        metavar="NAME",
-        help="BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, Random:fraction=0.5",
-    )
-    option(
-        "--prior-log-odds",
-        type=float,
-        metavar="NATS",
-        help="of removal, per structure: 0 is the paper's equation, 0.919 its released code",
-    )
-    option("--min-kept", type=int, metavar="N", help="structures that every layer keeps")
-    option("--fine-tune", type=int, metavar="N", help="epochs of fine-tuning the small network")
-
-    fitting = _Parser(add_help=False)
-    fitting.add_argument("recipe", type=Path, metavar="RECIPE", help="a Python file like those in models/")
-    option = fitting.add_argument_group("run").add_argument
-    option(
-        "--data",
-        default="digits",
-        metavar="NAME",
-        help="digits (the default), mnist, fashion-mnist, cifar10, a .npz file or an image folder",
-    )
-    option(
-        "--out",
-        type=Path,
-        default=Path("runs/latest"),
-        metavar="DIR",
-        help="folder for everything that comes out; default runs/latest",
-    )
-    option("--overwrite", action="store_true", help="start anew where the folder holds a run")
-    option = fitting.add_argument_group("fit (default: the recipe's)").add_argument
-    option("--epochs", type=int, metavar="N")
-    option("--batch-size", type=int, metavar="N", help="examples per step")
-    option("--seed", type=int, metavar="N", help="of weights, split, order and noise")
-    option("--kl-weight", type=float, metavar="W", help="factor on the KL; 1 is the ELBO, more removes more")
-    option("--learning-rate", type=float, metavar="RATE", help="of the weights")
-    option("--posterior-learning-rate", type=float, metavar="RATE", help="of the posterior's parameters")
-    option("--draws-per-batch", type=int, metavar="N", help="values of θ per batch; default one per example")
-    option("--removal", metavar="WHEN", help="end, or epoch: remove after each epoch too")
-    option("--limit", type=int, metavar="N", help="use only so many training examples")
-
-    folder = _Parser(add_help=False)
-    folder.add_argument("folder", type=Path, metavar="DIR", help="a run's folder")
-
-    def command(function: Command, *parents: _Parser) -> _Parser:
-        text = function.__doc__
-        made = commands.add_parser(
-            function.__name__, parents=list(parents), help=text, description=text, allow_abbrev=False
-        )
-        made.set_defaults(command=function)
-        return made
-
-    whole = command(run, fitting, reduction, machine)
-    option = whole.add_argument_group("what is required of it").add_argument
-    option(
-        "--require-removed",
-        type=float,
-        metavar="SHARE",
-        help="exit with 1 if less of the parameters is removed (0 to 1)",
-    )
-    option(
-        "--require-accuracy",
-        type=float,
-        metavar="SHARE",
-        help="exit with 1 if the test accuracy is lower (0 to 1)",
-    )
-    command(fit, fitting, reduction, machine)
-    command(reduce, folder, reduction, machine)
-    command(report, folder, machine)
-    option = command(predict, folder, machine).add_argument
-    option(
-        "--inputs",
-        type=Path,
-        metavar="FILE",
-        help="a .npy, or .npz with x, of raw inputs; default the test examples",
-    )
-    option(
-        "--out",
-        type=Path,
-        default=Path("predictions.csv"),
-        metavar="FILE",
-        help="CSV to write: label, probability; default predictions.csv",
-    )
-    return parser
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A Python file like those in models/.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
+Data = Annotated[
+    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a .npz file or an image folder.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")]
+Epochs = Annotated[
+    int | None, typer.Option(parser=_whole, help="Of the fit; this and what follows: default the recipe's.")
+]
+BatchSize = Annotated[int | None, typer.Option(parser=_whole, help="Examples per step.")]
+Seed = Annotated[int | None, typer.Option(parser=_whole, help="Of weights, split, order and noise.")]
+KLWeight = Annotated[
+    float | None,
+    typer.Option("--kl-weight", parser=_number, help="Factor on the KL; 1 is the ELBO, more removes more."),
+]
+LearningRate = Annotated[float | None, typer.Option(parser=_number, help="Of the weights.")]
+PosteriorRate = Annotated[float | None, typer.Option(parser=_number, help="Of the posterior's parameters.")]
+Draws = Annotated[
+    int | None, typer.Option(parser=_whole, help="Values of θ per batch; default one per example.")
+]
+Removal = Annotated[str | None, typer.Option(help="end, or epoch: remove after each epoch too.")]
+Limit = Annotated[int | None, typer.Option(parser=_whole, help="Use only so many training examples.")]
+CriterionName = Annotated[
+    str | None,
+    typer.Option(
+        "--criterion", help="BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, Random:fraction=0.5."
+    ),
+]
+LogOdds = Annotated[
+    float | None,
+    typer.Option(
+        parser=_number,
+        help="Of removal, in nats per structure: 0 is the paper's equation, 0.919 its released code.",
+    ),
+]
+MinKept = Annotated[int | None, typer.Option(parser=_whole, help="Structures that every layer keeps.")]
+FineTune = Annotated[int | None, typer.Option(parser=_whole, help="Epochs of fine-tuning the small network.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
-def _new_run(given: Namespace) -> Run:
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"pyro-bmrs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make neural networks smaller by Bayesian evidence."""
+
+
+def _new_run(given: dict[str, Any]) -> Run:
     from pyro_bmrs.runs import Recipe, Run, Settings
 
-    recipe = Recipe.read(given.recipe)
-    overrides = {name: getattr(given, name) for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
+    recipe = Recipe.read(given["recipe"])
+    overrides = {name: given[name] for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
     current = Run(
-        given.out, recipe, Settings.of(recipe, given.data, overrides), data_root=given.data_root,
-        device=given.device, progress=not given.quiet, overwrite=given.overwrite,
+        given["out"], recipe, Settings.of(recipe, given["data"], overrides), data_root=given["data_root"],
+        device=given["device"], progress=not given["quiet"], overwrite=given["overwrite"],
     )  # fmt: skip
     weight = current.settings.kl_weight
     print(
@@ -159,12 +127,12 @@ def _new_run(given: Namespace) -> Run:
     return current
 
 
-def _old_run(given: Namespace, *changes: str) -> Run:
+def _old_run(given: dict[str, Any], *changes: str) -> Run:
     from pyro_bmrs.runs import Run
 
     return Run(
-        given.folder, changes={name: getattr(given, name) for name in changes}, data_root=given.data_root,
-        device=given.device, progress=not given.quiet,
+        given["folder"], changes={name: given[name] for name in changes}, data_root=given["data_root"],
+        device=given["device"], progress=not given["quiet"],
     )  # fmt: skip
 
 
@@ -193,22 +161,57 @@ def _print_outcome(run: Run) -> None:
     )
 
 
-def run(given: Namespace) -> int:
+# The commands take their options from the context by name: each appears once in a signature, for its help
+# and type, and `_new_run` and `_old_run` pick what they need.
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: RecipeFile,
+    data: Data = "digits",
+    out: Out = Path("runs/latest"),
+    overwrite: Overwrite = False,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    kl_weight: KLWeight = None,
+    learning_rate: LearningRate = None,
+    posterior_learning_rate: PosteriorRate = None,
+    draws_per_batch: Draws = None,
+    removal: Removal = None,
+    limit: Limit = None,
+    criterion: CriterionName = None,
+    prior_log_odds: LogOdds = None,
+    min_kept: MinKept = None,
+    fine_tune: FineTune = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    require_removed: Annotated[
+        float | None,
+        typer.Option(parser=_number, help="Exit with 1 if a smaller share of the parameters is removed."),
+    ] = None,
+    require_accuracy: Annotated[
+        float | None,
+        typer.Option(parser=_number, help="Exit with 1 if the test accuracy, from 0 to 1, is lower."),
+    ] = None,
+) -> int:
     """Fit, reduce, remove, fine-tune and report; called again it goes on from the last finished stage."""
-    required = {"removed": given.require_removed, "accuracy": given.require_accuracy}
+    required = {"removed": require_removed, "accuracy": require_accuracy}
     for name, least in required.items():
         if least is not None and not 0 <= least <= 1:
             raise ValueError(f"--require-{name} must be a share from 0 to 1: got {least:g}")
-    current = _new_run(given)
-    if current.complete() and not given.overwrite:
-        print(f"{given.out} already holds this run, complete")
+    current = _new_run(context.params)
+    if current.complete() and not overwrite:
+        print(f"{out} already holds this run, complete")
     else:
         current.fit()
         if not current.reduced():
             current.reduce()
         current.report()
     _print_outcome(current)
-    print(f"report: {given.out / 'report.html'}")
+    print(f"report: {out / 'report.html'}")
     outcome = current.outcome()
     # an accuracy that is not known, NaN, is not enough either
     missed = [
@@ -221,42 +224,90 @@ def run(given: Namespace) -> int:
     return 1 if missed else 0
 
 
-def fit(given: Namespace) -> int:
+@app.command()
+def fit(
+    context: typer.Context,
+    recipe: RecipeFile,
+    data: Data = "digits",
+    out: Out = Path("runs/latest"),
+    overwrite: Overwrite = False,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    kl_weight: KLWeight = None,
+    learning_rate: LearningRate = None,
+    posterior_learning_rate: PosteriorRate = None,
+    draws_per_batch: Draws = None,
+    removal: Removal = None,
+    limit: Limit = None,
+    criterion: CriterionName = None,
+    prior_log_odds: LogOdds = None,
+    min_kept: MinKept = None,
+    fine_tune: FineTune = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
     """Fit the posterior only."""
-    result = _new_run(given).fit()
-    print(f"{given.out} already holds this fit" if result is None else result)
-    return 0
+    result = _new_run(context.params).fit()
+    print(f"{out} already holds this fit" if result is None else result)
 
 
-def reduce(given: Namespace) -> int:
+@app.command()
+def reduce(
+    context: typer.Context,
+    folder: RunFolder,
+    criterion: CriterionName = None,
+    prior_log_odds: LogOdds = None,
+    min_kept: MinKept = None,
+    fine_tune: FineTune = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
     """Reduce a fitted run again, by another criterion if you like, and write the small network."""
-    current = _old_run(given, *_REDUCE_SETTINGS)
+    current = _old_run(context.params, *_REDUCE_SETTINGS)
     current.load_posterior()
     current.reduce()
     _print_outcome(current)
-    return 0
 
 
-def report(given: Namespace) -> int:
+@app.command()
+def report(
+    context: typer.Context,
+    folder: RunFolder,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
     """Write the report of a reduced run anew."""
-    current = _old_run(given)
+    current = _old_run(context.params)
     current.load_posterior()
     print(f"report: {current.report()}")
-    return 0
 
 
-def predict(given: Namespace) -> int:
+@app.command()
+def predict(
+    context: typer.Context,
+    folder: RunFolder,
+    inputs: Annotated[
+        Path | None, typer.Option(help="A .npy, or .npz with x, of raw inputs; default the test examples.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="CSV to write: label, probability.")] = Path("predictions.csv"),
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
     """Predict with the small network of a run."""
     from pyro_bmrs.data import read_inputs
     from pyro_bmrs.networks.export import write_atomically
 
-    inputs = None if given.inputs is None else read_inputs(given.inputs)
-    current = _old_run(given)
-    x = current.dataset.test[:][0] if inputs is None else current.dataset.prepare(inputs)
+    raw = None if inputs is None else read_inputs(inputs)
+    current = _old_run(context.params)
+    x = current.dataset.test[:][0] if raw is None else current.dataset.prepare(raw)
     table = current.predict(x)
-    write_atomically(given.out, lambda beside: table.to_csv(beside, index=False))
-    print(f"{len(table)} predictions in {given.out}")
-    return 0
+    write_atomically(out, lambda beside: table.to_csv(beside, index=False))
+    print(f"{len(table)} predictions in {out}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -266,18 +317,25 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _guarded(arguments: list[str] | None) -> int:
     try:
-        given = _parser().parse_args(arguments)
-        command: Command = given.command
-        return command(given)
-    except KeyboardInterrupt as error:
+        # not app(): that would answer Ctrl-C itself, without saying what stands
+        command = typer.main.get_command(app)
+        words = sys.argv[1:] if arguments is None else arguments
+        with command.make_context("pyro-bmrs", list(words)) as context:
+            status = command.invoke(context)
+        return status if isinstance(status, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except TyperException as error:
+        message = getattr(error, "format_message", error.__str__)()
+    except (KeyboardInterrupt, typer.Abort) as error:
         print(f"pyro-bmrs: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("PYRO_BMRS_DEBUG"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"pyro-bmrs: error: {message}", file=sys.stderr)
-        return 2
+        message = str(error) or type(error).__name__
+    print(f"pyro-bmrs: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

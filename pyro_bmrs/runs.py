@@ -204,7 +204,7 @@ class Settings:
         names = [field.name for field in fields(self)]
         kept = names[: names.index("limit") + 1]
         if self.removal == "epoch":  # then the criterion has a hand in the fit
-            kept += ["criterion", "prior_log_odds"]
+            kept += ["criterion", "prior_log_odds", "min_kept"]
         return {name: getattr(self, name) for name in kept}
 
 
@@ -385,7 +385,8 @@ class Run:
             posterior_learning_rate=settings.posterior_learning_rate, kl_weight=settings.kl_weight,
             warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch,
             criterion=parse_criterion(settings.criterion, settings.prior_log_odds),
-            removal=settings.removal, seed=settings.seed, device=self.device, progress=self.progress,
+            removal=settings.removal, min_kept=settings.min_kept, seed=settings.seed, device=self.device,
+            progress=self.progress,
         )  # fmt: skip
         if result.interrupted:
             raise Interrupted(

@@ -115,16 +115,16 @@ def refused(place, capsys, line, *named):
 
 RUN = "run tiny.py --out new "
 TABLE = [
-    ("", "COMMAND"),
-    ("walk", "COMMAND", "'walk'"),
-    ("--fast", "COMMAND"),
+    ("", "command"),
+    ("walk", "command", "'walk'"),
+    ("--fast", "--fast"),
     ("run", "RECIPE"),
     ("run tiny.py more.py", "more.py"),
     ("fit --out new", "RECIPE"),
     ("reduce", "DIR"),
     (RUN + "--fast", "--fast"),
     (RUN + "--epoch 3", "--epoch"),
-    (RUN + "--epochs", "--epochs", "expected one argument"),
+    (RUN + "--epochs", "--epochs", "requires an argument"),
     (RUN + "--epochs many", "--epochs", "'many'"),
     (RUN + "--epochs 2.5", "--epochs", "'2.5'"),
     (RUN + "--epochs 0", "epochs", "got 0"),

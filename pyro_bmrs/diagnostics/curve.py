@@ -41,11 +41,13 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
     counts += [own + round(index * (total - own) / beyond) for index in range(1, beyond)]
     thresholds = {float("inf") if count == 0 else float(scores[count - 1]) for count in counts} | {0.0}
     full = parameters(plan.at(float("inf")).apply(measure=False))
+    device = next(model.parameters()).device
     rows = []
     for threshold in sorted(thresholds, reverse=True):
         variant = plan if threshold == 0.0 else plan.at(threshold)
         left = parameters(variant.apply(measure=False))
-        result = evaluate(model, data, {k: v.float() for k, v in variant.scales().items()})
+        scales = {site: scale.to(device).float() for site, scale in variant.scales().items()}
+        result = evaluate(model, data, scales)
         rows.append(
             {
                 "parameters_removed": 1 - left / full,

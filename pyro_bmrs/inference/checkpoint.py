@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import nn
@@ -19,8 +20,9 @@ def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"guide.{name}": t for name, t in guide.state_dict().items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"format": FORMAT, "version": str(VERSION), "kl_weight": repr(guide.kl_weight)}
-    return write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+    # one entry: safetensors writes several in an order that differs from save to save
+    header = json.dumps({"format": FORMAT, "version": VERSION, "kl_weight": guide.kl_weight})
+    return write_atomically(path, lambda beside: save_file(tensors, beside, metadata={"pyro_bmrs": header}))
 
 
 def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> None:
@@ -33,13 +35,13 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("pyro_bmrs", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"path must be a posterior written by save_posterior: {path}: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"path must be a posterior written by save_posterior: {path} is none")
-    if int(metadata["version"]) > VERSION:
+    if metadata["version"] > VERSION:
         raise ValueError(
             f"{path} was written by a newer pyro_bmrs (posterior version {metadata['version']}, this one reads "
             f"up to {VERSION}): upgrade pyro_bmrs"
@@ -51,4 +53,4 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} belongs to another network: {reason}") from None
-    guide.kl_weight = float(metadata["kl_weight"])
+    guide.kl_weight = metadata["kl_weight"]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
-from pyro_bmrs.inference.likelihoods import Classifier
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import FixedScales
 
@@ -30,7 +29,7 @@ def evaluate(
     """Loss and accuracy of a Pyro model of (x, y), with its noise sites at the given values.
 
     Args:
-        model: any Pyro model that observes y; accuracy is given for a `Classifier`.
+        model: any Pyro model that observes y; accuracy is given where it returns logits and y is integer.
         data: (x, y) tensors, a data set or a loader.
         scales: θ by site, e.g. `guide.mean()`; sites without one are drawn.
     """
@@ -44,12 +43,18 @@ def evaluate(
             scale = likelihood_scale(trace)
             likelihood += float(observed_log_prob(trace)) / scale
             examples += len(y)
-            if isinstance(model, Classifier):
-                predicted = trace.nodes["_RETURN"]["value"].argmax(dim=model.class_dim)
-                valid = y != model.ignore_index
-                correct += float(((predicted == y) & valid).sum())
-                counted += float(valid.sum())
+            right, valid = _count_correct(model, trace.nodes["_RETURN"]["value"], y)
+            correct, counted = correct + right, counted + valid
     return Evaluation(-likelihood / examples, correct / counted if counted else float("nan"))
+
+
+def _count_correct(model: nn.Module, output: object, y: Tensor) -> tuple[float, float]:
+    """Right and counted predictions, where the model returns logits for integer labels; else none of either."""
+    if not isinstance(output, Tensor) or y.is_floating_point() or output.dim() != y.dim() + 1:
+        return 0.0, 0.0
+    predicted = output.argmax(dim=getattr(model, "class_dim", 1))
+    valid = y != getattr(model, "ignore_index", -100)
+    return float(((predicted == y) & valid).sum()), float(valid.sum())
 
 
 def likelihood_scale(trace: Any) -> float:

@@ -103,6 +103,7 @@ def fit(
     schedule: str = "constant",
     criterion: Criterion | None = None,
     removal: str = "end",
+    min_kept: int = 1,
     freeze_weights: bool = False,
     keep_best: bool = True,
     seed: int = 0,
@@ -145,6 +146,7 @@ def fit(
         criterion: counts the structures it would keep in each epoch's row, and is what `removal` uses.
         removal: "end" (the caller reduces) or "epoch": after each epoch past the warm-up, structures that
             `criterion` gives a score ≥ 0 are fixed at θ = 0 for good.
+        min_kept: structures that every layer keeps, at least 1.
         freeze_weights: fit the posterior alone; weights and normalisation statistics stay as given.
         keep_best: end with the parameters of the epoch with the least validation objective (training
             objective without `validation`), among those after the warm-up and the last removal; without a
@@ -164,7 +166,7 @@ def fit(
     settings = dict(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         posterior_learning_rate=posterior_learning_rate, kl_weight=kl_weight, warm_up=warm_up,
-        draws_per_batch=draws_per_batch, schedule=schedule, removal=removal,
+        draws_per_batch=draws_per_batch, schedule=schedule, removal=removal, min_kept=min_kept,
         criterion=None if criterion is None else str(criterion), freeze_weights=freeze_weights,
         keep_best=keep_best, seed=seed,
     )  # fmt: skip
@@ -203,7 +205,7 @@ def fit(
 
 def _check_settings(settings: dict[str, Any], guide: Any, criterion: Any) -> None:
     """One line per bad argument, before anything is touched."""
-    for name in ("epochs", "batch_size"):
+    for name in ("epochs", "batch_size", "min_kept"):
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise ValueError(f"{name} must be a positive integer: got {settings[name]!r}")
     for name in ("learning_rate", "posterior_learning_rate", "kl_weight"):
@@ -359,6 +361,7 @@ class _Loop:
             likelihood_sum += likelihood * len(y)
             seen += len(y)
             display.step()
+        self._check_finite(epoch)
         removed = self._remove(epoch) if settings["removal"] == "epoch" and ramp >= 1.0 else 0
         kl = self._kl()
         row: dict[str, Any] = {
@@ -390,6 +393,16 @@ class _Loop:
             self.best = (best, epoch, [_copy_state(module) for module in self.modules])
         display.epoch(row)
 
+    def _check_finite(self, epoch: int) -> None:
+        """The last step of an epoch has no loss behind it that would tell."""
+        for module in self.modules:
+            for name, parameter in module.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise FloatingPointError(
+                        f"parameter {name} is not finite after epoch {epoch}; the parameters of epoch "
+                        f"{self.best[1]} are back in place. Lower learning_rate"
+                    )
+
     def _scales(self) -> dict[str, Tensor]:
         if isinstance(self.guide, AutoTruncatedLogNormal):
             return self.guide.mean()
@@ -414,7 +427,8 @@ class _Loop:
         if self.criterion is not None and self.guide is not None and self.settings["removal"] == "end":
             from pyro_bmrs.reduction.reduce import reduce
 
-            return int(reduce(self.model, self.guide, self.criterion).widths().after.sum())
+            plan = reduce(self.model, self.guide, self.criterion, min_kept=self.settings["min_kept"])
+            return int(plan.widths().after.sum())
         return sum(int(layer.kept.sum()) for layer in noise_layers(self.model).values())
 
     def _remove(self, epoch: int) -> int:
@@ -423,7 +437,7 @@ class _Loop:
 
         assert self.criterion is not None
         assert isinstance(self.guide, AutoTruncatedLogNormal)
-        plan = reduce(self.model, self.guide, self.criterion, kl_weight=self.settings["kl_weight"])
+        plan = reduce(self.model, self.guide, self.criterion, min_kept=self.settings["min_kept"])
         count = 0
         for site, layer in noise_layers(self.model).items():
             kept = plan.kept_mask(site).to(layer.kept.device)

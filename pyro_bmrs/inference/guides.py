@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import pyro
@@ -20,6 +21,8 @@ from pyro_bmrs.networks import name_sites
 # The box in which the distributions' values and gradients are known to be finite (in float32 too).
 LOG_SCALE_BOUNDS = (-20.0, 5.0)
 LOC_BOUNDS = (-40.0, 20.0)
+# Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
+_serial = count(1)
 
 
 def elementary(distribution: Distribution) -> Distribution:
@@ -99,6 +102,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         if isinstance(model, nn.Module):
             name_sites(model)
         super().__init__(model, create_plates=create_plates)
+        self._pyro_name = f"{type(self).__name__}_{next(_serial)}"
         self.init_loc, self.init_scale = init_loc, init_scale
         self.sites: tuple[str, ...] = ()
         self.posteriors = nn.ModuleList()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import pyro
@@ -12,6 +13,10 @@ from pyro.distributions import Categorical, Normal
 from torch import Tensor, nn
 
 from pyro_bmrs.networks import name_sites
+
+
+# Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
+_serial = count(1)
 
 
 class _Likelihood(nn.Module):
@@ -27,6 +32,7 @@ class _Likelihood(nn.Module):
             raise ValueError(f"dataset_size must be a positive integer or None: got {dataset_size}")
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
+        self.store_name = f"{type(self).__name__}_{next(_serial)}"
 
     def predict(self, x: Any) -> Tensor:
         """The network's output tensor for a batch."""
@@ -87,7 +93,7 @@ class Classifier(_Likelihood):
         self.class_dim, self.ignore_index = class_dim, ignore_index
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
-        pyro.module("net", self.net)
+        pyro.module(self.store_name, self)
         output = self.predict(x)
         logits = output.movedim(self.class_dim, -1)  # (batch, *positions, classes)
         batch, positions = logits.shape[0], logits.shape[1:-1]
@@ -134,7 +140,7 @@ class Regressor(_Likelihood):
             self.register_buffer("log_scale", log_scale)
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
-        pyro.module("regressor", self)
+        pyro.module(self.store_name, self)
         mean = self.predict(x)
         if y is not None and y.shape != mean.shape:
             raise ValueError(f"y must have the output's shape {tuple(mean.shape)}: got {tuple(y.shape)}")

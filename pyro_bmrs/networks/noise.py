@@ -123,7 +123,7 @@ def name_sites(module: nn.Module) -> None:
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The smallest module below `model` that holds all of its noise layers and can be called.
+    """`model.net` if that holds all noise layers of `model`, else the smallest module below that does.
 
     Raises:
         ValueError: if `model` has no noise layer.
@@ -135,6 +135,8 @@ def network_of(model: nn.Module) -> nn.Module:
     ]
     if not paths:
         raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")
+    if all(parts[:1] == ["net"] for parts in paths):
+        return model.get_submodule("net")
     common = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:

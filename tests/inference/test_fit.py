@@ -274,3 +274,18 @@ def test_fine_tuning_is_a_fit_without_a_guide():
         result.history.validation_accuracy.max() == result.history.validation_accuracy[result.best_epoch - 1]
     )
     assert evaluate(model, data(300, 5)).accuracy > 0.9
+
+
+def test_parameters_that_blow_up_in_the_last_step_are_no_success():
+    model = Classifier(nn.Linear(6, 2))
+    x, y = data()
+    with pytest.raises(FloatingPointError, match=r"not finite after epoch 1|loss became"):
+        bmrs.fit(model, None, (x * 1e30, y), epochs=1, batch_size=200, learning_rate=1e38, progress=False)
+
+
+def test_the_floor_holds_while_removing():
+    model, guide, _ = fitted(
+        epochs=40, kl_weight=500.0, criterion=bmrs.BMRS_N(), removal="epoch", min_kept=3, keep_best=False
+    )
+    assert int(noise_layers(model)["2"].kept.sum()) >= 3
+    assert (guide.mean()["2"] > 0).sum() >= 3

@@ -73,6 +73,21 @@ def test_plain_svi_trains_it():
     pyro.clear_param_store()
 
 
+def test_svi_of_a_second_model_trains_the_second_model():
+    """Without pyro.clear_param_store() between them: Pyro's store shares parameters by name."""
+    x, y = torch.randn(16, 3), torch.randint(2, (16,))
+    for _ in range(2):
+        model = classifier()
+        guide = AutoTruncatedLogNormal(model)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceMeanField_ELBO())
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(3):
+            svi.step(x, y)
+        assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        assert (guide.posterior()["2"].loc != 0).all()
+    pyro.clear_param_store()
+
+
 def test_other_latents_are_named_and_go_with_another_guide():
     def mixed(x):
         w = pyro.sample("w", pyro.distributions.Normal(0.0, 1.0))

@@ -89,7 +89,9 @@ def test_the_network_of_a_model_is_the_smallest_module_with_all_the_noise():
             )
 
     own = Own()
-    assert network_of(nn.ModuleDict({"net": own})) is own
+    whole = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 3), own)})
+    assert network_of(whole) is whole["net"]  # what comes before the noise belongs to it
+    assert network_of(nn.ModuleDict({"body": own})) is own
     assert network_of(own.blocks[0]) is own.blocks[0]
     with pytest.raises(ValueError, match="MultiplicativeNoise"):
         network_of(nn.Linear(2, 2))
