@@ -209,7 +209,7 @@ def test_columns_and_counts_of_the_tables(finished):
     structures, removals = table["structures.csv"], table["removals.csv"]
     assert list(structures) == [
         "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight",
-        "removed",
+        "removed", "removed_in_fit",
     ]  # fmt: skip
     assert list(removals) == ["phase", "epoch", "layer", "unit", "score"]
     gone = structures[structures.removed]

@@ -35,7 +35,7 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
     if points < 2:
         raise ValueError(f"points must be at least 2: got {points}")
     scores = plan.table.score.sort_values(ascending=False, ignore_index=True)
-    total, own = len(scores), int((scores >= 0).sum())
+    total, own = len(scores), int(plan.table.removed.sum())
     counts = [round(index * total / (points - 1)) for index in range(points)]
     beyond = points // 3 + 1
     counts += [own + round(index * (total - own) / beyond) for index in range(1, beyond)]

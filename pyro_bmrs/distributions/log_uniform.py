@@ -79,6 +79,16 @@ class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is unty
         x = torch.where(inside, x, 0.5 * (self.log_low + self.log_high))
         return torch.where(inside, -x - torch.log(self.log_high - self.log_low), float("-inf"))
 
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(θ ≤ value); 0 below the support and 1 above it."""
+        x = value.clamp(min=0.0).log()
+        return ((x - self.log_low) / (self.log_high - self.log_low)).clamp(0.0, 1.0)
+
+    @property
+    def snr(self) -> Tensor:
+        """E[θ] / sqrt(Var θ), dimensionless. Shape: batch."""
+        return self.mean / self.variance.sqrt()
+
     @property
     def mean(self) -> Tensor:
         """(e^log_high - e^log_low) / L."""

@@ -113,6 +113,10 @@ class TruncatedLogNormal(TransformedDistribution):  # type: ignore[misc]  # Pyro
         ratio = tail_arithmetic.squared_coefficient_of_variation(*self.base_dist._compact)
         return self.base_dist._returned(torch.rsqrt(ratio))
 
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(θ ≤ value); 0 below the support and 1 above it."""
+        return self.base_dist.cdf(value.clamp(min=0.0).log())
+
     def entropy(self) -> Tensor:
         """Differential entropy of θ in nats: that of log θ plus E[log θ]."""
         parameters = self.base_dist._compact

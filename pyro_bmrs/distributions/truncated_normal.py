@@ -122,6 +122,11 @@ class TruncatedNormal(TorchDistribution):  # type: ignore[misc]  # Pyro is untyp
     def variance(self) -> Tensor:
         return self._returned(tail_arithmetic.variance(*self._compact))
 
+    @property
+    def snr(self) -> Tensor:
+        """E[x] / sqrt(Var x), dimensionless, of either sign. Shape: batch."""
+        return self.mean / self.variance.sqrt()
+
     def entropy(self) -> Tensor:
         """Differential entropy in nats. Shape: batch."""
         return self._returned(tail_arithmetic.entropy(*self._compact))

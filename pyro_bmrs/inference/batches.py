@@ -52,7 +52,11 @@ class Batches:
             raise ValueError(f"{name} must not be empty")
         if isinstance(data, DataLoader):
             self.loader = data
-        elif isinstance(data, TensorDataset):
+            if isinstance(data.sampler, Sized):  # a sampler may show fewer, and N is what is seen
+                self.size = len(data.sampler)
+            if len(data) == 0:
+                raise ValueError(f"{name} must give at least one batch: its loader gives none")
+        elif type(data) is TensorDataset:  # a subclass may do more than index
             self.tensors = data.tensors
         else:
             self.source: Dataset[Any] = data
@@ -80,8 +84,13 @@ class Batches:
                 x, y = (tensor[indices.to(tensor.device)] for tensor in self.tensors)
                 yield to_device(x, self.device), to_device(y, self.device)
             return
-        loader = self.loader or DataLoader(
-            self.source, self.batch_size, shuffle=generator is not None, generator=generator
-        )
-        for x, y in loader:
+        loader = self.loader
+        if loader is None:
+            loader = DataLoader(
+                self.source, self.batch_size, shuffle=generator is not None, generator=generator
+            )
+        for batch in loader:
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise TypeError(f"{self.name} must give batches (x, y): got {type(batch).__name__}")
+            x, y = batch
             yield to_device(x, self.device), to_device(y, self.device)

@@ -33,6 +33,9 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
     """
     from safetensors import SafetensorError, safe_open
 
+    if guide.prototype_trace is None:
+        raise RuntimeError("guide has no parameters to load into yet: call it once on a batch, guide(x, y)")
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("pyro_bmrs", "{}"))

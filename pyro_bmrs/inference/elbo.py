@@ -10,7 +10,10 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_bmrs.networks.noise import draws_per_batch_allowed
 
 
 class LatentsPerBatch(Messenger):  # type: ignore[misc]
@@ -25,17 +28,33 @@ class LatentsPerBatch(Messenger):  # type: ignore[misc]
         draws: values per batch, at least 1.
         noise_weight: factor on the KL of the noise sites.
         latent_weight: factor on the KL of every other latent.
+        local_sites: latents of single examples, whose KL belongs to the batch and is left as it is.
     """
 
     def __init__(
-        self, noise_sites: Collection[str], draws: int, noise_weight: float, latent_weight: float
+        self,
+        noise_sites: Collection[str],
+        draws: int,
+        noise_weight: float,
+        latent_weight: float,
+        local_sites: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.noise_sites, self.draws = frozenset(noise_sites), draws
         self.noise_weight, self.latent_weight = noise_weight, latent_weight
+        self.local_sites = frozenset(local_sites)
+
+    def __enter__(self) -> LatentsPerBatch:
+        self._token = draws_per_batch_allowed.set(True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        draws_per_batch_allowed.reset(self._token)
+        super().__exit__(*error)
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
+        if msg["is_observed"] or site_is_subsample(msg) or msg["name"] in self.local_sites:
             return
         if msg["name"] not in self.noise_sites:
             msg["scale"] = msg["scale"] * self.latent_weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def evaluate(
     device = next(model.parameters()).device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
-    with in_mode(model, training=False):
+    with in_mode(model, training=False), torch.random.fork_rng(), pyro.get_param_store().scope():
         for x, y in batches:
             with FixedScales(scales or {}):
                 trace = poutine.trace(model).get_trace(x, y)

@@ -69,6 +69,7 @@ class _Objective:
     sites: tuple[str, ...]
     dataset_size: int
     draws: int | None
+    local_sites: frozenset[str] = frozenset()
     likelihood_scale: float = 1.0
     elbo: LikelihoodELBO = field(default_factory=LikelihoodELBO)
 
@@ -82,7 +83,7 @@ class _Objective:
         # the batch speaks for `examples` of the N: its share of the one KL
         share = examples / self.dataset_size
         draws = min(self.draws or batch, batch)
-        with LatentsPerBatch(self.sites, draws, kl_weight * share, share):
+        with LatentsPerBatch(self.sites, draws, kl_weight * share, share, self.local_sites):
             loss = self.module(x, y) / examples
         return loss, float(self.elbo.log_likelihood) / examples
 
@@ -127,7 +128,7 @@ def fit(
     The objective per example is -log p(y|x, θ) + kl_weight · KL(q(θ)‖p(θ))/N with N the size of `train`:
     at kl_weight = 1 the negative ELBO over N, the KL counted once per data set. At another weight w the fit
     is that of the tempered likelihood p(y|θ)^(1/w), and so are all ΔF read from it (docs/guide.md).
-    Latents other than noise sites keep weight 1.
+    Latents other than noise sites keep weight 1 (beside such latents, w ≠ 1 is no tempering of the whole).
 
     Args:
         model: any Pyro model called as model(x, y) that observes y and holds noise layers (or none, with
@@ -170,7 +171,7 @@ def fit(
         criterion=None if criterion is None else str(criterion), freeze_weights=freeze_weights,
         keep_best=keep_best, seed=seed,
     )  # fmt: skip
-    _check_settings(settings, guide, criterion)
+    _check_settings(settings, criterion)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     if guide is not None and not callable(guide):
@@ -197,13 +198,14 @@ def fit(
             if isinstance(guide, nn.Module):
                 guide.to(home)
         with _frozen(model, freeze_weights):
-            if isinstance(guide, AutoTruncatedLogNormal):
-                guide.kl_weight = float(kl_weight)
+            if guide is not None:
+                guide.kl_weight = float(kl_weight)  # type: ignore[attr-defined]
+                _check_parameters(model, guide, first)
             loop = _Loop(model, guide, sites, batches, held_out, settings, criterion, first)
             return loop.run(progress)
 
 
-def _check_settings(settings: dict[str, Any], guide: Any, criterion: Any) -> None:
+def _check_settings(settings: dict[str, Any], criterion: object) -> None:
     """One line per bad argument, before anything is touched."""
     for name in ("epochs", "batch_size", "min_kept"):
         if not isinstance(settings[name], int) or settings[name] < 1:
@@ -212,7 +214,7 @@ def _check_settings(settings: dict[str, Any], guide: Any, criterion: Any) -> Non
         value = settings[name]
         if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and not negative: got {value!r}")
-    if not 0 <= settings["warm_up"] <= 1:
+    if not isinstance(settings["warm_up"], int | float) or not 0 <= settings["warm_up"] <= 1:
         raise ValueError(f"warm_up must be a share of the epochs in [0, 1]: got {settings['warm_up']!r}")
     draws = settings["draws_per_batch"]
     if draws is not None and (not isinstance(draws, int) or draws < 1):
@@ -222,7 +224,11 @@ def _check_settings(settings: dict[str, Any], guide: Any, criterion: Any) -> Non
     for name, allowed in (("schedule", ("constant", "cosine")), ("removal", ("end", "epoch"))):
         if settings[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}: got {settings[name]!r}")
-    if settings["removal"] == "epoch" and criterion is None:
+    if criterion is not None:
+        from pyro_bmrs.reduction.criteria import check_criterion
+
+        check_criterion(criterion)
+    elif settings["removal"] == "epoch":
         raise ValueError('criterion must be given for removal="epoch"')
 
 
@@ -232,9 +238,28 @@ def _isolated(seed: int, validate: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(pyro.get_param_store().scope())
+        # Pyro puts its own earlier setting back into torch, which may have been another
+        torch_setting = torch.distributions.Distribution._validate_args
+        stack.callback(torch.distributions.Distribution.set_default_validate_args, torch_setting)
         stack.enter_context(pyro.validation_enabled(validate))
         torch.manual_seed(seed)
         yield
+
+
+@torch.no_grad()
+def _check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[Any, ...]) -> None:
+    """Raise if a `pyro.param` is no parameter of a module: it would not be trained, and be lost at the end."""
+    for name, program in (("model", model), ("guide", guide)):
+        module = program if isinstance(program, nn.Module) else nn.Module()
+        own = {parameter.data_ptr() for parameter in [*module.parameters(), *model.parameters()]}
+        with in_mode(model, training=False):
+            sites = poutine.trace(program, param_only=True).get_trace(*first).nodes.items()
+        for site, node in sites:
+            if node["type"] == "param" and node["value"].unconstrained().data_ptr() not in own:
+                raise TypeError(
+                    f"{name} has the pyro.param {site!r}, which no optimiser here would train: make it an "
+                    "nn.Parameter or PyroParam of a module"
+                )
 
 
 @contextmanager
@@ -270,9 +295,13 @@ class _Loop:
         self.phase = "fit" if guide is not None else "fine-tune"
         self.history: list[dict[str, Any]] = []
         self.removals: list[dict[str, Any]] = []
-        self.best: tuple[float, int, list[dict[str, Tensor]]] = (math.inf, 0, [])
+        self.best = (math.inf, 0, [_copy_state(module) for module in self.modules])
         with torch.no_grad(), in_mode(model, training=False):
-            scale = likelihood_scale(poutine.trace(model).get_trace(*first))
+            trace = poutine.trace(model).get_trace(*first)
+        scale = likelihood_scale(trace)
+        if held_out is not None:  # a data set that does not fit the model is refused before the first step
+            with torch.no_grad(), in_mode(model, training=False):
+                poutine.trace(model).get_trace(*held_out.first())
         full = batches.size / len(first[1])
         if not (math.isclose(scale, 1.0) or math.isclose(scale, full, rel_tol=1e-4)):
             raise ValueError(
@@ -281,6 +310,7 @@ class _Loop:
             )
         self.objective = _Objective(
             model, guide or _no_latents, sites, batches.size, settings["draws_per_batch"],
+            _local_sites(trace, len(first[1])),
         )  # fmt: skip
         # where the model itself is scaled to the data set, its share of the KL is the whole of it
         self.scaled = not math.isclose(scale, 1.0)
@@ -322,7 +352,7 @@ class _Loop:
                     self._epoch(epoch, generator, scheduler, display)
             except KeyboardInterrupt:
                 interrupted = True
-            except FloatingPointError:
+            except Exception:
                 self._restore()
                 raise
         if self.settings["keep_best"] or interrupted:
@@ -338,7 +368,8 @@ class _Loop:
     def _epoch(self, epoch: int, generator: torch.Generator, scheduler: Any, display: EpochProgress) -> None:
         start = time.perf_counter()
         settings, count = self.settings, len(self.batches)
-        warm_up_steps = settings["warm_up"] * settings["epochs"] * count
+        # without latents there is no KL to warm up
+        warm_up_steps = round(settings["warm_up"] * settings["epochs"] * count) if self.guide else 0
         loss_sum = likelihood_sum = seen = 0.0
         weight = settings["kl_weight"]
         for index, (x, y) in enumerate(self.batches.epoch(generator)):
@@ -404,11 +435,19 @@ class _Loop:
                     )
 
     def _scales(self) -> dict[str, Tensor]:
+        """Values to predict with: E[θ] where it is known, one draw from the guide for other latents."""
         if isinstance(self.guide, AutoTruncatedLogNormal):
             return self.guide.mean()
         if self.guide is None:
             return {}
-        return {site: q.mean for site, q in read_posterior(self.guide, *self.batches.first()).items()}
+        first = self.batches.first()
+        trace = poutine.trace(self.guide).get_trace(*first)
+        draws = {
+            name: site["value"].detach()
+            for name, site in trace.iter_stochastic_nodes()
+            if name not in self.objective.local_sites
+        }
+        return draws | {site: q.mean for site, q in read_posterior(self.guide, *first).items()}
 
     def _kl(self) -> float:
         """KL of the noise sites over the whole data set, in nats, unweighted."""
@@ -462,6 +501,17 @@ _HISTORY_COLUMNS = [
     "validation_accuracy", "kept", "seconds",
 ]  # fmt: skip
 _REMOVAL_COLUMNS = ["epoch", "layer", "unit", "score"]
+
+
+def _local_sites(trace: poutine.Trace, batch: int) -> frozenset[str]:
+    """Latents of single examples: those that share the plate of the batch with the observations."""
+    stacks = [trace.nodes[name]["cond_indep_stack"] for name in trace.observation_nodes]
+    plates = {frame.name for stack in stacks for frame in stack if frame.vectorized and frame.size == batch}
+    return frozenset(
+        name
+        for name, site in trace.iter_stochastic_nodes()
+        if any(frame.name in plates for frame in site["cond_indep_stack"])
+    )
 
 
 def _no_latents(*_: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -18,9 +19,10 @@ from torch.distributions import Distribution
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.networks import name_sites
 
-# The box in which the distributions' values and gradients are known to be finite (in float32 too).
+# The box in which the distributions' values and gradients are known to be finite, in float32 too: the
+# location stays within 20 of the bounds of log θ.
 LOG_SCALE_BOUNDS = (-20.0, 5.0)
-LOC_BOUNDS = (-40.0, 20.0)
+LOC_MARGIN = 20.0
 # Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
 _serial = count(1)
 
@@ -32,6 +34,15 @@ def elementary(distribution: Distribution) -> Distribution:
     ):
         distribution = distribution.base_dist
     return distribution
+
+
+def _mask_of(distribution: Distribution) -> object:
+    """The mask that a distribution wears, under any Independent; None where there is none."""
+    while not isinstance(distribution, MaskedDistribution):
+        if not hasattr(distribution, "base_dist"):
+            return None
+        distribution = distribution.base_dist
+    return distribution._mask
 
 
 class _SitePosterior(nn.Module):
@@ -52,7 +63,7 @@ class _SitePosterior(nn.Module):
 
     def distribution(self) -> TruncatedLogNormal:
         return TruncatedLogNormal(
-            self.loc.clamp(*LOC_BOUNDS),
+            torch.minimum(torch.maximum(self.loc, self.log_low - LOC_MARGIN), self.log_high + LOC_MARGIN),
             self.log_scale.clamp(*LOG_SCALE_BOUNDS).exp(),
             self.log_low,
             self.log_high,
@@ -110,7 +121,14 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         self.kl_weight = 1.0  # of the last fit: every ΔF read from this guide is to name it
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        with torch.no_grad():  # the trace is kept, and need not keep a graph
+            super()._setup_prototype(*args, **kwargs)
+        for frame in self._prototype_frames.values():
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"model has a latent in the subsampled plate {frame.name!r} ({frame.size} of "
+                    f"{frame.full_size}): AutoTruncatedLogNormal is for latents of the whole data set"
+                )
         latents = list(self.prototype_trace.iter_stochastic_nodes())
         priors: dict[str, LogUniform | TruncatedLogNormal] = {}
         for name, site in latents:
@@ -128,7 +146,11 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
             _SitePosterior(priors[name], site["value"].shape, self.init_loc, self.init_scale)
             for name, site in latents
         )
-        self.example_arguments = args
+        for name, site in latents:
+            mask = _mask_of(site["fn"])
+            if isinstance(mask, Tensor):  # structures that an earlier fit has removed
+                self.site_posterior(name).kept.copy_(mask)
+        self.example_arguments = args or tuple(kwargs.values())
 
     def site_posterior(self, site: str) -> _SitePosterior:
         """The module that holds the parameters of one site."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pyro_bmrs.networks import name_sites
 
-
 # Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
 _serial = count(1)
 
@@ -104,7 +103,7 @@ class Classifier(_Likelihood):
             )
         with ExitStack() as stack:
             self._plates(stack, batch, positions, logits.device)
-            if y is not None and positions:
+            if y is not None:
                 counted = y != self.ignore_index
                 stack.enter_context(pyro.poutine.mask(mask=counted))
                 y = torch.where(counted, y, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -12,6 +13,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
+
+# Set by the handler that draws several values per batch: a stack of θ from elsewhere, such as
+# `Predictive(parallel=True)`, must not be taken for them.
+draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
 
 
 class MultiplicativeNoise(nn.Module):
@@ -53,6 +58,8 @@ class MultiplicativeNoise(nn.Module):
         super().__init__()
         if not isinstance(features, int) or features < 1:
             raise ValueError(f"features must be a positive integer: got {features!r}")
+        if dim == 0:
+            raise ValueError("dim must not be 0, which counts examples: got 0")
         LogUniform(log_low, log_high)  # checks the bounds
         self.features, self.dim = features, dim
         self.site: str | None = None
@@ -86,10 +93,11 @@ class MultiplicativeNoise(nn.Module):
         if theta.dim() == 1:
             return x * theta.view(1, *layout)
         draws, batch = theta.shape[0], x.shape[0]
-        if theta.dim() != 2 or draws > batch:
+        if theta.dim() != 2 or draws > batch or not draws_per_batch_allowed.get():
             raise ValueError(
                 f"θ of noise layer {self.site!r} must have shape ({self.features},) or (draws ≤ {batch}, "
-                f"{self.features}): got {tuple(theta.shape)} (with Predictive, use parallel=False)"
+                f"{self.features}): got {tuple(theta.shape)} ; "
+                "call the network outside of pyro.plate, and Predictive with parallel=False"
             )
         if batch % draws:
             return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout)
@@ -123,29 +131,26 @@ def name_sites(module: nn.Module) -> None:
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """`model.net` if that holds all noise layers of `model`, else the smallest module below that does.
+    """The network inside a Pyro model: its outermost submodule that holds all of its noise layers.
+
+    The model itself where its noise layers lie in several of its submodules.
 
     Raises:
         ValueError: if `model` has no noise layer.
     """
-    paths = [
-        path.split(".")[:-1]
-        for path, layer in model.named_modules()
-        if isinstance(layer, MultiplicativeNoise)
-    ]
-    if not paths:
+    layers = set(noise_layers(model).values())
+    if not layers:
         raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")
-    if all(parts[:1] == ["net"] for parts in paths):
-        return model.get_submodule("net")
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
+    network = model
     # containers that only store modules have no forward of their own
-    while common and isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
-        common.pop()
-    return model.get_submodule(".".join(common))
+    while network is model or isinstance(network, nn.ModuleList | nn.ModuleDict):
+        inner = [
+            child for child in network.children() if layers <= set(child.modules()) and child not in layers
+        ]
+        if not inner:
+            return model
+        network = inner[0]
+    return network
 
 
 class FixedScales(Messenger):  # type: ignore[misc]

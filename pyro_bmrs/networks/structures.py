@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from pyro_bmrs.networks.noise import MultiplicativeNoise, fixed_scales, noise_layers
 
+_SHARED = (
+    "noise layers {0!r} and {1!r} are both tied to {2}: branches that are added or concatenated are not handled. "
+    "Take one of them out"
+)
+
 
 @dataclass(frozen=True)
 class Member:
@@ -119,10 +124,19 @@ def structure_groups(network: nn.Module, example_input: Tensor) -> dict[str, Str
         members = []
         for item in items:
             module, handler = item.dep.target.module, item.dep.handler
-            if module is layer or module not in paths or not list(module.parameters(recurse=False)):
+            if module is layer or module not in paths or not module.state_dict():
                 continue
+            if isinstance(module, MultiplicativeNoise):
+                raise ValueError(_SHARED.format(site, module.site, "the same structures"))
             reads = graph.is_in_channel_pruning_fn(handler)
-            between = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
+            between = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            if not between and not (plain and getattr(module, "groups", 1) == 1):
+                raise ValueError(
+                    f"structures of noise layer {site!r} are tied to {paths[module]!r}, a {type(module).__name__}"
+                    f"{' in groups' if plain else ''}: only plain linear and convolution layers and BatchNorm are "
+                    "handled. Take the noise layer out"
+                )
             indices = torch.tensor(list(item.idxs), dtype=torch.long)
             roots = item.root_idxs if item.root_idxs is not None else item.idxs
             members.append(
@@ -143,4 +157,15 @@ def structure_groups(network: nn.Module, example_input: Tensor) -> dict[str, Str
                 "structures; put it between two such layers"
             )
         groups[site] = group
+    _check_disjoint(groups)
     return groups
+
+
+def _check_disjoint(groups: dict[str, StructureGroup]) -> None:
+    """Raise where two noise layers are tied to the same rows or columns, as by an addition or concatenation."""
+    owner: dict[tuple[str, str], str] = {}
+    for site, group in groups.items():
+        for member in group.members:
+            other = owner.setdefault((member.path, member.role), site)
+            if other != site:
+                raise ValueError(_SHARED.format(other, site, f"{member.path!r} (as {member.role})"))

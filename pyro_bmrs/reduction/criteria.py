@@ -87,8 +87,8 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801 the paper's name
     BMRS_N(scale=1e-06, loc=None, prior_log_odds=0.0)
 
     Args:
-        scale: of the reduced prior in log θ; with 1e-6 ΔF is, to 1e-9 nat, the Savage-Dickey density ratio
-            of the posterior at the lower edge.
+        scale: s̃ of the reduced prior in log θ. The narrower, the nearer is ΔF to the Savage-Dickey density
+            ratio of the posterior at the lower edge; the difference is about 0.8 s̃ (loc - log_low)/scale² nats.
         loc: its location; None: the lower bound of the prior.
         prior_log_odds: log p(reduced)/p(full) per structure before seeing data. A posterior that learned
             nothing has ΔF = 0, so this decides about idle structures. Two known values: 0, the paper's
@@ -218,6 +218,15 @@ def _smallest(fraction: float, values: Scores, layers: Layers) -> Tensor:
     pool = torch.cat([values[name][layer.kept] for name, layer in layers.items()]).sort().values
     count = round(fraction * len(pool))
     return pool[count - 1] if count else pool.new_tensor(-math.inf).clamp(min=torch.finfo(pool.dtype).min)
+
+
+def check_criterion(criterion: object) -> None:
+    """Raise TypeError unless this is a criterion: a callable with a unit, made and not just named."""
+    if isinstance(criterion, type) or not callable(criterion) or not hasattr(criterion, "unit"):
+        hint = f"; make one: {criterion.__name__}()" if isinstance(criterion, type) else ""
+        raise TypeError(
+            f"criterion must be one of pyro_bmrs's or a callable with a unit: got {criterion!r}{hint}"
+        )
 
 
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:

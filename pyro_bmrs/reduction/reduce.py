@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.export import write_atomically
-from pyro_bmrs.networks.noise import network_of, noise_layers, without_noise
+from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.noise import FixedScales, network_of, noise_layers, without_noise
 from pyro_bmrs.networks.structures import StructureGroup, structure_groups, weight_of
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.reduction.criteria import Criterion, EvidenceCriterion, LayerStructures
+from pyro_bmrs.reduction.criteria import Criterion, EvidenceCriterion, LayerStructures, check_criterion
 
 FORMAT, VERSION = "pyro_bmrs.reduction", 1
 # Enough examples for outputs to spread in the equality check, few enough for float64.
@@ -39,7 +41,7 @@ class Reduction:
         table: one row per structure: layer, unit (index in the original network), loc and scale (of log θ),
             mean (E[θ]), snr, score (in the criterion's unit; ≥ 0: remove), log_evidence_change (ΔF in nats,
             NaN for criteria without evidence), kl_weight (of the fit: ΔF is the evidence of the model with
-            likelihood p(y|θ)^(1/kl_weight)), removed.
+            likelihood p(y|θ)^(1/kl_weight)), removed, removed_in_fit (by the fit, before this plan).
         criterion: what decided, printed.
         kl_weight: of the fit.
         min_kept: structures that every layer keeps at least.
@@ -91,14 +93,12 @@ class Reduction:
         return replace(self, _network=network, _find_input=find_input)
 
     def at(self, threshold: float) -> Reduction:
-        """The plan that removes where score ≥ threshold; for evidence, prior log-odds less by `threshold`.
-
-        What the fit had removed stays removed only as far as its score says.
-        """
+        """The plan that removes where score ≥ threshold, and what the fit had removed before."""
         frames = []
         for _, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
-            removed = _with_floor(score >= threshold, score, torch.ones(len(rows)).bool(), self.min_kept)
+            before = torch.tensor(rows.removed_in_fit.to_numpy())
+            removed = _with_floor((score >= threshold) | before, score, ~before, self.min_kept)
             frames.append(rows.assign(removed=removed.numpy()))
         return replace(
             self, table=pd.concat(frames), criterion=f"{self.criterion} at {threshold:g}", costs=None
@@ -121,7 +121,9 @@ class Reduction:
                 lines.append(
                     f"  {label}: {old:{digits}} → {new:{digits}} ({100 * (1 - new / old):.1f} % less)"
                 )
-        if self.kl_weight != 1:
+        if self.kl_weight == 0:
+            lines.append("  at KL weight 0 nothing held the posterior to its prior: ΔF has no meaning")
+        elif self.kl_weight != 1:
             lines.append(
                 f"  at KL weight {self.kl_weight:g}: evidence of the model tempered to p(y|θ)^(1/{self.kl_weight:g})"
             )
@@ -179,7 +181,7 @@ class Reduction:
         from safetensors.torch import save_file
 
         path = _json_path(path)
-        numeric = ["unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "removed"]
+        numeric = [name for name in _COLUMNS if name not in ("layer", "kl_weight")]
         columns = {name: torch.tensor(self.table[name].to_numpy()) for name in numeric}
         sizes = {layer: int((self.table.layer == layer).sum()) for layer in self.layers}
         costs = None if self.costs is None else self.costs.to_dict()
@@ -209,6 +211,8 @@ class Reduction:
             ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"path must be a plan written by Reduction.save: {path} is none")
+        if not isinstance(document.get("version"), int):
+            raise ValueError(f"path must be a plan written by Reduction.save: {path} has no version")
         if document["version"] > VERSION:
             raise ValueError(
                 f"{path} was written by a newer pyro_bmrs (plan version {document['version']}, this one reads "
@@ -240,6 +244,7 @@ class Reduction:
 
 _COLUMNS = [
     "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
+    "removed_in_fit",
 ]  # fmt: skip
 
 
@@ -291,8 +296,9 @@ def reduce(
     """
     if not isinstance(min_kept, int) or min_kept < 1:
         raise ValueError(f"min_kept must be an integer of at least 1: got {min_kept!r}")
-    if not callable(criterion) or not hasattr(criterion, "unit"):
-        raise TypeError(f"criterion must be one of pyro_bmrs's or a callable with a unit: got {criterion!r}")
+    check_criterion(criterion)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     arguments = model_args
     if not arguments and isinstance(guide, AutoTruncatedLogNormal):
         arguments = guide.example_arguments
@@ -316,7 +322,9 @@ def reduce(
             posterior=posterior[site],
             prior=elementary(layer.prior()),  # type: ignore[arg-type]
             kept=layer.kept,
-            weight_norm=lambda site=site: _weight_norm(network, groups()[site]),  # type: ignore[misc]
+            weight_norm=lambda site=site, layer=layer: (  # type: ignore[misc]
+                _weight_norm(network, groups()[site]).to(layer.kept.device)
+            ),
         )
     scores = criterion(structures)
     evidence = criterion.log_evidence_change(structures) if isinstance(criterion, EvidenceCriterion) else {}
@@ -343,6 +351,7 @@ def reduce(
         numbers = {name: value.detach().double().cpu().numpy() for name, value in columns.items()}
         frame = pd.DataFrame({"layer": site, "unit": range(len(score)), **numbers})
         frame["removed"] = removed.numpy()
+        frame["removed_in_fit"] = (~view.kept).cpu().numpy()
         frames.append(frame)
     weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
     table = pd.concat(frames, ignore_index=True)
@@ -382,10 +391,26 @@ def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) 
     """What `network` is called with when `model` is called with `arguments`."""
     if not arguments:
         raise ValueError("model_args must be given: a batch to call the model with")
+    like = next(model.parameters())
+    moved = [
+        a.to(like.device, like.dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
+    ones = {
+        site: torch.ones_like(layer.log_low).expand(layer.features)
+        for site, layer in noise_layers(model).items()
+    }
     caught: list[Any] = []
     handle = network.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs[:1]))
     try:
-        model(*arguments)
+        # only looking: no statistic, generator or parameter store may notice
+        with (
+            in_mode(model, training=False),
+            torch.random.fork_rng(),
+            pyro.get_param_store().scope(),
+            FixedScales(ones),
+        ):
+            model(*moved)
     finally:
         handle.remove()
     if not caught or not isinstance(caught[0], Tensor):

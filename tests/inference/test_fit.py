@@ -129,8 +129,9 @@ class Doubled(nn.Module):
         self.net, self.factor = network(), factor
 
     def forward(self, x, y=None):
+        logits = self.net(x)
         with pyro.plate("data", len(x)), pyro.poutine.scale(scale=self.factor):
-            pyro.sample("y", pyro.distributions.Categorical(logits=self.net(x)), obs=y)
+            pyro.sample("y", pyro.distributions.Categorical(logits=logits), obs=y)
 
 
 def test_a_likelihood_scaled_in_another_way_is_refused():
@@ -289,3 +290,162 @@ def test_the_floor_holds_while_removing():
     )
     assert int(noise_layers(model)["2"].kept.sum()) >= 3
     assert (guide.mean()["2"] > 0).sum() >= 3
+
+
+def test_looking_at_a_model_changes_nothing():
+    """reduce, apply, evaluate and the curve leave BatchNorm statistics, generators and Pyro's store alone."""
+    from pyro_bmrs.diagnostics import compression_curve
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 12), nn.Tanh(), MultiplicativeNoise(12), nn.Linear(12, 8), nn.BatchNorm1d(8, affine=False),
+        nn.ReLU(), MultiplicativeNoise(8), nn.Linear(8, 2),
+    )  # fmt: skip
+    model = Classifier(net).train()
+    guide = AutoTruncatedLogNormal(model)
+    bmrs.fit(model, guide, data(), epochs=2, **QUIET)
+    pyro.clear_param_store()
+    before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    for criterion in (bmrs.WeightNorm(0.3), bmrs.BMRS_N(), bmrs.SNR(1e-9)):
+        plan = bmrs.reduce(model, guide, criterion)
+        plan.apply(measure=False)
+    compression_curve(model, plan, data(50, 3), points=3)
+    evaluate(model, data(50, 3))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_a_param_that_no_module_holds_is_refused():
+    """It would not be trained, and be lost with the fit's parameter store."""
+
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x, y=None):
+            logits = self.net(x) * pyro.param("temperature", torch.tensor(1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", pyro.distributions.Categorical(logits=logits), obs=y)
+
+    model = Loose()
+    with pytest.raises(TypeError, match=r"model has the pyro\.param 'temperature'"):
+        bmrs.fit(model, AutoTruncatedLogNormal(model), data(), epochs=1, **QUIET)
+
+    def guide(x, y=None):
+        loc = pyro.param("loc", torch.zeros(12))
+        pyro.sample("2", bmrs.TruncatedLogNormal(loc, torch.tensor(0.1)).to_event(1))
+
+    with pytest.raises(TypeError, match=r"guide has the pyro\.param 'loc'"):
+        bmrs.fit(Classifier(network()), guide, data(), epochs=1, **QUIET)
+
+
+class Mixed(nn.Module):
+    """Noise layers beside a Bayesian weight and a latent of each example."""
+
+    def __init__(self, local=False):
+        super().__init__()
+        self.net, self.local = network(), local
+
+    def forward(self, x, y=None):
+        w = pyro.sample("w", pyro.distributions.Normal(0.0, 10.0))
+        logits = self.net(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0, 1.0)) if self.local else 0.0
+            shift = torch.stack([0.0 * w + torch.zeros(len(x)), w + z + torch.zeros(len(x))], 1)
+            pyro.sample("y", pyro.distributions.Categorical(logits=logits + shift), obs=y)
+
+
+def test_other_latents_are_drawn_from_the_guide_in_validation_and_the_weight_is_noted():
+    from pyro.infer.autoguide import AutoGuideList, AutoNormal
+
+    model = Mixed()
+    guide = AutoGuideList(model)
+    guide.append(AutoTruncatedLogNormal(pyro.poutine.block(model, expose=["net.2"])))
+    guide.append(AutoNormal(pyro.poutine.block(model, expose=["w"]), init_scale=0.01))
+    result = bmrs.fit(model, guide, data(), data(100, 1), epochs=8, kl_weight=3.0, progress=False)
+    # a draw of w from its prior costs many nats an example
+    assert result.history.validation_loss.max() < 2.0
+    assert bmrs.reduce(model, guide, bmrs.BMRS_N(), *data(20)).kl_weight == 3.0
+
+
+def test_the_kl_of_a_latent_of_one_example_belongs_to_its_batch():
+    from pyro_bmrs.inference.fit import _local_sites, _Objective
+
+    model = Mixed(local=True)
+    bmrs.name_sites(model)
+    x, y = data(8)
+    trace = pyro.poutine.trace(model).get_trace(x, y)
+    assert _local_sites(trace, 8) == {"z"}
+
+    def guide(x, y=None):
+        pyro.sample("w", pyro.distributions.Normal(0.0, 10.0))
+        pyro.sample("net.2", bmrs.LogUniform().expand([12]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(3.0, 1.0))
+
+    loss, likelihood = _Objective(model, guide, (), 800, 1, frozenset({"z"}))(x, y, 1.0)
+    assert loss.item() + likelihood == pytest.approx(4.5, rel=1e-4)
+
+
+def test_nothing_is_touched_where_the_first_epoch_fails():
+    x, y = data()
+    x[199] = math.nan
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        bmrs.fit(model, guide, (x, y), epochs=1, batch_size=10, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_fine_tuning_may_keep_its_first_epochs():
+    """There is no KL to warm up without a guide, so every epoch is a candidate."""
+    x, y = data(60)
+    noise = torch.randint(2, (60,), generator=torch.Generator().manual_seed(0))
+    model = Classifier(nn.Linear(6, 2))
+    result = bmrs.fit(model, None, (x, noise), (x, y), epochs=12, learning_rate=0.3, progress=False)
+    accuracy = result.history.validation_accuracy
+    assert accuracy[result.best_epoch - 1] == accuracy.max()
+
+
+def test_samplers_loaders_and_batches_of_other_forms():
+    x, y = data(100)
+    dataset = TensorDataset(x, y)
+    from torch.utils.data import SubsetRandomSampler
+
+    from pyro_bmrs.inference.batches import Batches
+
+    loader = DataLoader(dataset, sampler=SubsetRandomSampler(range(20)))
+    assert Batches(loader, 1, torch.device("cpu"), "train").size == 20
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    with pytest.raises(ValueError, match="train must give at least one batch"):
+        bmrs.fit(model, guide, DataLoader(dataset, batch_size=128, drop_last=True), epochs=1, **QUIET)
+
+    class Dicts(Pairs):
+        def __getitem__(self, index):
+            return {"x": x[index], "y": y[index]}
+
+    with pytest.raises(TypeError, match=r"train must give batches \(x, y\): got dict"):
+        bmrs.fit(model, guide, Dicts(), epochs=1, **QUIET)
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, index):
+            return x[index] * 0, y[index]
+
+    (first, _) = Batches(Augmented(x, y), 10, torch.device("cpu"), "train").first()
+    assert not first.any()
+
+
+def test_torchs_own_validation_setting_is_left_as_found():
+    Distribution = torch.distributions.Distribution  # noqa: N806 a class
+    before = Distribution._validate_args
+    try:
+        for setting in (False, True):
+            Distribution.set_default_validate_args(setting)
+            fitted(epochs=1)
+            assert Distribution._validate_args is setting
+    finally:
+        Distribution.set_default_validate_args(before)

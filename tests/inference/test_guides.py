@@ -1,5 +1,7 @@
 """The guide, for networks and for any Pyro model with such latents."""
 
+import copy
+
 import pyro
 import pytest
 import torch
@@ -178,3 +180,34 @@ def test_trace_elbo_needs_no_kl():
     guide = AutoTruncatedLogNormal(own_model)
     x = torch.randn(6)
     assert torch.isfinite(torch.tensor(Trace_ELBO().loss(own_model, guide, x)))
+
+
+def test_a_called_guide_can_be_copied_and_a_new_one_knows_what_is_removed():
+    model = classifier()
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    guide = AutoTruncatedLogNormal(model)
+    guide(x, y)
+    copy.deepcopy(guide.posteriors)
+    copy.deepcopy(guide)
+    model.net[2].kept[3] = False
+    fresh = AutoTruncatedLogNormal(model)
+    fresh(x, y)
+    assert fresh.mean()["2"][3] == 0
+
+
+def test_latents_of_a_subsampled_plate_are_refused():
+    def model(x):
+        with pyro.plate("rows", 10, subsample_size=3):
+            pyro.sample("theta", LogUniform())
+
+    with pytest.raises(ValueError, match=r"subsampled plate 'rows' \(3 of 10\)"):
+        AutoTruncatedLogNormal(model)(torch.zeros(3))
+
+
+def test_bounds_far_below_have_room_for_the_location():
+    def model(x):
+        pyro.sample("theta", LogUniform(-60.0, -30.0).expand([2]).to_event(1))
+
+    guide = AutoTruncatedLogNormal(model, init_loc=-65.0)
+    guide(torch.zeros(1))
+    assert guide.posterior()["theta"].loc.tolist() == [-65.0, -65.0]

@@ -1,19 +1,36 @@
 """The noise layer: one latent per structure, shared over positions, drawn for groups of examples."""
 
+from contextlib import contextmanager
+
 import pyro
 import pytest
 import torch
 from pyro import poutine
 from torch import nn
 
+import pyro_bmrs
 from pyro_bmrs import MultiplicativeNoise, name_sites
-from pyro_bmrs.networks.noise import fixed_scales, network_of, noise_layers, without_noise
+from pyro_bmrs.networks.noise import (
+    draws_per_batch_allowed,
+    fixed_scales,
+    network_of,
+    noise_layers,
+    without_noise,
+)
 
 
 def layer(features=4, **options):
     noise = MultiplicativeNoise(features, **options)
     noise.site = "noise"
     return noise
+
+
+@contextmanager
+def several_draws():
+    """As within the handler that draws several values per batch."""
+    token = draws_per_batch_allowed.set(True)
+    yield
+    draws_per_batch_allowed.reset(token)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +42,7 @@ def test_example_i_uses_draw_i_mod_draws_at_every_position(shape, dim, draws):
     theta = torch.rand(4) if draws is None else torch.rand(draws, 4)
     noise = layer(dim=dim)
     noise.kept[2] = False
-    with poutine.condition(data={"noise": theta}):
+    with several_draws(), poutine.condition(data={"noise": theta}):
         y = noise(x)
     for i in range(len(x)):
         own = (theta if draws is None else theta[i % draws]) * noise.kept
@@ -61,13 +78,32 @@ def test_bad_features_are_named(features):
 def test_bad_bounds_inputs_and_draws_are_named():
     with pytest.raises(ValueError, match="log_low"):
         MultiplicativeNoise(3, log_low=0.0, log_high=-1.0)
+    with pytest.raises(ValueError, match="dim must not be 0"):
+        MultiplicativeNoise(3, dim=0)
     with pytest.raises(ValueError, match=r"'noise'.*4 structures.*\(2, 3\)"):
         layer()(torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="name_sites"):
         MultiplicativeNoise(3)(torch.zeros(2, 3))
     for theta in (torch.ones(3, 4), torch.ones(2, 1, 4)):
-        with poutine.condition(data={"noise": theta}), pytest.raises(ValueError, match="parallel=False"):
+        with (
+            several_draws(),
+            poutine.condition(data={"noise": theta}),
+            pytest.raises(ValueError, match="parallel=False"),
+        ):
             layer()(torch.zeros(2, 4))
+
+
+def test_a_stack_of_scales_is_not_taken_for_draws_per_batch():
+    """Predictive(parallel=True) stacks whole draws, a plate round the network makes θ per example."""
+    net = nn.Sequential(nn.Linear(3, 4), layer())
+    guide = pyro_bmrs.AutoTruncatedLogNormal(pyro_bmrs.Classifier(net))
+    x, y = torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
+    guide(x, y)
+    predictive = pyro.infer.Predictive(guide.model, guide=guide, num_samples=3, parallel=True)
+    with pytest.raises(ValueError, match="parallel=False"):
+        predictive(x)
+    with pyro.plate("data", 6), pytest.raises(ValueError, match=r"outside of pyro\.plate"):
+        net(x)
 
 
 def test_fixed_scales_knows_its_sites():
@@ -106,6 +142,6 @@ def test_without_noise_leaves_no_trace():
 
 def test_gradients_reach_theta():
     theta = torch.rand(3, 4, requires_grad=True)
-    with pyro.condition(data={"noise": theta}):
+    with several_draws(), pyro.condition(data={"noise": theta}):
         layer()(torch.ones(6, 4)).sum().backward()
     torch.testing.assert_close(theta.grad, torch.full((3, 4), 2.0))

@@ -219,3 +219,58 @@ def test_costs_are_counted_and_measured():
     assert (table.loc["latency_milliseconds"] > 0).all()
     with pytest.raises(ValueError, match="before must be a network without noise"):
         compare_costs(nn.Sequential(MultiplicativeNoise(2)), net, x)
+
+
+class Branches(nn.Module):
+    def __init__(self, join):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.noise_left, self.noise_right = MultiplicativeNoise(6), MultiplicativeNoise(6)
+        self.join, self.out = join, nn.Linear(12 if join is torch.cat else 6, 2)
+
+    def forward(self, x):
+        parts = [self.noise_left(self.left(x)), self.noise_right(self.right(x))]
+        return self.out(torch.cat(parts, dim=1) if self.join is torch.cat else parts[0] + parts[1])
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "message"),
+    [
+        (Branches(torch.cat), (4,), "both tied to"),
+        (Branches(torch.add), (4,), "both tied to"),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.Conv2d(4, 4, 3, groups=4)),
+            (1, 8, 8),
+            "'2', a Conv2d in groups",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.ConvTranspose2d(4, 2, 3)),
+            (1, 8, 8),
+            "'2', a ConvTranspose2d",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), MultiplicativeNoise(6), nn.Linear(6, 2)),
+            (4,),
+            "'1', a LayerNorm",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), MultiplicativeNoise(6), nn.Linear(6, 2)),
+            (4,),
+            "'1', a PReLU",
+        ),
+    ],
+    ids=["concatenation", "addition", "groups", "transposed", "layer-norm", "prelu"],
+)
+def test_what_is_not_handled_is_refused_by_name(net, shape, message):
+    name_sites(net)
+    with pytest.raises(ValueError, match=message):
+        structure_groups(net, torch.randn(2, *shape))
+
+
+def test_batch_norm_without_parameters_is_cut_too():
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.ReLU(), MultiplicativeNoise(6), nn.Linear(6, 2)
+    )
+    name_sites(net)
+    small = remove_structures(net, *random_plan(net, 1), torch.randn(8, 4))
+    assert len(small[1].running_mean) == small[0].out_features < 6

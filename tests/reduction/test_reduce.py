@@ -3,12 +3,14 @@
 import json
 import math
 
+import pyro
 import pytest
 import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Reduction
+from pyro_bmrs.diagnostics import compression_curve
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.reduction import NonFiniteScoreError
 
@@ -185,3 +187,41 @@ def test_wrong_arguments_are_named():
     stranger(torch.randn(2, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="posterior of '5'"):
         bmrs.reduce(model, stranger, bmrs.BMRS_N())
+
+
+def test_what_the_fit_removed_stays_removed_at_every_threshold(tmp_path):
+    model, guide, x = problem()
+    noise_layers(model)["2"].kept[0] = False
+    guide.site_posterior("2").kept[0] = False
+    plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
+    for variant in (plan.at(math.inf), Reduction.load(plan.save(tmp_path / "plan.json")).at(math.inf)):
+        assert variant.kept == {"2": [1, 2, 3, 4, 5], "5": [0, 1, 2, 3, 4]}
+    curve = compression_curve(model, plan, (x, torch.zeros(16, dtype=torch.long)), points=3)
+    assert curve.parameters_removed.iloc[0] == 0
+
+
+def test_a_criterion_that_is_only_named_gets_a_hint():
+    model, guide, _ = problem()
+    with pytest.raises(TypeError, match=r"make one: BMRS_N\(\)"):
+        bmrs.reduce(model, guide, bmrs.BMRS_N)
+    with pytest.raises(TypeError, match="model must be"):
+        bmrs.reduce(lambda x: x, guide, bmrs.BMRS_N())
+
+
+def test_the_network_of_a_users_model_is_its_outermost_part():
+    class Own(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(4, 4), net, nn.ReLU(), nn.Linear(3, 2))
+
+        def forward(self, x, y=None):
+            logits = self.backbone(x)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", pyro.distributions.Categorical(logits=logits), obs=y)
+            return logits
+
+    model = Own(problem()[0].net)
+    guide = AutoTruncatedLogNormal(model)
+    guide(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+    small = bmrs.reduce(model, guide, bmrs.Random(0.5)).apply(measure=False)
+    assert small(torch.zeros(2, 4)).shape == (2, 2)
