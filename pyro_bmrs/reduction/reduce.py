@@ -121,6 +121,11 @@ class Reduction:
                 lines.append(
                     f"  {label}: {old:{digits}} → {new:{digits}} ({100 * (1 - new / old):.1f} % less)"
                 )
+        if before == after:
+            lines.append(
+                "  nothing to remove: give the posterior more steps or a higher learning rate to travel, or "
+                "raise the KL weight"
+            )
         if self.kl_weight == 0:
             lines.append("  at KL weight 0 nothing held the posterior to its prior: ΔF has no meaning")
         elif self.kl_weight != 1:

@@ -225,3 +225,9 @@ def test_the_network_of_a_users_model_is_its_outermost_part():
     guide(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
     small = bmrs.reduce(model, guide, bmrs.Random(0.5)).apply(measure=False)
     assert small(torch.zeros(2, 4)).shape == (2, 2)
+
+
+def test_a_plan_that_removes_nothing_says_what_could_be_done():
+    model, guide, _ = problem()
+    assert "nothing to remove" in bmrs.reduce(model, guide, bmrs.SNR(1e-9)).summary()
+    assert "nothing to remove" not in bmrs.reduce(model, guide, bmrs.BMRS_N()).summary()
