@@ -239,7 +239,7 @@ PREDICT = """
 import sys
 import torch
 program = torch.export.load(sys.argv[1]).module()
-inputs = torch.load(sys.argv[2])
+inputs = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     logits = {size: program(inputs[:size]) for size in (1, 2, 7, 100)}
 assert "pyro" not in sys.modules and "pyro_bmrs" not in sys.modules

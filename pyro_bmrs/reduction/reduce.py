@@ -118,9 +118,9 @@ class Reduction:
             ):
                 old, new = (float(self.costs[column][name]) for column in ("before", "after"))
                 digits = ",.3f" if name == "latency_milliseconds" else ",.0f"
-                lines.append(
-                    f"  {label}: {old:{digits}} → {new:{digits}} ({100 * (1 - new / old):.1f} % less)"
-                )
+                change = 100 * (1 - new / old)
+                word = "less" if change >= 0 else "more"
+                lines.append(f"  {label}: {old:{digits}} → {new:{digits}} ({abs(change):.1f} % {word})")
         if before == after:
             lines.append(
                 "  nothing to remove: give the posterior more steps or a higher learning rate to travel, or "
