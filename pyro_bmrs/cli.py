@@ -110,7 +110,8 @@ def _commands(
 
 
 def _new_run(given: dict[str, Any]) -> Run:
-    from pyro_bmrs.runs import Recipe, Run, Settings
+    from pyro_bmrs.recipes import Recipe, Settings
+    from pyro_bmrs.runs import Run
 
     recipe = Recipe.read(given["recipe"])
     overrides = {name: given[name] for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}

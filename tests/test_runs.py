@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from pyro_bmrs import cli, runs
 from pyro_bmrs.data import load_data
-from pyro_bmrs.runs import Recipe, Run, Settings
+from pyro_bmrs.recipes import Recipe, Settings
+from pyro_bmrs.runs import Run
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 CONTRACT = {

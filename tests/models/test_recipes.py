@@ -11,7 +11,7 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.runs import Recipe, Settings
+from pyro_bmrs.recipes import Recipe, Settings
 
 FOLDER = Path(__file__).parents[2] / "models"
 RECIPES = {path.stem: Recipe.read(path) for path in sorted(FOLDER.glob("*.py"))}
