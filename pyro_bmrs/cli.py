@@ -301,7 +301,7 @@ def predict(
 ) -> None:
     """Predict with the small network of a run."""
     from pyro_bmrs.data import read_inputs
-    from pyro_bmrs.networks.export import write_atomically
+    from pyro_bmrs.files import write_atomically
 
     raw = None if inputs is None else read_inputs(inputs)
     current = _old_run(context.params)

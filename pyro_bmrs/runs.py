@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.diagnostics import compression_curve, report
+from pyro_bmrs.files import refuse_newer, write_atomically
 from pyro_bmrs.inference import Classifier, Fit, evaluate, fit
 from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.export import export_program, load_weights, save_weights, write_atomically
+from pyro_bmrs.networks.export import export_program, load_weights, save_weights
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.recipes import Recipe, Settings, blamed
@@ -145,11 +146,7 @@ class Run:
             version = None
         if version is None:
             raise ValueError(f"{path} is not the settings file of a run, or is damaged")
-        if version > VERSION:
-            raise ValueError(
-                f"{path} was written by a newer pyro_bmrs (run version {version}, this one reads up to "
-                f"{VERSION}): upgrade pyro_bmrs"
-            )
+        refuse_newer(path, "run", version, VERSION)
         try:
             return {
                 "settings": Settings(**document["settings"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import call
 
 from pyro_bmrs import cli
 from pyro_bmrs.data import load_data
@@ -55,21 +56,6 @@ BAD_RECIPES = {
     ),
     "too_few_classes": NETWORK.replace("nn.Linear(8, num_classes)", "nn.Linear(8, 2)"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def call(*arguments):
-    """The exit status of a command line."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")

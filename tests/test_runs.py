@@ -14,9 +14,10 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from command_line import call
 from safetensors.torch import load_file
 
-from pyro_bmrs import cli, runs
+from pyro_bmrs import runs
 from pyro_bmrs.data import load_data
 from pyro_bmrs.recipes import Recipe, Settings
 from pyro_bmrs.runs import Run
@@ -27,21 +28,6 @@ CONTRACT = {
     "structures.csv", "removals.csv", "settings.json", "report.html", "evaluation.csv", "curve.csv",
     "recipe.py",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def call(*arguments):
-    """The exit status of a command line."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from pyro_bmrs.diagnostics.plots import (
     require_columns,
     score_label,
 )
+from pyro_bmrs.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,21 +144,8 @@ def report(
         score_label=score_label(plan),
         settings=_settings(fit, plan, settings),
     )
-    path = Path(out)
-    _write(path, page)
-    return path
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            # A lone surrogate in a user's text has no UTF-8; a question mark is better than no report.
-            file.write(text.encode("utf-8", "replace").decode("utf-8"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A lone surrogate in a user's text has no UTF-8; a question mark is better than no report.
+    return write_atomically(Path(out), lambda beside: beside.write_bytes(page.encode("utf-8", "replace")))
 
 
 def _svg(name: str, draw: Callable[[], Figure]) -> Markup:

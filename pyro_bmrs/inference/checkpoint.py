@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from pyro_bmrs.files import refuse_newer, write_atomically
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.export import write_atomically
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 1
 
@@ -44,11 +44,7 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
         raise ValueError(f"path must be a posterior written by save_posterior: {path}: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"path must be a posterior written by save_posterior: {path} is none")
-    if metadata["version"] > VERSION:
-        raise ValueError(
-            f"{path} was written by a newer pyro_bmrs (posterior version {metadata['version']}, this one reads "
-            f"up to {VERSION}): upgrade pyro_bmrs"
-        )
+    refuse_newer(path, "posterior", metadata["version"], VERSION)
     for prefix, module in (("model.", model), ("guide.", guide)):
         state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         try:

@@ -19,7 +19,7 @@ from torch.distributions import kl_divergence
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import LatentsPerBatch, LikelihoodELBO
 from pyro_bmrs.inference.evaluate import evaluate, likelihood_scale
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, read_posterior
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.inference.progress import EpochProgress
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
@@ -70,7 +70,7 @@ class _Objective:
     dataset_size: int
     draws: int | None
     local_sites: frozenset[str] = frozenset()
-    likelihood_scale: float = 1.0
+    scaled: bool = False  # whether the model's own likelihood speaks for the data set, not the batch
     elbo: LikelihoodELBO = field(default_factory=LikelihoodELBO)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class _Objective:
     def __call__(self, x: Any, y: Tensor, kl_weight: float) -> tuple[Tensor, float]:
         """(loss, log-likelihood per example), both in nats."""
         batch = len(y)
-        examples = self.likelihood_scale * batch
+        examples = self.dataset_size if self.scaled else batch
         # the batch speaks for `examples` of the N: its share of the one KL
         share = examples / self.dataset_size
         draws = min(self.draws or batch, batch)
@@ -194,9 +194,7 @@ def fit(
             if isinstance(guide, nn.Module):
                 guide.to(home)
             with in_mode(model, training=False):
-                guide(*first)  # parameters come into being
-            if isinstance(guide, nn.Module):
-                guide.to(home)
+                guide(*first)  # parameters come into being, where the model's are
         with _frozen(model, freeze_weights):
             if guide is not None:
                 guide.kl_weight = float(kl_weight)  # type: ignore[attr-defined]
@@ -292,6 +290,7 @@ class _Loop:
     ) -> None:
         self.model, self.guide, self.sites = model, guide, sites
         self.batches, self.held_out, self.settings, self.criterion = batches, held_out, settings, criterion
+        self.first = first
         self.phase = "fit" if guide is not None else "fine-tune"
         self.history: list[dict[str, Any]] = []
         self.removals: list[dict[str, Any]] = []
@@ -310,10 +309,8 @@ class _Loop:
             )
         self.objective = _Objective(
             model, guide or _no_latents, sites, batches.size, settings["draws_per_batch"],
-            _local_sites(trace, len(first[1])),
+            _local_sites(trace, len(first[1])), scaled=not math.isclose(scale, 1.0),
         )  # fmt: skip
-        # where the model itself is scaled to the data set, its share of the KL is the whole of it
-        self.scaled = not math.isclose(scale, 1.0)
         self.optimizer = self._optimizer()
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -335,14 +332,10 @@ class _Loop:
     def run(self, show: bool) -> Fit:
         epochs = self.settings["epochs"]
         steps = epochs * len(self.batches)
-        rate = 1.0
+        cosine = self.settings["schedule"] == "cosine"
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: (
-                0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
-                if self.settings["schedule"] == "cosine"
-                else rate
-            ),
+            lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))) if cosine else 1.0,
         )
         generator = torch.Generator().manual_seed(self.settings["seed"])
         interrupted = False
@@ -376,7 +369,6 @@ class _Loop:
             step = (epoch - 1) * count + index
             ramp = min((step + 1) / warm_up_steps, 1.0) if warm_up_steps else 1.0
             weight = settings["kl_weight"] * ramp
-            self.objective.likelihood_scale = self.batches.size / len(y) if self.scaled else 1.0
             loss, likelihood = self.objective(x, y, weight)
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -440,24 +432,23 @@ class _Loop:
             return self.guide.mean()
         if self.guide is None:
             return {}
-        first = self.batches.first()
-        trace = poutine.trace(self.guide).get_trace(*first)
+        trace = poutine.trace(self.guide).get_trace(*self.first)
         draws = {
             name: site["value"].detach()
             for name, site in trace.iter_stochastic_nodes()
             if name not in self.objective.local_sites
         }
-        return draws | {site: q.mean for site, q in read_posterior(self.guide, *first).items()}
+        return draws | {site: q.mean for site, q in read_posterior(self.guide, *self.first).items()}
 
     def _kl(self) -> float:
         """KL of the noise sites over the whole data set, in nats, unweighted."""
         if self.guide is None:
             return math.nan
-        posterior = read_posterior(self.guide, *self.batches.first())
+        posterior = read_posterior(self.guide, *self.first)
         layers = noise_layers(self.model)
         with torch.no_grad():
             return sum(
-                float((kl_divergence(posterior[site], layer.prior().base_dist.base_dist) * layer.kept).sum())
+                float((kl_divergence(posterior[site], elementary(layer.prior())) * layer.kept).sum())
                 for site, layer in layers.items()
                 if site in posterior
             )

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.files import write_atomically
 from pyro_bmrs.networks.modes import in_mode
-
-
-def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file beside `path`, then rename it: `path` is whole or untouched, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # mkstemp's files are private; the result should not be
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def save_weights(network: nn.Module, path: Path | str) -> Path:

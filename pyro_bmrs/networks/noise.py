@@ -96,7 +96,7 @@ class MultiplicativeNoise(nn.Module):
         if theta.dim() != 2 or draws > batch or not draws_per_batch_allowed.get():
             raise ValueError(
                 f"θ of noise layer {self.site!r} must have shape ({self.features},) or (draws ≤ {batch}, "
-                f"{self.features}): got {tuple(theta.shape)} ; "
+                f"{self.features}): got {tuple(theta.shape)}; "
                 "call the network outside of pyro.plate, and Predictive with parallel=False"
             )
         if batch % draws:

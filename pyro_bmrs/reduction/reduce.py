@@ -15,9 +15,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.files import refuse_newer, write_atomically
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.cost import compare_costs
-from pyro_bmrs.networks.export import write_atomically
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import FixedScales, network_of, noise_layers, without_noise
 from pyro_bmrs.networks.structures import StructureGroup, structure_groups, weight_of
@@ -218,11 +218,7 @@ class Reduction:
             raise ValueError(f"path must be a plan written by Reduction.save: {path} is none")
         if not isinstance(document.get("version"), int):
             raise ValueError(f"path must be a plan written by Reduction.save: {path} has no version")
-        if document["version"] > VERSION:
-            raise ValueError(
-                f"{path} was written by a newer pyro_bmrs (plan version {document['version']}, this one reads "
-                f"up to {VERSION}): upgrade pyro_bmrs"
-            )
+        refuse_newer(path, "plan", document["version"], VERSION)
         try:
             columns = load_file(path.with_suffix(".safetensors"))
             layers = [layer for layer, size in document["layers"].items() for _ in range(size)]

@@ -107,8 +107,7 @@ def test_a_model_scaled_to_the_data_set_has_the_same_objective():
     values = []
     for dataset_size in (None, 60):
         model.dataset_size = dataset_size
-        scale = 1.0 if dataset_size is None else 5.0
-        objective = _Objective(model, guide, SITES, 60, 1, likelihood_scale=scale)
+        objective = _Objective(model, guide, SITES, 60, 1, scaled=dataset_size is not None)
         torch.manual_seed(5)
         values.append(objective(x, y, 2.0))
     assert values[0][0].item() == pytest.approx(values[1][0].item(), rel=1e-5)
