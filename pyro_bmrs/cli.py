@@ -43,7 +43,7 @@ def _number(text: str) -> float:
 
 
 # Options that are settings of a run, by the names `runs.Settings` has for them.
-_REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "fine_tune")
+_REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
 _FIT_SETTINGS = (
     "epochs", "batch_size", "seed", "kl_weight", "learning_rate", "posterior_learning_rate",
     "draws_per_batch", "removal", "limit",
@@ -86,6 +86,13 @@ LogOdds = Annotated[
     ),
 ]
 MinKept = Annotated[int | None, typer.Option(parser=_whole, help="Structures that every layer keeps.")]
+RoundTo = Annotated[
+    int | None, typer.Option(parser=_whole, help="Keep channels in multiples of this, such as 8.")
+]
+Recalibrate = Annotated[
+    bool | None,
+    typer.Option("--recalibrate/--no-recalibrate", help="Re-estimate BatchNorm statistics after removal."),
+]
 FineTune = Annotated[int | None, typer.Option(parser=_whole, help="Epochs of fine-tuning the small network.")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
@@ -185,6 +192,8 @@ def run(
     criterion: CriterionName = None,
     prior_log_odds: LogOdds = None,
     min_kept: MinKept = None,
+    round_to: RoundTo = None,
+    recalibrate: Recalibrate = None,
     fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -244,6 +253,8 @@ def fit(
     criterion: CriterionName = None,
     prior_log_odds: LogOdds = None,
     min_kept: MinKept = None,
+    round_to: RoundTo = None,
+    recalibrate: Recalibrate = None,
     fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -261,6 +272,8 @@ def reduce(
     criterion: CriterionName = None,
     prior_log_odds: LogOdds = None,
     min_kept: MinKept = None,
+    round_to: RoundTo = None,
+    recalibrate: Recalibrate = None,
     fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -309,6 +322,21 @@ def predict(
     table = current.predict(x)
     write_atomically(out, lambda beside: table.to_csv(beside, index=False))
     print(f"{len(table)} predictions in {out}")
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    folder: RunFolder,
+    out: Annotated[
+        Path, typer.Option(help="File to write: .onnx (needs the extra onnx) or .pt2 (torch.export).")
+    ] = Path("small.onnx"),
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Write the small network of a run for other programs, checked to compute the same."""
+    print(f"small network in {_old_run(context.params).export(out)}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -124,6 +124,8 @@ class Settings:
     criterion: str = "BMRS_N"
     prior_log_odds: float | None = None
     min_kept: int = 1
+    round_to: int | None = None
+    recalibrate: bool = True
     fine_tune: int = 0
 
     def __post_init__(self) -> None:
@@ -135,6 +137,12 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be {allowed}: got {value!r}")
+        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
+            raise ValueError(
+                f"round_to must be a number of channels, 1 or more, or None: got {self.round_to!r}"
+            )
+        if not isinstance(self.recalibrate, bool):
+            raise ValueError(f"recalibrate must be True or False: got {self.recalibrate!r}")
         if not isinstance(self.criterion, str):
             raise ValueError(f"criterion must be a name such as 'BMRS_N': got {self.criterion!r}")
         parse_criterion(self.criterion, self.prior_log_odds)

@@ -17,17 +17,16 @@ import pandas as pd
 import pyro
 import torch
 from pyro import poutine
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.diagnostics import compression_curve, report
 from pyro_bmrs.files import refuse_newer, write_atomically
-from pyro_bmrs.inference import Classifier, Fit, evaluate, fit
+from pyro_bmrs.inference import Classifier, Fit, evaluate, fit, recalibrate
 from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.export import export_program, load_weights, save_weights
+from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.recipes import Recipe, Settings, blamed
@@ -276,9 +275,13 @@ class Run:
         settings = self.settings
         _check_writable(self.folder)
         criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
-        plan = reduce(self.model, self.guide, criterion, min_kept=settings.min_kept)
+        plan = reduce(
+            self.model, self.guide, criterion, min_kept=settings.min_kept, round_to=settings.round_to
+        )
         plan = plan.bound_to(self.network, self._example)
         small = plan.apply()
+        if settings.recalibrate:
+            recalibrate(small, self.dataset.train, batch_size=settings.batch_size, seed=settings.seed)
         model = self._model_of(small)
         test = self.dataset.test
         rows = [
@@ -383,14 +386,16 @@ class Run:
 
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
-        small = self.plan().apply(self.network, self._example(), measure=False)
-        path = self.folder / "small.safetensors"
-        self._need(path.name)
-        try:
-            small.load_state_dict(load_weights(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged, or does not belong to this plan: {error}") from error
-        return small.eval()
+        self._need("small.safetensors")
+        return self.plan().rebuild(self.network, self.folder / "small.safetensors")
+
+    def export(self, path: Path) -> Path:
+        """Write the small network as an ONNX file (.onnx) or a torch.export program (.pt2)."""
+        kinds = {".onnx": export_onnx, ".pt2": export_program}
+        if path.suffix not in kinds:
+            raise ValueError(f"out must end in {' or '.join(kinds)}: got {path}")
+        small = self.small_network().cpu()
+        return kinds[path.suffix](small, self.dataset.test[:4][0], path)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> pd.DataFrame:

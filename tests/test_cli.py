@@ -229,14 +229,15 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
     line = (
         "fit tiny.py --out new --quiet --epochs 1 --batch-size 16 --seed 3 --kl-weight 4 "
         "--learning-rate 0.002 --posterior-learning-rate 0.003 --draws-per-batch 2 --removal epoch "
-        "--limit 100 --criterion BMRS_U:bits=4 --prior-log-odds -0.5 --min-kept 2 --fine-tune 5 --device cpu"
+        "--limit 100 --criterion BMRS_U:bits=4 --prior-log-odds -0.5 --min-kept 2 --fine-tune 5 "
+        "--round-to 2 --no-recalibrate --device cpu"
     )
     assert call(*line.split()) == 0
     assert Run("new").settings.__dict__ == {
         "data": "digits", "seed": 3, "epochs": 1, "batch_size": 16, "learning_rate": 0.002,
         "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.25, "draws_per_batch": 2,
         "removal": "epoch", "image_size": None, "network": None, "limit": 100, "criterion": "BMRS_U:bits=4",
-        "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5,
+        "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
     }  # fmt: skip
 
 

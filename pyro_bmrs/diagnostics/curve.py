@@ -30,7 +30,6 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
         ValueError: if points < 2, or the plan was loaded from disk and holds no network.
     """
     from pyro_bmrs.inference.evaluate import evaluate
-    from pyro_bmrs.networks.cost import parameters
 
     if points < 2:
         raise ValueError(f"points must be at least 2: got {points}")
@@ -40,12 +39,12 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
     beyond = points // 3 + 1
     counts += [own + round(index * (total - own) / beyond) for index in range(1, beyond)]
     thresholds = {float("inf") if count == 0 else float(scores[count - 1]) for count in counts} | {0.0}
-    full = parameters(plan.at(float("inf")).apply(measure=False))
+    full = plan.at(float("inf")).parameters_left()
     device = next(model.parameters()).device
     rows = []
     for threshold in sorted(thresholds, reverse=True):
         variant = plan if threshold == 0.0 else plan.at(threshold)
-        left = parameters(variant.apply(measure=False))
+        left = variant.parameters_left()
         scales = {site: scale.to(device).float() for site, scale in variant.scales().items()}
         result = evaluate(model, data, scales)
         rows.append(

@@ -13,6 +13,7 @@ from pyro.distributions import Categorical, Normal
 from torch import Tensor, nn
 
 from pyro_bmrs.networks import name_sites
+from pyro_bmrs.networks.inputs import call
 
 # Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
 _serial = count(1)
@@ -35,7 +36,7 @@ class _Likelihood(nn.Module):
 
     def predict(self, x: Any) -> Tensor:
         """The network's output tensor for a batch."""
-        value = self.net(x)
+        value = call(self.net, x)
         if self.output is not None:
             value = self.output(value)
         if not isinstance(value, Tensor):

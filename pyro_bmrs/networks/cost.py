@@ -1,17 +1,27 @@
-"""What a network costs: parameters, multiply-accumulates, milliseconds."""
+"""What a network costs: parameters, multiply-accumulates, bytes, milliseconds."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bmrs.networks.inputs import Inputs, call, first_examples, repeated, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import MultiplicativeNoise
+
+# Batch sizes at which latency is measured, and the larger at which memory is.
+BATCHES = (1, 128)
 
 
 def parameters(network: nn.Module) -> int:
@@ -19,51 +29,162 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def multiply_accumulates(network: nn.Module, example_input: Tensor) -> int:
+def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
     """Multiply-accumulates of one example, as torch's own operation counter sees them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(example_input[:1])
+        call(network, first_examples(example_input, 1))
     return int(counter.get_total_flops()) // 2
 
 
+def file_bytes(network: nn.Module) -> int:
+    """Size of the network's weights as a safetensors file."""
+    from safetensors.torch import save
+
+    return len(save(weights(network)))
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """The state_dict as safetensors takes it: on the CPU, every tensor with memory of its own."""
+    state = network.state_dict().items()
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state
+    }
+
+
+def peak_bytes(network: nn.Module, example_input: Inputs) -> int:
+    """Most bytes alive at once in one forward pass: weights, input and everything computed on the way.
+
+    Counted from the tensors that torch's operations give, on any device; what a kernel needs for itself
+    while it runs is not seen.
+    """
+    live = _LiveBytes()
+    with torch.no_grad(), live:
+        for tensor in (*network.parameters(), *network.buffers(), *tensors_of(example_input)):
+            live.watch(tensor)
+        call(network, example_input)
+    return live.most
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the memory of tensors as they come, and takes it off as they go."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.most = 0
+        self.known: set[int] = set()
+
+    def watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in tensors_of(result):
+            self.watch(tensor)
+        return result
+
+
 def latency_milliseconds(
-    networks: list[nn.Module], example_input: Tensor, *, repeats: int = 30
+    networks: Sequence[nn.Module], example_input: Inputs, *, repeats: int = 30, seconds: float = math.inf
 ) -> list[float]:
     """Median time of one forward pass for each network, in milliseconds, runs interleaved in one process.
 
     On this device with the thread count torch has now; compare ratios, not machines.
+
+    Args:
+        repeats: timed runs of each network, after one that is not timed.
+        seconds: time they may take in all. Fewer repeats are made where they would take longer, and where
+            not even three would fit, none: the times are NaN.
     """
+    devices = {tensor.device for tensor in tensors_of(example_input)}
 
     def once(network: nn.Module) -> float:
         start = time.perf_counter()
-        network(example_input)
-        if example_input.device.type != "cpu":
-            torch.accelerator.synchronize(example_input.device)
-        return 1e3 * (time.perf_counter() - start)
+        call(network, example_input)
+        for device in devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
 
     with torch.no_grad():
+        expected = 0.0
         for network in networks:
-            once(network)
-        times = [[once(network) for network in networks] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+            expected += once(network)
+            if 3 * expected > seconds:
+                return [math.nan] * len(networks)
+        affordable = min(repeats, int(seconds / expected)) if math.isfinite(seconds) else repeats
+        times = [[once(network) for network in networks] for _ in range(max(affordable, 3))]
+    return [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def compare_costs(before: nn.Module, after: nn.Module, example_input: Tensor) -> pd.DataFrame:
-    """Costs of two networks without noise; rows parameters, multiply_accumulates, latency_milliseconds.
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    The latency is of one batch of `example_input`.
+
+def compare_costs(
+    before: nn.Module, after: nn.Module, example_input: Inputs, *, seconds: float = 4.0
+) -> pd.DataFrame:
+    """Costs of two networks without noise, in columns before and after.
+
+    Rows: parameters, multiply_accumulates (of one example), file_bytes (of the weights as safetensors),
+    peak_bytes_batch_128 (weights and activations), and the medians of interleaved runs
+    milliseconds_batch_1_one_thread, …_batch_128_one_thread, …_batch_1_all_threads, …_batch_128_all_threads;
+    all threads are as many as torch has been told to use. On other devices than CPUs threads make no
+    difference, and only the latter pair is measured.
+
+    Args:
+        example_input: examples, repeated to make the batches.
+        seconds: for all timings together; 0 for none. What would take longer is NaN.
     """
     for name, network in (("before", before), ("after", after)):
         if any(isinstance(module, MultiplicativeNoise) for module in network.modules()):
             raise ValueError(f"{name} must be a network without noise layers: see pyro_bmrs.without_noise")
+    if not seconds >= 0:
+        raise ValueError(f"seconds must be 0 or more: got {seconds!r}")
+    networks = (before, after)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors_of(example_input))
+    rows: dict[str, list[float]] = {}
     with in_mode(before, training=False), in_mode(after, training=False):
-        times = latency_milliseconds([before, after], example_input)
-        columns = {
-            name: {
-                "parameters": parameters(network),
-                "multiply_accumulates": multiply_accumulates(network, example_input),
-                "latency_milliseconds": milliseconds,
-            }
-            for name, network, milliseconds in zip(("before", "after"), (before, after), times, strict=True)
-        }
-    return pd.DataFrame(columns)
+        rows["parameters"] = [parameters(network) for network in networks]
+        rows["multiply_accumulates"] = [multiply_accumulates(network, example_input) for network in networks]
+        rows["file_bytes"] = [file_bytes(network) for network in networks]
+        timed: dict[str, list[float]] = {}
+        for words, count in (("one_thread", 1), ("all_threads", torch.get_num_threads())):
+            for batch in BATCHES:
+                single = sum(timed.get(f"milliseconds_batch_1_{words}", [0.0])) / 1e3
+                wanted = seconds and (on_cpu or words == "all_threads")
+                # a batch can't be much faster than a quarter of its examples one by one
+                times = [math.nan, math.nan]
+                if wanted and 3 * batch * single / 4 <= seconds / 4:
+                    with _threads(count):
+                        examples = repeated(example_input, batch)
+                        times = latency_milliseconds(networks, examples, seconds=seconds / 4)
+                timed[f"milliseconds_batch_{batch}_{words}"] = times
+        largest = BATCHES[-1]
+        affordable = not math.isnan(timed[f"milliseconds_batch_{largest}_all_threads"][0])
+        rows[f"peak_bytes_batch_{largest}"] = [
+            peak_bytes(network, repeated(example_input, largest)) if affordable else math.nan
+            for network in networks
+        ]
+    return pd.DataFrame.from_dict(rows | timed, orient="index", columns=["before", "after"])

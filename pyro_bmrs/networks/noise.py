@@ -39,6 +39,11 @@ class MultiplicativeNoise(nn.Module):
     `Classifier`, `Regressor` and `AutoTruncatedLogNormal` call), with value of shape (features,), or
     (draws, features) where `fit` draws for groups of examples: example i then uses draw i mod draws.
 
+    Attributes:
+        kept: False for structures that a fit has removed, whose θ is 0. Shape: (features,).
+        units: number of each structure in the original network. Shape: (features,).
+        channels: channels that each structure has, more than 1 for attention heads.
+
     Args:
         features: number of structures, the size of dimension `dim` of the input.
         dim: dimension of the input that counts structures: 1 for (batch, features) and
@@ -53,6 +58,7 @@ class MultiplicativeNoise(nn.Module):
     log_low: Tensor
     log_high: Tensor
     kept: Tensor
+    units: Tensor
 
     def __init__(self, features: int, *, dim: int = 1, log_low: float = -20.0, log_high: float = 0.0) -> None:
         super().__init__()
@@ -66,6 +72,8 @@ class MultiplicativeNoise(nn.Module):
         self.register_buffer("log_low", torch.tensor(float(log_low)))
         self.register_buffer("log_high", torch.tensor(float(log_high)))
         self.register_buffer("kept", torch.ones(features, dtype=torch.bool))
+        self.register_buffer("units", torch.arange(features))
+        self.channels = 1
 
     def prior(self) -> Independent:
         """LogUniform over the layer, removed structures masked out. Event shape: (features,)."""
@@ -73,39 +81,67 @@ class MultiplicativeNoise(nn.Module):
         distribution: Independent = units.mask(self.kept).to_event(1)
         return distribution
 
-    def forward(self, x: Tensor) -> Tensor:
+    def draw(self) -> Tensor:
+        """θ, 0 for what has been removed, as one Pyro sample site. Shape: (features,) or (draws, features)."""
         if self.site is None:
             raise RuntimeError(
                 "this MultiplicativeNoise layer has no site name yet: call pyro_bmrs.name_sites(model), "
                 "or wrap the network in pyro_bmrs.Classifier or Regressor"
             )
-        if x.dim() < 2 or x.shape[self.dim] != self.features:
+        theta: Tensor = pyro.sample(self.site, self.prior())
+        if theta.shape[-1] != self.features:
+            raise ValueError(
+                f"θ of noise layer {self.site!r} must have shape ({self.features},) or (draws, {self.features}): "
+                f"got {tuple(theta.shape)}"
+            )
+        return theta * self.kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.site is not None and (x.dim() < 2 or x.shape[self.dim] != self.features):
             raise ValueError(
                 f"input of noise layer {self.site!r} must have {self.features} structures in dimension "
                 f"{self.dim}: got shape {tuple(x.shape)}"
             )
-        theta = pyro.sample(self.site, self.prior())
-        return self._multiply(x, theta.to(x.dtype) * self.kept)
+        return scaled(x, self.draw(), self.dim, f"noise layer {self.site!r}")
 
-    def _multiply(self, x: Tensor, theta: Tensor) -> Tensor:
-        layout = [1] * (x.dim() - 1)
-        layout[(self.dim % x.dim()) - 1] = self.features
-        if theta.dim() == 1:
-            return x * theta.view(1, *layout)
-        draws, batch = theta.shape[0], x.shape[0]
-        if theta.dim() != 2 or draws > batch or not draws_per_batch_allowed.get():
-            raise ValueError(
-                f"θ of noise layer {self.site!r} must have shape ({self.features},) or (draws ≤ {batch}, "
-                f"{self.features}): got {tuple(theta.shape)}; "
-                "call the network outside of pyro.plate, and Predictive with parallel=False"
-            )
-        if batch % draws:
-            return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout)
-        grouped = x.view(batch // draws, draws, *x.shape[1:]) * theta.view(1, draws, *layout)
-        return grouped.view(x.shape)
+    def select(self, kept: Tensor) -> None:
+        """Become, in place, the layer of the structures where `kept`, bool (features,), is True."""
+        self.features = int(kept.sum())
+        self.kept, self.units = self.kept[kept], self.units[kept]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # a layer that never got smaller needs no numbers of its own
+        state_dict.setdefault(f"{prefix}units", torch.arange(self.features))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}, kept={int(self.kept.sum())}, site={self.site!r}"
+
+
+def scaled(x: Tensor, theta: Tensor, dim: int, name: str) -> Tensor:
+    """x · θ along dimension `dim` of x; of several draws, example i takes draw i mod draws.
+
+    Args:
+        x: (batch, …), with as many entries in `dim` as θ has.
+        theta: (features,), or (draws, features) with draws ≤ batch.
+        name: of the place, for error messages.
+    """
+    theta = theta.to(x.dtype)
+    layout = [1] * x.dim()
+    layout[dim] = theta.shape[-1]
+    if theta.dim() == 1:
+        return x * theta.view(layout)
+    draws, batch = theta.shape[0], x.shape[0]
+    if theta.dim() != 2 or draws > batch or not draws_per_batch_allowed.get():
+        raise ValueError(
+            f"θ of {name} must have shape ({theta.shape[-1]},) or (draws ≤ {batch}, {theta.shape[-1]}): "
+            f"got {tuple(theta.shape)}; "
+            "call the network outside of pyro.plate, and Predictive with parallel=False"
+        )
+    if batch % draws:
+        return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout[1:])
+    grouped = x.view(batch // draws, draws, *x.shape[1:]) * theta.view(1, draws, *layout[1:])
+    return grouped.view(x.shape)
 
 
 def noise_layers(module: nn.Module) -> dict[str, MultiplicativeNoise]:
@@ -128,29 +164,6 @@ def name_sites(module: nn.Module) -> None:
                 raise ValueError(
                     f"two noise layers have the site name {layer.site!r}: set `site` of one of them"
                 )
-
-
-def network_of(model: nn.Module) -> nn.Module:
-    """The network inside a Pyro model: its outermost submodule that holds all of its noise layers.
-
-    The model itself where its noise layers lie in several of its submodules.
-
-    Raises:
-        ValueError: if `model` has no noise layer.
-    """
-    layers = set(noise_layers(model).values())
-    if not layers:
-        raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")
-    network = model
-    # containers that only store modules have no forward of their own
-    while network is model or isinstance(network, nn.ModuleList | nn.ModuleDict):
-        inner = [
-            child for child in network.children() if layers <= set(child.modules()) and child not in layers
-        ]
-        if not inner:
-            return model
-        network = inner[0]
-    return network
 
 
 class FixedScales(Messenger):  # type: ignore[misc]
@@ -180,13 +193,3 @@ def fixed_scales(module: nn.Module, values: Mapping[str, Tensor]) -> FixedScales
     if unknown:
         raise ValueError(f"values must name noise sites {sorted(layers)}: got {unknown}")
     return FixedScales(values)
-
-
-def without_noise(module: nn.Module) -> nn.Module:
-    """Replace, in place, every noise layer below `module` by an identity, and return the module."""
-    for path, layer in list(module.named_modules()):
-        if isinstance(layer, MultiplicativeNoise):
-            if not path:
-                return nn.Identity()
-            module.set_submodule(path, nn.Identity())
-    return module

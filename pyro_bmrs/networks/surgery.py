@@ -3,82 +3,147 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pyro_bmrs.networks.noise import fixed_scales, noise_layers, without_noise
-from pyro_bmrs.networks.structures import structure_groups, weight_of
+from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
+from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
+from pyro_bmrs.networks.hooked_noise import without_hooked_noise, without_noise
+from pyro_bmrs.networks.inputs import Inputs, as_double, call, map_tensors, tensors_of
+from pyro_bmrs.networks.noise import fixed_scales, noise_layers
+from pyro_bmrs.networks.structures import structure_groups
 
 # The check runs in float64, where the two networks differ by rounding alone.
 TOLERANCE = 1e-10
+# An output that varies by less than this share of its size hides errors behind rounding.
+_LEAST_SPREAD = 0.01
 
 
 class EqualityError(RuntimeError):
     """The smaller network does not compute what the reduced model computes."""
 
 
-def outputs_of(value: object) -> list[Tensor]:
-    """The tensors in a network's output: itself, or those of a tuple, list or mapping, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in outputs_of(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in outputs_of(item)]
-    return []
+class Surgery(NamedTuple):
+    """A smaller network and what was cut to get it."""
+
+    network: nn.Module
+    cuts: Cuts
+    difference: float  # largest, relative to the spread of the outputs
 
 
 def check_equal(
     small: nn.Module,
     reduced: nn.Module,
     scales: Mapping[str, Tensor],
-    example_input: Tensor,
+    example_input: Inputs,
     *,
+    readers: Iterable[str] = (),
+    rows: Mapping[str, list[int]] | None = None,
     tolerance: float = TOLERANCE,
 ) -> float:
     """Largest difference of outputs relative to their spread over the examples; raises above `tolerance`.
 
-    Relative to the spread, because an output that hardly depends on its input hides any error.
+    Compared are the networks' outputs and those of every layer that reads structures. Relative to the
+    spread (at least 1 % of the largest output), because an output that hardly depends on its input would
+    hide any error.
+
+    Args:
+        small, reduced: the networks; θ of `reduced` is fixed at `scales`.
+        readers: paths of the layers to compare too.
+        rows: by path, the channels of a layer's output in `reduced` that are left in `small`.
+        tolerance: allowed relative difference.
 
     Raises:
-        EqualityError: naming the largest difference, the spread and the tolerance.
+        EqualityError: naming the layer, the largest difference, the spread and the tolerance.
     """
-    with torch.no_grad(), fixed_scales(reduced, scales):
-        expected = outputs_of(reduced(example_input))
+    rows = rows or {}
     with torch.no_grad():
-        actual = outputs_of(small(example_input))
+        with _outputs_of(small, readers) as have, _where(small):
+            have["the network"] = tensors_of(call(small, example_input))
+        with fixed_scales(reduced, scales), _outputs_of(reduced, readers) as want:
+            want["the network"] = tensors_of(call(reduced, example_input))
     worst = 0.0
-    for index, (want, have) in enumerate(zip(expected, actual, strict=True)):
-        if want.shape != have.shape:
-            raise EqualityError(
-                f"output {index} of the smaller network has shape {tuple(have.shape)}, "
-                f"the reduced model's has {tuple(want.shape)}"
-            )
-        difference = float((want - have).abs().max())
-        spread = float((want - want.mean(dim=0, keepdim=True)).abs().max())
-        # of one example there is no spread: fall back on the size of the output
-        scale = spread or float(want.abs().max()) or 1.0
-        worst = max(worst, difference / scale)
-        if not difference <= tolerance * scale:
-            raise EqualityError(
-                f"the smaller network differs from the reduced model: output {index} by at most "
-                f"{difference:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it). "
-                "A noise layer must stand where its structures are consumed, after every activation "
-                "that is not positively homogeneous"
-            )
+    for name, expected in want.items():
+        for index, (wanted, found) in enumerate(zip(expected, have[name], strict=True)):
+            if not wanted.is_floating_point():
+                continue
+            if name in rows:
+                dim = channel_dimension(reduced.get_submodule(name))
+                wanted = wanted.index_select(dim, torch.tensor(rows[name], device=wanted.device))
+            if wanted.shape != found.shape:
+                raise EqualityError(
+                    f"output {index} of {name} has shape {tuple(found.shape)} in the smaller network, "
+                    f"{tuple(wanted.shape)} in the reduced model"
+                )
+            difference = float((wanted - found).abs().max())
+            spread = float((wanted - wanted.mean(dim=0, keepdim=True)).abs().max())
+            scale = max(spread, _LEAST_SPREAD * float(wanted.abs().max())) or 1.0
+            worst = max(worst, difference / scale)
+            if not difference <= tolerance * scale:
+                raise EqualityError(
+                    f"the smaller network differs from the reduced model: output {index} of {name} by at most "
+                    f"{difference:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it). "
+                    "A noise layer must stand where its structures are consumed, after every activation "
+                    "that is not positively homogeneous"
+                )
     return worst
+
+
+@contextmanager
+def _outputs_of(network: nn.Module, paths: Iterable[str]) -> Any:
+    """Collects what the layers at `paths` give, by path, while the context lasts."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(path: str) -> Any:
+        return lambda module, arguments, output: found.setdefault(path, []).extend(tensors_of(output))
+
+    handles = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _where(network: nn.Module) -> Any:
+    """Turns an error in the smaller network's forward pass into one that names the module."""
+    running: list[str] = []
+    handles = []
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    for path, module in network.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        place = repr(running[-1]) if running and running[-1] else "the network itself"
+        reason = " ".join(str(error).split())
+        raise EqualityError(
+            f"the smaller network fails in {place} with {type(error).__name__}: {reason}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def remove_structures(
     network: nn.Module,
     kept: Mapping[str, Tensor],
     scales: Mapping[str, Tensor],
-    example_input: Tensor,
+    example_input: Inputs,
     *,
     tolerance: float = TOLERANCE,
-) -> nn.Module:
+    double: bool = True,
+) -> Surgery:
     """A copy of `network` without noise, with only the kept structures, their scales folded in.
 
     Args:
@@ -86,11 +151,14 @@ def remove_structures(
         kept: per site a bool tensor (features,); at least one structure kept in each.
         scales: per site the E[θ] (features,) that multiplies each kept structure; folded into the columns
             of the layers that read it.
-        example_input: (batch, …), of more than one example so that outputs have a spread.
-        tolerance: of `check_equal`, which is always run, in float64.
+        example_input: of more than one example, so that outputs have a spread: a tensor (batch, …), a tuple
+            of arguments, or a mapping of keyword arguments.
+        tolerance: of `check_equal`, which is always run.
+        double: check in float64; else in the network's own precision.
 
     Returns:
-        A plain module of the same class, in eval mode where `network` was, on its device and dtype.
+        The smaller network (a plain module of the same class, in training mode where `network` was, on its
+        device and dtype), the cuts, and the largest relative difference found.
 
     Raises:
         EqualityError: if its outputs on `example_input` are not those of the reduced model.
@@ -112,36 +180,65 @@ def remove_structures(
             raise ValueError(f"scales[{site!r}] must be finite")
 
     device = next(network.parameters()).device
-    dtypes = {name: t.dtype for name, t in [*network.named_parameters(), *network.named_buffers()]}
+    dtypes = {name: tensor.dtype for name, tensor in _floating(network)}
+    usual = next(iter(dtypes.values()))
     groups = structure_groups(network, example_input)
-    reduced = copy.deepcopy(network).double().eval()
+    cuts = gone(network, groups.values(), kept)
+    reduced = copy.deepcopy(network).eval()
+    example = map_tensors(lambda tensor: tensor.to(device), example_input)
+    if double:
+        reduced, example = reduced.double(), as_double(example)
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)  # the scales below say what is removed
     small = copy.deepcopy(reduced)
-    reduced_scales = {}
-    for site, group in groups.items():
-        keep = kept[site].to(device)
-        scale = torch.where(keep, scales[site].to(device, torch.float64), 0.0)
-        reduced_scales[site] = scale
-        for member in group.consumers:
-            weight = weight_of(small, member)
-            columns = torch.ones(weight.shape[1], dtype=torch.float64, device=device)
-            columns[member.indices.to(device)] = scale[member.units.to(device)]
-            with torch.no_grad():
-                weight.mul_(columns.view(1, -1, *[1] * (weight.dim() - 2)))
+    without_hooked_noise(small)
+    reduced_scales = {
+        site: torch.where(kept[site].to(device), scales[site].to(device, torch.float64), 0.0)
+        for site in groups
+    }
+    fold(small, groups.values(), reduced_scales)
+    cuts.cut(small)
     small = without_noise(small)
-    for site, group in groups.items():
-        removed = torch.nonzero(~kept[site].cpu()).flatten()
-        for member in group.members:
-            member.cut(small.get_submodule(member.path), removed)
-    check_equal(small, reduced, reduced_scales, _as_double(example_input.to(device)), tolerance=tolerance)
-    for name, tensor in [*small.named_parameters(), *small.named_buffers()]:
-        tensor.data = tensor.data.to(dtypes[name])
+    difference = check_equal(
+        small, reduced, reduced_scales, example,
+        readers=comparable(groups.values(), small), rows=cuts.rows, tolerance=tolerance,
+    )  # fmt: skip
+    for name, tensor in _floating(small):
+        tensor.data = tensor.data.to(dtypes.get(name, usual))
     for parameter in small.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
-    return small.train(network.training)
+    return Surgery(small.train(network.training), cuts, difference)
 
 
-def _as_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+@torch.no_grad()
+def fold(network: nn.Module, groups: Iterable[StructureGroup], scales: Mapping[str, Tensor]) -> None:
+    """Multiply, in place, the columns that read each structure by its scale."""
+    for group in groups:
+        for member in group.consumers:
+            module, weight = network.get_submodule(member.path), weight_of(network, member)
+            size = channels(module, COLUMNS)
+            assert size is not None
+            columns = torch.ones(size, dtype=weight.dtype, device=weight.device)
+            scale = scales[group.site].to(weight.device, weight.dtype)
+            columns[member.indices.to(weight.device)] = scale[member.units.to(weight.device)]
+            if isinstance(module, _ConvTransposeNd):
+                weight.mul_(columns.view(-1, *[1] * (weight.dim() - 1)))
+                continue
+            # a row of a grouped convolution reads its own group's columns alone
+            split = module.groups if isinstance(module, _ConvNd) else 1
+            factors = columns.view(split, -1).repeat_interleave(weight.shape[0] // split, dim=0)
+            weight.mul_(factors.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+
+
+def comparable(groups: Iterable[StructureGroup], small: nn.Module) -> list[str]:
+    """The layers that read structures and are still there under the same path."""
+    paths = {path for path, _ in small.named_modules()}
+    readers = dict.fromkeys(member.path for group in groups for member in group.consumers)
+    return [path for path in readers if path in paths]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,20 +14,29 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_bmrs.files import refuse_newer, write_atomically
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
-from pyro_bmrs.networks.cost import compare_costs
+from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates
+from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.export import load_weights
+from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
+from pyro_bmrs.networks.hooked_noise import network_of, without_hooked_noise, without_noise
+from pyro_bmrs.networks.inputs import Inputs, bound, first_examples, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import FixedScales, network_of, noise_layers, without_noise
-from pyro_bmrs.networks.structures import StructureGroup, structure_groups, weight_of
-from pyro_bmrs.networks.surgery import remove_structures
+from pyro_bmrs.networks.noise import FixedScales, noise_layers
+from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.reduction.criteria import Criterion, EvidenceCriterion, LayerStructures, check_criterion
+from pyro_bmrs.reduction.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.reduction", 1
-# Enough examples for outputs to spread in the equality check, few enough for float64.
+# Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
 CHECK_EXAMPLES = 32
+_CHECK_MULTIPLY_ACCUMULATES = 1e10
 
 
 class NonFiniteScoreError(ArithmeticError):
@@ -45,17 +55,22 @@ class Reduction:
         criterion: what decided, printed.
         kl_weight: of the fit.
         min_kept: structures that every layer keeps at least.
-        costs: after `apply`, rows parameters, multiply_accumulates, latency_milliseconds and columns
-            before, after.
+        round_to: the channels of every layer are a multiple of it where the layer has as many; None: any number.
+        costs: after `apply`, what `compare_costs` measures: rows parameters, multiply_accumulates, file_bytes,
+            milliseconds…, peak_bytes…, columns before, after.
+        cuts: after `apply`, what was cut of each module: what `rebuild` needs.
     """
 
     table: pd.DataFrame
     criterion: str
     kl_weight: float = 1.0
     min_kept: int = 1
+    round_to: int | None = None
     costs: pd.DataFrame | None = None
+    cuts: Cuts | None = field(default=None, repr=False)
+    channels: dict[str, int] = field(default_factory=dict, repr=False)
     _network: nn.Module | None = field(default=None, repr=False)
-    _find_input: Callable[[], Tensor] | None = field(default=None, repr=False)
+    _find_input: Callable[[], Inputs] | None = field(default=None, repr=False)
 
     @property
     def layers(self) -> list[str]:
@@ -69,7 +84,7 @@ class Reduction:
         return {layer: rows.unit[rows.layer == layer].tolist() for layer in self.layers}
 
     def kept_mask(self, layer: str) -> Tensor:
-        """True where a structure of `layer` stays. Shape: (features,)."""
+        """True where a structure of `layer` stays, in the order of the table. Shape: (features,)."""
         return torch.tensor((~self.table.removed[self.table.layer == layer]).to_numpy())
 
     def scales(self) -> dict[str, Tensor]:
@@ -88,20 +103,25 @@ class Reduction:
             }
         )
 
-    def bound_to(self, network: nn.Module, find_input: Callable[[], Tensor]) -> Reduction:
+    def bound_to(self, network: nn.Module, find_input: Callable[[], Inputs]) -> Reduction:
         """This plan with a network to apply it to and a way to an example input, as `load` can't know them."""
         return replace(self, _network=network, _find_input=find_input)
 
     def at(self, threshold: float) -> Reduction:
         """The plan that removes where score ≥ threshold, and what the fit had removed before."""
         frames = []
-        for _, rows in self.table.groupby("layer", sort=False):
+        for layer, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
             before = torch.tensor(rows.removed_in_fit.to_numpy())
-            removed = _with_floor((score >= threshold) | before, score, ~before, self.min_kept)
+            least = _least_kept(self.min_kept, self.round_to, self.channels.get(str(layer), 1))
+            removed = _with_floor((score >= threshold) | before, score, ~before, *least)
             frames.append(rows.assign(removed=removed.numpy()))
         return replace(
-            self, table=pd.concat(frames), criterion=f"{self.criterion} at {threshold:g}", costs=None
+            self,
+            table=pd.concat(frames),
+            criterion=f"{self.criterion} at {threshold:g}",
+            costs=None,
+            cuts=None,
         )
 
     def summary(self) -> str:
@@ -111,16 +131,9 @@ class Reduction:
         lines = [f"{self.criterion} keeps {after} of {before} structures"]
         lines += [f"  {row.layer}: {row.before} → {row.after}" for row in widths.itertuples()]
         if self.costs is not None:
-            for name, label in (
-                ("parameters", "parameters"),
-                ("multiply_accumulates", "multiply-accumulates"),
-                ("latency_milliseconds", "milliseconds a batch"),
-            ):
-                old, new = (float(self.costs[column][name]) for column in ("before", "after"))
-                digits = ",.3f" if name == "latency_milliseconds" else ",.0f"
-                change = 100 * (1 - new / old)
-                word = "less" if change >= 0 else "more"
-                lines.append(f"  {label}: {old:{digits}} → {new:{digits}} ({abs(change):.1f} % {word})")
+            lines += [f"  {line}" for line in _cost_lines(self.costs)]
+        if self.round_to is not None:
+            lines.append(f"  channels rounded up to multiples of {self.round_to}, by evidence")
         if before == after:
             lines.append(
                 "  nothing to remove: give the posterior more steps or a higher learning rate to travel, or "
@@ -142,25 +155,40 @@ class Reduction:
     def apply(
         self,
         network: nn.Module | None = None,
-        example_input: Tensor | None = None,
+        example_input: Inputs | None = None,
         *,
         measure: bool = True,
-        tolerance: float = 1e-10,
+        seconds: float = 4.0,
+        tolerance: float = TOLERANCE,
     ) -> nn.Module:
         """The smaller network: a plain module with E[θ] folded in, proved equal to the reduced model.
 
         Args:
             network: the network with noise layers; default the one that was reduced (a plan that was loaded
                 from disk has none).
-            example_input: a batch of inputs; default what the guide was first called with.
-            measure: also measure `costs` on that batch (some dozen forward passes).
-            tolerance: allowed difference of outputs in float64, relative to their spread over the batch.
+            example_input: a batch of inputs: a tensor, a tuple of arguments, or a mapping of keyword
+                arguments; default what the guide was first called with.
+            measure: also measure `costs`.
+            seconds: for the timings among them; what would take longer is left out, 0 for none.
+            tolerance: allowed difference in float64, of the outputs and of every layer that reads
+                structures, relative to their spread over at most 32 examples of the batch.
 
         Raises:
             ValueError: where a network or an example input is needed and missing, or does not match.
             EqualityError: if the smaller network does not compute what the reduced model computes; the
                 message has the largest difference.
         """
+        network, example_input = self._bound(network, example_input)
+        kept = {layer: self.kept_mask(layer) for layer in self.layers}
+        examples = first_examples(example_input, _check_examples(network, example_input))
+        surgery = remove_structures(network, kept, self.scales(), examples, tolerance=tolerance)
+        self.cuts = surgery.cuts
+        if measure:
+            full = without_noise(copy.deepcopy(network))
+            self.costs = compare_costs(full, surgery.network, example_input, seconds=seconds)
+        return surgery.network
+
+    def _bound(self, network: nn.Module | None, example_input: Inputs | None) -> tuple[nn.Module, Inputs]:
         network = network if network is not None else self._network
         if network is None:
             raise ValueError("network must be given: this plan was loaded from disk and holds none")
@@ -168,14 +196,74 @@ class Reduction:
             if self._find_input is None:
                 raise ValueError("example_input must be given: a batch of inputs of the network")
             example_input = self._find_input()
+        return network, example_input
+
+    def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
+        """Number of parameters that `apply` would leave, counted without cutting."""
+        network, example_input = self._bound(network, example_input)
         kept = {layer: self.kept_mask(layer) for layer in self.layers}
-        small = remove_structures(
-            network, kept, self.scales(), example_input[:CHECK_EXAMPLES], tolerance=tolerance
+        cuts = gone(network, structure_groups(network, example_input).values(), kept)
+        return cuts.parameters_left(network)
+
+    def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
+        """The smaller network from a fresh one of the original class: no data, no posterior, no pickle.
+
+        >>> plan = Reduction.load("plan.json")  # doctest: +SKIP
+        >>> small = plan.rebuild(resnet18(), "small.safetensors")  # doctest: +SKIP
+
+        Args:
+            network: as the original was made, with noise or without; left unchanged.
+            weights: a safetensors file of the smaller network's weights; None leaves those of `network`,
+                without E[θ].
+
+        Returns:
+            The network in eval mode.
+
+        Raises:
+            ValueError: if this plan was never applied, or network or weights don't belong to it.
+        """
+        if self.cuts is None:
+            raise ValueError("plan must have been applied before it was saved: it does not say what was cut")
+        small = without_hooked_noise(copy.deepcopy(network))
+        separate_attention(small)
+        self.cuts.cut(small)
+        small = without_noise(small)
+        if weights is not None:
+            try:
+                small.load_state_dict(load_weights(weights))
+            except (SafetensorError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"weights {weights} are damaged, or not of this plan: {reason}") from error
+        return small.eval()
+
+    def shrink(
+        self,
+        model: nn.Module,
+        guide: AutoTruncatedLogNormal,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Take the removed structures out of model, guide and optimizer, in place, so that fitting goes on.
+
+        The noise stays, on what is left; nothing is folded. Parameters stay the same objects with fewer
+        entries, and the optimizer's state of each keeps the entries that belong to them. Tables of later
+        plans number structures as the original network did.
+
+        Args:
+            model: the Pyro model that was reduced.
+            guide: its guide.
+            optimizer: of their parameters, such as Adam or SGD.
+
+        Raises:
+            ValueError: if model or guide don't match the plan.
+            EqualityError: if the smaller model would not compute the same; nothing is changed then.
+        """
+        shrink(
+            model,
+            guide,
+            {layer: self.kept_mask(layer) for layer in self.layers},
+            optimizer,
+            self._bound(None, None)[1],
         )
-        if measure:
-            full = without_noise(copy.deepcopy(network))
-            self.costs = compare_costs(full, small, example_input)
-        return small
 
     def save(self, path: Path | str) -> Path:
         """Write the plan to `path` (JSON) and, beside it, the numbers to the same name with .safetensors.
@@ -189,10 +277,11 @@ class Reduction:
         numeric = [name for name in _COLUMNS if name not in ("layer", "kl_weight")]
         columns = {name: torch.tensor(self.table[name].to_numpy()) for name in numeric}
         sizes = {layer: int((self.table.layer == layer).sum()) for layer in self.layers}
-        costs = None if self.costs is None else self.costs.to_dict()
+        costs = None if self.costs is None else _without_nan(self.costs)
         document = dict(
             format=FORMAT, version=VERSION, criterion=self.criterion, kl_weight=self.kl_weight,
-            min_kept=self.min_kept, layers=sizes, kept=self.kept, costs=costs,
+            min_kept=self.min_kept, round_to=self.round_to, channels=self.channels, layers=sizes, kept=self.kept,
+            costs=costs, cuts=None if self.cuts is None else self.cuts.to_json(),
         )  # fmt: skip
         write_atomically(path.with_suffix(".safetensors"), lambda beside: save_file(columns, beside))
         return write_atomically(path, lambda beside: beside.write_text(json.dumps(document, indent=1)))
@@ -204,7 +293,6 @@ class Reduction:
         Raises:
             ValueError: if the file is not a plan, contradicts its numbers, or was written by a newer version.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = _json_path(path)
@@ -230,7 +318,10 @@ class Reduction:
                 criterion=document["criterion"],
                 kl_weight=document["kl_weight"],
                 min_kept=document["min_kept"],
-                costs=None if costs is None else pd.DataFrame(costs),
+                round_to=document["round_to"],
+                channels=document["channels"],
+                costs=None if costs is None else pd.DataFrame(costs, dtype=float),
+                cuts=None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
             )
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -262,6 +353,7 @@ def reduce(
     criterion: Criterion,
     *model_args: Any,
     min_kept: int = 1,
+    round_to: int | None = None,
     kl_weight: float | None = None,
 ) -> Reduction:
     """Decide, from the guide's parameters alone, which structures the model is better without.
@@ -289,6 +381,9 @@ def reduce(
         model_args: arguments to call model and guide with, where the guide is not an
             `AutoTruncatedLogNormal` that remembers its first batch.
         min_kept: structures that every layer keeps, at least 1.
+        round_to: keep so many more structures, those with the lowest scores, that the channels of each layer
+            are a multiple of this number, such as 8, where the layer had as many: odd widths run slowly on
+            much hardware. None keeps no more.
         kl_weight: of the fit, to be named wherever a ΔF is shown; default what `fit` noted in the guide.
 
     Raises:
@@ -297,6 +392,8 @@ def reduce(
     """
     if not isinstance(min_kept, int) or min_kept < 1:
         raise ValueError(f"min_kept must be an integer of at least 1: got {min_kept!r}")
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"round_to must be a positive integer or None: got {round_to!r}")
     check_criterion(criterion)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
@@ -308,7 +405,7 @@ def reduce(
     network = network_of(model)
 
     @cache
-    def example_input() -> Tensor:
+    def example_input() -> Inputs:
         return _input_of(network, model, arguments)
 
     @cache
@@ -339,7 +436,8 @@ def reduce(
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
             )
         removed = (score >= 0) | ~view.kept.cpu()
-        removed = _with_floor(removed, score, view.kept.cpu(), min_kept)
+        least = _least_kept(min_kept, round_to, layers[site].channels)
+        removed = _with_floor(removed, score, view.kept.cpu(), *least)
         q = view.posterior
         columns = {
             "loc": q.loc,
@@ -350,7 +448,7 @@ def reduce(
             "log_evidence_change": evidence.get(site, torch.full_like(score, torch.nan)),
         }
         numbers = {name: value.detach().double().cpu().numpy() for name, value in columns.items()}
-        frame = pd.DataFrame({"layer": site, "unit": range(len(score)), **numbers})
+        frame = pd.DataFrame({"layer": site, "unit": layers[site].units.cpu().numpy(), **numbers})
         frame["removed"] = removed.numpy()
         frame["removed_in_fit"] = (~view.kept).cpu().numpy()
         frames.append(frame)
@@ -362,18 +460,68 @@ def reduce(
         criterion=str(criterion),
         kl_weight=weight,
         min_kept=min_kept,
+        round_to=round_to,
+        channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
         _network=network,
         _find_input=example_input,
     )
 
 
-def _with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int) -> Tensor:
-    """`removed`, but for the `min_kept` structures with the lowest scores where fewer would stay."""
-    floor = min(min_kept, int(kept.sum()))
-    if int((~removed).sum()) >= floor:
-        return removed
-    best = score.masked_fill(~kept, torch.inf).argsort()[:floor]
+def _least_kept(min_kept: int, round_to: int | None, channels: int) -> tuple[int, int]:
+    """(structures to keep at least, number of structures to keep a multiple of)."""
+    return min_kept, 1 if round_to is None else round_to // math.gcd(round_to, channels)
+
+
+def _with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, multiple: int) -> Tensor:
+    """`removed`, but for the structures with the lowest scores where too few, or an odd number, would stay.
+
+    Args:
+        removed, score, kept: (features,); kept is False for what can't come back.
+        min_kept: structures that stay at least, where so many can.
+        multiple: as many stay as make a multiple of this, or all that can.
+    """
+    wanted = max(int((~removed).sum()), min_kept)
+    wanted = min(-(-wanted // multiple) * multiple, int(kept.sum()))
+    best = score.masked_fill(~kept, torch.inf).masked_fill(~removed, -torch.inf).argsort(stable=True)[:wanted]
     return removed.index_fill(0, best, False)
+
+
+def _check_examples(network: nn.Module, example_input: Inputs) -> int:
+    """How many examples the equality check takes: fewer of a network that is slow in float64."""
+    ones = {
+        site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(network).items()
+    }
+    with in_mode(network, training=False), FixedScales(ones):
+        one = multiply_accumulates(network, example_input)
+    return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
+
+
+def _without_nan(table: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+    """A table for JSON, which knows no NaN."""
+    return {
+        str(column): {str(row): None if math.isnan(value) else value for row, value in values.items()}
+        for column, values in table.to_dict().items()
+    }
+
+
+def _cost_lines(costs: pd.DataFrame) -> list[str]:
+    """Costs before and after, in words, where they were measured."""
+    lines = []
+    for name, values in costs.iterrows():
+        before, after = float(values["before"]), float(values["after"])
+        if math.isnan(before) or math.isnan(after):
+            continue
+        label, unit = str(name).replace("_", " "), 1.0
+        if "bytes" in label:
+            label, unit = label.replace("bytes", "megabytes"), 1e6
+        digits = ",.3f" if unit != 1.0 or "milliseconds" in label else ",.0f"
+        change = 100 * (1 - after / before) if before else 0.0
+        word = "less" if change >= 0 else "more"
+        lines.append(
+            f"{label.replace('multiply accumulates', 'multiply-accumulates')}: {before / unit:{digits}} → "
+            f"{after / unit:{digits}} ({abs(change):.1f} % {word})"
+        )
+    return lines
 
 
 def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
@@ -388,21 +536,20 @@ def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
 
 
 @torch.no_grad()
-def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> Tensor:
+def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
     """What `network` is called with when `model` is called with `arguments`."""
     if not arguments:
         raise ValueError("model_args must be given: a batch to call the model with")
     like = next(model.parameters())
-    moved = [
-        a.to(like.device, like.dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
-        for a in arguments
-    ]
+    moved = map_tensors(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None), arguments)
     ones = {
         site: torch.ones_like(layer.log_low).expand(layer.features)
         for site, layer in noise_layers(model).items()
     }
-    caught: list[Any] = []
-    handle = network.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs[:1]))
+    caught: list[Inputs] = []
+    handle = network.register_forward_pre_hook(
+        lambda _, given, keywords: caught.append(bound(network, given, keywords)), with_kwargs=True
+    )
     try:
         # only looking: no statistic, generator or parameter store may notice
         with (
@@ -414,7 +561,6 @@ def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) 
             model(*moved)
     finally:
         handle.remove()
-    if not caught or not isinstance(caught[0], Tensor):
-        raise ValueError("the network must be called with one tensor: pass example_input to apply()")
-    example: Tensor = caught[0].detach()
-    return example
+    if not caught or not tensors_of(caught[0]):
+        raise ValueError("the network must be called by the model: pass example_input to apply()")
+    return map_tensors(Tensor.detach, caught[0])

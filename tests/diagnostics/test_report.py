@@ -74,7 +74,7 @@ def make_plan(
         widths=widths,
         costs=pd.DataFrame(
             {"before": [61706, 416520, 1.9], "after": [3949, 98000, float("nan")]},
-            index=["parameters", "multiply_accumulates", "latency_milliseconds"],
+            index=["parameters", "multiply_accumulates", "milliseconds_batch_1_one_thread"],
         )
         if costs
         else None,

@@ -10,13 +10,8 @@ from torch import nn
 
 import pyro_bmrs
 from pyro_bmrs import MultiplicativeNoise, name_sites
-from pyro_bmrs.networks.noise import (
-    draws_per_batch_allowed,
-    fixed_scales,
-    network_of,
-    noise_layers,
-    without_noise,
-)
+from pyro_bmrs.networks.hooked_noise import network_of, without_noise
+from pyro_bmrs.networks.noise import draws_per_batch_allowed, fixed_scales, noise_layers
 
 
 def layer(features=4, **options):

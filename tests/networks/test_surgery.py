@@ -1,6 +1,7 @@
 """Physical removal: what is gone is gone, what is left computes the reduced model, and a lie is caught."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from pyro_bmrs import MultiplicativeNoise, name_sites
 from pyro_bmrs.networks import surgery
 from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates, parameters
+from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
@@ -100,11 +102,11 @@ def test_the_smaller_network_is_the_reduced_model(make, extreme, dtype):
     net, x = net.to(dtype), x.to(dtype)
     before = copy.deepcopy(net.state_dict())
     kept, scales = random_plan(net, 1, extreme)
-    small = remove_structures(net, kept, scales, x)
+    small = remove_structures(net, kept, scales, x).network
     with torch.no_grad(), fixed_scales(net, {s: scales[s].to(dtype) * kept[s] for s in kept}):
-        expected = surgery.outputs_of(net(x))
+        expected = tensors_of(net(x))
     with torch.no_grad():
-        actual = surgery.outputs_of(small(x))
+        actual = tensors_of(small(x))
     for want, have in zip(expected, actual, strict=True):
         spread = (want - want.mean(0)).abs().max()
         assert spread > 0.01
@@ -132,12 +134,14 @@ def test_indices_shifted_by_one_are_caught(make, monkeypatch):
         wrong = []
         for member in group.members:
             units = (member.units + 1) % group.features if member.role == "consumer" else member.units
-            wrong.append(type(member)(member.path, member.role, member.indices, units, member._cut))
-        groups[site] = type(group)(group.site, group.features, tuple(wrong))
+            wrong.append(replace(member, units=units))
+        groups[site] = replace(group, members=tuple(wrong))
         return groups
 
     monkeypatch.setattr(surgery, "structure_groups", shifted)
-    with pytest.raises(EqualityError, match=r"differs from the reduced model: output 0 by at most [\d.e+-]+"):
+    with pytest.raises(
+        EqualityError, match=r"differs from the reduced model: output 0 of .* by at most [\d.e+-]+"
+    ):
         remove_structures(net, kept, scales, x)
 
 
@@ -161,7 +165,7 @@ def test_any_chain_and_any_plan(widths, seed):
     net = nn.Sequential(*layers, nn.Linear(inputs, 2))
     name_sites(net)
     kept, scales = random_plan(net, seed)
-    small = remove_structures(net, kept, scales, torch.randn(6, 3))
+    small = remove_structures(net, kept, scales, torch.randn(6, 3)).network
     left = [3, *(int(kept[site].sum()) for site in kept), 2]
     assert parameters(small) == sum(a * b + b for a, b in pairwise(left))
 
@@ -174,7 +178,7 @@ def test_a_filter_owns_its_block_of_columns_behind_flatten():
     assert group.consumers[0].indices_of(torch.tensor([0, 3])) == [0, 1, 2, 3, 12, 13, 14, 15]
     kept = {s: torch.ones(n.features, dtype=torch.bool) for s, n in noise_layers(net).items()}
     kept["7"][[0, 3]] = False
-    small = remove_structures(net, kept, {s: torch.ones(len(k)).double() for s, k in kept.items()}, x)
+    small = remove_structures(net, kept, {s: torch.ones(len(k)).double() for s, k in kept.items()}, x).network
     # two filters of 4·3·3, two pairs of BatchNorm parameters, eight columns of seven rows
     assert parameters(net) - parameters(small) == 2 * 36 + 4 + 8 * 7
 
@@ -182,7 +186,7 @@ def test_a_filter_owns_its_block_of_columns_behind_flatten():
 def test_frozen_networks_can_be_cut_and_the_result_is_trainable():
     net, x = conditioned(mlp)
     net.requires_grad_(False)
-    small = remove_structures(net, *random_plan(net, 2), x)
+    small = remove_structures(net, *random_plan(net, 2), x).network
     assert all(parameter.requires_grad and parameter.grad is None for parameter in small.parameters())
 
 
@@ -216,7 +220,7 @@ def test_costs_are_counted_and_measured():
     assert multiply_accumulates(net, x) == 4 * 36 * 9 + 144 * 5
     table = compare_costs(net, net, x)
     assert (table.loc["parameters"] == 765).all()
-    assert (table.loc["latency_milliseconds"] > 0).all()
+    assert (table.drop(index=["parameters", "multiply_accumulates"]) > 0).all(axis=None)
     with pytest.raises(ValueError, match="before must be a network without noise"):
         compare_costs(nn.Sequential(MultiplicativeNoise(2)), net, x)
 
@@ -236,30 +240,19 @@ class Branches(nn.Module):
 @pytest.mark.parametrize(
     ("net", "shape", "message"),
     [
-        (Branches(torch.cat), (4,), "both tied to"),
         (Branches(torch.add), (4,), "both tied to"),
-        (
-            nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.Conv2d(4, 4, 3, groups=4)),
-            (1, 8, 8),
-            "'2', a Conv2d in groups",
-        ),
-        (
-            nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.ConvTranspose2d(4, 2, 3)),
-            (1, 8, 8),
-            "'2', a ConvTranspose2d",
-        ),
         (
             nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), MultiplicativeNoise(6), nn.Linear(6, 2)),
             (4,),
-            "'1', a LayerNorm",
+            "normalised together by '1', a LayerNorm",
         ),
         (
-            nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), MultiplicativeNoise(6), nn.Linear(6, 2)),
-            (4,),
-            "'1', a PReLU",
+            nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.ConvTranspose2d(4, 2, 3, groups=2)),
+            (1, 8, 8),
+            "'2', a ConvTranspose2d",
         ),
     ],
-    ids=["concatenation", "addition", "groups", "transposed", "layer-norm", "prelu"],
+    ids=["addition", "layer-norm", "transposed-in-groups"],
 )
 def test_what_is_not_handled_is_refused_by_name(net, shape, message):
     name_sites(net)
@@ -267,10 +260,36 @@ def test_what_is_not_handled_is_refused_by_name(net, shape, message):
         structure_groups(net, torch.randn(2, *shape))
 
 
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (Branches(torch.cat), (4,)),
+        (
+            nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4), MultiplicativeNoise(4), nn.Conv2d(4, 2, 1)
+            ),
+            (1, 8, 8),
+        ),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.ConvTranspose2d(4, 2, 3)), (1, 8, 8)),
+        (nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), MultiplicativeNoise(6), nn.Linear(6, 2)), (4,)),
+    ],
+    ids=["concatenation", "depthwise", "transposed", "prelu"],
+)
+def test_layers_by_hand_in_other_places_are_cut_too(net, shape):
+    torch.manual_seed(0)
+    name_sites(net)
+    x = torch.randn(6, *shape)
+    kept, scales = random_plan(net, 5)
+    small, cuts, difference = remove_structures(net, kept, scales, x)
+    assert cuts
+    assert difference < 1e-12
+    assert parameters(small) == cuts.parameters_left(net) < parameters(net)
+
+
 def test_batch_norm_without_parameters_is_cut_too():
     net = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.ReLU(), MultiplicativeNoise(6), nn.Linear(6, 2)
     )
     name_sites(net)
-    small = remove_structures(net, *random_plan(net, 1), torch.randn(8, 4))
+    small = remove_structures(net, *random_plan(net, 1), torch.randn(8, 4)).network
     assert len(small[1].running_mean) == small[0].out_features < 6

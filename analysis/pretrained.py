@@ -1,0 +1,134 @@
+"""From a trained network to a smaller one: train, insert noise, fit, reduce, apply, fine-tune, on CIFAR-10.
+
+    python analysis/pretrained.py resnet OUT [--data-root DIR]
+    python analysis/pretrained.py vit OUT
+
+Every stage writes its files to OUT and is skipped where they exist, so the command can be called again after
+an interruption. The last stage writes OUT/results.csv: accuracy, parameters, multiply-accumulates and
+milliseconds of the trained network, of the same network trained for as many epochs in all, and of the smaller
+one before and after fine-tuning, with BatchNorm statistics re-estimated and not.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import pyro_bmrs as bmrs
+from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
+from pyro_bmrs.inference.evaluate import evaluate
+from pyro_bmrs.networks.cost import latency_milliseconds, multiply_accumulates, parameters
+from pyro_bmrs.networks.export import load_weights, save_weights
+from pyro_bmrs.recipes import Recipe
+
+EPOCHS = {"train": 12, "fit": 12, "fine-tune": 6}
+BATCH = 128
+RATES = {"resnet": 2e-3, "vit": 1e-3}  # of training; the fit starts from what training found, and goes gently
+FIT = {
+    "resnet": {"learning_rate": 5e-4, "posterior_learning_rate": 1e-2, "kl_weight": 200.0},
+    "vit": {"learning_rate": 2e-4, "posterior_learning_rate": 1e-2, "kl_weight": 100.0},
+}
+
+
+class Study:
+    def __init__(self, name: str, out: Path, data_root: str | None) -> None:
+        self.name, self.out = name, out
+        out.mkdir(parents=True, exist_ok=True)
+        self.recipe = Recipe.read(Path(__file__).parents[1] / "models" / f"{name}.py")
+        self.data = bmrs.load_data("cifar10", image_size=32, seed=0, data_root=data_root)
+
+    def plain(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return self.recipe.module.plain(self.data.input_shape, self.data.num_classes)
+
+    def train(self, net: torch.nn.Module, epochs: int, rate: float, name: str) -> torch.nn.Module:
+        """Plain training with a cosine schedule, or what an earlier call has left."""
+        weights = self.out / f"{name}.safetensors"
+        if not weights.exists():
+            result = bmrs.fit(
+                bmrs.Classifier(net), None, self.data.train, self.data.validation, epochs=epochs,
+                batch_size=BATCH, learning_rate=rate, schedule="cosine",
+            )  # fmt: skip
+            result.history.to_csv(self.out / f"{name}.csv", index=False)
+            save_weights(net, weights)
+        net.load_state_dict(load_weights(weights))
+        return net
+
+    def fit(self, trained: torch.nn.Module) -> tuple[bmrs.Classifier, bmrs.AutoTruncatedLogNormal]:
+        """The trained network with noise, its posterior fitted."""
+        net = bmrs.insert_noise(trained, self.data.train[:2][0])
+        model = bmrs.Classifier(net)
+        guide = bmrs.AutoTruncatedLogNormal(model)
+        path = self.out / "posterior.safetensors"
+        if not path.exists():
+            result = bmrs.fit(
+                model, guide, self.data.train, self.data.validation, epochs=EPOCHS["fit"], batch_size=BATCH,
+                criterion=bmrs.BMRS_N(), **FIT[self.name],
+            )  # fmt: skip
+            result.history.to_csv(self.out / "fit.csv", index=False)
+            save_posterior(path, model, guide)
+        else:
+            with torch.no_grad():
+                guide(*self.data.train[:64])
+            load_posterior(path, model, guide)
+        return model, guide
+
+    def row(self, name: str, net: torch.nn.Module, epochs: int, full: torch.nn.Module) -> dict[str, object]:
+        model = bmrs.Classifier(net)
+        x = self.data.test[:BATCH][0]
+        old, new = latency_milliseconds([full.eval(), net.eval()], x)
+        return {
+            "network": name,
+            "epochs": epochs,
+            "validation_accuracy": evaluate(model, self.data.validation).accuracy,
+            "test_accuracy": evaluate(model, self.data.test).accuracy,
+            "parameters": parameters(net),
+            "multiply_accumulates": multiply_accumulates(net, x),
+            "milliseconds_batch_128": new,
+            "speed_up": old / new,
+        }
+
+    def run(self) -> None:
+        trained = self.train(self.plain(), EPOCHS["train"], RATES[self.name], "trained")
+        model, guide = self.fit(trained)
+        longer = self.train(
+            copy.deepcopy(trained), EPOCHS["fit"] + EPOCHS["fine-tune"], RATES[self.name] / 2, "longer"
+        )
+        plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
+        cut = plan.apply(example_input=self.data.train[:32][0])
+        plan.save(self.out / "plan.json")
+        plan.table.to_csv(self.out / "structures.csv", index=False)
+        print(plan.summary())
+        total = EPOCHS["train"] + EPOCHS["fit"]
+        rows = [
+            self.row("trained without noise", trained, EPOCHS["train"], trained),
+            self.row("trained without noise, as long in all", longer, total + EPOCHS["fine-tune"], trained),
+            self.row("smaller", cut, total, trained),
+        ]
+        anew = bmrs.recalibrate(copy.deepcopy(cut), self.data.train)
+        if anew is not None:
+            rows.append(self.row("smaller, statistics re-estimated", anew, total, trained))
+        for name, start in (("", cut), (", statistics re-estimated before", anew)):
+            if start is not None:
+                tuned = self.train(
+                    start, EPOCHS["fine-tune"], RATES[self.name] / 2, "fine_tuned" + "_anew" * bool(name)
+                )
+                rows.append(
+                    self.row(f"smaller, fine-tuned{name}", tuned, total + EPOCHS["fine-tune"], trained)
+                )
+            pd.DataFrame(rows).to_csv(self.out / "results.csv", index=False)
+        print(pd.DataFrame(rows).to_string())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", choices=["resnet", "vit"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data-root")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    Study(arguments.network, arguments.out, arguments.data_root).run()

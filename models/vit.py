@@ -1,0 +1,60 @@
+"""A vision transformer, torchvision's, with one latent scale per attention head and per hidden unit.
+
+`plain` is the network without noise, to train first or to load weights into; `network` adds the noise.
+The channels between the blocks feed layer normalisation, so they stay.
+"""
+
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer
+
+import pyro_bmrs as bmrs
+
+SETTINGS = {
+    "default": {
+        "image_size": 32,
+        "epochs": 20,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 10.0,
+        "fine_tune": 10,
+    },
+    "cifar10": {
+        "image_size": 32,
+        "epochs": 12,
+        "batch_size": 128,
+        "learning_rate": 5e-4,
+        "posterior_learning_rate": 5e-3,
+        "kl_weight": 100.0,
+        "fine_tune": 8,
+    },
+}
+
+
+def plain(
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    patch: int = 4,
+    layers: int = 4,
+    heads: int = 4,
+    width: int = 96,
+    hidden: int = 192,
+) -> VisionTransformer:
+    """A vision transformer without noise for square images, `patch` pixels to a token's side."""
+    if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] % patch:
+        raise ValueError(
+            f"a vision transformer takes square images of a multiple of {patch} pixels: got input shape {input_shape}"
+        )
+    channels, side, _ = input_shape
+    net = VisionTransformer(side, patch, layers, heads, width, hidden, num_classes=num_classes)
+    if channels != 3:
+        net.conv_proj = nn.Conv2d(channels, width, patch, patch)
+    # torchvision starts the head at zero, where no gradient reaches what comes before it
+    nn.init.normal_(net.heads.head.weight, std=0.02)
+    return net
+
+
+def network(input_shape: tuple[int, ...], num_classes: int, **sizes: int) -> nn.Module:
+    """The same with noise on every head and every hidden unit of the feed-forward layers."""
+    return bmrs.insert_noise(plain(input_shape, num_classes, **sizes), torch.zeros(2, *input_shape))

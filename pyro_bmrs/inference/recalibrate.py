@@ -1,0 +1,72 @@
+"""Normalisation statistics gathered anew, for a network that is no longer the one they were gathered in."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.networks.inputs import call
+from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.noise import noise_layers
+
+
+@torch.no_grad()
+def recalibrate[Network: nn.Module](
+    network: Network, data: Data, *, examples: int = 4096, batch_size: int = 128, seed: int = 0
+) -> Network:
+    """Re-estimate, in place, the running mean and variance of every BatchNorm layer; returns the network.
+
+    In a fit these statistics are gathered under noise, and before structures were removed; the smaller
+    network's activations have others. Here each becomes the plain average over batches of `data`. All other
+    layers stay in evaluation mode; a network without running statistics is left as it is.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    >>> x = torch.randn(256, 2) + torch.tensor([1.0, -1.0])
+    >>> recalibrate(net, (x, torch.zeros(256)))[0].running_mean.round().tolist()
+    [1.0, -1.0]
+
+    Args:
+        network: without noise layers.
+        data: (x, y) tensors, a data set or a loader; of training examples, y is not looked at.
+        examples: how many to look at, about.
+        batch_size: of the batches that the statistics are averaged over.
+        seed: of the choice of examples.
+
+    Raises:
+        ValueError: if the network has noise layers, or examples or batch_size is below 2.
+    """
+    if noise_layers(network):
+        raise ValueError("network must have no noise layers: apply the reduction first")
+    for name, value in (("examples", examples), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 2:
+            raise ValueError(f"{name} must be an integer of at least 2: got {value!r}")
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    if not layers:
+        return network
+    batches = Batches(data, batch_size, next(network.parameters()).device, "data")
+    momenta = [layer.momentum for layer in layers]
+    seen = 0
+    try:
+        with in_mode(network, training=False):
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative average
+                layer.train()
+            for x, y in batches.epoch(torch.Generator().manual_seed(seed)):
+                if len(y) > 1 or not seen:
+                    call(network, x)
+                seen += len(y)
+                if seen >= examples:
+                    break
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    return network

@@ -1,0 +1,187 @@
+"""Cutting: which rows and columns of which tensors go when a module loses channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+ROWS, COLUMNS = "rows", "columns"
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether every filter of a convolution reads one channel, its own."""
+    return (
+        isinstance(module, _ConvNd)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
+    )
+
+
+def channels(module: nn.Module, side: str) -> int | None:
+    """How many channels a module makes (rows) or reads (columns); None for one that can't be cut there."""
+    if isinstance(module, nn.Linear):
+        return module.out_features if side == ROWS else module.in_features
+    if isinstance(module, _ConvTransposeNd) and module.groups != 1:
+        return None
+    if isinstance(module, _ConvNd):
+        return module.out_channels if side == ROWS else module.in_channels
+    if side == COLUMNS:
+        return None
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, _NormBase):
+        return int(module.num_features)
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters
+    return None
+
+
+def channel_dimension(module: nn.Module) -> int:
+    """Dimension of a module's input and output that counts channels, from the end."""
+    if isinstance(module, _ConvNd):
+        return -1 - len(module.kernel_size)
+    return -1
+
+
+def selections(module: nn.Module, side: str) -> list[tuple[str, int]]:
+    """The tensors of a module, by name, and the dimension of each that runs over its rows or columns."""
+    if isinstance(module, nn.Linear | _ConvNd):
+        transposed = isinstance(module, _ConvTransposeNd)
+        if side == COLUMNS:
+            return [("weight", 0 if transposed else 1)]
+        found = [("weight", 1 if transposed else 0), ("bias", 0)]
+    elif isinstance(module, nn.Embedding):
+        found = [("weight", 1)]
+    elif isinstance(module, nn.PReLU):
+        found = [("weight", 0)]
+    else:
+        found = [(name, 0) for name in ("weight", "bias", "running_mean", "running_var")]
+    return [(name, dim) for name, dim in found if getattr(module, name, None) is not None]
+
+
+def _attributes(module: nn.Module, side: str, count: int) -> dict[str, int]:
+    if isinstance(module, nn.Linear):
+        return {"out_features" if side == ROWS else "in_features": count}
+    if is_depthwise(module):
+        return {"in_channels": count, "out_channels": count, "groups": count}
+    if isinstance(module, _ConvNd):
+        return {"out_channels" if side == ROWS else "in_channels": count}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": count}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": count}
+    return {"num_features": count}
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is left of each module that loses something: enough to cut the original network anew.
+
+    Attributes:
+        rows, columns: by module path, the indices in the original module that stay.
+        attributes: by module path, numbers that a module keeps about itself, such as its count of heads.
+    """
+
+    rows: Mapping[str, list[int]] = field(default_factory=dict)
+    columns: Mapping[str, list[int]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.columns)
+
+    def _sides(self, network: nn.Module) -> Iterator[tuple[nn.Module, str, list[int]]]:
+        for side, table in ((ROWS, self.rows), (COLUMNS, self.columns)):
+            for path, kept in table.items():
+                yield network.get_submodule(path), side, kept
+
+    def tensors(self, network: nn.Module) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """(tensor, dimension, indices to keep) for everything in `network` that gets smaller."""
+        for module, side, kept in self._sides(network):
+            local = kept
+            if side == COLUMNS and isinstance(module, _ConvNd):
+                # each group of a grouped convolution numbers its own input channels
+                local = [index for index in kept if index < module.in_channels // module.groups]
+            for name, dim in selections(module, side):
+                tensor = getattr(module, name)
+                yield tensor, dim, torch.tensor(local, dtype=torch.long, device=tensor.device)
+
+    def parameters_left(self, network: nn.Module) -> int:
+        """Parameters that `network` has after these cuts."""
+        left = {id(parameter): parameter.numel() for parameter in network.parameters()}
+        for tensor, dim, kept in self.tensors(network):
+            if id(tensor) in left:
+                left[id(tensor)] = left[id(tensor)] // tensor.shape[dim] * len(kept)
+        return sum(left.values())
+
+    @torch.no_grad()
+    def cut(self, network: nn.Module) -> None:
+        """Make `network` smaller, in place; its parameters stay the same objects.
+
+        Raises:
+            ValueError: if a path or index is not in `network`; nothing is cut then.
+        """
+        self.check(network)
+        for tensor, dim, kept in list(self.tensors(network)):
+            tensor.data = tensor.data.index_select(dim, kept)
+            tensor.grad = None
+        for module, side, indices in self._sides(network):
+            for name, value in _attributes(module, side, len(indices)).items():
+                setattr(module, name, value)
+        for path, numbers in self.attributes.items():
+            for name, value in numbers.items():
+                setattr(network.get_submodule(path), name, value)
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError, naming the module, unless `network` has all that is to be cut."""
+        modules = dict(network.named_modules())
+        for side, table in ((ROWS, self.rows), (COLUMNS, self.columns)):
+            for path, kept in table.items():
+                size = channels(modules[path], side) if path in modules else None
+                whole = all(type(index) is int for index in kept) and sorted(set(kept)) == kept
+                if size is None or not kept or not whole or kept[0] < 0 or kept[-1] >= size:
+                    raise ValueError(
+                        f"cuts must fit the network: {path!r} "
+                        + ("is no layer of it that can be cut" if size is None else
+                           f"has {side} 0 to {size - 1}, and increasing indices of them are to be kept")
+                    )  # fmt: skip
+        for path, numbers in self.attributes.items():
+            for name, value in numbers.items():
+                if not isinstance(getattr(modules.get(path), name, None), int) or type(value) is not int:
+                    raise ValueError(f"cuts must fit the network: {path!r} has no number {name!r}")
+
+    def below(self, path: str) -> Cuts:
+        """Those of the part of the network at `path`, seen from there."""
+        if not path:
+            return self
+        start = f"{path}."
+        tables: list[dict[str, Any]] = [
+            {name.removeprefix(start): value for name, value in table.items() if name.startswith(start)}
+            for table in (self.rows, self.columns, self.attributes)
+        ]
+        return Cuts(*tables)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary for a JSON file."""
+        return {"rows": dict(self.rows), "columns": dict(self.columns), "attributes": dict(self.attributes)}
+
+    @classmethod
+    def from_json(cls, document: object) -> Cuts:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: if `document` is something else.
+        """
+        names = (ROWS, COLUMNS, "attributes")
+        if not isinstance(document, dict) or set(document) != set(names):
+            raise ValueError(f"cuts must be a dictionary of {', '.join(names)}")
+        for name, kind in zip(names, (list, list, dict), strict=True):
+            table = document[name]
+            if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
+                raise ValueError(f"{name} of cuts must map module paths to a {kind.__name__} each")
+        return cls(**document)

@@ -1,0 +1,204 @@
+"""Noise at the inputs of the layers that read structures, without a change to the network's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.networks.attention import join_attention
+from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
+from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.inputs import batch_size
+from pyro_bmrs.networks.noise import MultiplicativeNoise, noise_layers, scaled
+
+NAME = "structure_noise"
+
+
+class HookedNoise(nn.Module):
+    """The latent scales of all groups of a network, and where each acts: a submodule of that network.
+
+    At each forward pass of the network every θ is drawn once; each layer that reads structures then gets
+    its input multiplied by the θ of what it reads. As a module of its own it passes its input on, so that it
+    may stand at the end of an `nn.Sequential`.
+
+    Args:
+        network: without noise; `attach` changes it.
+        groups: of the network.
+    """
+
+    def __init__(self, network: nn.Module, groups: Iterable[StructureGroup]) -> None:
+        super().__init__()
+        like = next(network.parameters())
+        self.layers = nn.ModuleList()
+        self.groups = {group.site: group for group in groups}
+        for group in self.groups.values():
+            layer = MultiplicativeNoise(group.features)
+            layer.site, layer.channels = group.site, group.channels
+            self.layers.append(layer.to(like.device))
+        self.drawn: dict[str, Tensor] = {}
+        self.examples = 0
+        self.readers: dict[str, tuple[str, ...]] = {}
+        self._index_readers(network)
+
+    def _index_readers(self, network: nn.Module) -> None:
+        """For each layer that reads structures: of which sites, and which θ for each column."""
+        device = next(network.parameters()).device
+        readers: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
+        for group in self.groups.values():
+            for member in group.consumers:
+                readers.setdefault(member.path, []).append((group.site, member.indices, member.units))
+        self.readers = {path: tuple(site for site, _, _ in parts) for path, parts in readers.items()}
+        for number, (path, parts) in enumerate(readers.items()):
+            size = channels(network.get_submodule(path), COLUMNS)
+            assert size is not None
+            offset, total = 0, sum(self.groups[site].features for site, _, _ in parts)
+            columns = torch.full((size,), total)  # behind the last θ stands a 1, for what no θ scales
+            for site, indices, units in parts:
+                columns[indices] = offset + units
+                offset += self.groups[site].features
+            plain = len(parts) == 1 and torch.equal(columns, torch.arange(total))
+            self.register_buffer(f"columns_{number}", None if plain else columns.to(device), persistent=False)
+
+    def attach(self, network: nn.Module) -> None:
+        """Make this a submodule of `network`, which from now on draws and applies the noise."""
+        setattr(network, NAME, self)
+        network.register_forward_pre_hook(_Draw(self), with_kwargs=True)
+        network.register_forward_hook(_Forget(self), always_call=True)
+        for number, path in enumerate(self.readers):
+            network.get_submodule(path).register_forward_pre_hook(
+                _Apply(self, path, number), with_kwargs=True
+            )
+
+    def draw(self, inputs: Any) -> None:
+        """One value of every θ for the forward pass that begins."""
+        self.examples = batch_size(inputs)
+        self.drawn = {str(layer.site): layer.draw() for layer in self.layers}  # type: ignore[operator]
+
+    def theta(self, path: str, number: int) -> Tensor:
+        """θ for each column of the layer at `path`. Shape: (columns,) or (draws, columns)."""
+        if not self.drawn:
+            raise RuntimeError(
+                f"layer {path!r} has noise that is drawn when the network is called: call the network itself"
+            )
+        values = [self.drawn[site] for site in self.readers[path]]
+        columns = getattr(self, f"columns_{number}")
+        if columns is None:
+            return values[0]
+        shape = max((value.shape[:-1] for value in values), key=len)
+        one = values[0].new_ones(())
+        parts = [value.expand(*shape, value.shape[-1]) for value in values]
+        return torch.cat([*parts, one.expand(*shape, 1)], dim=-1).index_select(-1, columns)
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def shrink(self, network: nn.Module, groups: Iterable[StructureGroup]) -> None:
+        """Take over groups that have become smaller, their noise layers with them."""
+        self.groups = {group.site: group for group in groups}
+        self._index_readers(network)
+
+    def extra_repr(self) -> str:
+        return f"{sum(group.features for group in self.groups.values())} structures"
+
+
+class _Hook:
+    """Objects, not functions: a copy of the network gets hooks that know the copied noise."""
+
+    def __init__(self, noise: HookedNoise) -> None:
+        self.noise = noise
+
+
+class _Draw(_Hook):
+    def __call__(self, network: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.noise.draw((*arguments, keywords))
+
+
+class _Forget(_Hook):
+    def __call__(self, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self.noise.drawn = {}
+
+
+class _Apply(_Hook):
+    def __init__(self, noise: HookedNoise, path: str, number: int) -> None:
+        super().__init__(noise)
+        self.path, self.number = path, number
+
+    def __call__(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        theta = self.noise.theta(self.path, self.number)
+        x = arguments[0] if arguments else keywords["input"]
+        if theta.dim() > 1 and x.shape[0] != self.noise.examples:
+            raise ValueError(
+                f"the input of {self.path!r} must have one entry per example to draw several values of θ per "
+                f"batch: got {x.shape[0]} for {self.noise.examples} examples; pass draws_per_batch=1"
+            )
+        x = scaled(x, theta, channel_dimension(module), f"layer {self.path!r}")
+        if arguments:
+            return (x, *arguments[1:]), keywords
+        return arguments, {**keywords, "input": x}
+
+
+def hooked_noise(network: nn.Module) -> dict[str, HookedNoise]:
+    """What `insert_noise` put into `network` or a part of it, by the path of that part ("" for all of it)."""
+    return {
+        path.removesuffix(NAME).removesuffix("."): module
+        for path, module in network.named_modules()
+        if isinstance(module, HookedNoise)
+    }
+
+
+def without_hooked_noise(network: nn.Module) -> nn.Module:
+    """Take out of `network`, in place, what `insert_noise` put in, but for the separate attention."""
+    for path in hooked_noise(network):
+        delattr(network.get_submodule(path), NAME)
+    for module in network.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[number]
+                for kind in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                    getattr(module, kind).pop(number, None)
+    return network
+
+
+def without_noise(module: nn.Module) -> nn.Module:
+    """Take all noise out of `module`, in place, and return it: layers written by hand become identities.
+
+    Attention that was given separate projections is torch's own again, unless heads have been removed.
+    """
+    without_hooked_noise(module)
+    join_attention(module)
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, MultiplicativeNoise):
+            if not path:
+                return nn.Identity()
+            module.set_submodule(path, nn.Identity())
+    return module
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network inside a Pyro model: its outermost submodule that holds all of its noise layers.
+
+    The model itself where its noise layers lie in several of its submodules.
+
+    Raises:
+        ValueError: if `model` has no noise layer.
+    """
+    layers = set(noise_layers(model).values())
+    if not layers:
+        raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")
+    network = model
+    # containers that only store modules have no forward of their own
+    while network is model or isinstance(network, nn.ModuleList | nn.ModuleDict):
+        inner = [
+            child
+            for child in network.children()
+            if layers <= set(child.modules()) and child not in layers and not isinstance(child, HookedNoise)
+        ]
+        if not inner:
+            return model
+        network = inner[0]
+    return network

@@ -1,0 +1,101 @@
+"""What a network is called with and what it gives: tensors, tuples of arguments, mappings of keywords."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# A tensor; a tuple: positional arguments; a mapping: keyword arguments (of a network whose forward takes no
+# such keywords: one dictionary).
+Inputs = Any
+
+
+def call(network: nn.Module, inputs: Inputs) -> Any:
+    """`network` called with `inputs`: a tensor, a tuple of arguments, or a mapping of keywords."""
+    if isinstance(inputs, tuple):
+        return network(*inputs)
+    if takes_keywords(network, inputs):
+        return network(**inputs)
+    return network(inputs)
+
+
+def takes_keywords(network: nn.Module, inputs: Inputs) -> bool:
+    """Whether `inputs` is a mapping of keyword arguments of `network`, and not of entries of one argument."""
+    if not isinstance(inputs, Mapping):
+        return False
+    try:
+        inspect.signature(network.forward).bind(**inputs)
+    except TypeError:
+        return False
+    return True
+
+
+def bound(network: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Inputs:
+    """What `call` must be given to call `network` with these arguments."""
+    if not keywords:
+        return arguments[0] if len(arguments) == 1 else arguments
+    if not arguments:
+        return dict(keywords)
+    return dict(inspect.signature(network.forward).bind(*arguments, **keywords).arguments)
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """The tensors in a network's input or output: itself, or those of a tuple, list or mapping, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors_of(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return []
+
+
+def map_tensors[T](function: Callable[[Tensor], Tensor], value: T) -> T:
+    """`value` with every tensor in it replaced by `function` of it."""
+    result: Any = value
+    if isinstance(value, Tensor):
+        result = function(value)
+    elif isinstance(value, Mapping):
+        result = {key: map_tensors(function, item) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        items = [map_tensors(function, item) for item in value]
+        result = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return result  # type: ignore[no-any-return]
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Number of examples: the first dimension of the first tensor.
+
+    Raises:
+        ValueError: if there is no tensor with a first dimension.
+    """
+    for tensor in tensors_of(inputs):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise ValueError(f"example_input must hold a tensor of examples: got {type(inputs).__name__}")
+
+
+def first_examples[T](inputs: T, count: int) -> T:
+    """The first `count` examples of every tensor that has as many as there are."""
+    size = batch_size(inputs)
+    return map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == size else t, inputs)
+
+
+def repeated[T](inputs: T, count: int) -> T:
+    """Exactly `count` examples, the given ones over and over."""
+    size = batch_size(inputs)
+
+    def tile(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != size:
+            return tensor
+        return tensor.repeat(-(-count // size), *[1] * (tensor.dim() - 1))[:count]
+
+    return map_tensors(tile, inputs)
+
+
+def as_double[T](inputs: T) -> T:
+    """Floating-point tensors in float64; others, such as token indices, as they are."""
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)

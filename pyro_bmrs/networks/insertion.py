@@ -1,0 +1,189 @@
+"""Any network: what of it can be removed, tried before it is offered; and the same network with noise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.hooked_noise import HookedNoise
+from pyro_bmrs.networks.inputs import Inputs, batch_size, call, map_tensors, repeated, tensors_of
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
+from pyro_bmrs.networks.surgery import EqualityError, remove_structures
+
+# The trial runs in the network's own precision on a network whose outputs vary as much as their size.
+_TRIAL_TOLERANCE = 1e-2
+_TRIAL_EXAMPLES = 3
+
+
+def structures(network: nn.Module, example_input: Inputs, *, leave_out: Sequence[str] = ()) -> Structures:
+    """Every structure that can be removed from `network`, and what can't be, with the reason.
+
+    A structure is a set of channels that must go together: the rows that make it, the normalisation it
+    passes, the columns that read it. Linear units, filters, the channels of a residual stream (one structure
+    across all its layers), channels that are concatenated, depthwise and grouped convolutions (the same
+    channel of every group), attention heads as wholes (query heads that share a key and value together), the
+    hidden units of transformers. Each is tried, on a copy with random weights, before it is listed: half
+    of the structures are removed and the outputs compared.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    >>> print(structures(net, torch.randn(2, 1, 8, 8)))
+    4 structures in 1 groups
+      0: 4 filters, read by 4
+    not removable:
+      4: 3 channels, an output of the network
+
+    Args:
+        network: any module without noise layers; it is not changed.
+        example_input: what to call it with: a tensor (batch, …), a tuple of arguments or a mapping of
+            keyword arguments. Only shapes and, where they are integers, values count.
+        leave_out: module paths or patterns ("layer4.*"): what touches these modules, or lies below, stays.
+
+    Raises:
+        StructureError: naming each layer that can't be handled, the reason, and what to pass as
+            `leave_out` to go on without it.
+        ValueError: if `network` has noise layers or no parameters, or `leave_out` matches nothing.
+    """
+    _check(network, example_input)
+    separate = copy.deepcopy(network)
+    replaced = separate_attention(separate)
+    found = find_structures(separate, example_input, leave_out)
+    if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
+        _try_removals(separate, list(found), example_input)
+    return replace(found, separated=tuple(replaced))
+
+
+def insert_noise[Network: nn.Module](
+    network: Network, example_input: Inputs, *, leave_out: Sequence[str] = ()
+) -> Network:
+    """The same network with one latent scale per structure, acting wherever the structure is read.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import pyro_bmrs as bmrs
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> noisy = bmrs.insert_noise(net, torch.randn(2, 4))
+    >>> list(bmrs.networks.noise_layers(noisy)), set(net.state_dict()) <= set(noisy.state_dict())
+    (['0', '2'], True)
+
+    The given network is left as it is. The copy has its class, its forward signature and its parameters under
+    their names; `nn.MultiheadAttention` becomes an equal `SeparateAttention`, which loads the original's
+    weights too and turns back where `Reduction.apply` removes no head. A latent site is called after the
+    first module that makes its structures.
+
+    Args:
+        network, example_input, leave_out: as for `structures`.
+
+    Raises:
+        StructureError, ValueError: as `structures` does; and if nothing can be removed, with the reasons.
+    """
+    found = structures(network, example_input, leave_out=leave_out)
+    if not found.groups:
+        reasons = "; ".join(f"{refused.path}: {refused.reason}" for refused in found.refused)
+        raise StructureError(
+            f"network must have something that can be removed: {reasons or 'it has no layers'}"
+        )
+    noisy = copy.deepcopy(network)
+    separate_attention(noisy)
+    _attach(noisy, list(found))
+    return noisy
+
+
+def _check(network: nn.Module, example_input: Inputs) -> None:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a torch.nn.Module: got {type(network).__name__}")
+    if next(network.parameters(), None) is None:
+        raise ValueError(f"network must have parameters: {type(network).__name__} has none")
+    if noise_layers(network):
+        raise ValueError(f"network must have no noise layers yet: it has {sorted(noise_layers(network))}")
+    batch_size(example_input)
+
+
+def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
+    noise = HookedNoise(network, groups)
+    noise.attach(network)
+    return noise
+
+
+def _try_removals(network: nn.Module, groups: list[StructureGroup], example_input: Inputs) -> None:
+    """Remove half of the structures of a copy that has random weights; raise if its function changes."""
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    varied = copy.deepcopy(network)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(device)
+        return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
+
+    example = map_tensors(draw, repeated(example_input, _TRIAL_EXAMPLES))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _randomise(varied, example)
+    failures = _failures(varied, groups, example, generator)
+    if failures:
+        leave_out = sorted({group.site for some, _ in failures for group in some})
+        reasons = "; ".join(
+            f"removing from {', '.join(repr(group.site) for group in some)}: {error}"
+            for some, error in failures
+        )
+        raise StructureError(
+            f"network has layers that can't be handled: {reasons}. Leave them as they are with leave_out={leave_out}"
+        )
+
+
+def _failures(
+    network: nn.Module, groups: list[StructureGroup], example: Inputs, generator: torch.Generator
+) -> list[tuple[list[StructureGroup], str]]:
+    """The groups, as few at a time as possible, whose removal changes the function, and how that shows."""
+    noisy = copy.deepcopy(network)
+    _attach(noisy, groups)
+    kept: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for group in groups:
+        order = torch.randperm(group.features, generator=generator)
+        kept[group.site] = torch.ones(group.features, dtype=torch.bool)
+        kept[group.site][order[: group.features // 2]] = False
+        scales[group.site] = 0.5 + torch.rand(group.features, generator=generator, dtype=torch.float64)
+    try:
+        remove_structures(noisy, kept, scales, example, tolerance=_TRIAL_TOLERANCE, double=False)
+    except EqualityError as error:
+        if len(groups) == 1:
+            return [(groups, str(error).partition(". A noise layer")[0])]
+        half = len(groups) // 2
+        found = [
+            failure
+            for part in (groups[:half], groups[half:])
+            for failure in _failures(network, part, example, generator)
+        ]
+        return found or [(groups, str(error).partition(". A noise layer")[0])]
+    return []
+
+
+@torch.no_grad()
+def _randomise(network: nn.Module, example: Inputs) -> None:
+    """Weights under which every output depends on every structure; normalisation statistics to match."""
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.normal_(mean=0.5, std=0.5)
+    normalisations = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    network.eval()
+    for module in normalisations:
+        if module.track_running_stats:
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    if normalisations:
+        call(network, example)
+    network.eval()
