@@ -5,14 +5,16 @@ from pathlib import Path
 
 import torch
 
+import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
 def test_the_ten_lines_make_a_smaller_network_that_predicts(capsys):
-    (block,) = BLOCKS
+    block = BLOCKS[0]
     assert len([line for line in block.splitlines() if line.strip()]) <= 15
     names = {}
     torch.manual_seed(0)
@@ -24,6 +26,38 @@ def test_the_ten_lines_make_a_smaller_network_that_predicts(capsys):
     with torch.no_grad():
         assert float((small.eval()(x).argmax(1) == y).float().mean()) > 0.9
     assert "BMRS_N" in capsys.readouterr().out
+
+
+def test_any_network_gets_its_noise_inserted(capsys):
+    names = {}
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    assert type(names["noisy"]) is type(names["net"])
+    assert "not removable:\n  fc: 10 channels, an output of the network" in capsys.readouterr().out
+
+
+def test_the_small_network_loads_in_all_three_ways(tmp_path, monkeypatch):
+    def make_network():
+        return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    model = bmrs.Classifier(bmrs.insert_noise(make_network(), x))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    with torch.no_grad():
+        guide(x, torch.zeros(5, dtype=torch.long))
+    plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5))
+    small = plan.apply(seconds=0)
+    plan.save("plan.json")
+    save_weights(small, "small.safetensors")
+    export_program(small, x, "small.pt2")
+    export_onnx(small, x, "small.onnx")
+    with torch.no_grad():
+        wanted = small(x)
+    for ending in ("logits = small(x)", "module()(x)", "x.numpy()})[0]"):
+        names = {"make_network": make_network, "x": x}
+        exec(compile(BLOCKS[2].partition(ending)[0] + ending, "README.md", "exec"), names)
+        torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, atol=1e-5, rtol=0)
 
 
 def test_linked_files_exist():

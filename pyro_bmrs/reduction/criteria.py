@@ -7,7 +7,7 @@ and a structure is removed where its score is ≥ 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -44,6 +44,31 @@ Layers = Mapping[str, LayerStructures]
 Scores = dict[str, Tensor]
 
 
+def joined(posteriors: Sequence[TruncatedLogNormal]) -> TruncatedLogNormal:
+    """The posteriors of several layers as one: a formula over many small tensors costs far more than over one."""
+    parts = [(q.loc, q.scale, q.log_low, q.log_high) for q in posteriors]
+    shapes = [q.batch_shape for q in posteriors]
+    return TruncatedLogNormal(*_concatenated(parts, shapes), validate_args=False)
+
+
+def _concatenated(parts: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    return [
+        torch.cat([tensor.expand(shape) for tensor, shape in zip(tensors, shapes, strict=True)])
+        for tensors in zip(*parts, strict=True)
+    ]
+
+
+def _joined_priors(layers: Sequence[LayerStructures]) -> LogUniform | TruncatedLogNormal:
+    """The priors of layers, all of one type, as one of the shape of their posteriors."""
+    shapes = [layer.posterior.batch_shape for layer in layers]
+    parts: list[tuple[Tensor, ...]] = []
+    for layer in layers:
+        prior = layer.prior
+        bounds = (prior.log_low, prior.log_high)
+        parts.append(bounds if isinstance(prior, LogUniform) else (prior.loc, prior.scale, *bounds))
+    return type(layers[0].prior)(*_concatenated(parts, shapes), validate_args=False)
+
+
 @runtime_checkable
 class Criterion(Protocol):
     """Anything that scores structures: `criterion(layers)` gives, per layer, float64 scores (features,).
@@ -68,15 +93,21 @@ class EvidenceCriterion:
 
     def log_evidence_change(self, layers: Layers) -> Scores:
         """ΔF in nats: log-evidence of the model with the reduced prior less that of the fitted one."""
-        return {
-            name: log_evidence_change(layer.posterior, layer.prior, self.reduced_prior(layer.prior))
-            for name, layer in layers.items()
-        }
+        changes: Scores = {}
+        for kind in {type(layer.prior) for layer in layers.values()}:
+            alike = {name: layer for name, layer in layers.items() if type(layer.prior) is kind}
+            prior = _joined_priors(list(alike.values()))
+            posterior = joined([layer.posterior for layer in alike.values()])
+            change = log_evidence_change(posterior, prior, self.reduced_prior(prior))
+            changes |= _split(change, alike)
+        return {name: changes[name] for name in layers}
+
+    def scores(self, changes: Scores) -> Scores:
+        """Scores in nats from what `log_evidence_change` gave."""
+        return {name: change + self.prior_log_odds for name, change in changes.items()}
 
     def __call__(self, layers: Layers) -> Scores:
-        return {
-            name: change + self.prior_log_odds for name, change in self.log_evidence_change(layers).items()
-        }
+        return self.scores(self.log_evidence_change(layers))
 
 
 @dataclass(frozen=True)
@@ -154,7 +185,8 @@ class SNR:
         _check("threshold", self.threshold, self.threshold > 0, "positive")
 
     def __call__(self, layers: Layers) -> Scores:
-        return {name: self.threshold - layer.posterior.snr.double() for name, layer in layers.items()}
+        snr = joined([layer.posterior for layer in layers.values()]).snr
+        return _split(self.threshold - snr.double(), layers)
 
 
 @dataclass(frozen=True)
@@ -168,7 +200,8 @@ class ExpectedScale:
         _check("threshold", self.threshold, 0 < self.threshold < 1, "between 0 and 1")
 
     def __call__(self, layers: Layers) -> Scores:
-        return {name: self.threshold - layer.posterior.mean.double() for name, layer in layers.items()}
+        mean = joined([layer.posterior for layer in layers.values()]).mean
+        return _split(self.threshold - mean.double(), layers)
 
 
 @dataclass(frozen=True)
@@ -211,6 +244,12 @@ class Random:
         }
         cut = _smallest(self.fraction, draws, layers)
         return {name: cut - draw for name, draw in draws.items()}
+
+
+def _split(values: Tensor, layers: Layers) -> Scores:
+    """Values of all structures, layer after layer, by layer."""
+    sizes = [len(layer.kept) for layer in layers.values()]
+    return dict(zip(layers, torch.split(values, sizes), strict=True))
 
 
 def _smallest(fraction: float, values: Scores, layers: Layers) -> Tensor:

@@ -30,7 +30,13 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import FixedScales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
-from pyro_bmrs.reduction.criteria import Criterion, EvidenceCriterion, LayerStructures, check_criterion
+from pyro_bmrs.reduction.criteria import (
+    Criterion,
+    EvidenceCriterion,
+    LayerStructures,
+    check_criterion,
+    joined,
+)
 from pyro_bmrs.reduction.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.reduction", 1
@@ -424,37 +430,45 @@ def reduce(
                 _weight_norm(network, groups()[site]).to(layer.kept.device)
             ),
         )
-    scores = criterion(structures)
-    evidence = criterion.log_evidence_change(structures) if isinstance(criterion, EvidenceCriterion) else {}
-    frames = []
+    evidence: dict[str, Tensor] = {}
+    if isinstance(criterion, EvidenceCriterion):
+        evidence = criterion.log_evidence_change(structures)
+        scores = criterion.scores(evidence)
+    else:
+        scores = criterion(structures)
+    scores = {site: scores[site].detach().double().cpu() for site in structures}
+    removed = []
     for site, view in structures.items():
-        score = scores[site].detach().double().cpu()
+        score, kept = scores[site], view.kept.cpu()
         bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
         if bad:
             raise NonFiniteScoreError(
                 f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
             )
-        removed = (score >= 0) | ~view.kept.cpu()
         least = _least_kept(min_kept, round_to, layers[site].channels)
-        removed = _with_floor(removed, score, view.kept.cpu(), *least)
-        q = view.posterior
-        columns = {
-            "loc": q.loc,
-            "scale": q.scale,
-            "mean": q.mean,
-            "snr": q.snr,
-            "score": score,
-            "log_evidence_change": evidence.get(site, torch.full_like(score, torch.nan)),
-        }
-        numbers = {name: value.detach().double().cpu().numpy() for name, value in columns.items()}
-        frame = pd.DataFrame({"layer": site, "unit": layers[site].units.cpu().numpy(), **numbers})
-        frame["removed"] = removed.numpy()
-        frame["removed_in_fit"] = (~view.kept).cpu().numpy()
-        frames.append(frame)
+        removed.append(_with_floor((score >= 0) | ~kept, score, kept, *least))
+    q = joined([view.posterior for view in structures.values()])
+    every_score = torch.cat(list(scores.values()))
+    columns = {
+        "unit": torch.cat([layers[site].units for site in structures]),
+        "loc": q.loc.double(),
+        "scale": q.scale.double(),
+        "mean": q.mean.double(),
+        "snr": q.snr.double(),
+        "score": every_score,
+        "log_evidence_change": (
+            torch.cat([evidence[site].double() for site in structures])
+            if evidence
+            else torch.full_like(every_score, torch.nan)
+        ),
+        "removed": torch.cat(removed),
+        "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
+    }
     weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
-    table = pd.concat(frames, ignore_index=True)
-    table["kl_weight"] = weight
+    names = [site for site, score in scores.items() for _ in range(len(score))]
+    numbers = {name: value.detach().cpu().numpy() for name, value in columns.items()}
+    table = pd.DataFrame({"layer": names, **numbers, "kl_weight": weight})
     return Reduction(
         table=table[_COLUMNS],
         criterion=str(criterion),

@@ -1,0 +1,250 @@
+"""Costs: bytes counted by hand, timings only as long as they may take, files as large as they are said to be."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_bmrs.networks import cost
+from pyro_bmrs.networks.cost import (
+    compare_costs,
+    file_bytes,
+    latency_milliseconds,
+    multiply_accumulates,
+    parameters,
+    peak_bytes,
+)
+from pyro_bmrs.networks.export import load_weights, save_weights
+
+FLOAT = 4
+
+
+def test_peak_bytes_counted_by_hand():
+    net, x = nn.Sequential(nn.Linear(10, 30), nn.ReLU(), nn.Linear(30, 2)), torch.randn(5, 10)
+    weights = 10 * 30 + 30 + 30 * 2 + 2
+    # while ReLU runs there are the input, the hidden units before it and those behind it
+    assert peak_bytes(net, x) == FLOAT * (weights + 5 * 10 + 2 * 5 * 30)
+    assert peak_bytes(net.double(), x.double()) == 2 * FLOAT * (weights + 5 * 10 + 2 * 5 * 30)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 10])
+def test_a_chain_holds_two_activations_at_once(depth):
+    x = torch.randn(8, 100)
+    chain = nn.Sequential(*[nn.ReLU() for _ in range(depth)])
+    assert peak_bytes(chain, x) == FLOAT * 800 * 3  # the input is the caller's and stays
+
+
+def test_the_widest_place_counts_wherever_it_is():
+    widths = [6, 50, 3, 40, 30, 2]
+    net = nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in pairwise(widths)])
+    weights = sum(a * b for a, b in pairwise(widths))
+    widest = max(a + b for a, b in pairwise(widths[1:]))
+    assert peak_bytes(net, torch.randn(7, 6)) == FLOAT * (weights + 7 * 6 + 7 * widest)
+
+
+class Sum(nn.Module):
+    """Of two inputs, beside a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(11, 3))
+
+    def forward(self, left, right):
+        return left + right
+
+
+def test_what_is_held_is_counted_and_what_is_shared_is_counted_once():
+    class Residual(nn.Module):
+        def forward(self, x):
+            first = x.relu()
+            second = first.relu()
+            third = second.relu()
+            return first + third  # of five tensors, second is still held by its name
+
+    x = torch.randn(4, 25)
+    assert peak_bytes(Residual(), x) == FLOAT * 100 * 5
+    assert peak_bytes(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Identity()), x) == FLOAT * 100
+    tied = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    y = torch.randn(1, 5)
+    assert peak_bytes(tied, y) == FLOAT * (25 + 5 + 5 + 5)
+    # a view of an input is no second input
+    assert peak_bytes(Sum(), (x, x.view(4, 25))) == FLOAT * (33 + 2 * 100)
+
+
+def test_buffers_and_all_inputs_count():
+    given = {"left": torch.randn(2, 7), "right": torch.randn(2, 7)}
+    wanted = FLOAT * (33 + 3 * 14)
+    assert peak_bytes(Sum(), given) == wanted
+    assert peak_bytes(Sum(), tuple(given.values())) == wanted
+    assert peak_bytes(Sum(), given) == wanted  # nothing is remembered from one count to the next
+
+
+class Clock(nn.Linear):
+    """A linear layer whose every example takes some seconds of a clock that runs only here."""
+
+    def __init__(self, inputs=3, outputs=2, *, each=0.0, call=0.0):
+        super().__init__(inputs, outputs)
+        self.each, self.call_cost, self.batches, self.threads = each, call, [], []
+
+    now = 0.0
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        self.threads.append(torch.get_num_threads())
+        Clock.now += self.call_cost + self.each * len(x)
+        return super().forward(x)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    Clock.now = 0.0
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: Clock.now)
+
+
+TIMINGS = [
+    f"milliseconds_batch_{batch}_{words}" for words in ("one_thread", "all_threads") for batch in (1, 128)
+]
+
+
+def test_rows_of_the_comparison(clock):
+    before, after, x = Clock(3, 8, each=1e-3), Clock(3, 4, each=5e-4), torch.randn(2, 3)
+    table = compare_costs(before, after, x)
+    assert list(table.columns) == ["before", "after"]
+    assert list(table.index) == [
+        "parameters", "multiply_accumulates", "file_bytes", "peak_bytes_batch_128", *TIMINGS
+    ]  # fmt: skip
+    assert table.loc["parameters"].tolist() == [32, 16]
+    assert table.loc["multiply_accumulates"].tolist() == [24, 12]
+    assert table.loc["file_bytes"].tolist() == [file_bytes(before), file_bytes(after)]
+    # the output is computed from weights and input alone: no hidden layer
+    assert table.loc["peak_bytes_batch_128"].tolist() == [
+        FLOAT * (size * 4 + 128 * 3 + 128 * size) for size in (8, 4)
+    ]
+    for name in TIMINGS:
+        size = 128 if "128" in name else 1
+        assert table.loc[name].tolist() == pytest.approx([1.0 * size, 0.5 * size])
+
+
+def test_no_seconds_are_no_runs(clock, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(cost, "latency_milliseconds", forbidden)
+    before, after = Clock(), Clock()
+    table = compare_costs(before, after, torch.randn(4, 3), seconds=0)
+    assert table.loc[TIMINGS].isna().all(axis=None)
+    # one pass of one example each, for the multiply-accumulates
+    assert before.batches == after.batches == [1]
+    assert table.loc[["parameters", "multiply_accumulates", "file_bytes"]].notna().all(axis=None)
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="seconds"):
+            compare_costs(before, after, torch.randn(4, 3), seconds=bad)
+
+
+def test_a_batch_that_would_take_too_long_is_left_out(clock):
+    # 128 examples take longer than the second that each timing may take: not one run is spent on them
+    before, after = Clock(each=0.02), Clock(each=0.01)
+    table = compare_costs(before, after, torch.randn(1, 3), seconds=4.0)
+    for words in ("one_thread", "all_threads"):
+        assert table.loc[f"milliseconds_batch_1_{words}"].tolist() == pytest.approx([20.0, 10.0])
+        assert table.loc[f"milliseconds_batch_128_{words}"].isna().all()
+    assert table.loc["peak_bytes_batch_128"].isna().all()
+    assert set(before.batches) == set(after.batches) == {1}
+    assert 0 < Clock.now <= 4.0 + 2 * 0.03  # and the two passes that are not timed
+
+
+def test_repeats_are_as_many_as_there_is_time_for(clock):
+    x = torch.randn(1, 3)
+    slow, fast = Clock(call=0.1), Clock(call=0.05)
+    assert latency_milliseconds([slow, fast], x, seconds=1.0) == pytest.approx([100.0, 50.0])
+    assert len(slow.batches) == len(fast.batches) == 1 + 6
+    slow, fast = Clock(call=0.1), Clock(call=0.05)
+    assert latency_milliseconds([slow, fast], x, repeats=8) == pytest.approx([100.0, 50.0])
+    assert len(slow.batches) == len(fast.batches) == 1 + 8
+    # three runs of both would not fit: none, and the second network is not even called
+    slow, fast = Clock(call=0.1), Clock(call=0.05)
+    assert all(math.isnan(time) for time in latency_milliseconds([slow, fast], x, seconds=0.25))
+    assert (len(slow.batches), len(fast.batches)) == (1, 0)
+
+
+class FailsInLargeBatches(Clock):
+    def forward(self, x):
+        if len(x) > 1:
+            raise RuntimeError("too large")
+        return super().forward(x)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_and_modes_come_back(clock, two_threads):
+    before, after = Clock(each=1e-3), Clock(each=1e-3)
+    before.train(), after.eval()
+    compare_costs(before, after, torch.randn(2, 3))
+    assert set(before.threads) == {1, 2}
+    assert torch.get_num_threads() == 2
+    assert (before.training, after.training) == (True, False)
+    failing = FailsInLargeBatches(each=1e-3).train()
+    with pytest.raises(RuntimeError, match="too large"):
+        compare_costs(failing, after, torch.randn(2, 3))
+    assert failing.threads[-1] == 1  # it failed where there was one thread
+    assert torch.get_num_threads() == 2
+    assert (failing.training, after.training) == (True, False)
+
+
+def tied():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
+    net[2].weight = net[0].weight
+    return net
+
+
+def transposed():
+    """A parameter whose memory is not in the order of its entries."""
+    net = nn.Linear(4, 3)
+    net.weight = nn.Parameter(torch.randn(4, 3).t())
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tied, transposed, lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)),
+        lambda: nn.Linear(3, 2, dtype=torch.float64), lambda: nn.ReLU(),
+    ],
+    ids=["tied", "transposed", "buffers", "float64", "nothing"],
+)  # fmt: skip
+def test_files_are_as_large_as_said(make, tmp_path):
+    net = make()
+    path = save_weights(net, tmp_path / "deep" / "weights.safetensors")
+    assert path.stat().st_size == file_bytes(net)
+    assert [file.name for file in path.parent.iterdir()] == ["weights.safetensors"]
+    loaded = load_weights(path)
+    state = net.state_dict()
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert all(loaded[name].dtype == state[name].dtype for name in state)
+
+
+def test_tied_weights_stay_tied_when_they_are_loaded(tmp_path):
+    net, other = tied(), tied()
+    with torch.no_grad():
+        other[0].weight.zero_()
+    other.load_state_dict(load_weights(save_weights(net, tmp_path / "weights.safetensors")))
+    assert other[2].weight is other[0].weight
+    assert torch.equal(other[0].weight, net[0].weight)
+    assert parameters(net) == 28 + 20
+
+
+def test_multiply_accumulates_are_of_one_example():
+    net = nn.Sequential(nn.Conv1d(2, 4, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(16, 3))
+    for batch in (1, 2, 9):
+        assert multiply_accumulates(net, torch.randn(batch, 2, 6)) == 4 * 4 * 3 + 16 * 3

@@ -1,0 +1,357 @@
+"""The kinds of networks that are handled, and those that are not: what the tests run and docs/networks.md lists.
+
+    python tests/support/network_families.py > docs/networks.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.structures import StructureError
+
+EXAMPLES = 8
+OUTPUT = "an output of the network"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network that is handled.
+
+    Attributes:
+        name: of the example.
+        stands_for: what is special about it, in a few words.
+        build: makes it, with an example input.
+        groups: number of groups that are found.
+        structures: number of structures by kind.
+        stays: by path or pattern of the first module that makes what can't be removed, words of the reason.
+    """
+
+    name: str
+    stands_for: str
+    build: Callable[[], tuple[nn.Module, Inputs]]
+    groups: int
+    structures: Mapping[str, int]
+    stays: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A network that is refused.
+
+    Attributes:
+        name: of the example.
+        build: makes it, with an example input.
+        exception: that `structures` raises.
+        message: regular expression of what it says.
+        why: and what to do.
+        leave_out: with which it is handled, if any.
+    """
+
+    name: str
+    build: Callable[[], tuple[nn.Module, Inputs]]
+    exception: type[Exception]
+    message: str
+    why: str
+    leave_out: tuple[str, ...] = field(default=())
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(EXAMPLES, *shape)
+
+
+def tokens() -> Tensor:
+    return torch.randint(50, (EXAMPLES, 7))
+
+
+def tanh_mlp() -> tuple[nn.Module, Inputs]:
+    return nn.Sequential(
+        nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)
+    ), images(12)
+
+
+def lenet5() -> tuple[nn.Module, Inputs]:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    ), images(1, 28, 28)  # fmt: skip
+
+
+def vgg() -> tuple[nn.Module, Inputs]:
+    from torchvision.models.vgg import VGG, make_layers
+
+    network = VGG(make_layers([8, "M", 16, 16, "M", 24, "M"], batch_norm=True), num_classes=10)
+    network.avgpool = nn.AdaptiveAvgPool2d(2)
+    network.classifier[0] = nn.Linear(24 * 4, 64)
+    network.classifier[3] = nn.Linear(64, 32)
+    network.classifier[6] = nn.Linear(32, 10)
+    return network, images(3, 32, 32)
+
+
+def resnet18() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10), images(3, 32, 32)
+
+
+def resnet50() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import resnet50
+
+    return resnet50(num_classes=10), images(3, 32, 32)
+
+
+def resnext() -> tuple[nn.Module, Inputs]:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    network = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10, groups=4, width_per_group=4)
+    return network, images(3, 32, 32)
+
+
+def mobilenet_v2() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import mobilenet_v2
+
+    return mobilenet_v2(num_classes=10), images(3, 32, 32)
+
+
+def mobilenet_v3() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import mobilenet_v3_small
+
+    return mobilenet_v3_small(num_classes=10), images(3, 32, 32)
+
+
+def densenet() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import DenseNet
+
+    network = DenseNet(growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=10)
+    return network, images(3, 32, 32)
+
+
+def convnext() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import ConvNeXt
+    from torchvision.models.convnext import CNBlockConfig
+
+    return ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], num_classes=10), images(3, 32, 32)
+
+
+class UNet(nn.Module):
+    """Two levels down, two up, the halves joined by concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def twice(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
+                nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
+            )  # fmt: skip
+
+        self.pool = nn.MaxPool2d(2)
+        self.down_1, self.down_2, self.bottom = twice(3, 8), twice(8, 16), twice(16, 24)
+        self.up_2, self.join_2 = nn.ConvTranspose2d(24, 16, 2, stride=2), twice(32, 16)
+        self.up_1, self.join_1 = nn.ConvTranspose2d(16, 8, 2, stride=2), twice(16, 8)
+        self.mask = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.down_1(x)
+        coarse = self.down_2(self.pool(fine))
+        bottom = self.bottom(self.pool(coarse))
+        coarse = self.join_2(torch.cat([self.up_2(bottom), coarse], dim=1))
+        return self.mask(self.join_1(torch.cat([self.up_1(coarse), fine], dim=1)))
+
+
+def u_net() -> tuple[nn.Module, Inputs]:
+    return UNet(), images(3, 16, 16)
+
+
+def vision_transformer() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import VisionTransformer
+
+    network = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=10
+    )
+    return network, images(3, 32, 32)
+
+
+class SequenceClassifier(nn.Module):
+    """torch's own transformer encoder between an embedding and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        self.embedding = nn.Linear(6, 32)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(x)).mean(dim=1))
+
+
+def transformer_encoder() -> tuple[nn.Module, Inputs]:
+    return SequenceClassifier(), images(7, 6)
+
+
+_SMALL_TRANSFORMER = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50
+)
+
+
+def hugging_face_vit() -> tuple[nn.Module, Inputs]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {name: size for name, size in _SMALL_TRANSFORMER.items() if name != "vocab_size"}
+    network = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+    return network, {"pixel_values": images(3, 32, 32)}
+
+
+def hugging_face_bert() -> tuple[nn.Module, Inputs]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    network = BertForSequenceClassification(BertConfig(**_SMALL_TRANSFORMER, num_labels=3))
+    mask = torch.ones(EXAMPLES, 7, dtype=torch.long)
+    mask[EXAMPLES // 2 :, 5:] = 0
+    return network, {"input_ids": tokens(), "attention_mask": mask}
+
+
+def hugging_face_llama() -> tuple[nn.Module, Inputs]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    network = LlamaForCausalLM(LlamaConfig(**_SMALL_TRANSFORMER, num_key_value_heads=2))
+    return network, {"input_ids": tokens()}
+
+
+class TwoInputs(nn.Module):
+    """An image and numbers by keyword, two answers by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters, self.numbers = nn.Conv2d(3, 8, 3), nn.Linear(5, 12)
+        self.hidden = nn.Linear(8 + 12, 16)
+        self.label, self.value = nn.Linear(16, 4), nn.Linear(16, 1)
+
+    def forward(self, *, image: Tensor, numbers: Tensor, gain: float = 1.0) -> dict[str, Tensor]:
+        seen = F.gelu(self.filters(image)).mean(dim=(2, 3))
+        known = torch.tanh(self.numbers(numbers))
+        hidden = F.silu(self.hidden(torch.cat([seen, known], dim=1)))
+        return {"label": self.label(hidden), "value": gain * self.value(hidden)}
+
+
+def two_inputs() -> tuple[nn.Module, Inputs]:
+    return TwoInputs(), {"image": images(3, 8, 8), "numbers": images(5)}
+
+
+def instance_norm() -> tuple[nn.Module, Inputs]:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.PReLU(8), nn.Conv2d(8, 12, 3),
+        nn.InstanceNorm2d(12, affine=True, track_running_stats=True), nn.PReLU(12), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(48, 4),
+    ), images(3, 12, 12)  # fmt: skip
+
+
+FAMILIES = [
+    Family(
+        "MLP with tanh", "linear layers, an activation that is not homogeneous", tanh_mlp,
+        2, {"units": 36}, {"5": OUTPUT},
+    ),
+    Family(
+        "LeNet5", "convolutions, pooling, flatten", lenet5,
+        4, {"filters": 22, "units": 204}, {"11": OUTPUT},
+    ),
+    Family(
+        "VGG with BatchNorm (torchvision, small)", "a chain of convolutions, each with BatchNorm", vgg,
+        6, {"filters": 64, "units": 96}, {"classifier.6": OUTPUT},
+    ),
+    Family(
+        "ResNet-18 (torchvision)", "residual streams: one structure across all layers of a stage", resnet18,
+        12, {"filters": 2880}, {"fc": OUTPUT},
+    ),
+    Family(
+        "ResNet-50 (torchvision)", "bottlenecks, 50 layers deep", resnet50,
+        37, {"filters": 11456}, {"fc": OUTPUT},
+    ),
+    Family(
+        "ResNeXt (torchvision, one block a stage)", "grouped convolutions: the same channel of every group",
+        resnext, 13, {"filters": 4024}, {"fc": OUTPUT},
+    ),
+    Family(
+        "MobileNetV2 (torchvision)", "depthwise convolutions, inverted residuals", mobilenet_v2,
+        25, {"filters": 9128}, {"classifier.1": OUTPUT},
+    ),
+    Family(
+        "MobileNetV3-small (torchvision)", "depthwise convolutions, squeeze-excite", mobilenet_v3,
+        27, {"filters": 3848, "units": 1024}, {"classifier.3": OUTPUT},
+    ),
+    Family(
+        "DenseNet (torchvision, small)", "each layer reads the concatenation of all before", densenet,
+        20, {"filters": 384}, {"classifier": OUTPUT},
+    ),
+    Family(
+        "ConvNeXt (torchvision, small)", "LayerNorm over channels, linear layers on channels-last images",
+        convnext, 2, {"units": 192},
+        {
+            "features.0.0": "normalised together by 'features.0.1', a LayerNorm2d",
+            "features.2.1": "normalised together by 'features.3.0.block.2', a LayerNorm",
+            "features.?.0": "a CNBlock, no layer that can be cut",
+            "classifier.2": OUTPUT,
+        },
+    ),
+    Family(
+        "U-Net (own, two levels)", "skips by concatenation, transposed convolutions, BatchNorm", u_net,
+        12, {"filters": 168}, {"mask": OUTPUT},
+    ),
+    Family(
+        "Vision transformer (torchvision, small)", "`nn.MultiheadAttention`, a class token", vision_transformer,
+        4, {"heads": 8, "units": 96},
+        {
+            "conv_proj": "normalised together by 'encoder.layers.encoder_layer_0.ln_1', a LayerNorm",
+            "heads.head": OUTPUT,
+            "": "a VisionTransformer, no layer that can be cut",
+            "encoder": "a Encoder, no layer that can be cut",
+        },
+    ),
+    Family(
+        "`nn.TransformerEncoder` (torch)", "torch's own layers between an embedding and a classifier",
+        transformer_encoder, 4, {"heads": 8, "units": 96},
+        {"embedding": "normalised together by 'encoder.layers.0.norm1', a LayerNorm", "head": OUTPUT},
+    ),
+    Family(
+        "ViT (Hugging Face, small)", "attention with separate projections, a dictionary of inputs",
+        hugging_face_vit, 4, {"heads": 8, "units": 96},
+        {
+            "vit.embeddings.patch_embeddings.projection":
+                "normalised together by 'vit.layers.0.layernorm_before', a LayerNorm",
+            "classifier": OUTPUT,
+            "vit.embeddings": "a ViTEmbeddings, no layer that can be cut",
+        },
+    ),
+    Family(
+        "BERT for sequence classification (Hugging Face, small)", "token indices, an attention mask",
+        hugging_face_bert, 5, {"heads": 8, "units": 128},
+        {
+            "bert.encoder.layer.0.attention.output.dense":
+                "normalised together by 'bert.encoder.layer.0.attention.output.LayerNorm', a LayerNorm",
+            "classifier": OUTPUT,
+        },
+    ),
+    Family(
+        "Llama (Hugging Face, small)", "gated linear units; two query heads to each key head go together",
+        hugging_face_llama, 4, {"heads": 4, "units": 96},
+        {
+            "model.layers.0.self_attn.o_proj":
+                "read all at once by 'model.layers.0.post_attention_layernorm', a LlamaRMSNorm",
+            "lm_head": OUTPUT,
+        },
+    ),
+    Family(
+        "Two inputs by keyword, a dictionary of outputs (own)", "branches that are concatenated, two readers",
+        two_inputs, 3, {"filters": 8, "units": 28}, {"label": OUTPUT, "value": OUTPUT},
+    ),
+    Family(
+        "InstanceNorm and PReLU", "normalisation and activations with a parameter per channel", instance_norm,
+        2, {"filters": 20}, {"8": OUTPUT},
+    ),
+]  # fmt: skip
