@@ -31,7 +31,7 @@ from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.recipes import Recipe, Settings, blamed
 from pyro_bmrs.reduction.criteria import parse_criterion
-from pyro_bmrs.reduction.reduce import CHECK_EXAMPLES, Reduction, reduce
+from pyro_bmrs.reduction.reduce import Reduction, check_examples, reduce
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
@@ -253,7 +253,7 @@ class Run:
             kept[site] = torch.arange(layer.features) < max(1, layer.features - 1)
             halves[site] = torch.full((layer.features,), 0.5, dtype=torch.float64)
         with blamed(f"recipe {self.recipe.path}: removing structures of its network"):
-            remove_structures(self.network, kept, halves, example[:CHECK_EXAMPLES])
+            remove_structures(self.network, kept, halves, example[: check_examples(self.network, example)])
 
     @torch.no_grad()
     def _traced(self, program: Callable[[Tensor, Tensor], Any]) -> poutine.Trace:

@@ -200,20 +200,12 @@ def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
         linear.bias.requires_grad_(bias.requires_grad)
 
 
-def separate_attention(network: nn.Module, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """Replace, in place, each `nn.MultiheadAttention` that can be by `SeparateAttention`; returns their paths.
-
-    Args:
-        leave_out: paths that stay as they are.
-    """
-    replaced = []
+def separate_attention(network: nn.Module) -> None:
+    """Replace, in place, each `nn.MultiheadAttention` that can be by `SeparateAttention`."""
     for path, module in list(network.named_modules()):
-        if type(module) is nn.MultiheadAttention and path and path not in leave_out:
-            if module.bias_k is not None or module.add_zero_attn:
-                continue
+        plain = type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
+        if plain and path:
             network.set_submodule(path, SeparateAttention.of(module))
-            replaced.append(path)
-    return replaced
 
 
 def join_attention(network: nn.Module) -> None:

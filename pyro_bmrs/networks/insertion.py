@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, map_tensors, repeated, tensors_of
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
@@ -46,20 +46,22 @@ def structures(network: nn.Module, example_input: Inputs, *, leave_out: Sequence
         network: any module without noise layers; it is not changed.
         example_input: what to call it with: a tensor (batch, …), a tuple of arguments or a mapping of
             keyword arguments. Only shapes and, where they are integers, values count.
-        leave_out: module paths or patterns ("layer4.*"): what touches these modules, or lies below, stays.
+        leave_out: paths of modules or parameters, or patterns ("layer4.*"): what touches these, or lies below,
+            stays.
 
     Raises:
         StructureError: naming each layer that can't be handled, the reason, and what to pass as
             `leave_out` to go on without it.
-        ValueError: if `network` has noise layers or no parameters, or `leave_out` matches nothing.
+        ValueError: if `network` has noise layers or no parameters, can't be called with `example_input`, or
+            `leave_out` matches nothing.
     """
     _check(network, example_input)
     separate = copy.deepcopy(network)
-    replaced = separate_attention(separate)
+    separate_attention(separate)
     found = find_structures(separate, example_input, leave_out)
     if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
         _try_removals(separate, list(found), example_input)
-    return replace(found, separated=tuple(replaced))
+    return found
 
 
 def insert_noise[Network: nn.Module](
@@ -106,6 +108,15 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
     if noise_layers(network):
         raise ValueError(f"network must have no noise layers yet: it has {sorted(noise_layers(network))}")
     batch_size(example_input)
+    with torch.no_grad(), torch.random.fork_rng(), in_mode(network, training=False):
+        try:
+            call(network, example_input)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"example_input must be what network can be called with: {type(network).__name__} fails with "
+                f"{type(error).__name__}: {reason}"
+            ) from error
 
 
 def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
@@ -156,7 +167,7 @@ def _failures(
         scales[group.site] = 0.5 + torch.rand(group.features, generator=generator, dtype=torch.float64)
     try:
         remove_structures(noisy, kept, scales, example, tolerance=_TRIAL_TOLERANCE, double=False)
-    except EqualityError as error:
+    except (EqualityError, ValueError) as error:  # or cuts that leave nothing of a layer
         if len(groups) == 1:
             return [(groups, str(error).partition(". A noise layer")[0])]
         half = len(groups) // 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -64,7 +64,6 @@ class Structures:
 
     groups: dict[str, StructureGroup]
     refused: tuple[Refused, ...] = ()
-    separated: tuple[str, ...] = field(default=(), repr=False)  # attention to be given separate projections
 
     def __iter__(self) -> Iterator[StructureGroup]:
         return iter(self.groups.values())
@@ -148,16 +147,19 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
     """What the dependency graph proposes for a network without noise, not yet tried.
 
     Args:
-        leave_out: module paths, or patterns of them such as "layer4.*"; what touches these or lies below stays.
+        leave_out: paths of modules or parameters, or patterns of them such as "layer4.*"; what touches these or
+            lies below stays.
 
     Raises:
         StructureError: naming every layer that is not understood, unless it is left out.
         ValueError: if an entry of `leave_out` matches no module.
     """
-    paths = [path for path, _ in network.named_modules()]
+    paths = [path for path, _ in (*network.named_modules(), *network.named_parameters())]
     for pattern in leave_out:
         if not any(_matches(path, [pattern]) for path in paths):
-            raise ValueError(f"leave_out must name modules of the network: none matches {pattern!r}")
+            raise ValueError(
+                f"leave_out must name modules or parameters of the network: none matches {pattern!r}"
+            )
     graph = _Graph(copy.deepcopy(network), example_input)
     groups: dict[str, StructureGroup] = {}
     refused: list[Refused] = []
@@ -175,7 +177,8 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
         covered.setdefault(path, set()).update(rows)
         left = next((touched for touched in reach.touched() if _matches(touched, leave_out)), None)
         if left is not None:
-            refused.append(Refused(path, len(rows), f"tied to {left!r}, which is left out"))
+            words = "left out" if left == path else f"tied to {left!r}, which is left out"
+            refused.append(Refused(path, len(rows), words))
             continue
         reason = reach.reason()
         if reason:
@@ -198,7 +201,7 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
                 f"a {type(module).__name__}, no layer that can be cut" if not known or graph.calls[module] else
                 "never called on its own: other code uses its weight, or none"
             )  # fmt: skip
-            refused.append(Refused(path, max(p.shape[0] for p in matrices), reason))
+            refused.append(Refused(path or "(itself)", max(p.shape[0] for p in matrices), reason))
     if unknown:
         raise StructureError(
             f"network has layers that can't be handled: {'; '.join(unknown.values())}. "
@@ -311,9 +314,7 @@ class _Graph:
                     customized_pruners={MultiplicativeNoise: NoisePruner()} if self.noise else None,
                     verbose=False,
                 )
-        except (ZeroDivisionError, KeyError, IndexError, AttributeError, AssertionError, TypeError) as error:
-            if not self.calls:  # the network itself fails on the example
-                raise
+        except (ArithmeticError, LookupError, AttributeError, AssertionError, TypeError, ValueError) as error:
             raise StructureError(
                 f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. Write "
                 "MultiplicativeNoise layers where structures are read instead"
@@ -622,6 +623,8 @@ def _mixes(module: nn.Module, received: Tensor | None) -> bool:
     """Whether a change of one channel of a module's input shows in another channel of its output."""
     if received is None or not received.is_floating_point():
         return False
+    if received.is_meta:
+        return True  # can't be tried: better to leave such channels alone
     size = max((parameter.numel() for parameter in module.parameters(recurse=False)), default=0)
     dims = [dim for dim in range(1, received.dim()) if received.shape[dim] == size]
     if not dims or size < 2:

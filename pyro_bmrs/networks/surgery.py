@@ -238,7 +238,14 @@ def fold(network: nn.Module, groups: Iterable[StructureGroup], scales: Mapping[s
 
 
 def comparable(groups: Iterable[StructureGroup], small: nn.Module) -> list[str]:
-    """The layers that read structures and are still there under the same path."""
-    paths = {path for path, _ in small.named_modules()}
+    """The layers that read structures and whose outputs can be seen in the smaller network.
+
+    Not those in torch's own attention, which takes the weights of its output projection and never calls it.
+    """
+    modules = dict(small.named_modules())
     readers = dict.fromkeys(member.path for group in groups for member in group.consumers)
-    return [path for path in readers if path in paths]
+    return [
+        path
+        for path in readers
+        if path in modules and not isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
+    ]

@@ -186,7 +186,7 @@ class Reduction:
         """
         network, example_input = self._bound(network, example_input)
         kept = {layer: self.kept_mask(layer) for layer in self.layers}
-        examples = first_examples(example_input, _check_examples(network, example_input))
+        examples = first_examples(example_input, check_examples(network, example_input))
         surgery = remove_structures(network, kept, self.scales(), examples, tolerance=tolerance)
         self.cuts = surgery.cuts
         if measure:
@@ -500,7 +500,7 @@ def _with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, mul
     return removed.index_fill(0, best, False)
 
 
-def _check_examples(network: nn.Module, example_input: Inputs) -> int:
+def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
     ones = {
         site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(network).items()

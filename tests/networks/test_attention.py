@@ -265,22 +265,25 @@ def test_what_appends_to_its_keys_stays_as_it_is():
         with pytest.raises(ValueError, match="add_bias_kv or add_zero_attn"):
             SeparateAttention.of(strange)
         network = Layers(plain=attention(), strange=strange)
-        assert separate_attention(network) == ["plain"]
+        separate_attention(network)
         assert network.strange is strange
         assert isinstance(network.plain, SeparateAttention)
 
 
-def test_what_is_left_out_and_what_is_joined_again():
+def test_what_is_separated_is_joined_again():
     class Own(nn.MultiheadAttention):
         """A subclass may compute something else."""
 
-    network = Layers(first=attention(seed=1), second=attention(seed=2), own=Own(EMBEDDING, HEADS))
+    network = Layers(
+        first=attention(seed=1), inner=Layers(second=attention(seed=2)), own=Own(EMBEDDING, HEADS)
+    )
     before = copy.deepcopy(network)
-    assert separate_attention(network, leave_out=("second",)) == ["first"]
-    assert type(network.second) is nn.MultiheadAttention
+    separate_attention(network)
+    assert isinstance(network.first, SeparateAttention)
+    assert isinstance(network.inner.second, SeparateAttention)
     assert type(network.own) is Own
     join_attention(network)
-    assert type(network.first) is nn.MultiheadAttention
+    assert type(network.first) is type(network.inner.second) is nn.MultiheadAttention
     state = before.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
@@ -315,7 +318,8 @@ def test_torchs_encoder_layer_works_on_and_off_its_fast_path(norm_first, activat
         EMBEDDING, HEADS, 16, dropout=0.1, activation=activation, batch_first=True, norm_first=norm_first
     ).eval()
     separate = copy.deepcopy(layer)
-    assert separate_attention(separate) == ["self_attn"]
+    separate_attention(separate)
+    assert isinstance(separate.self_attn, SeparateAttention)
     x = torch.randn(BATCH, KEYS, EMBEDDING)
     causal = nn.Transformer.generate_square_subsequent_mask(KEYS)
     for options in ({}, dict(src_key_padding_mask=PADDING), dict(src_mask=causal, is_causal=True)):
@@ -331,7 +335,8 @@ def test_torchs_whole_encoder_and_decoder_work():
     torch.manual_seed(0)
     network = nn.Transformer(EMBEDDING, 4, 2, 1, 16, dropout=0.0, batch_first=True).eval()
     separate = copy.deepcopy(network)
-    assert len(separate_attention(separate)) == 4
+    separate_attention(separate)
+    assert sum(isinstance(module, SeparateAttention) for module in separate.modules()) == 4
     source, target = torch.randn(BATCH, KEYS, EMBEDDING), torch.randn(BATCH, QUERIES, EMBEDDING)
     options = dict(src_key_padding_mask=PADDING, memory_key_padding_mask=PADDING)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The kinds of networks that are handled, and those that are not: what the tests run and docs/networks.md lists.
 
-    python tests/support/network_families.py > docs/networks.md
+python tests/support/network_families.py > docs/networks.md
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_bmrs.networks.inputs import Inputs
 from pyro_bmrs.networks.structures import StructureError
 
-EXAMPLES = 8
+EXAMPLES = 32
 OUTPUT = "an output of the network"
 
 
@@ -48,9 +48,9 @@ class Unsupported:
         name: of the example.
         build: makes it, with an example input.
         exception: that `structures` raises.
-        message: regular expression of what it says.
+        message: words of what it says.
         why: and what to do.
-        leave_out: with which it is handled, if any.
+        leave_out: what it says to leave out, with which the rest is handled; empty where that is no help.
     """
 
     name: str
@@ -115,13 +115,13 @@ def resnext() -> tuple[nn.Module, Inputs]:
 def mobilenet_v2() -> tuple[nn.Module, Inputs]:
     from torchvision.models import mobilenet_v2
 
-    return mobilenet_v2(num_classes=10), images(3, 32, 32)
+    return mobilenet_v2(num_classes=10), images(3, 64, 64)
 
 
 def mobilenet_v3() -> tuple[nn.Module, Inputs]:
     from torchvision.models import mobilenet_v3_small
 
-    return mobilenet_v3_small(num_classes=10), images(3, 32, 32)
+    return mobilenet_v3_small(num_classes=10), images(3, 64, 64)
 
 
 def densenet() -> tuple[nn.Module, Inputs]:
@@ -166,6 +166,12 @@ class UNet(nn.Module):
 
 def u_net() -> tuple[nn.Module, Inputs]:
     return UNet(), images(3, 16, 16)
+
+
+def swin() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import SwinTransformer
+
+    return SwinTransformer([2, 2], 16, [1, 1], [2, 4], [4, 4], num_classes=10), images(3, 32, 32)
 
 
 def vision_transformer() -> tuple[nn.Module, Inputs]:
@@ -309,8 +315,20 @@ FAMILIES = [
         {
             "conv_proj": "normalised together by 'encoder.layers.encoder_layer_0.ln_1', a LayerNorm",
             "heads.head": OUTPUT,
-            "": "a VisionTransformer, no layer that can be cut",
+            "(itself)": "a VisionTransformer, no layer that can be cut",
             "encoder": "a Encoder, no layer that can be cut",
+        },
+    ),
+    Family(
+        "Swin transformer (torchvision, small)", "attention in windows that fuses its projections: not cut",
+        swin, 2, {"units": 192},
+        {
+            "features.0.0": "normalised together by 'features.0.2', a LayerNorm",
+            "features.2.reduction": "normalised together by 'features.3.0.norm1', a LayerNorm",
+            "features.?.0.attn": "a ShiftedWindowAttention, no layer that can be cut",
+            "features.?.0.attn.qkv": "never called on its own: other code uses its weight, or none",
+            "features.?.0.attn.proj": "never called on its own: other code uses its weight, or none",
+            "head": OUTPUT,
         },
     ),
     Family(
@@ -355,3 +373,216 @@ FAMILIES = [
         2, {"filters": 20}, {"8": OUTPUT},
     ),
 ]  # fmt: skip
+
+
+def gpt2() -> tuple[nn.Module, Inputs]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**sizes)), {"input_ids": tokens()}
+
+
+def shufflenet() -> tuple[nn.Module, Inputs]:
+    from torchvision.models import shufflenet_v2_x0_5
+
+    return shufflenet_v2_x0_5(num_classes=10), images(3, 32, 32)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over what two convolutions make of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3)
+        self.memory, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(self.memory(features.transpose(1, 2))[0][:, -1])
+
+
+class Matrix(nn.Module):
+    """A linear map that is not `nn.Linear`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+def behind_a_layer(*layers: nn.Module) -> tuple[nn.Module, Inputs]:
+    """Between a hidden layer that can be cut, of 8 units, and a classifier of 6 inputs."""
+    return nn.Sequential(
+        nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), *layers, nn.Linear(6, 2)
+    ), images(4)  # fmt: skip
+
+
+def own_matrix() -> tuple[nn.Module, Inputs]:
+    return behind_a_layer(Matrix(), nn.ReLU())
+
+
+def softmax_over_channels() -> tuple[nn.Module, Inputs]:
+    return behind_a_layer(nn.Linear(8, 6), nn.Softmax(dim=1))
+
+
+def gated_halves() -> tuple[nn.Module, Inputs]:
+    return behind_a_layer(nn.Linear(8, 12), nn.GLU())
+
+
+def pixel_shuffle() -> tuple[nn.Module, Inputs]:
+    return nn.Sequential(
+        nn.Conv2d(3, 10, 1), nn.ReLU(), nn.Conv2d(10, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3),
+        nn.PixelShuffle(2), nn.Conv2d(4, 2, 1),
+    ), images(3, 8, 8)  # fmt: skip
+
+
+def weight_norm() -> tuple[nn.Module, Inputs]:
+    from torch.nn.utils.parametrizations import weight_norm as parametrised
+
+    return nn.Sequential(
+        parametrised(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    ), images(4)
+
+
+class ChannelsLast(nn.Module):
+    """A convolution whose output is flattened pixel by pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters, self.hidden, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8 * 16, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = torch.relu(self.filters(x)).permute(0, 2, 3, 1)
+        return self.head(torch.relu(self.hidden(pixels.flatten(1))))
+
+
+class Mixer(nn.Module):
+    """A linear layer over the tokens, then one over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.over_tokens = nn.Conv2d(3, 8, 2, stride=2), nn.Linear(16, 12)
+        self.over_channels, self.head = nn.Linear(8, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = F.gelu(self.over_tokens(self.patches(x).flatten(2)))
+        return self.head(F.gelu(self.over_channels(mixed.transpose(1, 2))))
+
+
+_NO_GRAPH = "No dependency graph can be made of it, so nothing can be left out"
+
+UNSUPPORTED = [
+    Unsupported(
+        "GPT-2 (Hugging Face)", gpt2, StructureError,
+        "network can't be traced: the dependency graph fails with TypeError",
+        f"Attention splits one fused projection into query, key and value. {_NO_GRAPH}.",
+    ),
+    Unsupported(
+        "ShuffleNetV2 (torchvision)", shufflenet, StructureError,
+        "network can't be traced: the dependency graph fails with ZeroDivisionError",
+        f"Channels are split and shuffled. {_NO_GRAPH}.",
+    ),
+    Unsupported(
+        "LSTM behind convolutions", lambda: (Recurrent(), images(3, 12)), StructureError,
+        "'memory', a LSTM, is no layer that can be cut", "Recurrent layers are not cut.", ("memory",),
+    ),
+    Unsupported(
+        "A module that multiplies by its own parameter", own_matrix, StructureError,
+        "parameter '4.matrix' of a Matrix is used in a way that can't be followed",
+        "Only torch's own layers are cut. Make it an `nn.Linear`, or leave it out.", ("4.matrix",),
+    ),
+    Unsupported(
+        "Softmax over channels", softmax_over_channels, StructureError,
+        "removing from '4': the smaller network differs from the reduced model",
+        "Each channel depends on all the others.", ("4",),
+    ),
+    Unsupported(
+        "`nn.GLU`", gated_halves, StructureError,
+        "removing from '4': the smaller network differs from the reduced model",
+        "One half of the channels gates the other half, which is not followed. Write two linear layers and "
+        "multiply what they give.", ("4",),
+    ),
+    Unsupported(
+        "`nn.PixelShuffle`", pixel_shuffle, StructureError,
+        "removing from '4': the smaller network fails in '6'", "Channels become pixels.", ("4",),
+    ),
+    Unsupported(
+        "`weight_norm` and other computed weights", weight_norm, StructureError,
+        "removing from '0': the smaller network fails in '0'",
+        "The weight is no parameter that could be cut. Call "
+        "`torch.nn.utils.parametrize.remove_parametrizations` first.", ("0",),
+    ),
+    Unsupported(
+        "Flatten with channels last", lambda: (ChannelsLast(), images(3, 4, 4)), StructureError,
+        "removing from 'filters': the smaller network differs from the reduced model",
+        "Columns behind a flatten are taken to be in the order of channels.", ("filters",),
+    ),
+    Unsupported(
+        "MLP-Mixer", lambda: (Mixer(), images(3, 8, 8)), StructureError,
+        "removing from 'patches': the smaller network fails in 'over_tokens'",
+        "Linear layers over tokens: these are taken for channels.", ("over_tokens", "patches"),
+    ),
+]  # fmt: skip
+
+
+def networks_page() -> str:
+    """docs/networks.md."""
+    lines = [
+        "# Networks",
+        "",
+        "What `structures` and `insert_noise` make of the networks in `tests/support/network_families.py`. This page is",
+        "generated from that file, and `tests/networks/test_conformance.py` runs every line of it.",
+        "",
+        "## Handled",
+        "",
+        "For each of these the tests insert noise, remove half of the structures, none of them, and all but one of",
+        "each group, and compare the smaller network with the one with noise: outputs, and what every layer that",
+        "reads structures gives, to 10⁻⁵ of their spread over the examples in float32 and 10⁻¹⁰ in float64. Counts",
+        "are of the example; small ones have fewer layers or channels than the network they are named after.",
+        "",
+        "| network | what it has | structures found | what stays, and why |",
+        "|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in family.structures.items())
+        stays = "; ".join(f"`{path}`: {reason}" for path, reason in family.stays.items())
+        found = f"{kinds} in {family.groups} groups"
+        lines.append(f"| {family.name} | {family.stands_for} | {found} | {stays} |")
+    lines += [
+        "",
+        "What stays in every network:",
+        "",
+        "- **Outputs of the network.** Removing one would change what it gives.",
+        "- **Channels that feed a LayerNorm or GroupNorm**, or any module that reads all of them at once, as RMSNorm",
+        "  does: without one of them the others come out different. So the residual stream of a transformer stays,",
+        "  while its heads and hidden units go. BatchNorm and InstanceNorm treat each channel alone.",
+        "- **Layers that share their weight** with another layer, or that are called several times in one pass.",
+        "- **Channels that are added to an input of the network**, and those that no linear or convolution layer reads.",
+        "- **Parameters outside of torch's own layers**, such as class tokens, position embeddings and layer scales.",
+        "- **Embeddings**, unless a linear or convolution layer is tied to their channels.",
+        "- **The last structure of a group.** One stays.",
+        "",
+        "## Not handled",
+        "",
+        "`structures` and `insert_noise` raise an error that names the layers and, where it helps, what to pass as",
+        "`leave_out`. A layer that is left out stays whole, and so do the structures that it reads.",
+        "",
+        "| network | error | why, and what to do |",
+        "|---|---|---|",
+    ]
+    for network in UNSUPPORTED:
+        advice = f" `leave_out={list(network.leave_out)}` keeps the rest." if network.leave_out else ""
+        error = f"`{network.exception.__name__}`: {network.message} …"
+        lines.append(f"| {network.name} | {error} | {network.why}{advice} |")
+    lines += [
+        "",
+        "A network that is not listed is tried in the same way before anything is offered: call `structures` and read",
+        "what it says.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(networks_page(), end="")
