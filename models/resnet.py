@@ -11,13 +11,14 @@ from torchvision.models.resnet import BasicBlock
 
 import pyro_bmrs as bmrs
 
+# From random weights. How a trained network is made smaller: analysis/pretrained.py.
 SETTINGS = {
     "default": {
         "image_size": 32,
-        "epochs": 20,
-        "batch_size": 64,
+        "epochs": 40,
+        "batch_size": 32,
         "learning_rate": 1e-3,
-        "posterior_learning_rate": 5e-3,
+        "posterior_learning_rate": 1e-2,
         "kl_weight": 10.0,
         "fine_tune": 10,
     },

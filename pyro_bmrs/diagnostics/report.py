@@ -48,11 +48,12 @@ SHOWN_ROWS = 2000
 # Scores this close to zero (criterion's unit) were decided by next to nothing.
 NARROW = 0.1
 
+_COUNTS = ("parameters", "multiply_accumulates")
 _COST_NAMES = {
     "parameters": "parameters",
     "multiply_accumulates": "multiply-adds of one example",
-    "file_bytes": "file (bytes)",
-    "peak_bytes_batch_128": "peak memory, batch 128 (bytes)",
+    "file_bytes": "file (MB)",
+    "peak_bytes_batch_128": "peak memory, batch of 128 (MB)",
     "milliseconds_batch_1_one_thread": "batch of 1, one thread (ms)",
     "milliseconds_batch_128_one_thread": "batch of 128, one thread (ms)",
     "milliseconds_batch_1_all_threads": "batch of 1, all threads (ms)",
@@ -248,11 +249,14 @@ def _costs(costs: pd.DataFrame | None) -> list[dict[str, Any]]:
         before, after = _finite(row["before"]), _finite(row["after"])
         if before is None and after is None:
             continue  # it would have taken too long to measure
+        if "bytes" in str(name):
+            before, after = (None if value is None else value / 1e6 for value in (before, after))
         rows.append(
             {
                 "name": _COST_NAMES.get(str(name), str(name).replace("_", " ")),
                 "before": before,
                 "after": after,
+                "digits": ",.0f" if name in _COUNTS else ",.3f",
                 "removed": 1 - after / before if before and after is not None else None,
                 "ratio": before / after if before is not None and after else None,
             }

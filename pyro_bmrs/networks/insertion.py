@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.dependency_graph import StructureError
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, map_tensors, repeated, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
+from pyro_bmrs.networks.structures import Structures, find_structures
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
 
 # The trial runs in the network's own precision on a network whose outputs vary as much as their size.

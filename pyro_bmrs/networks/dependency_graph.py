@@ -1,0 +1,410 @@
+"""Which channels of a network's layers are tied together, read from torch-pruning's dependency graph.
+
+This file is the only one that knows torch-pruning. The graph takes every operation it does not know for one
+that acts on single channels, so what it says is a proposal: `pyro_bmrs.networks.insertion` tries each proposed
+removal before any of them is offered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pyro_bmrs.networks.cuts import COLUMNS, ROWS, channels, is_depthwise
+from pyro_bmrs.networks.groups import Member, StructureGroup
+from pyro_bmrs.networks.inputs import Inputs, call, first_examples, map_tensors, tensors_of
+from pyro_bmrs.networks.noise import MultiplicativeNoise, fixed_scales, noise_layers
+
+# Names under which attention modules keep their number of query heads, the size of a head, the number of key
+# and value heads, and the width of all query heads together.
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+_HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_HEADS_WIDTH = ("all_head_size", "inner_dim")
+_MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class StructureError(ValueError):
+    """A network has layers that can't be handled; the message names them and how to leave them out."""
+
+
+class DependencyGraph:
+    """torch-pruning's dependency graph of a network, which is taken over and changed."""
+
+    def __init__(self, network: nn.Module, example_input: Inputs) -> None:
+        import torch_pruning
+
+        class NoisePruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+            """Makes the noise layer a node of the graph; it is taken out whole, never cut."""
+
+            def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+                return layer
+
+            prune_in_channels = prune_out_channels
+
+            def get_out_channels(self, layer: MultiplicativeNoise) -> int:
+                return layer.features
+
+            get_in_channels = get_out_channels
+
+        # the graph is read off autograd: parameters must require gradients, and ours may be frozen
+        self.network = network.requires_grad_(True).eval()
+        self.noise = noise_layers(network)
+        self.paths = {module: path for path, module in network.named_modules()}
+        self.owner = {
+            parameter: (module, f"{path}.{name}".lstrip("."))
+            for path, module in network.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        self.calls: Counter[nn.Module] = Counter()
+        self.outputs: list[Any] = []
+        self.received: dict[nn.Module, Tensor] = {}
+        example = first_examples(example_input, 2)
+        # an input that requires gradients shows where it is added to what the network makes
+        example = map_tensors(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example)
+        self.inputs = {id(tensor) for tensor in tensors_of(example)}
+        ones = {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in self.noise.items()}
+        handles = [
+            module.register_forward_pre_hook(self._note) for module in network.modules() if _has_own(module)
+        ]
+        try:
+            with torch.enable_grad(), fixed_scales(network, ones):
+                self.graph = torch_pruning.DependencyGraph().build_dependency(
+                    network,
+                    example_inputs=example,
+                    forward_fn=call,
+                    output_transform=self._outputs,
+                    customized_pruners={MultiplicativeNoise: NoisePruner()} if self.noise else None,
+                    verbose=False,
+                )
+        except (ArithmeticError, LookupError, AttributeError, AssertionError, TypeError, ValueError) as error:
+            raise StructureError(
+                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. Write "
+                "MultiplicativeNoise layers where structures are read instead"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._ignore_joins_over_other_dimensions()
+        self.nodes = self.graph.module2node
+        sizes = [channels(module, side) or 0 for module in network.modules() for side in (ROWS, COLUMNS)]
+        self.most_channels = max(sizes, default=1)
+        weights = Counter(
+            id(p) for module in network.modules() for p in module._parameters.values() if p is not None
+        )
+        self.shared = {
+            path
+            for module, path in self.paths.items()
+            if any(p is not None and weights[id(p)] > 1 for p in module._parameters.values())
+        }
+
+    def _outputs(self, value: Any) -> list[Tensor]:
+        tensors = [tensor for tensor in tensors_of(value) if tensor.grad_fn is not None]
+        self.outputs = [tensor.grad_fn for tensor in tensors]
+        return tensors
+
+    def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.calls[module] += 1
+        if inputs and isinstance(inputs[0], Tensor):
+            self.received[module] = inputs[0].detach()
+
+    def _ignore_joins_over_other_dimensions(self) -> None:
+        """Tokens that are joined, as a class token is, or halves of a head: no channel moves there."""
+        import torch_pruning
+
+        for node in self.graph.module2node.values():
+            if node.type != torch_pruning.ops.OPTYPE.CONCAT:
+                continue
+            dims = len(node.grad_fn._input_metadata[0].shape)
+            dim = node.grad_fn._saved_dim
+            dim = dim - 2**64 if dim >= 2**63 else dim
+            # (batch, channels), (batch, tokens, channels), (batch, channels, height, width)
+            if dim % dims != (1 if dims != 3 else 2):
+                node.enable_index_mapping = False
+                for dependency in node.dependencies:
+                    dependency.index_mapping = [None, None]
+                for neighbour in (*node.inputs, *node.outputs):
+                    for dependency in neighbour.dependencies:
+                        if dependency.target is node:
+                            dependency.index_mapping = [None, None]
+
+    def producers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Linear and convolution layers that the graph has found, in the order of the network."""
+        for path, module in self.network.named_modules():
+            if (
+                isinstance(module, nn.Linear | _ConvNd)
+                and module in self.nodes
+                and not is_depthwise(module)
+                and channels(module, ROWS) is not None
+            ):
+                yield path, module
+
+    def reach(self, root: nn.Module, rows: list[int]) -> Reach:
+        """Everything that is tied to rows of a module (of a noise layer: to its structures)."""
+        from torch_pruning._helpers import _HybridIndex
+
+        found = Reach(self, root, rows)
+        handler = self.graph.get_pruner_of_module(root).prune_out_channels
+        stack = [(self.nodes[root], handler, [_HybridIndex(idx=row, root_idx=row) for row in rows])]
+        while stack:
+            node, handler, pairs = stack.pop()
+            known = found.add(node, handler, pairs)
+            if known:
+                for dependency in node.dependencies:
+                    if dependency.is_triggered_by(handler):
+                        moved = known
+                        for mapping in dependency.index_mapping:
+                            if mapping is not None:
+                                moved = mapping(moved)
+                        if moved:
+                            stack.append((dependency.target, dependency.handler, moved))
+        return found
+
+
+def _has_own(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+class Reach:
+    """What a traversal of the graph from one root has come to."""
+
+    def __init__(self, graph: DependencyGraph, root: nn.Module, rows: list[int]) -> None:
+        self.graph, self.root, self.roots = graph, root, rows
+        self.pairs: dict[tuple[Any, str], set[tuple[int, int | None]]] = {}
+        self.runs_away: str | None = None
+
+    def add(self, node: Any, handler: Callable[..., Any], pairs: list[Any]) -> list[Any]:
+        """Takes (index, root) pairs at a node; returns those that are new."""
+        module = node.module
+        inward = self.graph.graph.is_in_channel_pruning_fn(handler)
+        outward = self.graph.graph.is_out_channel_pruning_fn(handler)
+        side = COLUMNS if inward and not outward else ROWS
+        if module in self.graph.paths:
+            size = channels(module, side)
+            if size == 1 and len(self.roots) > 1:
+                return []  # one channel that meets many is spread over them, and tied to none
+            if size is not None:
+                pairs = [pair for pair in pairs if pair.idx < size]
+        elif any(pair.idx > 4 * self.graph.most_channels for pair in pairs):
+            self.runs_away = str(module)
+            return []
+        seen = self.pairs.setdefault((node, side), set())
+        new = [pair for pair in pairs if (pair.idx, pair.root_idx) not in seen]
+        seen.update((pair.idx, pair.root_idx) for pair in new)
+        return new
+
+    def _modules(self) -> Iterator[tuple[nn.Module, str, str, set[tuple[int, int | None]]]]:
+        """(module, path, side, pairs) of the network's own modules that have tensors."""
+        for (node, side), pairs in self.pairs.items():
+            path = self.graph.paths.get(node.module) if isinstance(node.module, nn.Module) else None
+            if path is None or not pairs or isinstance(node.module, MultiplicativeNoise):
+                continue
+            if _has_own(node.module) or channels(node.module, side) is not None:
+                yield node.module, path, side, pairs
+
+    def _parameters(self) -> Iterator[tuple[nn.Module, str]]:
+        """(owner, path) of parameters that are used outside of a layer the graph knows."""
+        for node, _ in self.pairs:
+            if isinstance(node.module, nn.Parameter):
+                yield self.graph.owner[node.module]
+
+    def noise(self) -> list[MultiplicativeNoise]:
+        return [node.module for node, _ in self.pairs if isinstance(node.module, MultiplicativeNoise)]
+
+    def rows(self) -> Iterator[tuple[str, set[int]]]:
+        for _, path, side, pairs in self._modules():
+            if side == ROWS:
+                yield path, {index for index, _ in pairs}
+
+    def touched(self) -> Iterator[str]:
+        for _, path, _, _ in self._modules():
+            yield path
+        for _, path in self._parameters():
+            yield path
+
+    def mixing(self) -> str | None:
+        """Words for a layer that reads all of the channels at once, which no removal leaves alone."""
+        for module, path, _, _ in self._modules():
+            if isinstance(module, _MIXING):
+                return f"normalised together by {path!r}, a {type(module).__name__}"
+        for owner, _ in self._parameters():
+            if _mixes(owner, self.graph.received.get(owner)):
+                path = self.graph.paths[owner]
+                return f"read all at once by {path!r}, a {type(owner).__name__}"
+        return None
+
+    def reason(self) -> str | None:
+        """Why these channels can't be removed, where that lies in what the network is."""
+        if any(side == ROWS and node.grad_fn in self.graph.outputs for node, side in self.pairs):
+            return "an output of the network"
+        mixing = self.mixing()
+        if mixing:
+            return mixing
+        for module, path, _, _ in self._modules():
+            if path in self.graph.shared:
+                return f"tied to {path!r}, which shares its weight with another layer"
+            if self.graph.calls[module] > 1:
+                return f"tied to {path!r}, which is used {self.graph.calls[module]} times in one pass"
+        for node, _ in self.pairs:
+            for function, _ in getattr(node.grad_fn, "next_functions", ()):
+                leaf: Any = getattr(function, "variable", None)
+                given = node.module not in self.graph.paths and id(leaf) in self.graph.inputs
+                if given and leaf.dim() > 1 and leaf.shape[1] > 1:
+                    return "added to an input of the network"
+        if not any(side == COLUMNS for _, _, side, _ in self._modules()):
+            return "read by no linear or convolution layer"
+        return None
+
+    def not_understood(self) -> tuple[str, str] | None:
+        """(path, words) for a layer that can't be cut."""
+        if self.runs_away is not None:
+            path = self.graph.paths[self.root]
+            return path, f"{path!r} is tied to itself without end, over {self.runs_away}"
+        for module, path, side, pairs in self._modules():
+            if channels(module, side) is None:
+                return path, f"{path!r}, a {type(module).__name__}, is no layer that can be cut"
+            groups = module.groups if isinstance(module, _ConvNd) and not is_depthwise(module) else 1
+            if side == ROWS and 1 < groups == channels(module, side):
+                return path, f"{path!r} makes one channel in each of its {groups} groups"
+            if any(root is None for _, root in pairs) and not self.attention():
+                return path, f"{path!r} is tied over an expansion that can't be followed"
+        for owner, path in self._parameters():
+            kind = type(owner).__name__
+            return path, f"parameter {path!r} of a {kind} is used in a way that can't be followed"
+        return None
+
+    def attention(self) -> tuple[str, dict[str, int]] | None:
+        """(path, rows of each projection by path) of the attention whose query, key and value this makes."""
+        projections: dict[str, dict[str, int]] = {}
+        for module, path, side, _ in self._modules():
+            if isinstance(module, nn.Linear) and side == ROWS:
+                projections.setdefault(path.rpartition(".")[0], {})[path] = module.out_features
+        for parent, rows in projections.items():
+            if len(rows) >= 3 and self._heads(parent, rows):
+                return parent, rows
+        return None
+
+    def _heads(self, parent: str, rows: dict[str, int]) -> int:
+        """Number of query heads of the attention at `parent`; 0 where it does not say."""
+        module = self.graph.network.get_submodule(parent)
+        for names, divide in ((_HEADS, False), (_HEAD_SIZE, True)):
+            for name in names:
+                number = getattr(module, name, None)
+                if isinstance(number, int) and number > 0 and max(rows.values()) % number == 0:
+                    return max(rows.values()) // number if divide else number
+        return 0
+
+    def group(self, name: str, *, by_hand: bool = False) -> StructureGroup:
+        """The structures that can go alone."""
+        attention = None if by_hand else self.attention()
+        if attention:
+            return self._heads_group(*attention)
+        unit_of, count = self._units()
+        members = []
+        for module, path, side, pairs in self._modules():
+            role = "consumer" if side == COLUMNS else _row_role(module)
+            found = sorted({(index, unit_of[root]) for index, root in pairs if root is not None})
+            members.append(_member(path, role, found))
+        kind = "filters" if any(
+            isinstance(module, _ConvNd) and side == ROWS for module, _, side, _ in self._modules()
+        ) else "units"  # fmt: skip
+        share = len(self.roots) // count
+        return StructureGroup(name, count, _ordered(members), share, kind)
+
+    def _units(self) -> tuple[dict[int, int], int]:
+        """Number of the structure that each root channel belongs to, and how many there are."""
+        above = {root: root for root in self.roots}
+
+        def top(root: int) -> int:
+            while above[root] != root:
+                above[root] = above[above[root]]
+                root = above[root]
+            return root
+
+        def tie(roots: list[int]) -> None:
+            tops = sorted({top(root) for root in roots})
+            for other in tops[1:]:
+                above[other] = tops[0]
+
+        for module, _, side, pairs in self._modules():
+            together: dict[int, list[int]] = {}
+            step = 0
+            if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+                # every group of filters must keep as many channels as the others: the same ones
+                step = (channels(module, side) or 0) // module.groups
+            for index, root in pairs:
+                if root is not None:
+                    together.setdefault(index % step if step else index, []).append(root)
+            for roots in together.values():
+                tie(roots)
+        numbers: dict[int, int] = {}
+        unit_of = {root: numbers.setdefault(top(root), len(numbers)) for root in self.roots}
+        return unit_of, len(numbers)
+
+    def _heads_group(self, parent: str, rows: dict[str, int]) -> StructureGroup:
+        """Heads as wholes; where several query heads share a key and a value, these with theirs."""
+        heads = self._heads(parent, rows)
+        head_size = max(rows.values()) // heads
+        count = min(rows.values()) // head_size  # key heads
+        members = []
+        for module, path, side, _ in self._modules():
+            size = channels(module, side)
+            assert size is not None
+            if count < 1 or size % count or heads % count:
+                # leave it to single channels, which the trial will find wanting
+                count = 1
+            each = size // count
+            found = [(index, index // each) for index in range(size)]
+            members.append(_member(path, "consumer" if side == COLUMNS else _row_role(module), found))
+        module = self.graph.network.get_submodule(parent)
+        numbers = {}
+        for names, total in ((_HEADS, heads), (_KEY_HEADS, count), (_HEADS_WIDTH, max(rows.values()))):
+            for name in names:
+                if getattr(module, name, None) == total and isinstance(getattr(module, name), int):
+                    numbers[name] = total // count
+        share = max(rows.values()) // count
+        return StructureGroup(parent, count, _ordered(members), share, "heads", {parent: numbers})
+
+
+def _row_role(module: nn.Module) -> str:
+    producer = isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and not is_depthwise(module)
+    return "producer" if producer else "between"
+
+
+def _member(path: str, role: str, found: list[tuple[int, int]]) -> Member:
+    indices, units = zip(*found, strict=True)
+    return Member(path, role, torch.tensor(indices), torch.tensor(units))
+
+
+def _ordered(members: list[Member]) -> tuple[Member, ...]:
+    order = ("producer", "between", "consumer")
+    return tuple(sorted(members, key=lambda member: order.index(member.role)))
+
+
+@torch.no_grad()
+def _mixes(module: nn.Module, received: Tensor | None) -> bool:
+    """Whether a change of one channel of a module's input shows in another channel of its output."""
+    if received is None or not received.is_floating_point():
+        return False
+    if received.is_meta:
+        return True  # can't be tried: better to leave such channels alone
+    size = max((parameter.numel() for parameter in module.parameters(recurse=False)), default=0)
+    dims = [dim for dim in range(1, received.dim()) if received.shape[dim] == size]
+    if not dims or size < 2:
+        return False
+    x = torch.randn(received.shape, generator=torch.Generator().manual_seed(0)).to(received)
+    changed = x.clone()
+    changed.select(dims[-1], 0).add_(1.0)
+    try:
+        before, now = module(x), module(changed)
+    except Exception:  # a module that wants more than one tensor is none of those looked for
+        return False
+    if not isinstance(before, Tensor) or before.shape != x.shape:
+        return False
+    others = torch.arange(1, size, device=x.device)
+    return not torch.equal(before.index_select(dims[-1], others), now.index_select(dims[-1], others))
