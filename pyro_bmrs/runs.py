@@ -31,7 +31,8 @@ from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.recipes import Recipe, Settings, blamed
 from pyro_bmrs.reduction.criteria import parse_criterion
-from pyro_bmrs.reduction.reduce import Reduction, check_examples, reduce
+from pyro_bmrs.reduction.plan import Reduction, check_examples
+from pyro_bmrs.reduction.reduce import reduce
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 

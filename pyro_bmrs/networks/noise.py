@@ -178,7 +178,8 @@ class FixedScales(Messenger):  # type: ignore[misc]
         self.values = values
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
+        # of two such handlers the inner one decides, and has done so before
+        if msg["name"] in self.values and not msg["is_observed"] and not msg["done"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 

@@ -10,7 +10,8 @@ from pyro_bmrs.reduction.criteria import (
     Random,
     WeightNorm,
 )
-from pyro_bmrs.reduction.reduce import NonFiniteScoreError, Reduction, reduce
+from pyro_bmrs.reduction.plan import Reduction
+from pyro_bmrs.reduction.reduce import NonFiniteScoreError, reduce
 
 __all__ = [
     "BMRS_N", "BMRS_U", "SNR", "Criterion", "EvidenceCriterion", "ExpectedScale", "NonFiniteScoreError",

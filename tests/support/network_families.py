@@ -62,7 +62,8 @@ class Unsupported:
 
 
 def images(*shape: int) -> Tensor:
-    return torch.randn(EXAMPLES, *shape)
+    """Noise that differs between examples as a whole too, so that what is pooled over positions still varies."""
+    return torch.randn(EXAMPLES, *shape) + 2 * torch.randn(EXAMPLES, shape[0], *[1] * (len(shape) - 1))
 
 
 def tokens() -> Tensor:
@@ -128,7 +129,7 @@ def densenet() -> tuple[nn.Module, Inputs]:
     from torchvision.models import DenseNet
 
     network = DenseNet(growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=10)
-    return network, images(3, 32, 32)
+    return network, images(3, 64, 64)
 
 
 def convnext() -> tuple[nn.Module, Inputs]:
@@ -532,8 +533,8 @@ def networks_page() -> str:
     lines = [
         "# Networks",
         "",
-        "What `structures` and `insert_noise` make of the networks in `tests/support/network_families.py`. This page is",
-        "generated from that file, and `tests/networks/test_conformance.py` runs every line of it.",
+        "What `structures` and `insert_noise` make of the networks in `tests/support/network_families.py`. This page",
+        "is generated from that file, and `tests/networks/test_conformance.py` runs every line of its tables.",
         "",
         "## Handled",
         "",
@@ -559,7 +560,8 @@ def networks_page() -> str:
         "  does: without one of them the others come out different. So the residual stream of a transformer stays,",
         "  while its heads and hidden units go. BatchNorm and InstanceNorm treat each channel alone.",
         "- **Layers that share their weight** with another layer, or that are called several times in one pass.",
-        "- **Channels that are added to an input of the network**, and those that no linear or convolution layer reads.",
+        "- **Channels that are added to an input of the network**, and those that no linear or convolution layer",
+        "  reads.",
         "- **Parameters outside of torch's own layers**, such as class tokens, position embeddings and layer scales.",
         "- **Embeddings**, unless a linear or convolution layer is tied to their channels.",
         "- **The last structure of a group.** One stays.",
@@ -573,7 +575,7 @@ def networks_page() -> str:
         "|---|---|---|",
     ]
     for network in UNSUPPORTED:
-        advice = f" `leave_out={list(network.leave_out)}` keeps the rest." if network.leave_out else ""
+        advice = f" The rest is handled with `leave_out={list(network.leave_out)}`." if network.leave_out else ""
         error = f"`{network.exception.__name__}`: {network.message} …"
         lines.append(f"| {network.name} | {error} | {network.why}{advice} |")
     lines += [
