@@ -471,12 +471,10 @@ class _Loop:
         count = 0
         for site, layer in noise_layers(self.model).items():
             kept = plan.kept_mask(site).to(layer.kept.device)
-            gone = torch.nonzero(layer.kept & ~kept).flatten().tolist()
-            rows = plan.table[plan.table.layer == site].set_index("unit")
-            for unit in gone:
-                self.removals.append(
-                    {"epoch": epoch, "layer": site, "unit": unit, "score": rows.loc[unit, "score"]}
-                )
+            rows = plan.table[plan.table.layer == site]
+            gone = rows[(layer.kept & ~kept).cpu().numpy()]
+            for row in gone.itertuples():
+                self.removals.append({"epoch": epoch, "layer": site, "unit": row.unit, "score": row.score})
             layer.kept.logical_and_(kept)
             self.guide.site_posterior(site).kept.copy_(layer.kept)
             count += len(gone)

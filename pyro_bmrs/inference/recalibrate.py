@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -51,21 +53,29 @@ def recalibrate[Network: nn.Module](
     ]
     if not layers:
         return network
-    batches = Batches(data, batch_size, next(network.parameters()).device, "data")
+    home = next(itertools.chain(network.parameters(), network.buffers())).device
+    batches = Batches(data, batch_size, home, "data")
     momenta = [layer.momentum for layer in layers]
-    seen = 0
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
+    seen = whole = 0
     try:
-        with in_mode(network, training=False):
+        with in_mode(network, training=False), torch.random.fork_rng():
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average
                 layer.train()
             for x, y in batches.epoch(torch.Generator().manual_seed(seed)):
-                if len(y) > 1 or not seen:
+                whole = whole or len(y)
+                # a smaller last batch would weigh as much as the others
+                if len(y) == whole:
                     call(network, x)
                 seen += len(y)
                 if seen >= examples:
                     break
+    except BaseException:
+        for layer, state in zip(layers, before, strict=True):
+            layer.load_state_dict(state, strict=False)
+        raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

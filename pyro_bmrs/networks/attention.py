@@ -74,7 +74,8 @@ class SeparateAttention(nn.Module):
     @property
     def is_whole(self) -> bool:
         """Whether no head is missing, so that torch's own module can hold it."""
-        return self.out_proj.in_features == self.embed_dim
+        sizes = (self.query.in_features, self.out_proj.in_features, self.out_proj.out_features)
+        return all(size == self.embed_dim for size in sizes)
 
     @torch.no_grad()
     def joined(self) -> nn.MultiheadAttention:
@@ -94,8 +95,9 @@ class SeparateAttention(nn.Module):
         if original.in_proj_bias is not None:
             original.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
         _copy(original.out_proj, like, self.out_proj.bias)
-        for parameter in original.parameters():
-            parameter.requires_grad_(like.requires_grad)
+        for name, parameter in original.named_parameters(recurse=False):
+            kind = "bias" if name.endswith("bias") else "weight"
+            parameter.requires_grad_(any(getattr(layer, kind).requires_grad for layer in layers))
         return original.train(self.training)
 
     def forward(
@@ -201,15 +203,35 @@ def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def separate_attention(network: nn.Module) -> None:
-    """Replace, in place, each `nn.MultiheadAttention` that can be by `SeparateAttention`."""
-    for path, module in list(network.named_modules()):
-        plain = type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
-        if plain and path:
-            network.set_submodule(path, SeparateAttention.of(module))
+    """Replace, in place, each `nn.MultiheadAttention` by `SeparateAttention`.
+
+    Not those that append a bias or zeros to their keys, nor those with hooks of the user's, which would be lost.
+    """
+    separate: dict[nn.Module, SeparateAttention] = {}
+    with torch.random.fork_rng():  # new layers draw weights that are not used
+        _separate(network, separate)
+
+
+def _separate(network: nn.Module, separate: dict[nn.Module, SeparateAttention]) -> None:
+    for path, module in list(network.named_modules(remove_duplicate=False)):
+        if type(module) is nn.MultiheadAttention and path:
+            hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks)
+            if module.bias_k is None and not module.add_zero_attn and not any(hooks):
+                if module not in separate:
+                    separate[module] = SeparateAttention.of(module)
+                network.set_submodule(path, separate[module])
 
 
 def join_attention(network: nn.Module) -> None:
     """Put, in place, torch's own attention back wherever no head is missing."""
-    for path, module in list(network.named_modules()):
+    joined: dict[nn.Module, nn.MultiheadAttention] = {}
+    with torch.random.fork_rng():
+        _join(network, joined)
+
+
+def _join(network: nn.Module, joined: dict[nn.Module, nn.MultiheadAttention]) -> None:
+    for path, module in list(network.named_modules(remove_duplicate=False)):
         if isinstance(module, SeparateAttention) and module.is_whole and path:
-            network.set_submodule(path, module.joined())
+            if module not in joined:
+                joined[module] = module.joined()
+            network.set_submodule(path, joined[module])

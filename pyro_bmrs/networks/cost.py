@@ -40,11 +40,17 @@ def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
 @contextmanager
 def _attention_in_steps() -> Iterator[None]:
     """Attention as matrix products: the counter does not know the kernels that do all of it at once."""
+    with _no_fused_layers(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def _no_fused_layers() -> Iterator[None]:
+    """Without the path on which torch's attention computes all at once, unless something in it was replaced."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -71,7 +77,7 @@ def peak_bytes(network: nn.Module, example_input: Inputs) -> int:
     while it runs is not seen.
     """
     live = _LiveBytes()
-    with torch.no_grad(), live:
+    with torch.no_grad(), _no_fused_layers(), live:
         for tensor in (*network.parameters(), *network.buffers(), *tensors_of(example_input)):
             live.watch(tensor)
         call(network, example_input)

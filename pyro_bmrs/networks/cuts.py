@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 ROWS, COLUMNS = "rows", "columns"
+# Names under which attention modules keep their number of query heads, the number of key and value heads, and
+# the width of all query heads together.
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+HEADS_WIDTH = ("all_head_size", "inner_dim")
+COUNTS = (*HEADS, *KEY_HEADS, *HEADS_WIDTH)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -30,6 +37,8 @@ def channels(module: nn.Module, side: str) -> int | None:
     if isinstance(module, _ConvTransposeNd) and module.groups != 1:
         return None
     if isinstance(module, _ConvNd):
+        if side == COLUMNS and is_depthwise(module):
+            return None  # its columns go with its rows
         return module.out_channels if side == ROWS else module.in_channels
     if side == COLUMNS:
         return None
@@ -77,6 +86,16 @@ def _attributes(module: nn.Module, side: str, count: int) -> dict[str, int]:
     if isinstance(module, nn.PReLU):
         return {"num_parameters": count}
     return {"num_features": count}
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other contents, of another shape, while it stays the same object."""
+    if tensor.is_floating_point():
+        # a graph that is still alive would remember the old shape; another dtype makes torch forget it
+        other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+        tensor.data = tensor.data.new_empty(0, dtype=other)
+    tensor.data = data
+    tensor.grad = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +147,7 @@ class Cuts:
         """
         self.check(network)
         for tensor, dim, kept in list(self.tensors(network)):
-            tensor.data = tensor.data.index_select(dim, kept)
-            tensor.grad = None
+            replace_data(tensor, tensor.data.index_select(dim, kept))
         for module, side, indices in self._sides(network):
             for name, value in _attributes(module, side, len(indices)).items():
                 setattr(module, name, value)
@@ -150,10 +168,36 @@ class Cuts:
                         + ("is no layer of it that can be cut" if size is None else
                            f"has {side} 0 to {size - 1}, and increasing indices of them are to be kept")
                     )  # fmt: skip
+                groups = getattr(modules[path], "groups", 1)
+                if groups > 1 and not is_depthwise(modules[path]):
+                    step = size // groups
+                    parts = [[i % step for i in kept if i // step == group] for group in range(groups)]
+                    if any(part != parts[0] for part in parts):
+                        raise ValueError(
+                            f"cuts must fit the network: each group of {path!r} must keep the same {side}"
+                        )
+        once = Counter((id(tensor), dim) for tensor, dim, _ in self.tensors(network))
+        if once and max(once.values()) > 1:
+            raise ValueError("cuts must fit the network: a weight that layers share would be cut twice")
         for path, numbers in self.attributes.items():
             for name, value in numbers.items():
                 if not isinstance(getattr(modules.get(path), name, None), int) or type(value) is not int:
                     raise ValueError(f"cuts must fit the network: {path!r} has no number {name!r}")
+
+    def then(self, later: Cuts) -> Cuts:
+        """These cuts and, of what they leave, `later` ones: as cuts of the original network."""
+
+        def composed(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> dict[str, list[int]]:
+            both = {
+                path: [first[path][index] for index in kept] for path, kept in second.items() if path in first
+            }
+            return {**first, **second, **both}
+
+        attributes = {
+            path: {**self.attributes.get(path, {}), **later.attributes.get(path, {})}
+            for path in (*self.attributes, *later.attributes)
+        }
+        return Cuts(composed(self.rows, later.rows), composed(self.columns, later.columns), attributes)
 
     def below(self, path: str) -> Cuts:
         """Those of the part of the network at `path`, seen from there."""
@@ -184,4 +228,7 @@ class Cuts:
             table = document[name]
             if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
                 raise ValueError(f"{name} of cuts must map module paths to a {kind.__name__} each")
+        numbers = {name for table in document["attributes"].values() for name in table}
+        if not numbers <= set(COUNTS):
+            raise ValueError(f"attributes of cuts must be among {COUNTS}: got {sorted(map(str, numbers))}")
         return cls(**document)

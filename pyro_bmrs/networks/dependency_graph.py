@@ -15,17 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pyro_bmrs.networks.cuts import COLUMNS, ROWS, channels, is_depthwise
+from pyro_bmrs.networks.cuts import (
+    COLUMNS,
+    HEADS,
+    HEADS_WIDTH,
+    KEY_HEADS,
+    ROWS,
+    channel_dimension,
+    channels,
+    is_depthwise,
+)
 from pyro_bmrs.networks.groups import Member, StructureGroup
 from pyro_bmrs.networks.inputs import Inputs, call, first_examples, map_tensors, tensors_of
 from pyro_bmrs.networks.noise import MultiplicativeNoise, fixed_scales, noise_layers
 
-# Names under which attention modules keep their number of query heads, the size of a head, the number of key
-# and value heads, and the width of all query heads together.
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+# Names under which attention modules keep the size of a head.
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_HEADS_WIDTH = ("all_head_size", "inner_dim")
 _MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -82,10 +87,10 @@ class DependencyGraph:
                     customized_pruners={MultiplicativeNoise: NoisePruner()} if self.noise else None,
                     verbose=False,
                 )
-        except (ArithmeticError, LookupError, AttributeError, AssertionError, TypeError, ValueError) as error:
+        except Exception as error:
             raise StructureError(
-                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. Write "
-                "MultiplicativeNoise layers where structures are read instead"
+                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. It "
+                "is not handled as a whole (docs/networks.md); insert_noise may do for a part of it"
             ) from error
         finally:
             for handle in handles:
@@ -105,6 +110,8 @@ class DependencyGraph:
 
     def _outputs(self, value: Any) -> list[Tensor]:
         tensors = [tensor for tensor in tensors_of(value) if tensor.grad_fn is not None]
+        if not tensors:
+            raise ValueError("the network's output holds no tensor that depends on its parameters")
         self.outputs = [tensor.grad_fn for tensor in tensors]
         return tensors
 
@@ -123,8 +130,9 @@ class DependencyGraph:
             dims = len(node.grad_fn._input_metadata[0].shape)
             dim = node.grad_fn._saved_dim
             dim = dim - 2**64 if dim >= 2**63 else dim
-            # (batch, channels), (batch, tokens, channels), (batch, channels, height, width)
-            if dim % dims != (1 if dims != 3 else 2):
+            if dim % dims == self._channel_dimension(node):
+                self._count_what_is_given(node, dim % dims)
+            else:
                 node.enable_index_mapping = False
                 for dependency in node.dependencies:
                     dependency.index_mapping = [None, None]
@@ -132,6 +140,54 @@ class DependencyGraph:
                     for dependency in neighbour.dependencies:
                         if dependency.target is node:
                             dependency.index_mapping = [None, None]
+
+    def _count_what_is_given(self, node: Any, dim: int) -> None:
+        """Where inputs of the network are joined too, which the graph leaves out: count their channels."""
+        from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
+
+        parts = node.grad_fn.next_functions
+        leaves = [function is None or hasattr(function, "variable") for function, _ in parts]
+        if not any(leaves):
+            return
+        sizes: list[int | None] = []
+        for function, number in parts:
+            if function is None:
+                sizes.append(None)
+            elif hasattr(function, "variable"):
+                sizes.append(function.variable.shape[dim])
+            else:
+                sizes.append(function._input_metadata[number].shape[dim])
+        if sizes.count(None) > 1:
+            return  # the trial will say what comes of it
+        total = node.grad_fn._input_metadata[0].shape[dim]
+        counted = [total - sum(filter(None, sizes)) if size is None else size for size in sizes]
+        node.enable_index_mapping = False
+        sources = iter(node.inputs)
+        offset = 0
+        for size, leaf in zip(counted, leaves, strict=True):
+            if not leaf:
+                source, span = next(sources), [offset, offset + size]
+                for dependency in node.dependencies:
+                    if dependency.target is source:
+                        dependency.index_mapping[1] = _ConcatIndexMapping(offset=span, reverse=True)
+                for dependency in source.dependencies:
+                    if dependency.target is node:
+                        dependency.index_mapping[1] = _ConcatIndexMapping(offset=span, reverse=False)
+            offset += size
+
+    def _channel_dimension(self, node: Any) -> int:
+        """Where the channels lie in what a node gives, as the nearest layer behind it makes them; -1: nowhere."""
+        shape = node.grad_fn._input_metadata[0].shape
+        level, seen = list(node.inputs), set()
+        while level:
+            for source in level:
+                if isinstance(source.module, nn.Linear | _ConvNd):
+                    dim = len(shape) + channel_dimension(source.module)
+                    # of heads, each with its own dimension, channels are no longer in one
+                    return dim if shape[dim] >= (channels(source.module, ROWS) or 0) else -1
+            seen.update(level)
+            level = [above for source in level for above in source.inputs if above not in seen]
+        return 1 if len(shape) != 3 else 2
 
     def producers(self) -> Iterator[tuple[str, nn.Module]]:
         """Linear and convolution layers that the graph has found, in the order of the network."""
@@ -166,6 +222,11 @@ class DependencyGraph:
         return found
 
 
+def function_name(node: Any) -> str:
+    """Name of the operation that a node of the graph stands for."""
+    return type(node.grad_fn).__name__
+
+
 def _has_own(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
@@ -185,24 +246,32 @@ class Reach:
         outward = self.graph.graph.is_out_channel_pruning_fn(handler)
         side = COLUMNS if inward and not outward else ROWS
         if module in self.graph.paths:
-            size = channels(module, side)
+            size = None if _is_shared(module) else channels(module, side)
             if size == 1 and len(self.roots) > 1:
                 return []  # one channel that meets many is spread over them, and tied to none
             if size is not None:
                 pairs = [pair for pair in pairs if pair.idx < size]
         elif any(pair.idx > 4 * self.graph.most_channels for pair in pairs):
             self.runs_away = str(module)
+        if self.runs_away is not None:
             return []
         seen = self.pairs.setdefault((node, side), set())
         new = [pair for pair in pairs if (pair.idx, pair.root_idx) not in seen]
         seen.update((pair.idx, pair.root_idx) for pair in new)
+        if len(seen) > 8 * max(len(self.roots), self.graph.most_channels):
+            self.runs_away = str(module)
         return new
 
     def _modules(self) -> Iterator[tuple[nn.Module, str, str, set[tuple[int, int | None]]]]:
         """(module, path, side, pairs) of the network's own modules that have tensors."""
         for (node, side), pairs in self.pairs.items():
             path = self.graph.paths.get(node.module) if isinstance(node.module, nn.Module) else None
-            if path is None or not pairs or isinstance(node.module, MultiplicativeNoise):
+            if (
+                path is None
+                or not pairs
+                or isinstance(node.module, MultiplicativeNoise)
+                or _is_shared(node.module)
+            ):
                 continue
             if _has_own(node.module) or channels(node.module, side) is not None:
                 yield node.module, path, side, pairs
@@ -253,8 +322,12 @@ class Reach:
         for node, _ in self.pairs:
             for function, _ in getattr(node.grad_fn, "next_functions", ()):
                 leaf: Any = getattr(function, "variable", None)
-                given = node.module not in self.graph.paths and id(leaf) in self.graph.inputs
-                if given and leaf.dim() > 1 and leaf.shape[1] > 1:
+                added = node.module not in self.graph.paths and function_name(node).startswith(("Add", "Sub"))
+                if (
+                    added
+                    and id(leaf) in self.graph.inputs
+                    and leaf.shape == node.grad_fn._input_metadata[0].shape
+                ):
                     return "added to an input of the network"
         if not any(side == COLUMNS for _, _, side, _ in self._modules()):
             return "read by no linear or convolution layer"
@@ -292,7 +365,7 @@ class Reach:
     def _heads(self, parent: str, rows: dict[str, int]) -> int:
         """Number of query heads of the attention at `parent`; 0 where it does not say."""
         module = self.graph.network.get_submodule(parent)
-        for names, divide in ((_HEADS, False), (_HEAD_SIZE, True)):
+        for names, divide in ((HEADS, False), (_HEAD_SIZE, True)):
             for name in names:
                 number = getattr(module, name, None)
                 if isinstance(number, int) and number > 0 and max(rows.values()) % number == 0:
@@ -363,12 +436,17 @@ class Reach:
             members.append(_member(path, "consumer" if side == COLUMNS else _row_role(module), found))
         module = self.graph.network.get_submodule(parent)
         numbers = {}
-        for names, total in ((_HEADS, heads), (_KEY_HEADS, count), (_HEADS_WIDTH, max(rows.values()))):
+        for names, total in ((HEADS, heads), (KEY_HEADS, count), (HEADS_WIDTH, max(rows.values()))):
             for name in names:
                 if getattr(module, name, None) == total and isinstance(getattr(module, name), int):
                     numbers[name] = total // count
         share = max(rows.values()) // count
         return StructureGroup(parent, count, _ordered(members), share, "heads", {parent: numbers})
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether a module has one parameter for all channels, so that no channel has a share in it."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
 def _row_role(module: nn.Module) -> str:

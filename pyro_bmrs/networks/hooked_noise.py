@@ -12,7 +12,7 @@ from pyro_bmrs.networks.attention import join_attention
 from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.inputs import batch_size
-from pyro_bmrs.networks.noise import MultiplicativeNoise, noise_layers, scaled
+from pyro_bmrs.networks.noise import MultiplicativeNoise, draws_per_batch_allowed, noise_layers, scaled
 
 NAME = "structure_noise"
 
@@ -39,7 +39,10 @@ class HookedNoise(nn.Module):
             layer.site, layer.channels = group.site, group.channels
             self.layers.append(layer.to(like.device))
         self.drawn: dict[str, Tensor] = {}
+        self.running = self.several = False
         self.examples = 0
+        # paths of readers whose input has no entry per example, so that one θ must serve the whole batch
+        self.folded: set[str] = set()
         self.readers: dict[str, tuple[str, ...]] = {}
         self._index_readers(network)
 
@@ -74,12 +77,14 @@ class HookedNoise(nn.Module):
 
     def draw(self, inputs: Any) -> None:
         """One value of every θ for the forward pass that begins."""
+        self.running, self.several = True, draws_per_batch_allowed.get()
         self.examples = batch_size(inputs)
         self.drawn = {str(layer.site): layer.draw() for layer in self.layers}  # type: ignore[operator]
 
     def theta(self, path: str, number: int) -> Tensor:
         """θ for each column of the layer at `path`. Shape: (columns,) or (draws, columns)."""
-        if not self.drawn:
+        # activation checkpointing runs layers again during the backward pass
+        if not self.running and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
                 f"layer {path!r} has noise that is drawn when the network is called: call the network itself"
             )
@@ -95,10 +100,15 @@ class HookedNoise(nn.Module):
     def forward(self, x: Any) -> Any:
         return x
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what is drawn belongs to a pass, and to a graph that can't be copied
+        return {**self.__dict__, "drawn": {}, "running": False}
+
     def shrink(self, network: nn.Module, groups: Iterable[StructureGroup]) -> None:
         """Take over groups that have become smaller, their noise layers with them."""
         self.groups = {group.site: group for group in groups}
         self._index_readers(network)
+        self.drawn = {}  # and the graph behind it, which remembers the old sizes
 
     def extra_repr(self) -> str:
         return f"{sum(group.features for group in self.groups.values())} structures"
@@ -118,7 +128,7 @@ class _Draw(_Hook):
 
 class _Forget(_Hook):
     def __call__(self, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self.noise.drawn = {}
+        self.noise.running = False
 
 
 class _Apply(_Hook):
@@ -130,16 +140,18 @@ class _Apply(_Hook):
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         theta = self.noise.theta(self.path, self.number)
-        x = arguments[0] if arguments else keywords["input"]
-        if theta.dim() > 1 and x.shape[0] != self.noise.examples:
+        name = next(iter(keywords), "")
+        x = arguments[0] if arguments else keywords[name]
+        if theta.dim() > 1 and (self.path in self.noise.folded or x.shape[0] != self.noise.examples):
             raise ValueError(
-                f"the input of {self.path!r} must have one entry per example to draw several values of θ per "
-                f"batch: got {x.shape[0]} for {self.noise.examples} examples; pass draws_per_batch=1"
+                f"the input of {self.path!r} must have examples in its first dimension to draw several values of θ "
+                f"per batch: it has shape {tuple(x.shape)} for {self.noise.examples} examples; pass draws_per_batch=1"
             )
-        x = scaled(x, theta, channel_dimension(module), f"layer {self.path!r}")
+        place, dim = f"layer {self.path!r}", channel_dimension(module)
+        x = scaled(x, theta, dim, place, several=self.noise.several)
         if arguments:
             return (x, *arguments[1:]), keywords
-        return arguments, {**keywords, "input": x}
+        return arguments, {**keywords, name: x}
 
 
 def hooked_noise(network: nn.Module) -> dict[str, HookedNoise]:

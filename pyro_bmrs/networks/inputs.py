@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ def tensors_of(value: object) -> list[Tensor]:
         return [tensor for item in value.values() for tensor in tensors_of(item)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in tensors_of(item)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name))]
     return []
 
 

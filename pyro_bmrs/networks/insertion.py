@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +15,24 @@ from pyro_bmrs.networks.dependency_graph import StructureError
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, map_tensors, repeated, tensors_of
-from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import Structures, find_structures
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
 
-# The trial runs in the network's own precision on a network whose outputs vary as much as their size.
-_TRIAL_TOLERANCE = 1e-2
 _TRIAL_EXAMPLES = 3
 
 
-def structures(network: nn.Module, example_input: Inputs, *, leave_out: Sequence[str] = ()) -> Structures:
+def structures(
+    network: nn.Module, example_input: Inputs, *, leave_out: str | Sequence[str] = ()
+) -> Structures:
     """Every structure that can be removed from `network`, and what can't be, with the reason.
 
     A structure is a set of channels that must go together: the rows that make it, the normalisation it
     passes, the columns that read it. Linear units, filters, the channels of a residual stream (one structure
     across all its layers), channels that are concatenated, depthwise and grouped convolutions (the same
     channel of every group), attention heads as wholes (query heads that share a key and value together), the
-    hidden units of transformers. Each is tried, on a copy with random weights, before it is listed: half
-    of the structures are removed and the outputs compared.
+    hidden units of transformers. Each is tried, on a copy with random weights, before it is listed: part
+    of the structures of every group are removed and the outputs compared.
 
     >>> import torch
     >>> from torch import nn
@@ -57,6 +57,7 @@ def structures(network: nn.Module, example_input: Inputs, *, leave_out: Sequence
             `leave_out` matches nothing.
     """
     _check(network, example_input)
+    leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
     separate = copy.deepcopy(network)
     separate_attention(separate)
     found = find_structures(separate, example_input, leave_out)
@@ -66,7 +67,7 @@ def structures(network: nn.Module, example_input: Inputs, *, leave_out: Sequence
 
 
 def insert_noise[Network: nn.Module](
-    network: Network, example_input: Inputs, *, leave_out: Sequence[str] = ()
+    network: Network, example_input: Inputs, *, leave_out: str | Sequence[str] = ()
 ) -> Network:
     """The same network with one latent scale per structure, acting wherever the structure is read.
 
@@ -97,8 +98,38 @@ def insert_noise[Network: nn.Module](
         )
     noisy = copy.deepcopy(network)
     separate_attention(noisy)
-    _attach(noisy, list(found))
+    noise = _attach(noisy, list(found))
+    noise.folded = _readers_without_examples(noisy, noise, example_input)
     return noisy
+
+
+@torch.no_grad()
+def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_input: Inputs) -> set[str]:
+    """Paths of the layers whose input does not count examples in its first dimension."""
+    found: set[str] = set()
+    ones = {
+        site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(noise).items()
+    }
+    looked_at = copy.deepcopy(network).eval()
+
+    def look(path: str, size: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if tensors_of((arguments, keywords))[0].shape[0] != size:
+                found.add(path)
+
+        return hook
+
+    # of one batch size alone, another dimension might be as long by chance
+    for size in (_TRIAL_EXAMPLES, _TRIAL_EXAMPLES + 1):
+        handles = [
+            looked_at.get_submodule(path).register_forward_pre_hook(look(path, size), with_kwargs=True)
+            for path in noise.readers
+        ]
+        with torch.random.fork_rng(), fixed_scales(looked_at, ones):
+            call(looked_at, repeated(example_input, size))
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _check(network: nn.Module, example_input: Inputs) -> None:
@@ -109,15 +140,43 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
     if noise_layers(network):
         raise ValueError(f"network must have no noise layers yet: it has {sorted(noise_layers(network))}")
     batch_size(example_input)
-    with torch.no_grad(), torch.random.fork_rng(), in_mode(network, training=False):
+    looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
+    with torch.random.fork_rng():
         try:
-            call(network, example_input)
+            used = _modules_called(looked_at.eval(), example_input)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"example_input must be what network can be called with: {type(network).__name__} fails with "
                 f"{type(error).__name__}: {reason}"
             ) from error
+        try:
+            trained = _modules_called(looked_at.train(), repeated(example_input, _TRIAL_EXAMPLES))
+        except Exception:  # as BatchNorm does with one value per channel: nothing can be said
+            return
+    hidden = sorted(trained - used)
+    if hidden:
+        raise StructureError(
+            f"network must do in evaluation all that it does in training: {', '.join(map(repr, hidden))} run in "
+            "training alone, so what feeds them can't be followed. Make the network without them"
+        )
+
+
+@torch.no_grad()
+def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
+    """Paths of the layers with parameters that one forward pass calls."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        for path, module in network.named_modules()
+        if any(parameter is not None for parameter in module._parameters.values())
+    ]
+    try:
+        call(network, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
@@ -127,7 +186,7 @@ def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
 
 
 def _try_removals(network: nn.Module, groups: list[StructureGroup], example_input: Inputs) -> None:
-    """Remove half of the structures of a copy that has random weights; raise if its function changes."""
+    """Remove part of every group of a copy that has random weights; raise if its function changes."""
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     varied = copy.deepcopy(network)
@@ -137,10 +196,15 @@ def _try_removals(network: nn.Module, groups: list[StructureGroup], example_inpu
             return tensor.to(device)
         return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
 
-    example = map_tensors(draw, repeated(example_input, _TRIAL_EXAMPLES))
+    given = map_tensors(lambda tensor: tensor.to(device), repeated(example_input, _TRIAL_EXAMPLES))
+    example = map_tensors(draw, given)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        _randomise(varied, example)
+        try:
+            _randomise(varied, example)
+        except Exception:  # the network may not take any number, as a logarithm does not
+            example = given
+            _randomise(varied, example)
     failures = _failures(varied, groups, example, generator)
     if failures:
         leave_out = sorted({group.site for some, _ in failures for group in some})
@@ -162,22 +226,25 @@ def _failures(
     kept: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for group in groups:
+        # another share of each group, so that groups that must be equally wide show it
+        share = 0.2 + 0.6 * float(torch.rand((), generator=generator))
+        count = min(max(round(share * group.features), 1), group.features - 1)
         order = torch.randperm(group.features, generator=generator)
         kept[group.site] = torch.ones(group.features, dtype=torch.bool)
-        kept[group.site][order[: group.features // 2]] = False
+        kept[group.site][order[:count]] = False
         scales[group.site] = 0.5 + torch.rand(group.features, generator=generator, dtype=torch.float64)
     try:
-        remove_structures(noisy, kept, scales, example, tolerance=_TRIAL_TOLERANCE, double=False)
+        remove_structures(noisy, kept, scales, example)
     except (EqualityError, ValueError) as error:  # or cuts that leave nothing of a layer
         if len(groups) == 1:
-            return [(groups, str(error).partition(". A noise layer")[0])]
+            return [(groups, str(error))]
         half = len(groups) // 2
         found = [
             failure
             for part in (groups[:half], groups[half:])
             for failure in _failures(network, part, example, generator)
         ]
-        return found or [(groups, str(error).partition(". A noise layer")[0])]
+        return found or [(groups, str(error))]
     return []
 
 

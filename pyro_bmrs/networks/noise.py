@@ -110,21 +110,23 @@ class MultiplicativeNoise(nn.Module):
         self.kept, self.units = self.kept[kept], self.units[kept]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        # a layer that never got smaller needs no numbers of its own
-        state_dict.setdefault(f"{prefix}units", torch.arange(self.features))
+        # weights of the network without noise load as well
+        for name, tensor in self.named_buffers(recurse=False):
+            state_dict.setdefault(f"{prefix}{name}", tensor)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         return f"{self.features}, dim={self.dim}, kept={int(self.kept.sum())}, site={self.site!r}"
 
 
-def scaled(x: Tensor, theta: Tensor, dim: int, name: str) -> Tensor:
+def scaled(x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | None = None) -> Tensor:
     """x · θ along dimension `dim` of x; of several draws, example i takes draw i mod draws.
 
     Args:
         x: (batch, …), with as many entries in `dim` as θ has.
         theta: (features,), or (draws, features) with draws ≤ batch.
         name: of the place, for error messages.
+        several: whether θ may hold several draws; None: within the handler that makes them.
     """
     theta = theta.to(x.dtype)
     layout = [1] * x.dim()
@@ -132,7 +134,8 @@ def scaled(x: Tensor, theta: Tensor, dim: int, name: str) -> Tensor:
     if theta.dim() == 1:
         return x * theta.view(layout)
     draws, batch = theta.shape[0], x.shape[0]
-    if theta.dim() != 2 or draws > batch or not draws_per_batch_allowed.get():
+    several = draws_per_batch_allowed.get() if several is None else several
+    if theta.dim() != 2 or draws > batch or not several:
         raise ValueError(
             f"θ of {name} must have shape ({theta.shape[-1]},) or (draws ≤ {batch}, {theta.shape[-1]}): "
             f"got {tuple(theta.shape)}; "

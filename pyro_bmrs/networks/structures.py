@@ -152,7 +152,11 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
         rows = [row for row in range(size) if row not in covered.get(path, ())]
         if not rows:
             continue
-        reach = graph.reach(module, rows)
+        try:
+            reach = graph.reach(module, rows)
+        except Exception as error:  # the graph does not know all that it meets
+            unknown[path] = f"{path!r} can't be followed ({type(error).__name__}: {error})"
+            continue
         for made, indices in reach.rows():
             covered.setdefault(made, set()).update(indices)
         covered.setdefault(path, set()).update(rows)
@@ -170,6 +174,9 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
             unknown[culprit[0]] = culprit[1]
             continue
         group = reach.group(path)
+        if set(range(group.features)) != {unit for m in group.consumers for unit in m.units.tolist()}:
+            unknown[path] = f"some of the channels of {path!r} can't be followed to a layer that reads them"
+            continue
         if group.features < 2:
             refused.append(Refused(path, len(rows), "a single structure, and one must stay"))
         else:
@@ -182,7 +189,8 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
                 f"a {type(module).__name__}, no layer that can be cut" if not known or graph.calls[module] else
                 "never called on its own: other code uses its weight, or none"
             )  # fmt: skip
-            refused.append(Refused(path or "(itself)", max(p.shape[0] for p in matrices), reason))
+            count = channels(module, ROWS) or max(p.shape[0] for p in matrices)
+            refused.append(Refused(path or "(itself)", count, reason))
     if unknown:
         raise StructureError(
             f"network has layers that can't be handled: {'; '.join(unknown.values())}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,13 +14,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
-from pyro_bmrs.networks.hooked_noise import without_hooked_noise, without_noise
-from pyro_bmrs.networks.inputs import Inputs, as_double, call, map_tensors, tensors_of
+from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise, without_noise
+from pyro_bmrs.networks.inputs import Inputs, as_double, call, first_examples, map_tensors, tensors_of
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 
 # The check runs in float64, where the two networks differ by rounding alone.
 TOLERANCE = 1e-10
+_OWN_TOLERANCE = 1e-5
 # An output that varies by less than this share of its size hides errors behind rounding.
 _LEAST_SPREAD = 0.01
 
@@ -62,6 +64,12 @@ def check_equal(
         EqualityError: naming the layer, the largest difference, the spread and the tolerance.
     """
     rows = rows or {}
+    advice = (
+        "; leave out, in insert_noise, what this layer reads"
+        if hooked_noise(reduced)
+        else ". A noise layer must stand where its structures are consumed, after every activation that is not "
+        "positively homogeneous"
+    )
     with torch.no_grad():
         with _outputs_of(small, readers) as have, _where(small):
             have["the network"] = tensors_of(call(small, example_input))
@@ -80,18 +88,27 @@ def check_equal(
                     f"output {index} of {name} has shape {tuple(found.shape)} in the smaller network, "
                     f"{tuple(wanted.shape)} in the reduced model"
                 )
-            difference = float((wanted - found).abs().max())
-            spread = float((wanted - wanted.mean(dim=0, keepdim=True)).abs().max())
-            scale = max(spread, _LEAST_SPREAD * float(wanted.abs().max())) or 1.0
+            difference, scale = _difference(wanted, found)
             worst = max(worst, difference / scale)
             if not difference <= tolerance * scale:
                 raise EqualityError(
                     f"the smaller network differs from the reduced model: output {index} of {name} by at most "
-                    f"{difference:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it). "
-                    "A noise layer must stand where its structures are consumed, after every activation "
-                    "that is not positively homogeneous"
+                    f"{difference:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it)"
+                    + advice
                 )
     return worst
+
+
+def _difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Largest difference, and the spread over examples that it is to be held against."""
+    finite = wanted.isfinite()
+    # the infinities of a mask are no difference where both have them
+    if not torch.equal(torch.where(finite, 0.0, wanted), torch.where(finite, 0.0, found)):
+        return math.inf, 1.0
+    difference = float(torch.where(finite, wanted - found, 0.0).abs().max())
+    values = torch.where(finite, wanted, 0.0)
+    spread = float((values - values.mean(dim=0, keepdim=True)).abs().max())
+    return difference, max(spread, _LEAST_SPREAD * float(values.abs().max())) or 1.0
 
 
 @contextmanager
@@ -124,7 +141,7 @@ def _where(network: nn.Module) -> Any:
         handles.append(module.register_forward_hook(leave))
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:
         place = repr(running[-1]) if running and running[-1] else "the network itself"
         reason = " ".join(str(error).split())
         raise EqualityError(
@@ -142,7 +159,6 @@ def remove_structures(
     example_input: Inputs,
     *,
     tolerance: float = TOLERANCE,
-    double: bool = True,
 ) -> Surgery:
     """A copy of `network` without noise, with only the kept structures, their scales folded in.
 
@@ -153,12 +169,12 @@ def remove_structures(
             of the layers that read it.
         example_input: of more than one example, so that outputs have a spread: a tensor (batch, …), a tuple
             of arguments, or a mapping of keyword arguments.
-        tolerance: of `check_equal`, which is always run.
-        double: check in float64; else in the network's own precision.
+        tolerance: of `check_equal`, which is always run in float64. A network that can't run in float64 is
+            checked as it is, to 1e-5.
 
     Returns:
-        The smaller network (a plain module of the same class, in training mode where `network` was, on its
-        device and dtype), the cuts, and the largest relative difference found.
+        The smaller network (a plain module of the same class; device, dtypes, modes and which parameters require
+        gradients as in `network`), the cuts, and the largest relative difference found.
 
     Raises:
         EqualityError: if its outputs on `example_input` are not those of the reduced model.
@@ -186,10 +202,12 @@ def remove_structures(
     cuts = gone(network, groups.values(), kept)
     reduced = copy.deepcopy(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)
-    if double:
-        reduced, example = reduced.double(), as_double(example)
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)  # the scales below say what is removed
+    if _runs_in_double(reduced, example):
+        reduced, example = reduced.double(), as_double(example)
+    else:
+        tolerance = max(tolerance, _OWN_TOLERANCE)
     small = copy.deepcopy(reduced)
     without_hooked_noise(small)
     reduced_scales = {
@@ -205,10 +223,25 @@ def remove_structures(
     )  # fmt: skip
     for name, tensor in _floating(small):
         tensor.data = tensor.data.to(dtypes.get(name, usual))
-    for parameter in small.parameters():
-        parameter.requires_grad_(True)
+    gradients = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(gradients.get(name, True))
         parameter.grad = None
-    return Surgery(small.train(network.training), cuts, difference)
+    modes = {path: module.training for path, module in network.named_modules()}
+    for path, module in small.named_modules():
+        module.training = modes.get(path, network.training)
+    return Surgery(small, cuts, difference)
+
+
+@torch.no_grad()
+def _runs_in_double(network: nn.Module, example: Inputs) -> bool:
+    """Whether a network runs in float64, which one with constants of another precision may not."""
+    try:
+        with fixed_scales(network, {s: layer.kept.double() for s, layer in noise_layers(network).items()}):
+            call(copy.deepcopy(network).double(), first_examples(as_double(example), 2))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

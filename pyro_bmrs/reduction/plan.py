@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import FixedScales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
-from pyro_bmrs.reduction.shrink import shrink
+from pyro_bmrs.reduction.shrink import earlier_cuts, shrink
 
 FORMAT, VERSION = "pyro_bmrs.reduction", 1
 # Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
@@ -180,7 +181,7 @@ class Reduction:
         kept = {layer: self.kept_mask(layer) for layer in self.layers}
         examples = first_examples(example_input, check_examples(network, example_input))
         surgery = remove_structures(network, kept, self.scales(), examples, tolerance=tolerance)
-        self.cuts = surgery.cuts
+        self.cuts = earlier_cuts(network).then(surgery.cuts)
         if measure:
             full = without_noise(copy.deepcopy(network))
             self.costs = compare_costs(full, surgery.network, example_input, seconds=seconds)
@@ -249,10 +250,11 @@ class Reduction:
         Args:
             model: the Pyro model that was reduced.
             guide: its guide.
-            optimizer: of their parameters, such as Adam or SGD.
+            optimizer: of their parameters, of your own loop (`fit` makes a new one); one whose state has the
+                shapes of the parameters, such as Adam or SGD.
 
         Raises:
-            ValueError: if model or guide don't match the plan.
+            ValueError, TypeError: if model, guide or optimizer don't match the plan; nothing is changed then.
             EqualityError: if the smaller model would not compute the same; nothing is changed then.
         """
         shrink(
@@ -296,17 +298,18 @@ class Reduction:
         path = _json_path(path)
         try:
             document = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(
                 f"path must be a plan written by Reduction.save: {path} is no JSON ({error})"
             ) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"path must be a plan written by Reduction.save: {path} is none")
-        if not isinstance(document.get("version"), int):
+        if type(document.get("version")) is not int or document["version"] < 1:
             raise ValueError(f"path must be a plan written by Reduction.save: {path} has no version")
         refuse_newer(path, "plan", document["version"], VERSION)
         try:
             columns = load_file(path.with_suffix(".safetensors"))
+            _check_document(document, len(columns["unit"]))
             layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
             table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
             table["kl_weight"] = document["kl_weight"]
@@ -330,6 +333,31 @@ class Reduction:
                 f"{path} and its .safetensors do not belong together: they keep different structures"
             )
         return plan
+
+
+def _check_document(document: dict[str, Any], structures: int) -> None:
+    """Raise ValueError, naming the entry, if a plan's numbers are of the wrong type or out of range."""
+
+    def whole(value: object, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    sizes, channels, weight = (
+        document["layers"].values(),
+        document["channels"].values(),
+        document["kl_weight"],
+    )
+    for name, good in (
+        ("layers", all(whole(size, 1) for size in sizes) and sum(sizes) == structures),
+        ("channels", all(whole(count, 1) for count in channels)),
+        ("min_kept", whole(document["min_kept"], 1)),
+        ("round_to", document["round_to"] is None or whole(document["round_to"], 1)),
+        ("kl_weight", type(weight) in (int, float) and 0 <= weight < math.inf),
+        ("criterion", isinstance(document["criterion"], str)),
+        ("kept", isinstance(document["kept"], dict)),
+        ("costs", document["costs"] is None or set(document["costs"]) == {"before", "after"}),
+    ):
+        if not good:
+            raise ValueError(f"its {name} can't be {document[name]!r}"[:200])
 
 
 def _json_path(path: Path | str) -> Path:
@@ -363,8 +391,9 @@ def check_examples(network: nn.Module, example_input: Inputs) -> int:
     ones = {
         site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(network).items()
     }
-    with in_mode(network, training=False), FixedScales(ones):
-        one = multiply_accumulates(network, example_input)
+    looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
+    with in_mode(looked_at, training=False), FixedScales(ones):
+        one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
 
 

@@ -112,7 +112,8 @@ def reduce(
     evidence: dict[str, Tensor] = {}
     if isinstance(criterion, EvidenceCriterion):
         evidence = criterion.log_evidence_change(structures)
-        scores = criterion.scores(evidence)
+    if evidence and type(criterion).__call__ is EvidenceCriterion.__call__:
+        scores = criterion.scores(evidence)  # type: ignore[attr-defined]
     else:
         scores = criterion(structures)
     scores = {site: scores[site].detach().double().cpu() for site in structures}

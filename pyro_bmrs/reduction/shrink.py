@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.cuts import Cuts, replace_data
 from pyro_bmrs.networks.groups import StructureGroup, after, gone
 from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of
 from pyro_bmrs.networks.inputs import Inputs, as_double, first_examples, map_tensors
@@ -32,6 +32,8 @@ def shrink(
         kept: per site a bool tensor (features,).
         example_input: of the model's network, for the equality check.
     """
+    if not isinstance(guide, AutoTruncatedLogNormal):
+        raise TypeError(f"guide must be an AutoTruncatedLogNormal: got {type(guide).__name__}")
     network = network_of(model)
     layers = noise_layers(network)
     sizes = {site: layer.features for site, layer in layers.items()}
@@ -45,16 +47,28 @@ def shrink(
     if not cuts:
         return
     _check(network, groups, kept, cuts, example_input)
-    if optimizer is not None:
-        _select_state(optimizer, network, cuts)
-    _shrink_network(network, groups, kept, cuts)
+    selections = list(cuts.tensors(network))
+    posterior_tensors = []
     for site, posterior in posteriors.items():
         units = torch.nonzero(kept[site]).flatten().to(posterior.loc.device)
-        for name, tensor in [*posterior.named_parameters(), *posterior.named_buffers()]:
-            if optimizer is not None and name in ("loc", "log_scale"):
-                _select(optimizer, tensor, -1, units)
-            tensor.data = tensor.data.index_select(-1, units)
-            tensor.grad = None
+        tensors = [*posterior.parameters(), *posterior.buffers()]
+        posterior_tensors += [(tensor, -1, units) for tensor in tensors]
+    states = [] if optimizer is None else _selected_states(optimizer, [*selections, *posterior_tensors])
+    # from here on nothing can fail
+    before = earlier_cuts(network)
+    _shrink_network(network, groups, kept, cuts)
+    network._cuts_before = before.then(cuts)  # type: ignore[assignment]
+    for tensor, dim, units in posterior_tensors:
+        replace_data(tensor, tensor.data.index_select(dim, units))
+    for parameter, name, value in states:
+        assert optimizer is not None
+        optimizer.state[parameter][name] = value
+
+
+def earlier_cuts(network: nn.Module) -> Cuts:
+    """What shrinking has taken out of a network since it was made."""
+    found = getattr(network, "_cuts_before", None)
+    return found if isinstance(found, Cuts) else Cuts()
 
 
 def _shrink_network(
@@ -93,15 +107,31 @@ def _check(
         )
 
 
-def _select_state(optimizer: torch.optim.Optimizer, network: nn.Module, cuts: Cuts) -> None:
-    for tensor, dim, kept in cuts.tensors(network):
-        _select(optimizer, tensor, dim, kept)
+def _selected_states(
+    optimizer: torch.optim.Optimizer, selections: list[tuple[Tensor, int, Tensor]]
+) -> list[tuple[Tensor, str, Tensor]]:
+    """(parameter, name, entries of the optimizer's state that belong to what is left).
 
-
-def _select(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, kept: Tensor) -> None:
-    """Keep the entries of an optimizer's state that belong to what is left of a parameter."""
-    state = optimizer.state.get(parameter, {})
-    for name, value in state.items():
-        # what has the parameter's dimensions goes with it; a step count has none
-        if isinstance(value, Tensor) and value.dim() == parameter.dim() and value.dim() > 0:
-            state[name] = value.index_select(dim, kept.to(value.device))
+    Raises:
+        ValueError: if the optimizer has none of the parameters, or a state that does not follow their shapes.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None: got {type(optimizer).__name__}")
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(tensor) in own for tensor, _, _ in selections):
+        raise ValueError("optimizer must have parameters of the model or the guide: it has none of them")
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            number = isinstance(value, int | float) or value is None
+            if not number and not (isinstance(value, Tensor) and value.shape in (parameter.shape, ())):
+                raise ValueError(
+                    f"optimizer must keep its state in the shapes of the parameters, as Adam and SGD do: "
+                    f"{name!r} of {type(optimizer).__name__} does not"
+                )
+    selected: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    for tensor, dim, kept in selections:
+        for name, value in optimizer.state.get(tensor, {}).items():
+            if isinstance(value, Tensor) and value.dim():
+                _, so_far = selected.get((id(tensor), name), (tensor, value))
+                selected[id(tensor), name] = tensor, so_far.index_select(dim, kept.to(value.device))
+    return [(tensor, name, value) for (_, name), (tensor, value) in selected.items()]

@@ -1,8 +1,8 @@
 """One test over every kind of network: noise inserted, structures removed, and the small network is the reduced model.
 
 In float32 the two differ by rounding that each layer adds and the layers behind it amplify: a ReLU behind a BatchNorm
-by 1.2 if biases are 0, by 1.06 if they are 1. Relative to the spread of the outputs rounding is larger where the part of
-a signal that varies with the example is small beside the part that does not. Weights as they come leave 1e-4 of the
+by 1.2 if biases are 0, by 1.06 if they are 1. Relative to the spread of the outputs rounding is larger where the part
+of a signal that varies with the example is small beside the part that does not. Weights as they come leave 1e-4 of the
 spread in a ResNet-50; so that 1e-5 is more than rounding, `conditioned` gives each layer an output that spreads by one.
 """
 

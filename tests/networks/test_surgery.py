@@ -183,11 +183,17 @@ def test_a_filter_owns_its_block_of_columns_behind_flatten():
     assert parameters(net) - parameters(small) == 2 * 36 + 4 + 8 * 7
 
 
-def test_frozen_networks_can_be_cut_and_the_result_is_trainable():
-    net, x = conditioned(mlp)
-    net.requires_grad_(False)
+def test_what_was_frozen_or_in_evaluation_stays_so():
+    net, x = conditioned(convolutions)
+    net.train()
+    net[5].eval()
+    net[4].requires_grad_(False)
     small = remove_structures(net, *random_plan(net, 2), x).network
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in small.parameters())
+    assert small.training
+    assert [module.training for module in small] == [module.training for module in net]
+    frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"4.weight"}
+    assert all(parameter.grad is None for parameter in small.parameters())
 
 
 def test_what_has_no_producer_or_no_reader_is_refused_by_name():

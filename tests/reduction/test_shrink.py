@@ -511,3 +511,26 @@ def test_copies_and_criteria_of_the_shrunken_model_work(family):
         fit.guide.posteriors[0].loc[0] = torch.nan
     with pytest.raises(NonFiniteScoreError, match=r"structures \[0\]"):
         fit.reduce(bmrs.BMRS_N())
+
+
+def test_a_graph_of_an_earlier_step_may_still_be_alive():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = bmrs.Classifier(bmrs.insert_noise(net, x))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(x, y)
+    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()])
+
+    def step():
+        loss = TraceMeanField_ELBO().differentiable_loss(model, guide, x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    held = [step()]
+    bmrs.reduce(model, guide, bmrs.Random(0.5, seed=1)).shrink(model, guide, optimizer)
+    held.append(step())
+    assert all(loss.requires_grad for loss in held)
+    assert model.net[0].weight.grad.shape == (4, 4)

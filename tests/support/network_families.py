@@ -496,33 +496,33 @@ UNSUPPORTED = [
     ),
     Unsupported(
         "Softmax over channels", softmax_over_channels, StructureError,
-        "removing from '4': the smaller network differs from the reduced model",
+        "removing from '4': the smaller network",
         "Each channel depends on all the others.", ("4",),
     ),
     Unsupported(
         "`nn.GLU`", gated_halves, StructureError,
-        "removing from '4': the smaller network differs from the reduced model",
+        "removing from '4': the smaller network",
         "One half of the channels gates the other half, which is not followed. Write two linear layers and "
         "multiply what they give.", ("4",),
     ),
     Unsupported(
         "`nn.PixelShuffle`", pixel_shuffle, StructureError,
-        "removing from '4': the smaller network fails in '6'", "Channels become pixels.", ("4",),
+        "removing from '4': the smaller network", "Channels become pixels.", ("4",),
     ),
     Unsupported(
         "`weight_norm` and other computed weights", weight_norm, StructureError,
-        "removing from '0': the smaller network fails in '0'",
+        "removing from '0': the smaller network",
         "The weight is no parameter that could be cut. Call "
         "`torch.nn.utils.parametrize.remove_parametrizations` first.", ("0",),
     ),
     Unsupported(
         "Flatten with channels last", lambda: (ChannelsLast(), images(3, 4, 4)), StructureError,
-        "removing from 'filters': the smaller network differs from the reduced model",
+        "removing from 'filters': the smaller network",
         "Columns behind a flatten are taken to be in the order of channels.", ("filters",),
     ),
     Unsupported(
         "MLP-Mixer", lambda: (Mixer(), images(3, 8, 8)), StructureError,
-        "removing from 'patches': the smaller network fails in 'over_tokens'",
+        "removing from 'patches': the smaller network",
         "Linear layers over tokens: these are taken for channels.", ("over_tokens", "patches"),
     ),
 ]  # fmt: skip
@@ -575,7 +575,9 @@ def networks_page() -> str:
         "|---|---|---|",
     ]
     for network in UNSUPPORTED:
-        advice = f" The rest is handled with `leave_out={list(network.leave_out)}`." if network.leave_out else ""
+        advice = (
+            f" The rest is handled with `leave_out={list(network.leave_out)}`." if network.leave_out else ""
+        )
         error = f"`{network.exception.__name__}`: {network.message} …"
         lines.append(f"| {network.name} | {error} | {network.why}{advice} |")
     lines += [
