@@ -60,9 +60,14 @@ def structures(
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
     separate = copy.deepcopy(network)
     separate_attention(separate)
-    found = find_structures(separate, example_input, leave_out)
+    found, culprits = find_structures(separate, example_input, leave_out)
     if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
-        _try_removals(separate, list(found), example_input)
+        culprits |= _try_removals(separate, list(found), example_input)
+    if culprits:
+        raise StructureError(
+            f"network has layers that can't be handled: {'; '.join(culprits.values())}. Leave them as they are with "
+            f"leave_out={sorted(culprits)}"
+        )
     return found
 
 
@@ -185,8 +190,8 @@ def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
     return noise
 
 
-def _try_removals(network: nn.Module, groups: list[StructureGroup], example_input: Inputs) -> None:
-    """Remove part of every group of a copy that has random weights; raise if its function changes."""
+def _try_removals(network: nn.Module, groups: list[StructureGroup], example_input: Inputs) -> dict[str, str]:
+    """Remove part of every group of a copy that has random weights; where its function changes, by site, how."""
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     varied = copy.deepcopy(network)
@@ -205,16 +210,12 @@ def _try_removals(network: nn.Module, groups: list[StructureGroup], example_inpu
         except Exception:  # the network may not take any number, as a logarithm does not
             example = given
             _randomise(varied, example)
-    failures = _failures(varied, groups, example, generator)
-    if failures:
-        leave_out = sorted({group.site for some, _ in failures for group in some})
-        reasons = "; ".join(
-            f"removing from {', '.join(repr(group.site) for group in some)}: {error}"
-            for some, error in failures
-        )
-        raise StructureError(
-            f"network has layers that can't be handled: {reasons}. Leave them as they are with leave_out={leave_out}"
-        )
+    culprits: dict[str, str] = {}
+    for some, error in _failures(varied, groups, example, generator):
+        words = f"removing from {', '.join(repr(group.site) for group in some)}: {error}"
+        # one explanation for several that go wrong together
+        culprits |= {group.site: words if group is some[0] else f"{group.site!r} with them" for group in some}
+    return culprits
 
 
 def _failures(

@@ -124,15 +124,20 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     return groups
 
 
-def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()) -> Structures:
-    """What the dependency graph proposes for a network without noise, not yet tried.
+def find_structures(
+    network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()
+) -> tuple[Structures, dict[str, str]]:
+    """What the dependency graph proposes for a network without noise, not yet tried; and what it can't follow.
 
     Args:
         leave_out: paths of modules or parameters, or patterns of them such as "layer4.*"; what touches these or
             lies below stays.
 
+    Returns:
+        The structures, and for each layer that is not understood, by path, words for it.
+
     Raises:
-        StructureError: naming every layer that is not understood, unless it is left out.
+        StructureError: if the graph can't be made, or two groups claim one channel.
         ValueError: if an entry of `leave_out` matches no module.
     """
     paths = [path for path, _ in (*network.named_modules(), *network.named_parameters())]
@@ -191,13 +196,8 @@ def find_structures(network: nn.Module, example_input: Inputs, leave_out: Sequen
             )  # fmt: skip
             count = channels(module, ROWS) or max(p.shape[0] for p in matrices)
             refused.append(Refused(path or "(itself)", count, reason))
-    if unknown:
-        raise StructureError(
-            f"network has layers that can't be handled: {'; '.join(unknown.values())}. "
-            f"Leave them as they are with leave_out={sorted(unknown)}"
-        )
     _refuse_overlaps(groups)
-    return Structures(groups, tuple(refused))
+    return Structures(groups, tuple(refused)), unknown
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

@@ -501,13 +501,13 @@ UNSUPPORTED = [
     ),
     Unsupported(
         "`nn.GLU`", gated_halves, StructureError,
-        "removing from '4': the smaller network",
+        "some of the channels of '4' can't be followed to a layer that reads them",
         "One half of the channels gates the other half, which is not followed. Write two linear layers and "
         "multiply what they give.", ("4",),
     ),
     Unsupported(
         "`nn.PixelShuffle`", pixel_shuffle, StructureError,
-        "removing from '4': the smaller network", "Channels become pixels.", ("4",),
+        "some of the channels of '4' can't be followed to a layer that reads them", "Channels become pixels.", ("4",),
     ),
     Unsupported(
         "`weight_norm` and other computed weights", weight_norm, StructureError,
@@ -522,7 +522,7 @@ UNSUPPORTED = [
     ),
     Unsupported(
         "MLP-Mixer", lambda: (Mixer(), images(3, 8, 8)), StructureError,
-        "removing from 'patches': the smaller network",
+        "some of the channels of 'over_tokens' can't be followed to a layer that reads them",
         "Linear layers over tokens: these are taken for channels.", ("over_tokens", "patches"),
     ),
 ]  # fmt: skip
