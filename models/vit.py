@@ -26,7 +26,7 @@ SETTINGS = {
         "epochs": 12,
         "batch_size": 128,
         "learning_rate": 5e-4,
-        "posterior_learning_rate": 5e-3,
+        "posterior_learning_rate": 1e-2,
         "kl_weight": 100.0,
         "fine_tune": 8,
     },
