@@ -88,27 +88,27 @@ def check_equal(
                     f"output {index} of {name} has shape {tuple(found.shape)} in the smaller network, "
                     f"{tuple(wanted.shape)} in the reduced model"
                 )
-            difference, scale = _difference(wanted, found)
-            worst = max(worst, difference / scale)
-            if not difference <= tolerance * scale:
+            distance, scale = difference(wanted, found)
+            worst = max(worst, distance / scale)
+            if not distance <= tolerance * scale:
                 raise EqualityError(
                     f"the smaller network differs from the reduced model: output {index} of {name} by at most "
-                    f"{difference:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it)"
+                    f"{distance:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it)"
                     + advice
                 )
     return worst
 
 
-def _difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+def difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
     """Largest difference, and the spread over examples that it is to be held against."""
     finite = wanted.isfinite()
     # the infinities of a mask are no difference where both have them
     if not torch.equal(torch.where(finite, 0.0, wanted), torch.where(finite, 0.0, found)):
         return math.inf, 1.0
-    difference = float(torch.where(finite, wanted - found, 0.0).abs().max())
+    distance = float(torch.where(finite, wanted - found, 0.0).abs().max())
     values = torch.where(finite, wanted, 0.0)
     spread = float((values - values.mean(dim=0, keepdim=True)).abs().max())
-    return difference, max(spread, _LEAST_SPREAD * float(values.abs().max())) or 1.0
+    return distance, max(spread, _LEAST_SPREAD * float(values.abs().max())) or 1.0
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def remove_structures(
     fold(small, groups.values(), reduced_scales)
     cuts.cut(small)
     small = without_noise(small)
-    difference = check_equal(
+    largest = check_equal(
         small, reduced, reduced_scales, example,
         readers=comparable(groups.values(), small), rows=cuts.rows, tolerance=tolerance,
     )  # fmt: skip
@@ -230,7 +230,7 @@ def remove_structures(
     modes = {path: module.training for path, module in network.named_modules()}
     for path, module in small.named_modules():
         module.training = modes.get(path, network.training)
-    return Surgery(small, cuts, difference)
+    return Surgery(small, cuts, largest)
 
 
 @torch.no_grad()

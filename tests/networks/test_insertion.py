@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.networks import StructureError, noise_layers
+from pyro_bmrs.networks import StructureError, insertion, noise_layers
 from pyro_bmrs.networks.attention import SeparateAttention
 from pyro_bmrs.networks.noise import fixed_scales
 
@@ -281,3 +281,17 @@ def test_several_draws_act_on_their_examples():
         draws_per_batch_allowed.reset(token)
     hidden = relu(net[0](x)) * theta.repeat(2, 1)
     torch.testing.assert_close(have, net[2](hidden))
+
+
+def test_a_network_that_noise_at_one_would_change_is_refused(monkeypatch):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    real = insertion._attach
+
+    def spoiled(network, groups):
+        with torch.no_grad():
+            network[2].bias.add_(1e-2)
+        return real(network, groups)
+
+    monkeypatch.setattr(insertion, "_attach", spoiled)
+    with pytest.raises(StructureError, match=r"with every θ at 1 output 0 differs by 0\.01"):
+        bmrs.insert_noise(net, torch.randn(5, 4))
