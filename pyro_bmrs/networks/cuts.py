@@ -37,8 +37,6 @@ def channels(module: nn.Module, side: str) -> int | None:
     if isinstance(module, _ConvTransposeNd) and module.groups != 1:
         return None
     if isinstance(module, _ConvNd):
-        if side == COLUMNS and is_depthwise(module):
-            return None  # its columns go with its rows
         return module.out_channels if side == ROWS else module.in_channels
     if side == COLUMNS:
         return None
@@ -161,6 +159,8 @@ class Cuts:
         for side, table in ((ROWS, self.rows), (COLUMNS, self.columns)):
             for path, kept in table.items():
                 size = channels(modules[path], side) if path in modules else None
+                if size is not None and side == COLUMNS and is_depthwise(modules[path]) and len(kept) < size:
+                    size = None  # its columns go with its rows
                 whole = all(type(index) is int for index in kept) and sorted(set(kept)) == kept
                 if size is None or not kept or not whole or kept[0] < 0 or kept[-1] >= size:
                     raise ValueError(

@@ -534,3 +534,22 @@ def test_a_graph_of_an_earlier_step_may_still_be_alive():
     held.append(step())
     assert all(loss.requires_grad for loss in held)
     assert model.net[0].weight.grad.shape == (4, 4)
+
+
+def test_a_grouped_convolution_with_one_channel_a_group_left_is_still_read():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.Flatten(),
+        nn.Linear(32, 2),
+    )  # fmt: skip
+    x, y = torch.randn(6, 3, 6, 6), torch.randint(2, (6,))
+    model = bmrs.Classifier(bmrs.insert_noise(net, x))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    with torch.no_grad():
+        guide(x, y)
+    plan = bmrs.reduce(model, guide, bmrs.Random(0.5, seed=2), min_kept=1)
+    plan.table["removed"] = plan.table.groupby("layer").cumcount() > 0
+    plan.shrink(model, guide)
+    assert (model.net[2].in_channels, model.net[2].out_channels, model.net[2].groups) == (4, 4, 4)
+    later = bmrs.reduce(model, guide, bmrs.Random(0.0))
+    assert later.apply(measure=False)(x).shape == (6, 2)
