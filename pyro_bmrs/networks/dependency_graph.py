@@ -27,7 +27,7 @@ from pyro_bmrs.networks.cuts import (
 )
 from pyro_bmrs.networks.groups import Member, StructureGroup
 from pyro_bmrs.networks.inputs import Inputs, call, first_examples, map_tensors, tensors_of
-from pyro_bmrs.networks.noise import MultiplicativeNoise, fixed_scales, noise_layers
+from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 
 # Names under which attention modules keep the size of a head.
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
@@ -73,12 +73,13 @@ class DependencyGraph:
         # an input that requires gradients shows where it is added to what the network makes
         example = map_tensors(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example)
         self.inputs = {id(tensor) for tensor in tensors_of(example)}
-        ones = {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in self.noise.items()}
         handles = [
-            module.register_forward_pre_hook(self._note) for module in network.modules() if _has_own(module)
+            module.register_forward_pre_hook(self._note)
+            for module in network.modules()
+            if has_own_parameters(module)
         ]
         try:
-            with torch.enable_grad(), fixed_scales(network, ones):
+            with torch.enable_grad(), at_one(network):
                 self.graph = torch_pruning.DependencyGraph().build_dependency(
                     network,
                     example_inputs=example,
@@ -227,7 +228,8 @@ def function_name(node: Any) -> str:
     return type(node.grad_fn).__name__
 
 
-def _has_own(module: nn.Module) -> bool:
+def has_own_parameters(module: nn.Module) -> bool:
+    """Whether a module holds parameters itself, not only in its parts."""
     return any(parameter is not None for parameter in module._parameters.values())
 
 
@@ -273,7 +275,7 @@ class Reach:
                 or _is_shared(node.module)
             ):
                 continue
-            if _has_own(node.module) or channels(node.module, side) is not None:
+            if has_own_parameters(node.module) or channels(node.module, side) is not None:
                 yield node.module, path, side, pairs
 
     def _parameters(self) -> Iterator[tuple[nn.Module, str]]:

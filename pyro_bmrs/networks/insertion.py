@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.networks.attention import separate_attention
-from pyro_bmrs.networks.dependency_graph import StructureError
+from pyro_bmrs.networks.dependency_graph import StructureError, has_own_parameters
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, map_tensors, repeated, tensors_of
-from pyro_bmrs.networks.noise import fixed_scales, noise_layers
+from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import Structures, find_structures
 from pyro_bmrs.networks.surgery import EqualityError, difference, remove_structures
 
@@ -114,11 +114,8 @@ def insert_noise[Network: nn.Module](
 def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs) -> None:
     """Raise unless the network with noise, at θ = 1, gives what the given one does."""
     outputs = []
-    ones = {
-        site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(noisy).items()
-    }
     for one in (network, noisy):
-        with torch.random.fork_rng(), fixed_scales(noisy, ones):
+        with torch.random.fork_rng(), at_one(noisy):
             torch.manual_seed(0)
             outputs.append(tensors_of(call(copy.deepcopy(one).eval(), example_input)))
     for index, (wanted, found) in enumerate(zip(*outputs, strict=True)):
@@ -136,9 +133,6 @@ def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs
 def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_input: Inputs) -> set[str]:
     """Paths of the layers whose input does not count examples in its first dimension."""
     found: set[str] = set()
-    ones = {
-        site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(noise).items()
-    }
     looked_at = copy.deepcopy(network).eval()
 
     def look(path: str, size: int) -> Any:
@@ -154,7 +148,7 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
             looked_at.get_submodule(path).register_forward_pre_hook(look(path, size), with_kwargs=True)
             for path in noise.readers
         ]
-        with torch.random.fork_rng(), fixed_scales(looked_at, ones):
+        with torch.random.fork_rng(), at_one(looked_at):
             call(looked_at, repeated(example_input, size))
         for handle in handles:
             handle.remove()
@@ -198,7 +192,7 @@ def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
         for path, module in network.named_modules()
-        if any(parameter is not None for parameter in module._parameters.values())
+        if has_own_parameters(module)
     ]
     try:
         call(network, inputs)

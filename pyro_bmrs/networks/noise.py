@@ -119,6 +119,14 @@ class MultiplicativeNoise(nn.Module):
         return f"{self.features}, dim={self.dim}, kept={int(self.kept.sum())}, site={self.site!r}"
 
 
+def at_one(module: nn.Module) -> FixedScales:
+    """A context in which every θ of `module` is 1: the network as it would be without noise."""
+    layers = noise_layers(module)
+    return FixedScales(
+        {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in layers.items()}
+    )
+
+
 def scaled(x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | None = None) -> Tensor:
     """x · θ along dimension `dim` of x; of several draws, example i takes draw i mod draws.
 

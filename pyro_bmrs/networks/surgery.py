@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
-from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise, without_noise
+from pyro_bmrs.networks.hooked_noise import hooked_noise, without_noise
 from pyro_bmrs.networks.inputs import Inputs, as_double, call, first_examples, map_tensors, tensors_of
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
@@ -209,7 +209,6 @@ def remove_structures(
     else:
         tolerance = max(tolerance, _OWN_TOLERANCE)
     small = copy.deepcopy(reduced)
-    without_hooked_noise(small)
     reduced_scales = {
         site: torch.where(kept[site].to(device), scales[site].to(device, torch.float64), 0.0)
         for site in groups

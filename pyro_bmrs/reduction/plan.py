@@ -22,10 +22,10 @@ from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.groups import gone
-from pyro_bmrs.networks.hooked_noise import without_hooked_noise, without_noise
+from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, first_examples
 from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import FixedScales, noise_layers
+from pyro_bmrs.networks.noise import at_one
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.reduction.shrink import earlier_cuts, shrink
@@ -85,6 +85,9 @@ class Reduction:
     def kept_mask(self, layer: str) -> Tensor:
         """True where a structure of `layer` stays, in the order of the table. Shape: (features,)."""
         return torch.tensor((~self.table.removed[self.table.layer == layer]).to_numpy())
+
+    def _kept_masks(self) -> dict[str, Tensor]:
+        return {layer: self.kept_mask(layer) for layer in self.layers}
 
     def scales(self) -> dict[str, Tensor]:
         """E[θ] of each kept structure and 0 of each removed one, by layer, float64."""
@@ -178,9 +181,8 @@ class Reduction:
                 message has the largest difference.
         """
         network, example_input = self._bound(network, example_input)
-        kept = {layer: self.kept_mask(layer) for layer in self.layers}
         examples = first_examples(example_input, check_examples(network, example_input))
-        surgery = remove_structures(network, kept, self.scales(), examples, tolerance=tolerance)
+        surgery = remove_structures(network, self._kept_masks(), self.scales(), examples, tolerance=tolerance)
         self.cuts = earlier_cuts(network).then(surgery.cuts)
         if measure:
             full = without_noise(copy.deepcopy(network))
@@ -200,8 +202,7 @@ class Reduction:
     def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
         """Number of parameters that `apply` would leave, counted without cutting."""
         network, example_input = self._bound(network, example_input)
-        kept = {layer: self.kept_mask(layer) for layer in self.layers}
-        cuts = gone(network, structure_groups(network, example_input).values(), kept)
+        cuts = gone(network, structure_groups(network, example_input).values(), self._kept_masks())
         return cuts.parameters_left(network)
 
     def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
@@ -223,7 +224,7 @@ class Reduction:
         """
         if self.cuts is None:
             raise ValueError("plan must have been applied before it was saved: it does not say what was cut")
-        small = without_hooked_noise(copy.deepcopy(network))
+        small = copy.deepcopy(network)
         separate_attention(small)
         self.cuts.cut(small)
         small = without_noise(small)
@@ -260,7 +261,7 @@ class Reduction:
         shrink(
             model,
             guide,
-            {layer: self.kept_mask(layer) for layer in self.layers},
+            self._kept_masks(),
             optimizer,
             self._bound(None, None)[1],
         )
@@ -388,11 +389,8 @@ def with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, mult
 
 def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
-    ones = {
-        site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in noise_layers(network).items()
-    }
     looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
-    with in_mode(looked_at, training=False), FixedScales(ones):
+    with in_mode(looked_at, training=False), at_one(looked_at):
         one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
 

@@ -16,7 +16,7 @@ from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import FixedScales, noise_layers
+from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.reduction.criteria import (
     Criterion,
@@ -179,10 +179,6 @@ def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) 
         raise ValueError("model_args must be given: a batch to call the model with")
     like = next(model.parameters())
     moved = map_tensors(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None), arguments)
-    ones = {
-        site: torch.ones_like(layer.log_low).expand(layer.features)
-        for site, layer in noise_layers(model).items()
-    }
     caught: list[Inputs] = []
     handle = network.register_forward_pre_hook(
         lambda _, given, keywords: caught.append(bound(network, given, keywords)), with_kwargs=True
@@ -193,7 +189,7 @@ def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) 
             in_mode(model, training=False),
             torch.random.fork_rng(),
             pyro.get_param_store().scope(),
-            FixedScales(ones),
+            at_one(model),
         ):
             model(*moved)
     finally:
