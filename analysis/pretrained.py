@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
+from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.networks.cost import latency_milliseconds, multiply_accumulates, parameters
 from pyro_bmrs.networks.export import load_weights, save_weights

@@ -18,10 +18,11 @@ _HOMES = {
     "distributions": ("LogUniform", "TruncatedLogNormal", "TruncatedNormal"),
     "evidence": ("log_evidence_change", "register_log_evidence_change"),
     "networks": ("MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise"),
-    "inference": ("AutoTruncatedLogNormal", "Classifier", "Fit", "Regressor", "fit", "recalibrate"),
+    "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
     "reduction": (
         "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "Random", "Reduction", "WeightNorm", "reduce",
     ),
+    "fitting": ("Fit", "fit"),
     "diagnostics": ("compression_curve", "report"),
     "data": ("load_data",),
 }  # fmt: skip
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from pyro_bmrs.diagnostics import compression_curve, report
     from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal, TruncatedNormal
     from pyro_bmrs.evidence import log_evidence_change, register_log_evidence_change
-    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Fit, Regressor, fit, recalibrate
+    from pyro_bmrs.fitting import Fit, fit
+    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
     from pyro_bmrs.networks import MultiplicativeNoise, insert_noise, name_sites, structures, without_noise
     from pyro_bmrs.reduction import (
         BMRS_N,

@@ -17,6 +17,7 @@ from pyro_bmrs import __version__
 
 if TYPE_CHECKING:
     from pyro_bmrs.runs import Run
+    from pyro_bmrs.sweep import Study
 
 app = typer.Typer(
     name="pyro-bmrs",
@@ -46,7 +47,7 @@ def _number(text: str) -> float:
 _REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
 _FIT_SETTINGS = (
     "epochs", "batch_size", "seed", "kl_weight", "learning_rate", "posterior_learning_rate",
-    "draws_per_batch", "removal", "limit",
+    "draws_per_batch", "removal", "schedule", "gradient_clip", "accumulate", "patience", "precision", "limit",
 )  # fmt: skip
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A Python file like those in models/.")]
@@ -68,9 +69,21 @@ KLWeight = Annotated[
 LearningRate = Annotated[float | None, typer.Option(parser=_number, help="Of the weights.")]
 PosteriorRate = Annotated[float | None, typer.Option(parser=_number, help="Of the posterior's parameters.")]
 Draws = Annotated[
-    int | None, typer.Option(parser=_whole, help="Values of θ per batch; default one per example.")
+    int | None, typer.Option(parser=_whole, help="Values of θ per batch; default 16, 0: one per example.")
 ]
-Removal = Annotated[str | None, typer.Option(help="end, or epoch: remove after each epoch too.")]
+Removal = Annotated[
+    str | None,
+    typer.Option(help="end, or epoch: shrink after each epoch too, or mask: fix at θ = 0 after each epoch."),
+]
+Schedule = Annotated[str | None, typer.Option(help="Of the learning rates: constant, cosine or linear.")]
+Clip = Annotated[
+    float | None, typer.Option("--gradient-clip", parser=_number, help="Largest norm of a step's gradient.")
+]
+Accumulate = Annotated[int | None, typer.Option(parser=_whole, help="Batches per step of the optimiser.")]
+Patience = Annotated[
+    int | None, typer.Option(parser=_whole, help="Stop the fit after so many epochs without progress.")
+]
+Precision = Annotated[str | None, typer.Option(help="Of the network: 32 or bf16-mixed.")]
 Limit = Annotated[int | None, typer.Option(parser=_whole, help="Use only so many training examples.")]
 CriterionName = Annotated[
     str | None,
@@ -98,6 +111,12 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Devices = Annotated[
+    int, typer.Option(parser=_whole, help="How many devices to fit on, with a process for each.")
+]
+LoggerName = Annotated[
+    str | None, typer.Option("--logger", help="csv or tensorboard: write logs/ while the fit runs.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
@@ -124,7 +143,8 @@ def _new_run(given: dict[str, Any]) -> Run:
     overrides = {name: given[name] for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
     current = Run(
         given["out"], recipe, Settings.of(recipe, given["data"], overrides), data_root=given["data_root"],
-        device=given["device"], progress=not given["quiet"], overwrite=given["overwrite"],
+        device=given["device"], devices=given["devices"], logger=given["logger"], progress=not given["quiet"],
+        overwrite=given["overwrite"],
     )  # fmt: skip
     weight = current.settings.kl_weight
     print(
@@ -169,6 +189,24 @@ def _print_outcome(run: Run) -> None:
     )
 
 
+def _print_cells(study: Study) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    fits = list(dict.fromkeys(cell.fit for cell in study.cells))
+    table = Table(Column("folder", overflow="fold"))
+    for name in ("KL weight", "criterion", "seed", "fit"):
+        table.add_column(name, justify="left" if name == "criterion" else "right", no_wrap=True)
+    for cell in study.cells:
+        settings = cell.settings
+        row = (settings.kl_weight, settings.criterion, settings.seed, fits.index(cell.fit) + 1)
+        table.add_row(cell.name, *map(str, row))
+    console = Console()
+    console.print(table)
+    told = f"{len(study.cells)} cells, {len(fits)} fits, in {study.out}"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+
 # The commands take their options from the context by name: each appears once in a signature, for its help
 # and type, and `_new_run` and `_old_run` pick what they need.
 
@@ -188,6 +226,11 @@ def run(
     posterior_learning_rate: PosteriorRate = None,
     draws_per_batch: Draws = None,
     removal: Removal = None,
+    schedule: Schedule = None,
+    gradient_clip: Clip = None,
+    accumulate: Accumulate = None,
+    patience: Patience = None,
+    precision: Precision = None,
     limit: Limit = None,
     criterion: CriterionName = None,
     prior_log_odds: LogOdds = None,
@@ -197,6 +240,8 @@ def run(
     fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
+    devices: Devices = 1,
+    logger: LoggerName = None,
     quiet: Quiet = False,
     require_removed: Annotated[
         float | None,
@@ -249,6 +294,11 @@ def fit(
     posterior_learning_rate: PosteriorRate = None,
     draws_per_batch: Draws = None,
     removal: Removal = None,
+    schedule: Schedule = None,
+    gradient_clip: Clip = None,
+    accumulate: Accumulate = None,
+    patience: Patience = None,
+    precision: Precision = None,
     limit: Limit = None,
     criterion: CriterionName = None,
     prior_log_odds: LogOdds = None,
@@ -258,6 +308,8 @@ def fit(
     fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
+    devices: Devices = 1,
+    logger: LoggerName = None,
     quiet: Quiet = False,
 ) -> None:
     """Fit the posterior only."""
@@ -337,6 +389,35 @@ def export(
 ) -> None:
     """Write the small network of a run for other programs, checked to compute the same."""
     print(f"small network in {_old_run(context.params).export(out)}")
+
+
+@app.command()
+def sweep(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file; docs/sweeps.md has its keys.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for everything that comes out; this and what follows: default the file's."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(parser=_whole, help="Runs side by side.")] = None,
+    backend: Annotated[str | None, typer.Option(help="processes, or ray (needs the extra ray).")] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and stop.")] = False,
+) -> int:
+    """Do many runs, of all combinations that a file gives, into one table; called again it goes on."""
+    from pyro_bmrs.sweep import Study, run_study
+
+    asked = Study.read(study, out=out, jobs=jobs, backend=backend)
+    if dry_run:
+        _print_cells(asked)
+        return 0
+    table = run_study(asked, data_root=data_root, device=device, progress=not quiet)
+    failed = table[table.status == "failed"]
+    print(f"{len(table) - len(failed)} of {len(table)} cells done; results: {asked.out / 'results.csv'}")
+    for row in failed.itertuples():
+        print(f"pyro-bmrs: {row.folder} failed: {row.error}", file=sys.stderr)
+    return 1 if len(failed) else 0
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# One entry in a safetensors file's metadata: several are written in an order that differs from save to save.
+_HEADER = "pyro_bmrs"
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
@@ -20,10 +28,40 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
         mask = os.umask(0)
         os.umask(mask)
         beside.chmod(0o666 & ~mask)  # mkstemp's files are private; the result should not be
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # a rename may reach the disk before what it renames
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Write tensors and a JSON header to one safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {_HEADER: json.dumps(header)}
+    return write_atomically(path, lambda beside: save_file(whole, beside, metadata=metadata))
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors that `write_tensors` wrote.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no file of pyro_bmrs")
+    return header, tensors
 
 
 def refuse_newer(path: Path | str, kind: str, version: int, newest: int) -> None:

@@ -116,8 +116,13 @@ class Settings:
     posterior_learning_rate: float = 5e-3
     kl_weight: float = 1.0
     warm_up: float = 0.25
-    draws_per_batch: int | None = None
+    draws_per_batch: int = 16
     removal: str = "end"
+    schedule: str = "constant"
+    gradient_clip: float | None = None
+    accumulate: int = 1
+    patience: int | None = None
+    precision: str = "32"
     image_size: int | None = None
     network: dict[str, Any] | None = None
     limit: int | None = None
@@ -132,6 +137,7 @@ class Settings:
         for name, least, allowed in (
             ("batch_size", 1, "a number of examples, 1 or more"),
             ("min_kept", 1, "a number of structures, 1 or more"),
+            ("draws_per_batch", 0, "a number of draws, 1 or more, or 0 for one per example"),
             ("fine_tune", 0, "a number of epochs, 0 or more"),
         ):
             value = getattr(self, name)
@@ -181,6 +187,6 @@ class Settings:
         """The part that a fitted posterior depends on."""
         names = [field.name for field in fields(self)]
         kept = names[: names.index("limit") + 1]
-        if self.removal == "epoch":  # then the criterion has a hand in the fit
+        if self.removal != "end":  # then the criterion has a hand in the fit
             kept += ["criterion", "prior_log_odds", "min_kept"]
         return {name: getattr(self, name) for name in kept}

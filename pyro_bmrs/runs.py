@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -23,8 +24,11 @@ from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.diagnostics import compression_curve, report
 from pyro_bmrs.files import refuse_newer, write_atomically
-from pyro_bmrs.inference import Classifier, Fit, evaluate, fit, recalibrate
-from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
+from pyro_bmrs.fitting import Fit, fit
+from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
+from pyro_bmrs.fitting.devices import check_devices
+from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
+from pyro_bmrs.inference import Classifier, evaluate, recalibrate
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 from pyro_bmrs.networks.noise import noise_layers
@@ -41,6 +45,7 @@ FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "poste
 REDUCE_FILES = (
     "evaluation.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.safetensors", "plan.json",
 )  # fmt: skip
+LOGGERS = ("csv", "tensorboard")
 REPORT_FILES = ("curve.csv", "report.html")
 
 
@@ -77,6 +82,8 @@ class Run:
         changes: to the settings that the folder holds, by name; None: no change.
         data_root: where the data sets are.
         device: where to compute: "auto" is the accelerator where there is one.
+        devices: how many, or "auto" for all.
+        logger: "csv" or "tensorboard": also write the history, while it grows, to logs/ in the folder.
         progress: show progress.
         overwrite: whether a fit with other settings or another recipe in the folder may be replaced.
 
@@ -94,10 +101,16 @@ class Run:
         changes: Mapping[str, Any] | None = None,
         data_root: Path | str | None = None,
         device: str = "auto",
+        devices: int | str = 1,
+        logger: str | None = None,
         progress: bool = True,
         overwrite: bool = False,
     ) -> None:
         self.folder, self.progress, self.overwrite = Path(folder), progress, overwrite
+        check_devices(None, devices, "32")
+        if logger not in (None, *LOGGERS):
+            raise ValueError(f"logger must be one of {LOGGERS} or None: got {logger!r}")
+        self.devices, self.logger = devices, logger
         stored = None if overwrite else self._stored_settings()
         if recipe is None or settings is None:
             if stored is None:
@@ -130,9 +143,14 @@ class Run:
             )  # fmt: skip
         except DataError as error:
             raise ValueError(f"data {settings.data!r} can't be used: {error}") from error
-        self.network = recipe.network(self.dataset, settings.network or {}, settings.seed).to(self.device)
+        self.network = self._original_network().to(self.device)
+        self.parameters_before = parameters(self.network)
         self.model = recipe.model(self.network).to(self.device)
         self.guide = recipe.guide(self.model)
+
+    def _original_network(self) -> nn.Module:
+        """The recipe's network as it was before the fit, of which nothing has been taken out."""
+        return self.recipe.network(self.dataset, self.settings.network or {}, self.settings.seed)
 
     def _stored_settings(self) -> dict[str, Any] | None:
         """settings (Settings), fit (the part of them the posterior was fitted with), recipe (its name)."""
@@ -219,14 +237,18 @@ class Run:
             self.model, self.guide, self.dataset.train, self.dataset.validation, epochs=settings.epochs,
             batch_size=settings.batch_size, learning_rate=settings.learning_rate,
             posterior_learning_rate=settings.posterior_learning_rate, kl_weight=settings.kl_weight,
-            warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch,
+            warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch or None,
             criterion=parse_criterion(settings.criterion, settings.prior_log_odds),
-            removal=settings.removal, min_kept=settings.min_kept, seed=settings.seed, device=self.device,
-            progress=self.progress,
+            removal=settings.removal, min_kept=settings.min_kept, patience=settings.patience,
+            gradient_clip=settings.gradient_clip, accumulate=settings.accumulate,
+            schedule=settings.schedule, precision=settings.precision, seed=settings.seed,
+            checkpoints=self.folder / "checkpoints" / "fit", overwrite=self.overwrite,
+            label=hashlib.sha256(self.recipe.path.read_bytes()).hexdigest(), device=self.device,
+            devices=self.devices, logger=self._logger("fit"), progress=self.progress,
         )  # fmt: skip
         if result.interrupted:
             raise Interrupted(
-                f"interrupted in epoch {len(result.history) + 1}; nothing of this fit is in {self.folder}"
+                f"interrupted in epoch {len(result.history) + 1}; the same command goes on from there"
             )
         self.fitted_with = settings.of_fit()
         copied = self.folder / "recipe.py"
@@ -240,6 +262,19 @@ class Run:
         save_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
         self.overwrite = False
         return result
+
+    def _logger(self, stage: str) -> Any:
+        """A TensorBoard or CSV logger of this stage, anew; None where none was asked for."""
+        if self.logger is None:
+            return None
+        from lightning_fabric.loggers.csv_logs import CSVLogger
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+        logs = self.folder / "logs"
+        shutil.rmtree(logs / stage, ignore_errors=True)
+        if self.logger == "csv":
+            return CSVLogger(logs, name=stage, version="", flush_logs_every_n_steps=1)
+        return TensorBoardLogger(logs, name=stage, version="")
 
     def _check_shrinkable(self) -> None:
         """Call the model once and shrink its network once, so that a bad recipe is refused before the fit."""
@@ -285,8 +320,9 @@ class Run:
             recalibrate(small, self.dataset.train, batch_size=settings.batch_size, seed=settings.seed)
         model = self._model_of(small)
         test = self.dataset.test
+        tuning = self.folder / "checkpoints" / f"fine-tune-{self._reduction_name()}"
         rows = [
-            ("full, E[θ]", *evaluate(self.model, test, self.guide.mean()), parameters(self.network)),
+            ("full, E[θ]", *evaluate(self.model, test, self.guide.mean()), self.parameters_before),
             ("reduced", *evaluate(model, test), parameters(small)),
         ]
         history = self._read_table("history.csv", "phase", "epoch")
@@ -296,10 +332,15 @@ class Run:
             tuned = fit(
                 model, None, self.dataset.train, self.dataset.validation, epochs=settings.fine_tune,
                 batch_size=settings.batch_size, learning_rate=settings.learning_rate, schedule="cosine",
-                seed=settings.seed, progress=self.progress,
+                gradient_clip=settings.gradient_clip, accumulate=settings.accumulate,
+                precision=settings.precision, seed=settings.seed, checkpoints=tuning,
+                devices=self.devices, logger=self._logger("fine-tune"), progress=self.progress,
             )  # fmt: skip
             if tuned.interrupted:
-                raise Interrupted(f"interrupted while fine-tuning; the fit in {self.folder} stands")
+                raise Interrupted(
+                    f"interrupted in epoch {len(tuned.history) + 1} of the fine-tuning; the same command goes on "
+                    "from there"
+                )
             kept = sum(map(len, plan.kept.values()))
             history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
             rows.append(("fine-tuned", *evaluate(model, test), parameters(small)))
@@ -315,7 +356,14 @@ class Run:
         save_weights(small, self.folder / "small.safetensors")
         export_program(small, test[:2][0], self.folder / "small.pt2")
         plan.save(self.folder / "plan.json")
+        shutil.rmtree(tuning, ignore_errors=True)
         return plan, small
+
+    def _reduction_name(self) -> str:
+        """Other for each posterior and each way of reducing it."""
+        content = (self.folder / "posterior.safetensors").read_bytes()
+        content += json.dumps(asdict(self.settings)).encode()
+        return hashlib.blake2b(content, digest_size=4).hexdigest()
 
     def _model_of(self, small: nn.Module) -> nn.Module:
         """The Pyro model round the small network, with what the fit learned outside the network."""
@@ -388,7 +436,7 @@ class Run:
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
         self._need("small.safetensors")
-        return self.plan().rebuild(self.network, self.folder / "small.safetensors")
+        return self.plan().rebuild(self._original_network(), self.folder / "small.safetensors")
 
     def export(self, path: Path) -> Path:
         """Write the small network as an ONNX file (.onnx) or a torch.export program (.pt2)."""
@@ -411,4 +459,4 @@ class Run:
         return pd.DataFrame({"label": label.numpy(), "probability": probability.numpy()})
 
 
-_REMOVAL_COLUMNS = ["phase", "epoch", "layer", "unit", "score"]
+_REMOVAL_COLUMNS = ["phase", *LEDGER_COLUMNS]

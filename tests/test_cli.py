@@ -12,8 +12,9 @@ import pytest
 import torch
 from command_line import call
 
-from pyro_bmrs import cli
+from pyro_bmrs import cli, runs
 from pyro_bmrs.data import load_data
+from pyro_bmrs.recipes import Recipe, Settings
 from pyro_bmrs.runs import Run
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
@@ -126,9 +127,21 @@ TABLE = [
     (RUN + "--learning-rate -0.1", "learning_rate", "-0.1"),
     (RUN + "--learning-rate inf", "learning_rate", "inf"),
     (RUN + "--posterior-learning-rate -0.1", "posterior_learning_rate", "-0.1"),
-    (RUN + "--draws-per-batch 0", "draws_per_batch", "got 0"),
+    (RUN + "--draws-per-batch -1", "draws_per_batch", "got -1"),
     (RUN + "--draws-per-batch x", "--draws-per-batch", "'x'"),
     (RUN + "--removal foo", "removal", "'foo'"),
+    (RUN + "--schedule step", "schedule", "'step'"),
+    (RUN + "--gradient-clip 0", "gradient_clip", "got 0"),
+    (RUN + "--gradient-clip nan", "gradient_clip", "nan"),
+    (RUN + "--gradient-clip x", "--gradient-clip", "'x'"),
+    (RUN + "--accumulate 0", "accumulate", "got 0"),
+    (RUN + "--accumulate x", "--accumulate", "'x'"),
+    (RUN + "--patience 0", "patience", "got 0"),
+    (RUN + "--patience x", "--patience", "'x'"),
+    (RUN + "--precision 16", "precision", "'16'"),
+    (RUN + "--devices 0", "devices", "got 0"),
+    (RUN + "--devices x", "--devices", "'x'"),
+    (RUN + "--logger paper", "logger", "'paper'"),
     (RUN + "--limit x", "--limit", "'x'"),
     (RUN + "--limit 1", "limit is 1"),
     (RUN + "--criterion BMRS", "criterion", "'BMRS'"),
@@ -194,7 +207,7 @@ def test_a_wrong_argument_is_one_line(line, named, place, finished, capsys):
 @pytest.mark.parametrize("name", BAD_RECIPES)
 def test_a_wrong_recipe_is_one_line_before_any_fit(name, place, capsys, monkeypatch):
     # the package has the function under its module's name
-    loop = sys.modules["pyro_bmrs.inference.fit"]._Loop
+    loop = sys.modules["pyro_bmrs.fitting.loop"].Loop
     monkeypatch.setattr(loop, "run", lambda *_: pytest.fail("the fit began"))
     named = "epochs" if name == "settings_text" else "network" if "settings_j" in name else f"{name}.py"
     named = "network" if name == "settings_network" else named
@@ -230,7 +243,8 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "fit tiny.py --out new --quiet --epochs 1 --batch-size 16 --seed 3 --kl-weight 4 "
         "--learning-rate 0.002 --posterior-learning-rate 0.003 --draws-per-batch 2 --removal epoch "
         "--limit 100 --criterion BMRS_U:bits=4 --prior-log-odds -0.5 --min-kept 2 --fine-tune 5 "
-        "--round-to 2 --no-recalibrate --device cpu"
+        "--round-to 2 --no-recalibrate --device cpu --schedule linear --gradient-clip 2.5 --accumulate 2 "
+        "--patience 4 --precision bf16-mixed"
     )
     assert call(*line.split()) == 0
     assert Run("new").settings.__dict__ == {
@@ -238,7 +252,23 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.25, "draws_per_batch": 2,
         "removal": "epoch", "image_size": None, "network": None, "limit": 100, "criterion": "BMRS_U:bits=4",
         "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
+        "schedule": "linear", "gradient_clip": 2.5, "accumulate": 2, "patience": 4, "precision": "bf16-mixed",
     }  # fmt: skip
+
+
+def test_draws_per_batch_of_0_is_one_per_example(place, monkeypatch):
+    class Begun(Exception):  # noqa: N818 no error
+        pass
+
+    def begin(*_, **options):
+        raise Begun(options["draws_per_batch"])
+
+    monkeypatch.setattr(runs, "fit", begin)
+    recipe = Recipe.read("tiny.py")
+    for given, reached in ((0, "None"), (3, "3"), (None, "16")):
+        settings = Settings.of(recipe, "digits", {"draws_per_batch": given})
+        with pytest.raises(Begun, match=f"^{reached}$"):
+            Run("new", recipe, settings, progress=False).fit()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pyro_bmrs
 
 HEAVY = (
     "arviz", "matplotlib", "torchvision", "lightning_fabric", "torch_pruning", "torch", "pyro", "pandas",
-    "numpy", "sklearn", "rich",
+    "numpy", "sklearn", "rich", "joblib", "yaml", "ray",
 )  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def python(code, *options):
         "from pyro_bmrs import cli; command(['--help'])",
         "from pyro_bmrs import cli; command(['run', '--help'])",
         "from pyro_bmrs import cli; command(['predict', '--help'])",
+        "from pyro_bmrs import cli; command(['sweep', '--help'])",
         "from pyro_bmrs import cli; command(['--version'])",
         "from pyro_bmrs import cli; command(['run', 'models/mlp.py', '--epochs', 'many'])",
     ],

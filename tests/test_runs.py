@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from pyro_bmrs import runs
 from pyro_bmrs.data import load_data
+from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.recipes import Recipe, Settings
 from pyro_bmrs.runs import Run
 
@@ -26,8 +27,11 @@ RECIPE = Path(__file__).with_name("tiny_recipe.py")
 CONTRACT = {
     "posterior.safetensors", "plan.json", "plan.safetensors", "small.safetensors", "small.pt2", "history.csv",
     "structures.csv", "removals.csv", "settings.json", "report.html", "evaluation.csv", "curve.csv",
-    "recipe.py",
+    "recipe.py", "checkpoints",
 }  # fmt: skip
+# of the two epochs of the recipe
+CHECKPOINTS = {"fit/epoch-0001.safetensors", "fit/epoch-0002.safetensors", "fit/ledger.csv"}
+FIT = {*runs.FIT_FILES, "checkpoints"}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +48,21 @@ def copied(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def files(folder):
+    """All files, those in folders below too, by their paths."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def contents(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files(folder).items()}
 
 
 def stamps(folder):
-    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
+    return {name: (path.stat().st_mtime_ns, path.stat().st_ino) for name, path in files(folder).items()}
 
 
 def plan_without_times(folder):
@@ -79,16 +92,17 @@ def same_outcome(one, other):
 
 
 def test_a_run_leaves_the_files_of_the_contract_and_nothing_else(finished):
-    assert {path.name for path in finished.iterdir()} == CONTRACT
-    assert all(path.stat().st_size > 0 for path in finished.iterdir())
+    assert names(finished) == CONTRACT
+    assert set(files(finished / "checkpoints")) == CHECKPOINTS
+    assert all(path.stat().st_size > 0 for path in files(finished).values())
     assert (finished / "recipe.py").read_bytes() == RECIPE.read_bytes()
-    assert {path.name for path in finished.parent.iterdir()} == {"tiny"}
+    assert names(finished.parent) == {"tiny"}
 
 
 def test_files_are_readable_by_whom_the_umask_lets(finished):
     mask = os.umask(0)
     os.umask(mask)
-    assert {path.stat().st_mode & 0o777 for path in finished.iterdir()} == {0o666 & ~mask}
+    assert {path.stat().st_mode & 0o777 for path in files(finished).values()} == {0o666 & ~mask}
 
 
 def test_called_again_it_is_complete_and_nothing_changes(copied, capsys):
@@ -117,7 +131,8 @@ def test_another_recipe_is_refused(copied, tmp_path, capsys):
 
 def test_overwrite_starts_anew(copied, finished, capsys):
     assert call("run", RECIPE, "--out", copied, "--quiet", "--overwrite", "--seed", "5") == 0
-    assert {path.name for path in copied.iterdir()} == CONTRACT
+    assert names(copied) == CONTRACT
+    assert set(files(copied / "checkpoints")) == CHECKPOINTS
     assert json.loads((copied / "settings.json").read_text())["settings"]["seed"] == 5
     assert contents(copied)["posterior.safetensors"] != contents(finished)["posterior.safetensors"]
 
@@ -126,23 +141,31 @@ def test_overwrite_with_a_mistake_destroys_nothing(copied):
     before = stamps(copied)
     assert call("run", RECIPE, "--out", copied, "--overwrite", "--data", "nothing") == 2
     assert call("run", RECIPE, "--out", copied, "--overwrite", "--epochs", "0") == 2
-    assert call("run", RECIPE, "--out", copied, "--overwrite", "--learning-rate", "1e38", "--quiet") == 2
     assert stamps(copied) == before
+    # this one fails in the fit, which needs the folder's checkpoints for its own
+    assert call("run", RECIPE, "--out", copied, "--overwrite", "--learning-rate", "1e38", "--quiet") == 2
+    assert names(copied) == CONTRACT
+    after = stamps(copied)
+    assert all(after[name] == stamp for name, stamp in before.items() if "checkpoints" not in name)
+    assert call("run", RECIPE, "--out", copied, "--quiet") == 0
+    assert stamps(copied) == after
 
 
 def test_overwrite_by_the_copy_of_the_recipe_in_the_folder(copied):
     assert call("fit", copied / "recipe.py", "--out", copied, "--quiet", "--overwrite", "--epochs", "1") == 0
-    assert {path.name for path in copied.iterdir()} == set(runs.FIT_FILES)
+    assert names(copied) == FIT
+    assert set(files(copied / "checkpoints")) == CHECKPOINTS - {"fit/epoch-0002.safetensors"}
 
 
 def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_path):
     folder = tmp_path / "parts"
     assert call("fit", RECIPE, "--out", folder, "--quiet") == 0
-    assert {path.name for path in folder.iterdir()} == set(runs.FIT_FILES)
+    assert names(folder) == FIT
     assert call("reduce", folder, "--quiet") == 0
-    assert {path.name for path in folder.iterdir()} == CONTRACT - {"report.html", "curve.csv"}
+    assert names(folder) == CONTRACT - {"report.html", "curve.csv"}
     assert call("report", folder, "--quiet") == 0
-    assert {path.name for path in folder.iterdir()} == CONTRACT
+    assert names(folder) == CONTRACT
+    assert set(files(folder / "checkpoints")) == CHECKPOINTS
     same_outcome(finished, folder)
     assert "tiny_recipe.py" in (folder / "report.html").read_text()  # not recipe.py, the copy's name
 
@@ -184,6 +207,15 @@ def test_removal_in_the_fit_is_noted_and_ties_the_fit_to_its_criterion(tmp_path,
     removals = pd.read_csv(folder / "removals.csv", dtype={"layer": str})
     structures = pd.read_csv(folder / "structures.csv", dtype={"layer": str})
     pd.testing.assert_frame_equal(removals[: len(noted)], noted)
+    ledger = pd.read_csv(folder / "checkpoints" / "fit" / "ledger.csv", dtype={"layer": str})
+    pd.testing.assert_frame_equal(ledger, noted.drop(columns="phase"))
+    # what the fit took out is still in the table, with the others' numbers unmoved
+    assert len(structures) == 26
+    by_fit = structures[structures.removed_in_fit]
+    assert (by_fit.present == False).all()  # noqa: E712 of a column
+    assert structures.present.sum() == len(structures) - len(noted)
+    assert set(zip(by_fit.layer, by_fit.unit, strict=True)) == set(zip(noted.layer, noted.unit, strict=True))
+    assert removals.log_evidence_change.notna().tolist() == (removals.phase == "fit").tolist()
     assert len(removals) == structures.removed.sum() > len(noted)
     assert not removals.duplicated(["layer", "unit"]).any()
     capsys.readouterr()
@@ -197,15 +229,19 @@ def test_columns_and_counts_of_the_tables(finished):
     structures, removals = table["structures.csv"], table["removals.csv"]
     assert list(structures) == [
         "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight",
-        "removed", "removed_in_fit",
+        "removed", "removed_in_fit", "present",
     ]  # fmt: skip
-    assert list(removals) == ["phase", "epoch", "layer", "unit", "score"]
+    assert structures.present.all()
+    assert not structures.removed_in_fit.any()
+    assert list(removals) == ["phase", "epoch", "layer", "unit", "score", "log_evidence_change"]
     gone = structures[structures.removed]
     assert 0 < len(gone) < len(structures) == 26
     assert (structures.kl_weight == 2.0).all()
     assert list(zip(removals.layer, removals.unit, strict=True)) == list(
         zip(gone.layer, gone.unit, strict=True)
     )
+    assert removals.log_evidence_change.tolist() == gone.log_evidence_change.tolist()
+    assert removals.log_evidence_change.notna().all()
     assert (removals.epoch == 2).all()
     assert list(table["history.csv"].phase) == ["fit", "fit", "fine-tune"]
     assert list(table["evaluation.csv"].network) == ["full, E[θ]", "reduced", "fine-tuned"]
@@ -277,35 +313,94 @@ def test_a_run_leaves_nothing_in_pyros_store_and_random_numbers(copied):
 # stopped ------------------------------------------------------------------------------------------------
 
 
-def start(folder):
+def start(folder, *arguments):
     """A run that would take long, in a process of its own, past its first epoch."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyro_bmrs.cli", "run", RECIPE, "--out", folder, "--epochs", "100000"],
+        [sys.executable, "-m", "pyro_bmrs.cli", "run", RECIPE, "--out", folder, *(arguments or LONG)],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert "epoch 1/" in process.stderr.readline()
     return process
 
 
-def test_ctrl_c_in_the_fit_is_one_line_and_status_130(tmp_path):
+LONG = ("--epochs", "100000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_the_fit_is_one_line_status_130_and_leaves_what_it_takes_to_go_on(number, tmp_path, capsys):
     folder = tmp_path / "run"
     process = start(folder)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.count("\n") == 1
     assert "interrupted in epoch" in error
-    assert not folder.exists()
+    assert "the same command goes on from there" in error
+    assert names(folder) == {"checkpoints"}
+    newest = max(name for name in files(folder / "checkpoints" / "fit") if name.endswith(".safetensors"))
+    # another fit does not take it for its own, unless it may
+    assert call("run", RECIPE, "--out", folder, "--quiet", "--epochs", "3") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "epochs 100000 → 3" in error
+    assert newest in files(folder / "checkpoints" / "fit")
+    if number == signal.SIGINT:
+        return
+    assert call("run", RECIPE, "--out", folder, "--quiet", "--overwrite") == 0
+    assert names(folder) == CONTRACT
+    assert set(files(folder / "checkpoints")) == CHECKPOINTS
 
 
-def test_a_killed_fit_leaves_nothing_and_a_later_run_finishes(tmp_path):
+class StopInEpoch:
+    """Ctrl-C once, when an epoch is done."""
+
+    def __init__(self, epoch, phase="fit"):
+        self.epoch, self.phase = epoch, phase
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        real = EpochProgress.epoch
+
+        def epoch(display, row):
+            real(display, row)
+            if (row["phase"], row["epoch"]) == (self.phase, self.epoch):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        self.patch.setattr(EpochProgress, "epoch", epoch)
+
+    def __exit__(self, *error):
+        self.patch.undo()
+
+
+@pytest.mark.parametrize("phase", ["fit", "fine-tune"])
+def test_after_ctrl_c_the_same_command_goes_on_to_the_same_end(phase, tmp_path, capsys):
+    """In the fit and in the fine-tuning: no epoch is made twice, and the files are those of one run."""
+    arguments = ("--quiet", "--fine-tune", "2", "--removal", "epoch", "--epochs", "3", "--limit", "120")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert call("run", RECIPE, "--out", whole, *arguments) == 0
+    with StopInEpoch(1, phase):
+        assert call("run", RECIPE, "--out", folder, *arguments) == 130
+    assert "interrupted in epoch 2" in capsys.readouterr().err
+    epochs = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            EpochProgress, "epoch", lambda display, row: epochs.append((row["phase"], row["epoch"]))
+        )
+        assert call("run", RECIPE, "--out", folder, *arguments) == 0
+    fit, tuning = [("fit", 1), ("fit", 2), ("fit", 3)], [("fine-tune", 1), ("fine-tune", 2)]
+    assert epochs == (fit[1:] + tuning if phase == "fit" else tuning[1:])
+    assert set(files(folder)) == set(files(whole))
+    same_outcome(whole, folder)
+
+
+def test_a_killed_fit_leaves_its_checkpoints_alone_and_a_later_run_finishes(tmp_path):
     folder = tmp_path / "run"
     process = start(folder)
     process.kill()
     process.communicate(timeout=60)
-    assert not folder.exists()
-    assert call("run", RECIPE, "--out", folder, "--quiet", "--epochs", "1") == 0
-    assert {path.name for path in folder.iterdir()} == CONTRACT
+    assert names(folder) == {"checkpoints"}
+    assert call("run", RECIPE, "--out", folder, "--quiet", "--epochs", "1", "--overwrite") == 0
+    assert names(folder) == CONTRACT
 
 
 @pytest.mark.parametrize("stage", ["save_posterior", "export_program", "report"])
@@ -323,8 +418,9 @@ def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
         arguments = ("--quiet", "--overwrite", "--criterion", "SNR")
         assert call("run", RECIPE, "--out", copied, *arguments) == (2 if isinstance(error, OSError) else 130)
     assert capsys.readouterr().err.count("\n") == 1
-    left = {path.name for path in copied.iterdir()}
+    left = names(copied)
     assert left <= CONTRACT
+    assert "checkpoints" in left
     assert "report.html" not in left
     if stage != "report":
         assert "plan.json" not in left
@@ -333,7 +429,7 @@ def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
         assert capsys.readouterr().err.count("\n") == 2
     if stage == "export_program" and isinstance(error, OSError):  # one finish is enough; each takes seconds
         assert call("run", RECIPE, "--out", copied, "--quiet") == 0
-        assert {path.name for path in copied.iterdir()} == CONTRACT
+        assert names(copied) == CONTRACT
         same_outcome(finished, copied)
 
 

@@ -33,13 +33,14 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
 
     if points < 2:
         raise ValueError(f"points must be at least 2: got {points}")
-    scores = plan.table.score.sort_values(ascending=False, ignore_index=True)
-    total, own = len(scores), int(plan.table.removed.sum())
+    rows_left = plan.table[plan.table.present]
+    scores = rows_left.score.sort_values(ascending=False, ignore_index=True)
+    total, own = len(scores), int(rows_left.removed.sum())
     counts = [round(index * total / (points - 1)) for index in range(points)]
     beyond = points // 3 + 1
     counts += [own + round(index * (total - own) / beyond) for index in range(1, beyond)]
     thresholds = {float("inf") if count == 0 else float(scores[count - 1]) for count in counts} | {0.0}
-    full = plan.at(float("inf")).parameters_left()
+    full = plan.parameters_before()
     device = next(model.parameters()).device
     rows = []
     for threshold in sorted(thresholds, reverse=True):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.inference import Fit
+    from pyro_bmrs.fitting import Fit
     from pyro_bmrs.reduction import Reduction
 
 WIDTH_COLUMNS = ("layer", "before", "after")

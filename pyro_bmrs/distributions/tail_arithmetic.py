@@ -83,9 +83,9 @@ def attach_derivatives(value: Tensor, derivatives: list[tuple[Tensor, Tensor]]) 
     return result
 
 
-def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _in_float64[Result](function: Callable[..., Result]) -> Callable[..., Result]:
     @wraps(function)
-    def wrapper(*arguments: Any, **options: Any) -> Tensor:
+    def wrapper(*arguments: Any, **options: Any) -> Result:
         return function(*(a.double() if isinstance(a, Tensor) else a for a in arguments), **options)
 
     return wrapper
@@ -277,22 +277,31 @@ def log_density(x: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
 
 
 @_in_float64
+@torch.no_grad()
+def entropy_with_slopes(
+    loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differential entropy of x in nats, ∂/∂loc = Cov(z, z²)/(2 scale) and ∂/∂scale = Var(z²)/(2 scale)."""
+    alpha, beta, from_low = near_frame(loc, scale, low, high)
+    edges = _edge_terms(alpha, beta)
+    moments = _moments(alpha, beta, edges)
+    value = (
+        torch.log(scale)
+        + edges.log_mass
+        + LOG_SQRT_2PI
+        + 0.5
+        + 0.5 * (alpha * edges.near_excess - beta * edges.far)
+    )
+    sign = torch.where(from_low, 1.0, -1.0)
+    d_loc = sign * moments.covariance_with_square / (2 * scale)
+    d_scale = moments.variance_of_square / (2 * scale)
+    return value, d_loc, d_scale
+
+
+@_in_float64
 def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Differential entropy of x in nats, with ∂/∂loc = Cov(z, z²)/(2 scale), ∂/∂scale = Var(z²)/(2 scale)."""
-    with torch.no_grad():
-        alpha, beta, from_low = near_frame(loc, scale, low, high)
-        edges = _edge_terms(alpha, beta)
-        moments = _moments(alpha, beta, edges)
-        value = (
-            torch.log(scale)
-            + edges.log_mass
-            + LOG_SQRT_2PI
-            + 0.5
-            + 0.5 * (alpha * edges.near_excess - beta * edges.far)
-        )
-        sign = torch.where(from_low, 1.0, -1.0)
-        d_loc = sign * moments.covariance_with_square / (2 * scale)
-        d_scale = moments.variance_of_square / (2 * scale)
+    """Differential entropy of x in nats, differentiable in loc and scale."""
+    value, d_loc, d_scale = entropy_with_slopes(loc, scale, low, high)
     return attach_derivatives(value, [(loc, d_loc), (scale, d_scale)])
 
 

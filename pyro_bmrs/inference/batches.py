@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 
@@ -23,16 +25,36 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+class Batch(NamedTuple):
+    """One process's part of a batch.
+
+    Attributes:
+        weight: of the mean over these examples in the mean over processes: 1 but where the batch can't be
+            shared evenly.
+        examples: how many of the batch's examples this part stands for.
+    """
+
+    x: Any
+    y: Any
+    weight: float
+    examples: float
+
+
 class Batches:
     """A data set as batches (x, y) on a device; `len` is the number of batches, `size` of examples.
 
+    Where several processes share a batch, each gets every `world`-th of its examples.
+
     Args:
         data: (x, y) tensors, a `Dataset` of (x, y) pairs, or a `DataLoader` (which then keeps its own
-            batch size and order).
+            batch size and order; of several processes each takes batches of that size).
         name: the argument's name, for error messages.
+        rank, world: which of how many processes this is.
     """
 
-    def __init__(self, data: Data, batch_size: int, device: torch.device, name: str) -> None:
+    def __init__(
+        self, data: Data, batch_size: int, device: torch.device, name: str, *, rank: int = 0, world: int = 1
+    ) -> None:
         if isinstance(data, tuple):
             if len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
                 raise TypeError(f"{name} must be (x, y) tensors, a Dataset or a DataLoader")
@@ -42,6 +64,7 @@ class Batches:
                 )
             data = TensorDataset(*data)
         self.name, self.batch_size, self.device = name, batch_size, device
+        self.rank, self.world = rank, world
         self.tensors: tuple[Tensor, ...] | None = None
         self.loader: DataLoader[Any] | None = None
         source: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -52,10 +75,16 @@ class Batches:
             raise ValueError(f"{name} must not be empty")
         if isinstance(data, DataLoader):
             self.loader = data
-            if isinstance(data.sampler, Sized):  # a sampler may show fewer, and N is what is seen
+            shared = isinstance(data.sampler, DistributedSampler)
+            if isinstance(data.sampler, Sized) and not shared:  # it may show fewer, and N is what is seen
                 self.size = len(data.sampler)
             if len(data) == 0:
                 raise ValueError(f"{name} must give at least one batch: its loader gives none")
+            if world > 1 and not shared:
+                raise ValueError(
+                    f"{name} must be tensors, a Dataset, or a DataLoader with a DistributedSampler, to be shared "
+                    f"by {world} processes: got a DataLoader with a {type(data.sampler).__name__}"
+                )
         elif type(data) is TensorDataset:  # a subclass may do more than index
             self.tensors = data.tensors
         else:
@@ -65,31 +94,42 @@ class Batches:
         return len(self.loader) if self.loader is not None else -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        return self.epoch(None)
+        return ((batch.x, batch.y) for batch in self.epoch(None))
 
     def first(self) -> tuple[Any, Any]:
         """The first batch, in the order of the data."""
         return next(iter(self))
 
-    def epoch(self, generator: torch.Generator | None) -> Iterator[tuple[Any, Any]]:
-        """One pass, shuffled by `generator` where there is one."""
-        if self.tensors is not None:
-            order = (
-                torch.arange(self.size)
-                if generator is None
-                else torch.randperm(self.size, generator=generator)
-            )
-            for start in range(0, self.size, self.batch_size):
-                indices = order[start : start + self.batch_size]
-                x, y = (tensor[indices.to(tensor.device)] for tensor in self.tensors)
-                yield to_device(x, self.device), to_device(y, self.device)
+    def epoch(self, generator: torch.Generator | None, *, start: int = 0) -> Iterator[Batch]:
+        """One pass, shuffled by `generator` where there is one, from its batch `start` on."""
+        if self.loader is not None:
+            for x, y in self._pairs(itertools.islice(self.loader, start, None)):
+                yield Batch(x, y, 1.0, len(y))
             return
-        loader = self.loader
-        if loader is None:
-            loader = DataLoader(
-                self.source, self.batch_size, shuffle=generator is not None, generator=generator
-            )
-        for batch in loader:
+        order = (
+            torch.arange(self.size) if generator is None else torch.randperm(self.size, generator=generator)
+        )
+        parts, examples, sizes = [], [], []
+        for batch in torch.split(order, self.batch_size)[start:]:
+            # one example alone has no variance for a BatchNorm: so small a batch all processes have whole
+            shared = len(batch) >= 2 * self.world
+            parts.append(batch[self.rank :: self.world] if shared else batch)
+            examples.append(len(parts[-1]) if shared else len(batch) / self.world)
+            sizes.append(len(batch))
+        pairs = self._pairs(self._taken(parts))
+        for (x, y), count, size in zip(pairs, examples, sizes, strict=True):
+            yield Batch(x, y, count * self.world / size, count)
+
+    def _taken(self, parts: list[Tensor]) -> Iterator[Any]:
+        """The examples with these indices, a batch for each."""
+        if self.tensors is None:
+            yield from DataLoader(self.source, batch_sampler=[part.tolist() for part in parts])
+            return
+        for indices in parts:
+            yield [tensor[indices.to(tensor.device)] for tensor in self.tensors]
+
+    def _pairs(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+        for batch in batches:
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise TypeError(f"{self.name} must give batches (x, y): got {type(batch).__name__}")
             x, y = batch

@@ -6,13 +6,16 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints, register_kl
 
+from pyro_bmrs.inference.packed import Drawn
 from pyro_bmrs.networks.noise import draws_per_batch_allowed
 
 
@@ -59,16 +62,69 @@ class LatentsPerBatch(Messenger):  # type: ignore[misc]
         if msg["name"] not in self.noise_sites:
             msg["scale"] = msg["scale"] * self.latent_weight
             return
+        if self.draws > 1 and msg["fn"].batch_shape:
+            raise ValueError(
+                f"noise site {msg['name']!r} must not lie in a plate to be drawn several times per batch: "
+                f"it has batch shape {tuple(msg['fn'].batch_shape)}; pass draws_per_batch=1"
+            )
+        self._draw(msg)
+
+    def _draw(self, msg: dict[str, Any]) -> None:
         if self.draws > 1:
-            if msg["fn"].batch_shape:
-                raise ValueError(
-                    f"noise site {msg['name']!r} must not lie in a plate to be drawn several times per batch: "
-                    f"it has batch shape {tuple(msg['fn'].batch_shape)}; pass draws_per_batch=1"
-                )
             msg["fn"] = msg["fn"].expand((self.draws,))
             frame = CondIndepStackFrame(name="noise_draws", dim=-1, size=self.draws, counter=0)
             msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
         msg["scale"] = msg["scale"] * self.noise_weight / self.draws
+
+
+class PackedSites(LatentsPerBatch):
+    """`LatentsPerBatch` whose noise sites take their values, and their one KL, from a draw of all together.
+
+    The distributions of the sites give way to stand-ins that know nothing but their share of that KL: all
+    of it at the first site, nothing at the others.
+    """
+
+    def __init__(
+        self,
+        drawn: Drawn,
+        draws: int,
+        noise_weight: float,
+        latent_weight: float,
+        local_sites: Collection[str] = (),
+    ) -> None:
+        super().__init__(drawn.values, draws, noise_weight, latent_weight, local_sites)
+        self.drawn = drawn
+        self.first = next(iter(drawn.values))
+
+    def _draw(self, msg: dict[str, Any]) -> None:
+        theta = self.drawn.values[msg["name"]]
+        kl = self.drawn.kl.to(theta.dtype)
+        msg["fn"] = _Packed(theta, kl if msg["name"] == self.first else 0 * kl)
+        msg["scale"] = msg["scale"] * self.noise_weight
+
+
+class _Packed(TorchDistribution):  # type: ignore[misc]
+    """Stands in for a site's posterior and prior: `value` when drawn, and `kl` between the two."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, value: Tensor, kl: Tensor) -> None:
+        super().__init__(torch.Size(), value.shape, validate_args=False)
+        self.value, self.kl = value, kl
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.value.expand(sample_shape + self.value.shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zero: Pyro asks for it, and then takes the KL."""
+        return value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
+
+
+@register_kl(_Packed, _Packed)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_packed(p: _Packed, q: _Packed) -> Tensor:
+    return p.kl
 
 
 class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]

@@ -18,6 +18,7 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.networks import name_sites
+from pyro_bmrs.networks.cuts import replace_data
 
 # The box in which the distributions' values and gradients are known to be finite, in float32 too: the
 # location stays within 20 of the bounds of log θ.
@@ -45,12 +46,25 @@ def _mask_of(distribution: Distribution) -> object:
     return distribution._mask
 
 
-class _SitePosterior(nn.Module):
+# The tensors of a site's posterior with an entry per structure.
+PER_UNIT = ("loc", "log_scale", "log_low", "log_high", "kept")
+
+
+def bounded(loc: Tensor, log_scale: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
+    """(loc, scale) of the law that the parameters of a posterior stand for, inside the box of finite values."""
+    loc = torch.clamp(loc, log_low - LOC_MARGIN, log_high + LOC_MARGIN)
+    return loc, log_scale.clamp(*LOG_SCALE_BOUNDS).exp()
+
+
+class SitePosterior(nn.Module):
     """Parameters of one site's posterior, over the shape of the site's value."""
 
     log_low: Tensor
     log_high: Tensor
     kept: Tensor
+    gone_units: Tensor
+    gone_loc: Tensor
+    gone_log_scale: Tensor
 
     def __init__(self, prior: LogUniform | TruncatedLogNormal, shape: torch.Size, loc: float, scale: float):
         super().__init__()
@@ -60,11 +74,40 @@ class _SitePosterior(nn.Module):
         self.register_buffer("log_low", prior.log_low.detach().expand(shape).clone())
         self.register_buffer("log_high", prior.log_high.detach().expand(shape).clone())
         self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=like.device))
+        # of structures that a fit has taken out: their numbers in the original network, their last parameters
+        self.register_buffer("gone_units", torch.empty(0, dtype=torch.long, device=like.device))
+        for name in ("gone_loc", "gone_log_scale"):
+            self.register_buffer(name, torch.empty(*shape[:-1], 0, dtype=like.dtype, device=like.device))
+
+    def select(self, kept: Tensor, units: Tensor) -> None:
+        """Become, in place, the posterior of the structures where `kept`; `units` are the numbers of all."""
+        stays, goes = (torch.nonzero(mask).flatten().to(self.loc.device) for mask in (kept, ~kept))
+        self.gone_units = torch.cat([self.gone_units, units.to(goes.device)[goes]])
+        for name in ("loc", "log_scale"):
+            last = getattr(self, name).detach().index_select(-1, goes)
+            setattr(self, f"gone_{name}", torch.cat([getattr(self, f"gone_{name}"), last], dim=-1))
+        for name in PER_UNIT:
+            tensor = getattr(self, name)
+            replace_data(tensor, tensor.detach().index_select(-1, stays))
+
+    def gone(self) -> TruncatedLogNormal:
+        """The last posterior of each structure that was taken out, in the order of `gone_units`."""
+        shape = self.gone_loc.shape
+        low, high = (bound[..., :1].expand(shape) for bound in (self.log_low, self.log_high))
+        law = bounded(self.gone_loc, self.gone_log_scale, low, high)
+        return TruncatedLogNormal(*law, low, high, validate_args=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # as many as the saved one had lost, whatever this one has
+        for name in ("gone_units", "gone_loc", "gone_log_scale"):
+            saved = state_dict.get(f"{prefix}{name}")
+            if saved is not None:
+                setattr(self, name, torch.empty_like(saved, device=self.loc.device))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def distribution(self) -> TruncatedLogNormal:
         return TruncatedLogNormal(
-            torch.minimum(torch.maximum(self.loc, self.log_low - LOC_MARGIN), self.log_high + LOC_MARGIN),
-            self.log_scale.clamp(*LOG_SCALE_BOUNDS).exp(),
+            *bounded(self.loc, self.log_scale, self.log_low, self.log_high),
             self.log_low,
             self.log_high,
             validate_args=False,  # the clamps leave nothing to check but NaN, which reduce and fit look for
@@ -120,6 +163,15 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         self.example_arguments: tuple[Any, ...] = ()
         self.kl_weight = 1.0  # of the last fit: every ΔF read from this guide is to name it
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's takes the model out of the guide that is copied, not only out of the copy
+        taken: dict[str, Any] = {name: self.__dict__[name] for name in ("_model", "master") if name in self.__dict__}
+        try:
+            state: dict[str, Any] = super().__getstate__()
+        finally:
+            self.__dict__.update(taken)
+        return state
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():  # the trace is kept, and need not keep a graph
             super()._setup_prototype(*args, **kwargs)
@@ -143,7 +195,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
             priors[name] = prior
         self.sites = tuple(priors)
         self.posteriors = nn.ModuleList(
-            _SitePosterior(priors[name], site["value"].shape, self.init_loc, self.init_scale)
+            SitePosterior(priors[name], site["value"].shape, self.init_loc, self.init_scale)
             for name, site in latents
         )
         for name, site in latents:
@@ -152,12 +204,12 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
                 self.site_posterior(name).kept.copy_(mask)
         self.example_arguments = args or tuple(kwargs.values())
 
-    def site_posterior(self, site: str) -> _SitePosterior:
+    def site_posterior(self, site: str) -> SitePosterior:
         """The module that holds the parameters of one site."""
         if site not in self.sites:
             raise KeyError(f"site must be one of {list(self.sites)}: got {site!r}")
         posterior = self.posteriors[self.sites.index(site)]
-        assert isinstance(posterior, _SitePosterior)
+        assert isinstance(posterior, SitePosterior)
         return posterior
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

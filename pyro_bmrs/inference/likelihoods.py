@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro.distributions import Categorical, Normal
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.inputs import call
@@ -45,6 +46,13 @@ class _Likelihood(nn.Module):
                 "pass a callable that finds it in the output"
             )
         return value
+
+    def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
+        """Σ log p(y | x, θ) over the batch in nats, as `forward` observes it, without Pyro's bookkeeping.
+
+        With `dataset_size` it is still the batch's own, unscaled.
+        """
+        raise NotImplementedError
 
     def _plates(self, stack: ExitStack, batch: int, positions: torch.Size, device: torch.device) -> None:
         # every example stands for dataset_size / batch examples
@@ -95,13 +103,8 @@ class Classifier(_Likelihood):
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         pyro.module(self.store_name, self)
         output = self.predict(x)
-        logits = output.movedim(self.class_dim, -1)  # (batch, *positions, classes)
+        logits = self._class_last(output, y)
         batch, positions = logits.shape[0], logits.shape[1:-1]
-        if y is not None and y.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
-                f"with class_dim={self.class_dim}: got {tuple(y.shape)}"
-            )
         with ExitStack() as stack:
             self._plates(stack, batch, positions, logits.device)
             if y is not None:
@@ -110,6 +113,22 @@ class Classifier(_Likelihood):
                 y = torch.where(counted, y, 0)
             pyro.sample("y", Categorical(logits=logits), obs=y)
         return output
+
+    def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
+        """The logits as (batch, *positions, classes), checked against the labels."""
+        logits = output.movedim(self.class_dim, -1)
+        if y is not None and y.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
+                f"with class_dim={self.class_dim}: got {tuple(y.shape)}"
+            )
+        return logits
+
+    def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
+        logits = self._class_last(self.predict(x), y)
+        return -cross_entropy(
+            logits.flatten(0, -2), y.flatten(), ignore_index=self.ignore_index, reduction="sum"
+        )
 
 
 class Regressor(_Likelihood):
@@ -141,10 +160,30 @@ class Regressor(_Likelihood):
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         pyro.module(self.store_name, self)
+        mean = self._mean(x, y)
+        with ExitStack() as stack:
+            self._plates(stack, mean.shape[0], mean.shape[1:], mean.device)
+            pyro.sample("y", self._observed(mean), obs=y)
+        return mean
+
+    def _mean(self, x: Any, y: Tensor | None) -> Tensor:
         mean = self.predict(x)
         if y is not None and y.shape != mean.shape:
             raise ValueError(f"y must have the output's shape {tuple(mean.shape)}: got {tuple(y.shape)}")
-        with ExitStack() as stack:
-            self._plates(stack, mean.shape[0], mean.shape[1:], mean.device)
-            pyro.sample("y", Normal(mean, self.log_scale.exp()), obs=y)
         return mean
+
+    def _observed(self, mean: Tensor) -> Normal:
+        return Normal(mean, self.log_scale.exp())
+
+    def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
+        total: Tensor = self._observed(self._mean(x, y)).log_prob(y).sum()
+        return total
+
+
+def has_own_likelihood(model: nn.Module) -> bool:
+    """Whether `log_likelihood` says all that the model does: a `Classifier` or `Regressor`, not redefined."""
+    return any(
+        isinstance(model, kind)
+        and all(getattr(type(model), name) is getattr(kind, name) for name in ("forward", "log_likelihood"))
+        for kind in (Classifier, Regressor)
+    )

@@ -64,7 +64,7 @@ def recalibrate[Network: nn.Module](
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average
                 layer.train()
-            for x, y in batches.epoch(torch.Generator().manual_seed(seed)):
+            for x, y, *_ in batches.epoch(torch.Generator().manual_seed(seed)):
                 whole = whole or len(y)
                 # a smaller last batch would weigh as much as the others
                 if len(y) == whole:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bmrs.networks.attention import join_attention
 from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.inputs import batch_size
-from pyro_bmrs.networks.noise import MultiplicativeNoise, draws_per_batch_allowed, noise_layers, scaled
+from pyro_bmrs.networks.noise import LARGE, MultiplicativeNoise, draws_per_batch_allowed, noise_layers, scaled
 
 NAME = "structure_noise"
 
@@ -71,9 +73,9 @@ class HookedNoise(nn.Module):
         network.register_forward_pre_hook(_Draw(self), with_kwargs=True)
         network.register_forward_hook(_Forget(self), always_call=True)
         for number, path in enumerate(self.readers):
-            network.get_submodule(path).register_forward_pre_hook(
-                _Apply(self, path, number), with_kwargs=True
-            )
+            reader, apply = network.get_submodule(path), _Apply(self, path, number)
+            reader.register_forward_pre_hook(apply, with_kwargs=True)
+            reader.register_forward_hook(_Applied(self, apply), always_call=True)
 
     def draw(self, inputs: Any) -> None:
         """One value of every θ for the forward pass that begins."""
@@ -135,6 +137,8 @@ class _Apply(_Hook):
     def __init__(self, noise: HookedNoise, path: str, number: int) -> None:
         super().__init__(noise)
         self.path, self.number = path, number
+        # of each call of the reader under way: how its input is remembered, where not as usual
+        self.under_way: list[saved_tensors_hooks | None] = []
 
     def __call__(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -147,11 +151,51 @@ class _Apply(_Hook):
                 f"the input of {self.path!r} must have examples in its first dimension to draw several values of θ "
                 f"per batch: it has shape {tuple(x.shape)} for {self.noise.examples} examples; pass draws_per_batch=1"
             )
-        place, dim = f"layer {self.path!r}", channel_dimension(module)
-        x = scaled(x, theta, dim, place, several=self.noise.several)
+        scale = partial(
+            scaled, dim=channel_dimension(module), name=f"layer {self.path!r}", several=self.noise.several,
+            remember_product=False,
+        )  # fmt: skip
+        product = scale(x, theta)
+        lean = product.requires_grad and product.numel() >= LARGE
+        self.under_way.append(_as_factors(product, x, theta, scale) if lean else None)
         if arguments:
-            return (x, *arguments[1:]), keywords
-        return arguments, {**keywords, name: x}
+            return (product, *arguments[1:]), keywords
+        return arguments, {**keywords, name: product}
+
+
+class _Applied(_Hook):
+    def __init__(self, noise: HookedNoise, apply: _Apply) -> None:
+        super().__init__(noise)
+        self.apply = apply
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        hooks = self.apply.under_way.pop() if self.apply.under_way else None
+        if hooks is not None:
+            hooks.__exit__()
+
+
+def _as_factors(
+    product: Tensor, x: Tensor, theta: Tensor, scale: Callable[[Tensor, Tensor], Tensor]
+) -> saved_tensors_hooks:
+    """Enter a context in which autograd remembers `product` by its factors, and multiplies again when asked.
+
+    x is remembered already, by what made it; a product beside each of them would be most of the memory that
+    noise costs.
+    """
+    x, theta = x.detach(), theta.detach()
+    # not the tensor, which would stay alive
+    place, shape, stride = product.data_ptr(), product.shape, product.stride()
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        same = tensor.data_ptr() == place and tensor.shape == shape and tensor.stride() == stride
+        return None if same else tensor
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        return scale(x, theta) if packed is None else packed
+
+    hooks = saved_tensors_hooks(pack, unpack)
+    hooks.__enter__()
+    return hooks
 
 
 def hooked_noise(network: nn.Module) -> dict[str, HookedNoise]:

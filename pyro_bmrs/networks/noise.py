@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +18,19 @@ from pyro_bmrs.distributions import LogUniform
 # Set by the handler that draws several values per batch: a stack of θ from elsewhere, such as
 # `Predictive(parallel=True)`, must not be taken for them.
 draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
+# θ by site, already 0 for what has been removed, where a fit has drawn those of all layers at once.
+_drawn_together: ContextVar[Mapping[str, Tensor] | None] = ContextVar("drawn_together", default=None)
+
+
+@contextmanager
+def drawn_together(values: Mapping[str, Tensor]) -> Iterator[None]:
+    """A context in which noise layers take these θ, (draws, features) by site, and ask Pyro for none."""
+    tokens = _drawn_together.set(values), draws_per_batch_allowed.set(True)
+    try:
+        yield
+    finally:
+        _drawn_together.reset(tokens[0])
+        draws_per_batch_allowed.reset(tokens[1])
 
 
 class MultiplicativeNoise(nn.Module):
@@ -88,6 +102,9 @@ class MultiplicativeNoise(nn.Module):
                 "this MultiplicativeNoise layer has no site name yet: call pyro_bmrs.name_sites(model), "
                 "or wrap the network in pyro_bmrs.Classifier or Regressor"
             )
+        together = _drawn_together.get()
+        if together is not None:
+            return together[self.site]
         theta: Tensor = pyro.sample(self.site, self.prior())
         if theta.shape[-1] != self.features:
             raise ValueError(
@@ -127,7 +144,15 @@ def at_one(module: nn.Module) -> FixedScales:
     )
 
 
-def scaled(x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | None = None) -> Tensor:
+def scaled(
+    x: Tensor,
+    theta: Tensor,
+    dim: int,
+    name: str,
+    *,
+    several: bool | None = None,
+    remember_product: bool = True,
+) -> Tensor:
     """x · θ along dimension `dim` of x; of several draws, example i takes draw i mod draws.
 
     Args:
@@ -135,6 +160,7 @@ def scaled(x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | Non
         theta: (features,), or (draws, features) with draws ≤ batch.
         name: of the place, for error messages.
         several: whether θ may hold several draws; None: within the handler that makes them.
+        remember_product: whether autograd may keep the product, as the next layer does, instead of x.
     """
     theta = theta.to(x.dtype)
     layout = [1] * x.dim()
@@ -151,8 +177,35 @@ def scaled(x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | Non
         )
     if batch % draws:
         return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout[1:])
-    grouped = x.view(batch // draws, draws, *x.shape[1:]) * theta.view(1, draws, *layout[1:])
-    return grouped.view(x.shape)
+    x_in_groups = x.view(batch // draws, draws, *x.shape[1:])
+    theta = theta.view(1, draws, *layout[1:])
+    if x.numel() < LARGE or not remember_product:
+        return (x_in_groups * theta).view(x.shape)
+    product: Tensor = _ScaleInGroups.apply(x_in_groups, theta)
+    return product.view(x.shape)
+
+
+# From so many numbers on it is worth some microseconds to remember fewer of them.
+LARGE = 2**16
+
+
+class _ScaleInGroups(torch.autograd.Function):
+    """x · θ that remembers the product, which the next layer remembers anyway, instead of x.
+
+    θ is positive, or 0 where nothing depends on it, so that the gradient Σ g x of θ is (Σ g x θ)/θ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor) -> Tensor:
+        product = x * theta
+        ctx.save_for_backward(product, theta)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        product, theta = ctx.saved_tensors
+        total = (grad * product).sum_to_size(theta.shape)
+        return grad * theta, total / theta.clamp(min=torch.finfo(theta.dtype).tiny)
 
 
 def noise_layers(module: nn.Module) -> dict[str, MultiplicativeNoise]:

@@ -28,7 +28,7 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
-from pyro_bmrs.reduction.shrink import earlier_cuts, shrink
+from pyro_bmrs.reduction.shrink import earlier_cuts, original_network, shrink
 
 FORMAT, VERSION = "pyro_bmrs.reduction", 1
 # Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
@@ -38,7 +38,7 @@ _CHECK_MULTIPLY_ACCUMULATES = 1e10
 
 COLUMNS = [
     "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
-    "removed_in_fit",
+    "removed_in_fit", "present",
 ]  # fmt: skip
 
 
@@ -50,7 +50,9 @@ class Reduction:
         table: one row per structure: layer, unit (index in the original network), loc and scale (of log θ),
             mean (E[θ]), snr, score (in the criterion's unit; ≥ 0: remove), log_evidence_change (ΔF in nats,
             NaN for criteria without evidence), kl_weight (of the fit: ΔF is the evidence of the model with
-            likelihood p(y|θ)^(1/kl_weight)), removed, removed_in_fit (by the fit, before this plan).
+            likelihood p(y|θ)^(1/kl_weight)), removed, removed_in_fit (by the fit, before this plan), present
+            (still in the network that was reduced; of others loc and scale are the last ones, and the score
+            is NaN where the criterion would look at their weights).
         criterion: what decided, printed.
         kl_weight: of the fit.
         min_kept: structures that every layer keeps at least.
@@ -83,16 +85,23 @@ class Reduction:
         return {layer: rows.unit[rows.layer == layer].tolist() for layer in self.layers}
 
     def kept_mask(self, layer: str) -> Tensor:
-        """True where a structure of `layer` stays, in the order of the table. Shape: (features,)."""
-        return torch.tensor((~self.table.removed[self.table.layer == layer]).to_numpy())
+        """True where a structure of `layer` stays, of those in the network. Shape: (features,)."""
+        return torch.tensor((~self._present(layer).removed).to_numpy())
+
+    def _present(self, layer: str) -> pd.DataFrame:
+        """The rows of the structures of `layer` that are in the network that was reduced."""
+        return self.table[self.table.present & (self.table.layer == layer)]
 
     def _kept_masks(self) -> dict[str, Tensor]:
         return {layer: self.kept_mask(layer) for layer in self.layers}
 
     def scales(self) -> dict[str, Tensor]:
-        """E[θ] of each kept structure and 0 of each removed one, by layer, float64."""
-        means = self.table["mean"].where(~self.table.removed, 0.0)
-        return {layer: torch.tensor(means[self.table.layer == layer].to_numpy()) for layer in self.layers}
+        """E[θ] of each kept structure and 0 of each removed one in the network, by layer, float64."""
+        rows = {layer: self._present(layer) for layer in self.layers}
+        return {
+            layer: torch.tensor(present["mean"].where(~present.removed, 0.0).to_numpy())
+            for layer, present in rows.items()
+        }
 
     def widths(self) -> pd.DataFrame:
         """Structures per layer: columns layer, before, after."""
@@ -185,8 +194,7 @@ class Reduction:
         surgery = remove_structures(network, self._kept_masks(), self.scales(), examples, tolerance=tolerance)
         self.cuts = earlier_cuts(network).then(surgery.cuts)
         if measure:
-            full = without_noise(copy.deepcopy(network))
-            self.costs = compare_costs(full, surgery.network, example_input, seconds=seconds)
+            self.costs = compare_costs(_full(network), surgery.network, example_input, seconds=seconds)
         return surgery.network
 
     def _bound(self, network: nn.Module | None, example_input: Inputs | None) -> tuple[nn.Module, Inputs]:
@@ -204,6 +212,11 @@ class Reduction:
         network, example_input = self._bound(network, example_input)
         cuts = gone(network, structure_groups(network, example_input).values(), self._kept_masks())
         return cuts.parameters_left(network)
+
+    def parameters_before(self, network: nn.Module | None = None) -> int:
+        """Number of parameters of the original network, whatever a fit has taken out since."""
+        network = network if network is not None else self._bound(None, None)[0]
+        return sum(parameter.numel() for parameter in original_network(network).parameters())
 
     def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
         """The smaller network from a fresh one of the original class: no data, no posterior, no pickle.
@@ -385,6 +398,19 @@ def with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, mult
     wanted = min(-(-wanted // multiple) * multiple, int(kept.sum()))
     best = score.masked_fill(~kept, torch.inf).masked_fill(~removed, -torch.inf).argsort(stable=True)[:wanted]
     return removed.index_fill(0, best, False)
+
+
+def _full(network: nn.Module) -> nn.Module:
+    """The network without noise as it was made, to measure its costs: with random weights if it has shrunk."""
+    if not earlier_cuts(network):
+        return without_noise(copy.deepcopy(network))
+    full = copy.deepcopy(original_network(network)).to_empty(device=next(network.parameters()).device)
+    with torch.no_grad(), torch.random.fork_rng():
+        for parameter in full.parameters():
+            parameter.normal_(0.0, 0.02)
+        for buffer in full.buffers():
+            buffer.fill_(1)
+    return full
 
 
 def check_examples(network: nn.Module, example_input: Inputs) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,12 +13,13 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import at_one, noise_layers
+from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.reduction.criteria import (
     Criterion,
@@ -87,28 +90,28 @@ def reduce(
         arguments = guide.example_arguments
     posterior = read_posterior(guide, *arguments)
     layers = noise_layers(model)
+    originals = {site: _original(guide, site, layer, posterior) for site, layer in layers.items()}
     network = network_of(model)
 
     @cache
     def example_input() -> Inputs:
-        return _input_of(network, model, arguments)
+        return input_of(model, arguments)
 
     @cache
     def groups() -> dict[str, StructureGroup]:
         return structure_groups(network, example_input())
 
-    structures = {}
-    for site, layer in layers.items():
-        if site not in posterior:
-            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
-        structures[site] = LayerStructures(
-            posterior=posterior[site],
-            prior=elementary(layer.prior()),  # type: ignore[arg-type]
-            kept=layer.kept,
-            weight_norm=lambda site=site, layer=layer: (  # type: ignore[misc]
-                _weight_norm(network, groups()[site]).to(layer.kept.device)
+    structures = {
+        site: LayerStructures(
+            posterior=original.posterior,
+            prior=original.prior,
+            kept=original.kept,
+            weight_norm=lambda site=site, original=original: original.spread(  # type: ignore[misc]
+                _weight_norm(network, groups()[site]), math.nan
             ),
         )
+        for site, original in originals.items()
+    }
     evidence: dict[str, Tensor] = {}
     if isinstance(criterion, EvidenceCriterion):
         evidence = criterion.log_evidence_change(structures)
@@ -120,7 +123,7 @@ def reduce(
     removed = []
     for site, view in structures.items():
         score, kept = scores[site], view.kept.cpu()
-        bad = torch.nonzero(~torch.isfinite(score)).flatten().tolist()
+        bad = torch.nonzero(~torch.isfinite(score) & originals[site].present.cpu()).flatten().tolist()
         if bad:
             raise NonFiniteScoreError(
                 f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
@@ -131,7 +134,7 @@ def reduce(
     q = joined([view.posterior for view in structures.values()])
     every_score = torch.cat(list(scores.values()))
     columns = {
-        "unit": torch.cat([layers[site].units for site in structures]),
+        "unit": torch.cat([original.units for original in originals.values()]),
         "loc": q.loc.double(),
         "scale": q.scale.double(),
         "mean": q.mean.double(),
@@ -144,6 +147,7 @@ def reduce(
         ),
         "removed": torch.cat(removed),
         "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
+        "present": torch.cat([original.present for original in originals.values()]),
     }
     weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
     names = [site for site, score in scores.items() for _ in range(len(score))]
@@ -161,6 +165,59 @@ def reduce(
     )
 
 
+@dataclass(frozen=True)
+class _Original:
+    """The structures of a layer as the original network had them, those included that a fit has taken out.
+
+    Attributes:
+        units: their numbers, in order. Shape: (features,), as of all others.
+        posterior: of θ; the last one of what was taken out.
+        prior: of θ, broadcasting with it.
+        kept: False for what has been removed.
+        present: False for what has been taken out.
+    """
+
+    units: Tensor
+    posterior: TruncatedLogNormal
+    prior: LogUniform | TruncatedLogNormal
+    kept: Tensor
+    present: Tensor
+
+    def spread(self, values: Tensor, filling: float) -> Tensor:
+        """Values of the structures present, among `filling` for the others."""
+        whole = torch.full(self.present.shape, filling, dtype=values.dtype, device=self.present.device)
+        return whole.masked_scatter(self.present, values.to(whole.device))
+
+
+def _original(
+    guide: Callable[..., Any],
+    site: str,
+    layer: MultiplicativeNoise,
+    posterior: Mapping[str, TruncatedLogNormal],
+) -> _Original:
+    if site not in posterior:
+        raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+    all_present = torch.ones_like(layer.kept)
+    gone_units = layer.units[:0]
+    if isinstance(guide, AutoTruncatedLogNormal):
+        gone_units = guide.site_posterior(site).gone_units
+    prior = elementary(layer.prior())
+    assert isinstance(prior, LogUniform | TruncatedLogNormal)
+    if not len(gone_units):
+        return _Original(layer.units, posterior[site], prior, layer.kept, all_present)
+    assert isinstance(guide, AutoTruncatedLogNormal)
+    none = torch.zeros_like(gone_units, dtype=torch.bool)
+    order = torch.cat([layer.units, gone_units]).argsort()
+    q = joined([posterior[site], guide.site_posterior(site).gone()])
+    return _Original(
+        torch.cat([layer.units, gone_units])[order],
+        TruncatedLogNormal(*(t[order] for t in (q.loc, q.scale, q.log_low, q.log_high)), validate_args=False),
+        LogUniform(layer.log_low, layer.log_high, validate_args=False),
+        torch.cat([layer.kept, none])[order],
+        torch.cat([all_present, none])[order],
+    )
+
+
 def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
     """Root mean square of the weights that make each structure, over all layers that produce it."""
     squares = torch.zeros(group.features, dtype=torch.float64)
@@ -173,8 +230,9 @@ def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
 
 
 @torch.no_grad()
-def _input_of(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
-    """What `network` is called with when `model` is called with `arguments`."""
+def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
+    """What the network inside `model` is called with when `model` is called with `arguments`."""
+    network = network_of(model)
     if not arguments:
         raise ValueError("model_args must be given: a batch to call the model with")
     like = next(model.parameters())

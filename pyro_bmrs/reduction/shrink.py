@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.cuts import Cuts, replace_data
+from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.groups import StructureGroup, after, gone
-from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of
+from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_noise
 from pyro_bmrs.networks.inputs import Inputs, as_double, first_examples, map_tensors
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
@@ -48,32 +49,44 @@ def shrink(
         return
     _check(network, groups, kept, cuts, example_input)
     selections = list(cuts.tensors(network))
-    posterior_tensors = []
     for site, posterior in posteriors.items():
-        units = torch.nonzero(kept[site]).flatten().to(posterior.loc.device)
-        tensors = [*posterior.parameters(), *posterior.buffers()]
-        posterior_tensors += [(tensor, -1, units) for tensor in tensors]
-    states = [] if optimizer is None else _selected_states(optimizer, [*selections, *posterior_tensors])
+        stays = torch.nonzero(kept[site]).flatten().to(posterior.loc.device)
+        selections += [(parameter, -1, stays) for parameter in posterior.parameters()]
+    states = [] if optimizer is None else _selected_states(optimizer, selections)
+    original = _Original(earlier_cuts(network).then(cuts), original_network(network))
     # from here on nothing can fail
-    before = earlier_cuts(network)
-    _shrink_network(network, groups, kept, cuts)
-    network._cuts_before = before.then(cuts)  # type: ignore[assignment]
-    for tensor, dim, units in posterior_tensors:
-        replace_data(tensor, tensor.data.index_select(dim, units))
+    for site, posterior in posteriors.items():
+        posterior.select(kept[site], layers[site].units)
+    _shrink_network(network, kept, cuts)
+    network._original = original  # type: ignore[assignment]
     for parameter, name, value in states:
         assert optimizer is not None
         optimizer.state[parameter][name] = value
 
 
+@dataclass(frozen=True)
+class _Original:
+    """What a network that has shrunk remembers of itself: what was cut since, and a copy without values."""
+
+    cuts: Cuts
+    network: nn.Module
+
+
 def earlier_cuts(network: nn.Module) -> Cuts:
     """What shrinking has taken out of a network since it was made."""
-    found = getattr(network, "_cuts_before", None)
-    return found if isinstance(found, Cuts) else Cuts()
+    original = getattr(network, "_original", None)
+    return original.cuts if isinstance(original, _Original) else Cuts()
 
 
-def _shrink_network(
-    network: nn.Module, groups: Mapping[str, StructureGroup], kept: Mapping[str, Tensor], cuts: Cuts
-) -> None:
+def original_network(network: nn.Module) -> nn.Module:
+    """The network without noise that `network` was before it first shrank, on the meta device."""
+    original = getattr(network, "_original", None)
+    if isinstance(original, _Original):
+        return original.network
+    return without_noise(copy.deepcopy(network)).to("meta")
+
+
+def _shrink_network(network: nn.Module, kept: Mapping[str, Tensor], cuts: Cuts) -> None:
     cuts.cut(network)
     for site, layer in noise_layers(network).items():
         layer.select(kept[site].to(layer.kept.device))
@@ -95,7 +108,7 @@ def _check(
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)
     small = copy.deepcopy(reduced)
-    _shrink_network(small, groups, kept, cuts)
+    _shrink_network(small, kept, cuts)
     scales, left = {}, {}
     for site, mask in kept.items():
         theta = torch.linspace(0.25, 1.0, len(mask), dtype=torch.float64)

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, LogUniform, MultiplicativeNoise, TruncatedLogNormal
-from pyro_bmrs.inference.checkpoint import load_posterior, save_posterior
+from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference.guides import read_posterior
 
 

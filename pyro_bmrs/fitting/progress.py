@@ -18,6 +18,7 @@ class EpochProgress:
     def __init__(self, phase: str, epochs: int, steps: int, *, enabled: bool) -> None:
         self.phase, self.epochs, self.steps, self.enabled = phase, epochs, steps, enabled
         self.bar: Any = None
+        self.before = 0.0  # epochs that an earlier process did
         self.start = time.perf_counter()
 
     def __enter__(self) -> EpochProgress:
@@ -37,6 +38,12 @@ class EpochProgress:
             self.task = self.bar.add_task(self.phase, total=self.epochs * self.steps, note="")
         return self
 
+    def resume(self, steps: int) -> None:
+        """So many steps were done before, and say nothing about how fast this process is."""
+        self.before = steps / self.steps
+        if self.bar is not None:
+            self.bar.update(self.task, completed=steps)
+
     def step(self) -> None:
         if self.bar is not None:
             self.bar.advance(self.task)
@@ -53,7 +60,7 @@ class EpochProgress:
             self.bar.update(self.task, note=note)
         elif self.enabled and (done % max(1, self.epochs // LINES) == 0 or done in (1, self.epochs)):
             elapsed = time.perf_counter() - self.start
-            left = elapsed / done * (self.epochs - done)
+            left = elapsed / (done - self.before) * (self.epochs - done)
             print(
                 f"{self.phase} epoch {done}/{self.epochs}: {note} ({elapsed:.0f} s, {left:.0f} s left)",
                 file=sys.stderr,

@@ -1,0 +1,168 @@
+"""Checkpoints of a fit: one safetensors file each, whole or not there, with its JSON in the header."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyro_bmrs.files import read_tensors, refuse_newer, write_atomically, write_tensors
+
+FORMAT, VERSION = "pyro_bmrs.checkpoint", 1
+LEDGER_COLUMNS = ["epoch", "layer", "unit", "score", "log_evidence_change"]
+_NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.safetensors")
+
+
+@dataclass
+class Progress:
+    """How far a fit has come, beside its tensors.
+
+    Attributes:
+        epoch: epochs finished.
+        batch: batches finished of the epoch after it.
+        steps: of these batches: (loss, log-likelihood, examples).
+        history, removals: rows so far.
+        best_score, best_epoch: of the epoch whose parameters would be kept.
+        finished: whether the fit has ended by itself.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    steps: list[tuple[float, float, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    removals: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float = float("inf")
+    best_epoch: int = 0
+    finished: bool = False
+
+
+class Checkpoints:
+    """The checkpoints of one fit in a folder.
+
+    Args:
+        folder: made where it is missing.
+        keep: how many of the newest stay; that of the best epoch stays too.
+        settings: what makes a fit this fit and not another, as JSON has it.
+    """
+
+    def __init__(self, folder: Path | str, keep: int, settings: Mapping[str, Any]) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self.settings = json.loads(json.dumps(settings))
+
+    @property
+    def ledger(self) -> Path:
+        """The removals so far, a row each, only ever appended to while a fit runs."""
+        return self.folder / "ledger.csv"
+
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
+        """Write a checkpoint; then let go of those that nobody needs any more."""
+        part = f"-batch-{progress.batch:06d}" if progress.batch else ""
+        path = self.folder / f"epoch-{progress.epoch:04d}{part}.safetensors"
+        header = {
+            "format": FORMAT, "version": VERSION, "settings": self.settings, "progress": asdict(progress),
+        }  # fmt: skip
+        write_tensors(path, tensors, header)
+        self._let_go(progress)
+        return path
+
+    def _let_go(self, progress: Progress) -> None:
+        best = self._of_epoch(progress.best_epoch)
+        for path in self._paths()[self.keep :]:
+            if path != best:
+                path.unlink(missing_ok=True)
+
+    def _of_epoch(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}.safetensors"
+
+    def _paths(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        found = [(match, path) for path in self.folder.glob("*") if (match := _NAME.fullmatch(path.name))]
+        found.sort(key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)
+        return [path for _, path in found]
+
+    def __bool__(self) -> bool:
+        return bool(self._paths())
+
+    def newest(self) -> Iterator[tuple[Path, Progress, dict[str, Tensor]]]:
+        """The checkpoints that can be read, the newest first; a warning for each one that can't.
+
+        Raises:
+            ValueError: for a checkpoint of another fit, naming the settings that differ.
+        """
+        for path in self._paths():
+            try:
+                header, tensors = self._read(path)
+                progress = Progress(**header["progress"])
+            except (ValueError, TypeError, KeyError) as error:
+                warnings.warn(f"checkpoint {path} can't be used, the one before it is: {error}", stacklevel=2)
+                continue
+            self._check_same_fit(path, header["settings"])
+            yield path, progress, tensors
+
+    def clear_unless_unfinished(self) -> None:
+        """Remove all checkpoints but those of this very fit, not finished."""
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                newest = next(self.newest(), None)
+            except ValueError:
+                newest = None
+        if newest is None or newest[1].finished:
+            for path in self._paths():
+                path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        header, tensors = read_tensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError("it is no checkpoint of a fit")
+        refuse_newer(path, "checkpoint", header["version"], VERSION)
+        return header, tensors
+
+    def _check_same_fit(self, path: Path, settings: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} {settings.get(name)!r} → {self.settings.get(name)!r}"
+            for name in dict.fromkeys([*settings, *self.settings])
+            if settings.get(name) != self.settings.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"checkpoints {self.folder} holds another fit ({'; '.join(changed)}): choose another folder, or "
+                f"remove it to start anew ({path.name})"
+            )
+
+    def of_best(self, progress: Progress) -> dict[str, Tensor]:
+        """The tensors of the best epoch so far.
+
+        Raises:
+            ValueError: if that checkpoint is missing or damaged.
+        """
+        return self._read(self._of_epoch(progress.best_epoch))[1]
+
+    def append_to_ledger(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows of removals and see them to the disk."""
+        with self.ledger.open("a", newline="") as file:
+            _writer(file).writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def start_ledger(self, rows: list[dict[str, Any]]) -> None:
+        """The ledger as it was at a checkpoint: what a killed fit has noted since is to happen again."""
+
+        def write(beside: Path) -> None:
+            with beside.open("w", newline="") as file:
+                writer = _writer(file)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.ledger, write)
+
+
+def _writer(file: Any) -> csv.DictWriter[str]:
+    return csv.DictWriter(file, LEDGER_COLUMNS, lineterminator="\n")

@@ -1,0 +1,502 @@
+"""The loop over epochs and batches of one process of a fit, and all of its state."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from pyro_bmrs.fitting.checkpoints import Checkpoints, Progress
+from pyro_bmrs.fitting.objective import Objective
+from pyro_bmrs.fitting.posterior_file import restore, state_of
+from pyro_bmrs.fitting.programs import check_parameters, local_sites_of, speaks_for_the_data_set
+from pyro_bmrs.fitting.progress import EpochProgress
+from pyro_bmrs.fitting.resuming import generator_states, load_optimizer, optimizer_tensors, set_generators
+from pyro_bmrs.fitting.signals import StopRequest
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.evaluate import evaluate
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.reduction.criteria import Criterion
+from pyro_bmrs.reduction.plan import Reduction
+from pyro_bmrs.reduction.reduce import input_of, reduce
+from pyro_bmrs.reduction.shrink import shrink
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# Processes agree on whether to stop once in so many steps.
+_STEPS_BETWEEN_AGREEMENTS = 16
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+
+
+@dataclass
+class Task:
+    """What `fit` was asked for: its arguments, checked."""
+
+    model: nn.Module
+    guide: Callable[..., Any] | None
+    train: Data
+    validation: Data | None
+    settings: dict[str, Any]
+    schedule: str | Callable[[float], float]
+    criterion: Criterion | None
+    checkpoints: Path | None
+    keep_checkpoints: int
+    overwrite: bool
+    label: str
+    progress: bool
+    validate: bool
+
+
+@contextmanager
+def isolated(seed: int, *, validate: bool) -> Iterator[None]:
+    """Own random numbers, own parameter store, own validation setting: nothing leaks to the process."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(pyro.get_param_store().scope())
+        # Pyro puts its own earlier setting back into torch, which may have been another
+        torch_setting = torch.distributions.Distribution._validate_args
+        stack.callback(torch.distributions.Distribution.set_default_validate_args, torch_setting)
+        stack.enter_context(pyro.validation_enabled(validate))
+        torch.manual_seed(seed)
+        yield
+
+
+class Loop:
+    """One fit in one process: what it works on, its state, and its steps.
+
+    Attributes:
+        state: how far it has come.
+        kept_epoch: the epoch whose parameters the model has at the end.
+        interrupted, stopped_early: how it ended.
+    """
+
+    def __init__(self, fabric: Fabric, task: Task) -> None:
+        self.fabric, self.task = fabric, task
+        self.model, self.guide, self.settings = task.model, task.guide, task.settings
+        self.phase = "fit" if task.guide is not None else "fine-tune"
+        self.state = Progress()
+        self.interrupted = self.stopped_early = False
+        self.kept_epoch = 0
+        settings, home, (rank, world) = task.settings, fabric.device, (fabric.global_rank, fabric.world_size)
+        size = settings["batch_size"]
+        self.batches = Batches(task.train, size, home, "train", rank=rank, world=world)
+        self.held_out = (
+            None if task.validation is None else Batches(task.validation, 1000, home, "validation")
+        )
+        self.first = self.batches.first()
+        self.model.to(home)
+        if isinstance(self.guide, nn.Module):
+            self.guide.to(home)
+        if self.guide is not None:
+            with in_mode(self.model, training=False):
+                self.guide(*self.first)  # parameters come into being, where the model's are
+            self.guide.kl_weight = float(settings["kl_weight"])  # type: ignore[attr-defined]
+            check_parameters(self.model, self.guide, self.first)
+        self.checkpoints = None
+        if task.checkpoints is not None:
+            identity = {
+                **settings, "phase": self.phase, "examples": self.batches.size, "processes": world,
+                "label": task.label,
+            }  # fmt: skip
+            self.checkpoints = Checkpoints(task.checkpoints, task.keep_checkpoints, identity)
+        self.rates = SCHEDULES[task.schedule] if isinstance(task.schedule, str) else task.schedule
+        self.objective = self._objective()
+        self.optimizer = self._optimizer()
+        self.best = state_of(self.model, self.guide)
+        self.module: nn.Module = self.objective
+
+    # set-up -----------------------------------------------------------------------------------------
+
+    def _objective(self) -> Objective:
+        settings, (x, y) = self.settings, self.first
+        with torch.no_grad(), in_mode(self.model, training=False):
+            trace = poutine.trace(self.model).get_trace(x, y)
+            if self.held_out is not None:  # one that does not fit the model is refused before the first step
+                poutine.trace(self.model).get_trace(*self.held_out.first())
+        scaled = speaks_for_the_data_set(trace, len(y), self.batches.size)
+        elbo, draws, world = settings["elbo"], settings["draws_per_batch"], self.fabric.world_size
+        if elbo == "auto" and self.task.validate:
+            elbo = "checked"
+        with in_mode(self.model, training=False):
+            return Objective(
+                self.model, self.guide, self.first, dataset_size=self.batches.size,
+                draws=None if draws is None else max(draws // world, 1), stratified=settings["stratified"],
+                elbo=elbo, scaled=scaled, local_sites=local_sites_of(trace, len(y)),
+            )  # fmt: skip
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups = []
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if self.settings["freeze_weights"]:
+            weights = []
+        if weights:
+            groups.append({"params": weights, "lr": self.settings["learning_rate"]})
+        if isinstance(self.guide, nn.Module):
+            parameters = list(self.guide.parameters())
+            groups.append({"params": parameters, "lr": self.settings["posterior_learning_rate"]})
+        if not groups:
+            raise ValueError("there is nothing to fit: no parameter requires a gradient")
+        for group in groups:
+            group["given_lr"] = group["lr"]
+        return torch.optim.Adam(groups, fused=True)
+
+    def _wrap(self) -> None:
+        """Let several processes share the gradients; anew where tensors have changed their shapes."""
+        if self.fabric.world_size > 1:
+            self.module = self.objective
+            self.module = self.fabric.strategy.setup_module(self.objective)
+
+    # the loop ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All epochs, and the parameters of the best of them."""
+        for _ in self.epochs():
+            pass
+        self.kept_epoch = self.state.epoch
+        if self.settings["keep_best"] or self.interrupted:
+            restore(self.model, self.guide, self.best)
+            self.kept_epoch = self.state.best_epoch
+        self.stopped_early = self.state.finished and self.state.epoch < self.settings["epochs"]
+
+    def epochs(self) -> Iterator[int]:
+        """One epoch after the other, from the newest checkpoint on where there is one; yields their numbers."""
+        show = self.task.progress and self.fabric.is_global_zero
+        with ExitStack() as stack:
+            stack.enter_context(self._frozen())
+            stop = stack.enter_context(StopRequest())
+            resumed = self._resume()
+            for row in self.state.history:
+                self.fabric.log_dict(_numbers(row), step=row["epoch"])
+            self._wrap()
+            display = stack.enter_context(
+                EpochProgress(self.phase, self.settings["epochs"], len(self.batches), enabled=show)
+            )
+            display.resume(self.state.epoch * len(self.batches) + self.state.batch)
+            while not self.state.finished and not self.interrupted:
+                try:
+                    self._epoch(stop, display, resumed)
+                except KeyboardInterrupt:
+                    self.interrupted = True
+                except Exception:
+                    restore(self.model, self.guide, self.best)
+                    raise
+                resumed = {}
+                yield self.state.epoch
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """In training mode; with `freeze_weights` no gradient is made for weights, and no statistic moves."""
+        freeze = self.settings["freeze_weights"]
+        flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        if freeze:
+            self.model.requires_grad_(False)
+        try:
+            with in_mode(self.model, training=not freeze):
+                yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+    def _epoch(self, stop: StopRequest, display: EpochProgress, resumed: Mapping[str, Tensor]) -> None:
+        """What is left of an epoch; `resumed` has the state of the generators in the middle of one."""
+        begin = time.perf_counter()
+        state, settings, fabric = self.state, self.settings, self.fabric
+        epoch, count = state.epoch + 1, len(self.batches)
+        torch.manual_seed(_mixed(settings["seed"], epoch, fabric.global_rank))
+        order = torch.Generator().manual_seed(_mixed(settings["seed"], epoch, "order"))
+        batches = self.batches.epoch(order, start=state.batch)
+        if resumed:
+            set_generators(resumed, fabric.global_rank, fabric.device)
+        warm_up_steps, total = self._warm_up_steps(), settings["epochs"] * count
+        ramp = 1.0
+        for x, y, weight, examples in batches:
+            step = state.epoch * count + state.batch
+            ramp = min((step + 1) / warm_up_steps, 1.0) if warm_up_steps else 1.0
+            self._set_rates(self.rates(step / total))
+            with fabric.autocast():
+                loss, likelihood = self.module(x, y, settings["kl_weight"] * ramp)
+            # one synchronisation with an accelerator for both
+            value, likelihood = (
+                float(number) for number in torch.stack([loss.detach(), likelihood]).tolist()
+            )
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"loss became {value} at batch {state.batch + 1} of epoch {epoch}; the parameters of epoch "
+                    f"{state.best_epoch} are back in place. Lower learning_rate, or look for NaN in the data"
+                )
+            state.batch += 1
+            self._step(loss * weight, last=state.batch == count)
+            state.steps.append((value, likelihood, examples))
+            display.step()
+            if state.batch < count and self._is_time_to_stop(stop, step):
+                self.interrupted = True
+                self._save()
+                return
+        self._finish_epoch(epoch, ramp, begin, display)
+        self.interrupted = self._is_time_to_stop(stop, 0) and not state.finished
+
+    def _step(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients of a batch, and a step where as many as `accumulate` are together."""
+        accumulate, done = self.settings["accumulate"], self.state.batch
+        due = last or done % accumulate == 0
+        if accumulate > 1:  # the last ones of an epoch may be fewer
+            begun = (done - 1) // accumulate * accumulate
+            loss = loss / min(accumulate, len(self.batches) - begun)
+        if due or self.fabric.world_size == 1:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            with self.module.no_sync():  # type: ignore[operator]
+                loss.backward()  # type: ignore[no-untyped-call]
+        if not due:
+            return
+        if self.settings["gradient_clip"] is not None:
+            for group in self.optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], self.settings["gradient_clip"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _set_rates(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["given_lr"] * factor
+
+    def _warm_up_steps(self) -> int:
+        if self.guide is None:  # no KL to warm up
+            return 0
+        steps: float = self.settings["warm_up"] * self.settings["epochs"] * len(self.batches)
+        return round(steps)
+
+    def _is_time_to_stop(self, stop: StopRequest, step: int) -> bool:
+        """Whether this process, or of several any, was asked to stop, between two steps of the optimiser."""
+        if self.state.batch % self.settings["accumulate"]:
+            return False
+        if self.fabric.world_size == 1:
+            return stop.asked
+        if step % _STEPS_BETWEEN_AGREEMENTS:
+            return False
+        return float(self._summed(torch.tensor(float(stop.asked)))) > 0
+
+    # the end of an epoch ----------------------------------------------------------------------------
+
+    def _finish_epoch(self, epoch: int, ramp: float, begin: float, display: EpochProgress) -> None:
+        state, settings = self.state, self.settings
+        self._share_buffers()
+        self._check_finite(epoch)
+        loss, likelihood = self._means()
+        state.epoch, state.batch, state.steps = epoch, 0, []
+        removed = self._remove(epoch) if settings["removal"] != "end" and ramp >= 1.0 else []
+        row = self._row(epoch, loss, likelihood, settings["kl_weight"] * ramp)
+        row["seconds"] = time.perf_counter() - begin
+        state.history.append(row)
+        score = self._score(row)
+        # during the warm-up the objective is another one; a removal changes it again
+        if ramp < 1.0 or removed or score < state.best_score or not state.best_epoch:
+            state.best_score = math.inf if ramp < 1.0 else score
+            state.best_epoch = epoch
+            self.best = state_of(self.model, self.guide)
+        patience = settings["patience"]
+        waited = patience is not None and epoch - state.best_epoch >= patience
+        state.finished = waited or epoch == settings["epochs"]
+        if self.checkpoints is not None and removed and self.fabric.is_global_zero:
+            self.checkpoints.append_to_ledger(removed)
+        self._save()
+        self.fabric.log_dict(_numbers(row), step=epoch)
+        display.epoch(row)
+
+    def _means(self) -> tuple[float, float]:
+        """(loss, log-likelihood) per example over the epoch, of all processes."""
+        steps = torch.tensor(self.state.steps, dtype=torch.float64)  # (batches, 3)
+        examples = steps[:, 2]
+        totals = torch.stack([steps[:, 0] @ examples, steps[:, 1] @ examples, examples.sum()])
+        loss, likelihood, seen = self._summed(totals).tolist()
+        return loss / seen, likelihood / seen
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        total = self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _row(self, epoch: int, loss: float, likelihood: float, weight: float) -> dict[str, Any]:
+        validation = (math.nan, math.nan)
+        if self.held_out is not None:
+            validation = evaluate(self.model, self.held_out, self._scales())
+        return {
+            "phase": self.phase,
+            "epoch": epoch,
+            "loss": loss,
+            "log_likelihood": likelihood,
+            "kl": self._kl(),
+            "kl_weight": weight if self.guide is not None else math.nan,
+            "validation_loss": validation[0],
+            "validation_accuracy": validation[1],
+            "kept": self._kept(),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+
+    def _score(self, row: Mapping[str, Any]) -> float:
+        """What the best epoch has least of."""
+        if self.held_out is None:  # the training loss has its KL inside
+            return float(row["loss"])
+        if self.guide is None:
+            accuracy = row["validation_accuracy"]
+            return float(row["validation_loss"] if math.isnan(accuracy) else -accuracy)
+        penalty = 0.0 if math.isnan(row["kl"]) else self.settings["kl_weight"] * row["kl"] / self.batches.size
+        return float(row["validation_loss"] + penalty)
+
+    def _share_buffers(self) -> None:
+        """Statistics that each process gathered on its own examples become those of the first."""
+        if self.fabric.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _check_finite(self, epoch: int) -> None:
+        """The last step of an epoch has no loss behind it that would tell."""
+        for module in (self.model, self.guide):
+            for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise FloatingPointError(
+                        f"parameter {name} is not finite after epoch {epoch}; the parameters of epoch "
+                        f"{self.state.best_epoch} are back in place. Lower learning_rate"
+                    )
+
+    def _scales(self) -> dict[str, Tensor]:
+        """Values to predict with: E[θ] where it is known, one draw from the guide for other latents."""
+        if isinstance(self.guide, AutoTruncatedLogNormal):
+            return self.guide.mean()
+        if self.guide is None:
+            return {}
+        trace = poutine.trace(self.guide).get_trace(*self.first)
+        draws = {
+            name: site["value"].detach()
+            for name, site in trace.iter_stochastic_nodes()
+            if name not in self.objective.local_sites
+        }
+        return draws | {site: q.mean for site, q in read_posterior(self.guide, *self.first).items()}
+
+    def _kl(self) -> float:
+        """KL of the noise sites over the whole data set, in nats, unweighted."""
+        if self.guide is None:
+            return math.nan
+        posterior = read_posterior(self.guide, *self.first)
+        layers = noise_layers(self.model)
+        with torch.no_grad():
+            return sum(
+                float((kl_divergence(posterior[site], elementary(layer.prior())) * layer.kept).sum())
+                for site, layer in layers.items()
+                if site in posterior
+            )
+
+    def _kept(self) -> int:
+        if self.task.criterion is not None and self.guide is not None and self.settings["removal"] == "end":
+            return int(self._plan().widths().after.sum())
+        return sum(int(layer.kept.sum()) for layer in noise_layers(self.model).values())
+
+    # removal ----------------------------------------------------------------------------------------
+
+    def _plan(self) -> Reduction:
+        assert self.task.criterion is not None
+        assert self.guide is not None
+        return reduce(self.model, self.guide, self.task.criterion, min_kept=self.settings["min_kept"])
+
+    def _remove(self, epoch: int) -> list[dict[str, Any]]:
+        """Take out, or fix at θ = 0, what the criterion removes; returns a row for each."""
+        assert isinstance(self.guide, AutoTruncatedLogNormal)
+        # decided once: what is equal on all processes is still computed on each
+        plan: Reduction = self._plan()
+        table = self.fabric.broadcast(plan.table)
+        plan.table = table
+        gone = table[table.removed & ~table.removed_in_fit]
+        if gone.empty:
+            return []
+        rows = [
+            {
+                "epoch": epoch,
+                **{name: row[name] for name in ("layer", "unit", "score", "log_evidence_change")},
+            }
+            for row in gone.to_dict("records")
+        ]
+        self.state.removals += rows
+        layers = noise_layers(self.model)
+        kept = {site: plan.kept_mask(site).to(layer.kept.device) for site, layer in layers.items()}
+        if self.settings["removal"] == "mask":
+            for site, layer in layers.items():
+                layer.kept.logical_and_(kept[site])
+                self.guide.site_posterior(site).kept.copy_(layer.kept)
+        else:
+            shrink(self.model, self.guide, kept, self.optimizer, input_of(self.model, self.first))
+            self._wrap()
+        return rows
+
+    # checkpoints ------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        generators = self._generators() if self.state.batch else {}
+        if self.fabric.is_global_zero:
+            tensors = state_of(self.model, self.guide) | optimizer_tensors(self.optimizer) | generators
+            self.checkpoints.save(self.state, tensors)
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The generators' states of all processes, to go on in the middle of an epoch."""
+        state = generator_states(self.fabric.device)
+        if self.fabric.world_size == 1:
+            return {f"{name}.0": tensor for name, tensor in state.items()}
+        gathered: list[dict[str, Tensor]] = [{} for _ in range(self.fabric.world_size)]
+        torch.distributed.all_gather_object(gathered, state)
+        return {f"{name}.{rank}": t for rank, one in enumerate(gathered) for name, t in one.items()}
+
+    def _resume(self) -> dict[str, Tensor]:
+        """Take up the newest checkpoint that can be; returns its generators' states."""
+        fabric = self.fabric
+        if self.checkpoints is None:
+            return {}
+        if self.task.overwrite and fabric.is_global_zero:
+            self.checkpoints.clear_unless_unfinished()
+        fabric.barrier()
+        for path, progress, tensors in self.checkpoints.newest():
+            try:
+                restore(self.model, self.guide, tensors)
+                self.optimizer = self._optimizer()
+                load_optimizer(self.optimizer, tensors)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {path} belongs to another network: {error}") from None
+            best = self.checkpoints.of_best(progress) if progress.best_epoch else tensors
+            self.state = progress
+            self.best = {name: tensor.clone() for name, tensor in best.items()}
+            if self.fabric.is_global_zero:
+                self.checkpoints.start_ledger(progress.removals)
+            return {name: t for name, t in tensors.items() if name.startswith("generator.")}
+        if self.fabric.is_global_zero:
+            self.checkpoints.start_ledger([])
+        return {}
+
+
+def _mixed(*parts: object) -> int:
+    """A seed from several numbers, so that what an epoch draws depends on nothing before it."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a logger can plot."""
+    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}

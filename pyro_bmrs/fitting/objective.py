@@ -1,0 +1,120 @@
+"""The loss of a batch: one ELBO, by three paths of which each later one asks less of the model and costs more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_bmrs.inference.elbo import LatentsPerBatch, LikelihoodELBO, PackedSites
+from pyro_bmrs.inference.likelihoods import has_own_likelihood
+from pyro_bmrs.inference.packed import PackedLatents
+from pyro_bmrs.networks.noise import drawn_together, noise_layers
+
+ELBOS = ("auto", "fused", "packed", "pyro")
+
+
+class Objective(nn.Module):
+    """Loss per example of a batch, -(log-likelihood)/B + weight · KL/N, in nats.
+
+    Args:
+        model, guide: as in `fit`; a guide of None: a model without latents.
+        first: a batch to trace them with.
+        dataset_size: N.
+        draws: values of each θ per batch; None: one per example.
+        stratified: whether these draws are stratified where latents are packed.
+        elbo: "fused": θ of all layers drawn at once and the log-likelihood computed without Pyro, for
+            `Classifier` and `Regressor` with an `AutoTruncatedLogNormal`; "packed": any Pyro model with
+            that guide, its noise sites drawn at once; "pyro": any model and any guide, each site by itself;
+            "auto": the first of these that will do.
+        scaled: whether the model's own likelihood speaks for the data set, not the batch.
+
+    Raises:
+        ValueError: if model or guide can't go the path that `elbo` names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: Callable[..., Any] | None,
+        first: tuple[Any, Tensor],
+        *,
+        dataset_size: int,
+        draws: int | None = None,
+        stratified: bool = True,
+        elbo: str = "auto",
+        scaled: bool = False,
+        local_sites: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.model, self.guide = model, guide
+        self.dataset_size, self.draws, self.scaled = dataset_size, draws, scaled
+        self.local_sites = local_sites
+        layers = noise_layers(model)
+        packable = bool(layers) and PackedLatents.possible(guide, layers)
+        plain = guide is None and not layers
+        able = {
+            "fused": (plain or packable) and has_own_likelihood(model) and self._only_noise(first),
+            "packed": packable,
+            "pyro": True,
+        }
+        if elbo == "checked":
+            elbo = "packed" if packable else "pyro"
+        self.elbo = next(path for path in able if able[path]) if elbo == "auto" else elbo
+        if not able[self.elbo]:
+            raise ValueError(
+                f"elbo must be one that this model and guide allow, {[path for path in able if able[path]]}: "
+                f"got {elbo!r} for {type(model).__name__} with {type(guide).__name__}"
+            )
+        self.packed = None
+        if packable and self.elbo != "pyro":
+            self.packed = PackedLatents(guide, layers, stratified=stratified)  # type: ignore[arg-type]
+        self.sites = tuple(layers)
+        self.pyro_elbo = LikelihoodELBO()
+        self.pyro_loss = self.pyro_elbo(model, guide or _no_latents)
+
+    def _only_noise(self, first: tuple[Any, Tensor]) -> bool:
+        """Whether the noise sites are the only latents of model and guide."""
+        programs = (self.model, self.guide or _no_latents)
+        with torch.no_grad():
+            traces = [poutine.trace(program).get_trace(*first) for program in programs]
+        sites = set(noise_layers(self.model))
+        latents = [
+            {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
+            for trace in traces
+        ]
+        return all(names == sites for names in latents)
+
+    def forward(self, x: Any, y: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+        """(loss, log-likelihood), both in nats per example, the second detached."""
+        draws = min(self.draws or len(y), len(y))
+        if self.elbo == "fused":
+            return self._fused(x, y, kl_weight, draws)
+        # the batch speaks for `examples` of the N: its share of the one KL
+        examples = self.dataset_size if self.scaled else len(y)
+        share = examples / self.dataset_size
+        if self.packed is None:
+            handler = LatentsPerBatch(self.sites, draws, kl_weight * share, share, self.local_sites)
+        else:
+            handler = PackedSites(self.packed.draw(draws), draws, kl_weight * share, share, self.local_sites)
+        with handler:
+            loss = self.pyro_loss(x, y) / examples
+        return loss, self.pyro_elbo.log_likelihood / examples
+
+    def _fused(self, x: Any, y: Tensor, kl_weight: float, draws: int) -> tuple[Tensor, Tensor]:
+        if self.packed is None:
+            log_likelihood = self.model.log_likelihood(x, y) / len(y)  # type: ignore[operator]
+            return -log_likelihood, log_likelihood.detach()
+        drawn = self.packed.draw(draws)
+        with drawn_together(drawn.values):
+            log_likelihood = self.model.log_likelihood(x, y) / len(y)  # type: ignore[operator]
+        loss = drawn.kl.to(log_likelihood.dtype) * (kl_weight / self.dataset_size) - log_likelihood
+        return loss, log_likelihood.detach()
+
+
+def _no_latents(*_: Any) -> None:
+    """The guide of a model without latents."""

@@ -1,0 +1,104 @@
+"""A fitted posterior on disk, and a model and guide put into the state of one: safetensors, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.noise import MultiplicativeNoise
+from pyro_bmrs.reduction.reduce import input_of
+from pyro_bmrs.reduction.shrink import shrink
+
+FORMAT, VERSION = "pyro_bmrs.posterior", 2
+
+
+def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> Path:
+    """Write weights and posterior parameters to a safetensors file, atomically."""
+    header = {"format": FORMAT, "version": VERSION, "kl_weight": guide.kl_weight}
+    return write_tensors(path, state_of(model, guide), header)
+
+
+def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> None:
+    """Load what `save_posterior` wrote into a model and a guide that has been called once.
+
+    A model that has structures which the saved one had lost while it was fitted loses them too.
+
+    Raises:
+        ValueError: if the file is none, is damaged, belongs to another network, or to another version.
+    """
+    if guide.prototype_trace is None:
+        raise RuntimeError("guide has no parameters to load into yet: call it once on a batch, guide(x, y)")
+    try:
+        header, tensors = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"path must be a posterior written by save_posterior: {error}") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"path must be a posterior written by save_posterior: {path} is none")
+    refuse_newer(path, "posterior", header["version"], VERSION)
+    try:
+        restore(model, guide, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} belongs to another network: {error}") from None
+    guide.kl_weight = header["kl_weight"]
+
+
+def state_of(model: nn.Module, guide: Callable[..., Any] | None) -> dict[str, Tensor]:
+    """Copies of all tensors of a model and a guide, by name."""
+    return {
+        f"{prefix}.{name}": tensor.detach().clone()
+        for prefix, module in (("model", model), ("guide", guide))
+        if isinstance(module, nn.Module)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def restore(model: nn.Module, guide: Callable[..., Any] | None, state: Mapping[str, Tensor]) -> None:
+    """Put a model and a guide into a state that `state_of` gave; other entries are left alone.
+
+    Raises:
+        ValueError: if the state is that of another network, or has structures that the model has lost.
+    """
+    _shrink_to(model, guide, state)
+    for prefix, module in (("model.", model), ("guide.", guide)):
+        if isinstance(module, nn.Module):
+            own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(" ".join(str(error).split())) from None
+
+
+def _shrink_to(model: nn.Module, guide: Callable[..., Any] | None, state: Mapping[str, Tensor]) -> None:
+    """Take out of model and guide the structures that the state has not."""
+    if not isinstance(guide, AutoTruncatedLogNormal):
+        return
+    gone = {
+        site: (state.get(f"guide.posteriors.{number}.gone_units"), guide.site_posterior(site).gone_units)
+        for number, site in enumerate(guide.sites)
+    }
+    kept: dict[str, Tensor] = {}
+    for path, layer in model.named_modules():
+        saved = state.get(f"model.{path}.units")
+        if not isinstance(layer, MultiplicativeNoise) or saved is None or layer.site not in gone:
+            continue
+        before, since = gone[layer.site]
+        assert before is not None
+        structures = len(saved) + len(before), len(layer.units) + len(since)
+        if structures[0] != structures[1]:
+            raise ValueError(
+                f"its layer {layer.site!r} had {structures[0]} structures, and here it has {structures[1]}"
+            )
+        kept[layer.site] = torch.isin(layer.units.cpu(), saved.cpu())
+        if int(kept[layer.site].sum()) < len(saved):
+            raise ValueError(
+                f"layer {layer.site!r} has lost structures that were there when this was saved: start from a "
+                "freshly made network"
+            )
+    if not all(bool(mask.all()) for mask in kept.values()):
+        shrink(model, guide, kept, None, input_of(model, guide.example_arguments))
