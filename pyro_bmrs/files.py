@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # One entry in a safetensors file's metadata: several are written in an order that differs from save to save.
 _HEADER = "pyro_bmrs"
+# What `tempfile.mkstemp` makes of the prefix and suffix below.
+_BESIDE = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}(?P<suffix>\.[^.]+)")
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
@@ -36,6 +39,18 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def clear_unfinished(folder: Path, ours: Callable[[str], object]) -> None:
+    """Remove what a killed process has left in `folder` of files that it was writing atomically.
+
+    Args:
+        ours: whether a file of such a name is written by the caller.
+    """
+    for path in folder.glob(".*"):
+        match = _BESIDE.fullmatch(path.name)
+        if match and ours(match["stem"] + match["suffix"]):
+            path.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write tensors and a JSON header to one safetensors file, atomically."""
     from safetensors.torch import save_file
@@ -45,8 +60,8 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mappi
     return write_atomically(path, lambda beside: save_file(whole, beside, metadata=metadata))
 
 
-def read_tensors(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors that `write_tensors` wrote.
+def read_tensors(path: Path | str, *, header_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors (with `header_only` none) that `write_tensors` wrote.
 
     Raises:
         ValueError: if the file is missing, damaged, or of another kind.
@@ -56,7 +71,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            names = [] if header_only else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     if not isinstance(header, dict):

@@ -8,6 +8,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference.elbo import LatentsPerBatch
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.reduction.criteria import LayerStructures
@@ -47,6 +48,29 @@ def test_model_guide_network_and_evidence(draws):
             scores = criterion(layers)
             assert {name: score.shape for name, score in scores.items()} == {"2": (4,), "6": (6,)}
             assert all(score.is_meta and score.dtype == torch.float64 for score in scores.values())
+
+
+@pytest.mark.parametrize("draws", [1, 3, 4, None])
+@pytest.mark.parametrize("inserted", [False, True])
+def test_the_fused_step(draws, inserted):
+    with torch.device("meta"):
+        x, y = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.long)
+    net = network()
+    if inserted:
+        net = bmrs.insert_noise(bmrs.without_noise(net), torch.randn(2, 1, 8, 8))
+    model = bmrs.Classifier(net.to("meta"))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    with pyro.validation_enabled(False):
+        with OnlyMeta():
+            guide(x, y)
+        objective = Objective(model, guide, (x, y), dataset_size=100, draws=draws)
+        assert objective.elbo == "fused"
+        with OnlyMeta():
+            loss, likelihood = objective(x, y, 2.0)
+            loss.backward()
+    assert loss.is_meta
+    assert likelihood.is_meta
+    assert all(parameter.grad.is_meta for parameter in [*model.parameters(), *guide.parameters()])
 
 
 def test_the_check_itself_can_fail():

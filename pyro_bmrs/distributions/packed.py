@@ -2,24 +2,23 @@
 
 The same laws and gradients as `TruncatedLogNormal`, packed: all units of a network in one tensor, the
 quantile, the exponential and the KL in one autograd node whose backward pass is four sums over the draws.
-Up to α = 37, where Φ(-α) is still a float64, one direct formula serves every unit: its cancellations cost
-it no more than eight digits of sixteen there, where a training step needs six. Beyond, `tail_arithmetic`.
+Up to α = FAR, where Φ(-α) is still a float64, one direct formula serves every unit: its cancellations cost
+it no more than nine digits of sixteen there, where a training step needs six. Beyond, few terms of
+asymptotic series do.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_bmrs.distributions import tail_arithmetic
-from pyro_bmrs.distributions.tail_arithmetic import EXPONENT_FLOOR, LOG_SQRT_2PI, SQRT_HALF
+from pyro_bmrs.distributions.tail_arithmetic import EXPONENT_FLOOR, FAR, LOG_SQRT_2PI, SQRT_HALF
 
-# Φ(-37) is 6e-300: the last whole number of standard deviations before float64 ends.
-DIRECT = 37.0
 # Half of a float32 uniform's last bit: no probability comes nearer to 0 or 1.
 NEAREST = 2.0**-25
 
@@ -73,11 +72,11 @@ class _DrawWithKL(torch.autograd.Function):
         from_low = below >= above
         sign = from_low.double().mul_(2).sub_(1)
         alpha, beta = torch.maximum(below, above), -torch.minimum(below, above)
-        far = alpha > DIRECT
+        far = alpha > FAR
         some_far = not far.is_meta and bool(far.any())
         if some_far:  # any α that the direct formulas can take will do where they are not used
-            alpha = torch.where(far, DIRECT, alpha)
-            beta = torch.where(far, DIRECT + 1.0, beta)
+            alpha = torch.where(far, FAR, alpha)
+            beta = torch.where(far, FAR + 1.0, beta)
         edge = torch.where(alpha > 0, torch.erfc(alpha * SQRT_HALF), torch.erf(alpha * SQRT_HALF))
         end = torch.where(alpha > 0, torch.erfc(beta * SQRT_HALF), torch.erf(beta * SQRT_HALF))
         mass = 0.5 * (end - edge).abs()
@@ -100,12 +99,10 @@ class _DrawWithKL(torch.autograd.Function):
         ctx.far = None
         if some_far:
             columns = torch.nonzero(far).flatten()
-            laws = [t[columns] for t in (loc, scale, low, high)]
-            exact = tail_arithmetic._quantile(u[:, columns], *laws)
-            x[:, columns] = exact.value
-            value, slope_loc, slope_scale = tail_arithmetic.entropy_with_slopes(*laws)
-            entropy[columns], d_loc[columns], d_scale[columns] = value, slope_loc, slope_scale
-            ctx.far = columns, exact.d_loc, exact.d_scale
+            law = _far(u[:, columns], *(t[columns] for t in (loc, scale, low, high)))
+            x[:, columns], entropy[columns] = law.x, law.entropy
+            d_loc[columns], d_scale[columns] = law.entropy_by_loc, law.entropy_by_scale
+            ctx.far = columns, law.by_loc, law.by_scale
         theta = torch.clamp(x, low, high).exp_().mul_(kept)
         kl = ((high - low).log_() - entropy).mul_(kept).sum()
         ctx.save_for_backward(
@@ -134,6 +131,38 @@ class _DrawWithKL(torch.autograd.Function):
         by_loc -= grad_kl * entropy_loc
         by_scale -= grad_kl * entropy_scale
         return by_loc.to(ctx.dtype), by_scale.to(ctx.dtype), None, None, None, None
+
+
+class _Law(NamedTuple):
+    """Draws x (draws, units) with their derivatives, and the entropy (units,) with its."""
+
+    x: Tensor
+    by_loc: Tensor
+    by_scale: Tensor
+    entropy: Tensor
+    entropy_by_loc: Tensor
+    entropy_by_scale: Tensor
+
+
+def _far(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Law:
+    """Units whose location lies more than FAR scales outside of the bounds."""
+    below, above = (low - loc) / scale, (loc - high) / scale
+    alpha, width = torch.maximum(below, above), (high - low) / scale
+    if bool((width * (alpha + 0.5 * width) < -EXPONENT_FLOOR).any()):  # bounds so near that both count
+        exact = tail_arithmetic.quantile_with_slopes(u, loc, scale, low, high)
+        return _Law(*exact, *tail_arithmetic.entropy_with_slopes(loc, scale, low, high))
+    from_low = below > above
+    sign = from_low.double().mul_(2).sub_(1)
+    s, by_loc = tail_arithmetic.far_quantile(torch.where(from_low, u, 1 - u), alpha)
+    entropy, slope = tail_arithmetic.far_entropy(alpha)
+    return _Law(
+        x=torch.addcmul(torch.where(from_low, low, high), sign * scale, s),
+        by_loc=by_loc,
+        by_scale=sign * (s + alpha * by_loc),
+        entropy=entropy + torch.log(scale / alpha),
+        entropy_by_loc=-sign * slope / (alpha * scale),
+        entropy_by_scale=(1 - slope) / scale,
+    )
 
 
 def draw_with_kl(

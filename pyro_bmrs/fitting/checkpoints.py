@@ -14,7 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_bmrs.files import read_tensors, refuse_newer, write_atomically, write_tensors
+from pyro_bmrs.files import (
+    clear_unfinished,
+    read_tensors,
+    refuse_newer,
+    write_atomically,
+    write_tensors,
+)
 
 FORMAT, VERSION = "pyro_bmrs.checkpoint", 1
 LEDGER_COLUMNS = ["epoch", "layer", "unit", "score", "log_evidence_change"]
@@ -49,7 +55,7 @@ class Checkpoints:
 
     Args:
         folder: made where it is missing.
-        keep: how many of the newest stay; that of the best epoch stays too.
+        keep: how many of the newest stay; those of the epochs that were the best by then stay too.
         settings: what makes a fit this fit and not another, as JSON has it.
     """
 
@@ -70,14 +76,26 @@ class Checkpoints:
             "format": FORMAT, "version": VERSION, "settings": self.settings, "progress": asdict(progress),
         }  # fmt: skip
         write_tensors(path, tensors, header)
-        self._let_go(progress)
+        self._let_go(path)
         return path
 
-    def _let_go(self, progress: Progress) -> None:
-        best = self._of_epoch(progress.best_epoch)
-        for path in self._paths()[self.keep :]:
-            if path != best:
+    def _let_go(self, saved: Path) -> None:
+        """Keep the newest and what these would go back to; any after the one just saved can't be read."""
+        paths = self._paths()
+        paths = paths[paths.index(saved) :]
+        newest = paths[: self.keep]
+        needed = {*newest, *map(self._best_before, newest)}
+        for path in paths:
+            if path not in needed:
                 path.unlink(missing_ok=True)
+
+    def _best_before(self, path: Path) -> Path:
+        """The checkpoint of the epoch that was the best when `path` was written; itself if that can't be told."""
+        try:
+            header, _ = read_tensors(path, header_only=True)
+            return self._of_epoch(int(header["progress"]["best_epoch"]))
+        except (ValueError, TypeError, KeyError):
+            return path
 
     def _of_epoch(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}.safetensors"
@@ -153,7 +171,10 @@ class Checkpoints:
             os.fsync(file.fileno())
 
     def start_ledger(self, rows: list[dict[str, Any]]) -> None:
-        """The ledger as it was at a checkpoint: what a killed fit has noted since is to happen again."""
+        """The ledger as it was at a checkpoint: what a killed fit has noted since is to happen again.
+
+        What it has left half-written goes too.
+        """
 
         def write(beside: Path) -> None:
             with beside.open("w", newline="") as file:
@@ -162,6 +183,9 @@ class Checkpoints:
                 writer.writerows(rows)
 
         write_atomically(self.ledger, write)
+        clear_unfinished(
+            self.folder, lambda name: name == self.ledger.name or _NAME.fullmatch(name) is not None
+        )
 
 
 def _writer(file: Any) -> csv.DictWriter[str]:

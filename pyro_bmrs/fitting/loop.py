@@ -480,9 +480,9 @@ class Loop:
                 load_optimizer(self.optimizer, tensors)
             except ValueError as error:
                 raise ValueError(f"checkpoint {path} belongs to another network: {error}") from None
-            best = self.checkpoints.of_best(progress) if progress.best_epoch else tensors
+            if progress.best_epoch:
+                self.best = self.checkpoints.of_best(progress)
             self.state = progress
-            self.best = {name: tensor.clone() for name, tensor in best.items()}
             if self.fabric.is_global_zero:
                 self.checkpoints.start_ledger(progress.removals)
             return {name: t for name, t in tensors.items() if name.startswith("generator.")}

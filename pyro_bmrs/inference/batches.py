@@ -101,11 +101,15 @@ class Batches:
         return next(iter(self))
 
     def epoch(self, generator: torch.Generator | None, *, start: int = 0) -> Iterator[Batch]:
-        """One pass, shuffled by `generator` where there is one, from its batch `start` on."""
+        """One pass, shuffled by `generator` where there is one, from its batch `start` on.
+
+        What a loader draws from the global generators to begin with, and for batches before `start`, it draws
+        here and not with the first batch.
+        """
         if self.loader is not None:
-            for x, y in self._pairs(itertools.islice(self.loader, start, None)):
-                yield Batch(x, y, 1.0, len(y))
-            return
+            batches = iter(self.loader)
+            next(itertools.islice(batches, start, start), None)  # left out
+            return (Batch(x, y, 1.0, len(y)) for x, y in self._pairs(batches))
         order = (
             torch.arange(self.size) if generator is None else torch.randperm(self.size, generator=generator)
         )
@@ -117,16 +121,17 @@ class Batches:
             examples.append(len(parts[-1]) if shared else len(batch) / self.world)
             sizes.append(len(batch))
         pairs = self._pairs(self._taken(parts))
-        for (x, y), count, size in zip(pairs, examples, sizes, strict=True):
-            yield Batch(x, y, count * self.world / size, count)
+        return (
+            Batch(x, y, count * self.world / size, count)
+            for (x, y), count, size in zip(pairs, examples, sizes, strict=True)
+        )
 
     def _taken(self, parts: list[Tensor]) -> Iterator[Any]:
         """The examples with these indices, a batch for each."""
-        if self.tensors is None:
-            yield from DataLoader(self.source, batch_sampler=[part.tolist() for part in parts])
-            return
-        for indices in parts:
-            yield [tensor[indices.to(tensor.device)] for tensor in self.tensors]
+        tensors = self.tensors
+        if tensors is None:
+            return iter(DataLoader(self.source, batch_sampler=[part.tolist() for part in parts]))
+        return ([tensor[indices.to(tensor.device)] for tensor in tensors] for indices in parts)
 
     def _pairs(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         for batch in batches:

@@ -12,7 +12,7 @@ from reference import golden_rows
 from torch.distributions import kl_divergence
 
 from pyro_bmrs import LogUniform, TruncatedLogNormal
-from pyro_bmrs.distributions.packed import DIRECT, NEAREST, draw_with_kl, uniforms
+from pyro_bmrs.distributions.packed import FAR, NEAREST, draw_with_kl, uniforms
 
 # loc as a distance beyond either bound, or as a place between them; the edges of the box drawn often
 BOUNDS = [(-20.0, 0.0), (-3.0, 2.0), (-20.0, -19.0)]
@@ -162,7 +162,7 @@ def test_the_golden_values_of_150_digits():
 def test_what_is_not_kept_is_zero_and_has_no_gradient(u):
     case = Units(CORNERS, u)
     kept = torch.arange(len(CORNERS)) % 3 != 0
-    assert bool((((case.low - case.loc) / case.scale)[~kept] > DIRECT).any())  # of the far ones too
+    assert bool((((case.low - case.loc) / case.scale)[~kept] > FAR).any())  # of the far ones too
     (theta, kl), leaves = case.packed(kept)
     assert bool((theta[:, ~kept] == 0).all())
     (whole, _), _ = case.packed()
@@ -181,12 +181,12 @@ def test_what_is_not_kept_is_zero_and_has_no_gradient(u):
 def test_far_units_among_others_change_nothing_but_themselves():
     """α above 37 takes another way, column by column: as if every unit were drawn by itself."""
     far, near = (("below", 20.0), -10.0, BOUNDS[0]), (("between", 0.7), -1.0, BOUNDS[0])
-    above, edge = (("above", 3.0), -4.0, BOUNDS[1]), (("below", DIRECT), 0.0, (-20.0, 0.0))
+    above, edge = (("above", 3.0), -4.0, BOUNDS[1]), (("below", FAR), 0.0, (-20.0, 0.0))
     units = [near, far, above, near, edge, far]
     u = [0.2, 0.7]
     together = Units(units, u)
     alpha = torch.maximum(together.low - together.loc, together.loc - together.high) / together.scale
-    assert (alpha > DIRECT).tolist() == [False, True, True, False, False, True]
+    assert (alpha > FAR).tolist() == [False, True, True, False, False, True]
     (theta, kl), leaves = together.packed()
     weights = torch.linspace(0.5, 1.5, theta.numel(), dtype=torch.float64).view_as(theta)
     gradients = torch.autograd.grad((theta * weights).sum() + kl, leaves)

@@ -104,7 +104,10 @@ class SmallFit:
         make, self.source, self.options = CASES[case]
         torch.manual_seed(seed)
         if make is None:
-            self.model, self.guide = Classifier(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 2))), None
+            self.model, self.guide = (
+                Classifier(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 2))),
+                None,
+            )
         else:
             self.model = Classifier(make())
             kind = HalfDead if self.options.get("removal") else AutoTruncatedLogNormal
@@ -113,7 +116,9 @@ class SmallFit:
     def run(self, folder, **options):
         """The fit. Its result, and the tensors of model and guide by name."""
         settings = {
-            **dict(epochs=EPOCHS, batch_size=20, learning_rate=1e-2, posterior_learning_rate=5e-2, warm_up=0.2),
+            **dict(
+                epochs=EPOCHS, batch_size=20, learning_rate=1e-2, posterior_learning_rate=5e-2, warm_up=0.2
+            ),
             **dict(draws_per_batch=4, progress=False, checkpoints=folder),
             **self.options,
             **options,
