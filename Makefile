@@ -43,4 +43,4 @@ lint: .venv/installed
 	.venv/bin/mypy
 
 docs: .venv/installed
-	.venv/bin/python -m pdoc -o build/docs $(addprefix pyro_bmrs.,distributions evidence networks inference reduction diagnostics data recipes runs sweep cli)
+	.venv/bin/python -m pdoc -o build/docs $(addprefix pyro_bmrs.,distributions evidence networks inference reduction diagnostics data recipes runs study sweep cli)

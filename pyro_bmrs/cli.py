@@ -17,7 +17,7 @@ from pyro_bmrs import __version__
 
 if TYPE_CHECKING:
     from pyro_bmrs.runs import Run
-    from pyro_bmrs.sweep import Study
+    from pyro_bmrs.study import Study
 
 app = typer.Typer(
     name="pyro-bmrs",
@@ -258,13 +258,8 @@ def run(
         if least is not None and not 0 <= least <= 1:
             raise ValueError(f"--require-{name} must be a share from 0 to 1: got {least:g}")
     current = _new_run(context.params)
-    if current.complete() and not overwrite:
+    if not current.finish():
         print(f"{out} already holds this run, complete")
-    else:
-        current.fit()
-        if not current.reduced():
-            current.reduce()
-        current.report()
     _print_outcome(current)
     print(f"report: {out / 'report.html'}")
     outcome = current.outcome()
@@ -406,12 +401,14 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and stop.")] = False,
 ) -> int:
     """Do many runs, of all combinations that a file gives, into one table; called again it goes on."""
-    from pyro_bmrs.sweep import Study, run_study
+    from pyro_bmrs.study import Study
 
     asked = Study.read(study, out=out, jobs=jobs, backend=backend)
     if dry_run:
         _print_cells(asked)
         return 0
+    from pyro_bmrs.sweep import run_study
+
     table = run_study(asked, data_root=data_root, device=device, progress=not quiet)
     failed = table[table.status == "failed"]
     print(f"{len(table) - len(failed)} of {len(table)} cells done; results: {asked.out / 'results.csv'}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.diagnostics import compression_curve, report
-from pyro_bmrs.files import refuse_newer, write_atomically
+from pyro_bmrs.files import clear_unfinished, refuse_newer, write_atomically
 from pyro_bmrs.fitting import Fit, fit
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices
@@ -188,6 +188,9 @@ class Run:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
+    def _clear_unfinished(self) -> None:
+        clear_unfinished(self.folder, {*FIT_FILES, *REDUCE_FILES, *REPORT_FILES}.__contains__)
+
     def _write_table(self, name: str, table: pd.DataFrame) -> None:
         write_atomically(self.folder / name, lambda beside: table.to_csv(beside, index=False))
 
@@ -222,6 +225,16 @@ class Run:
 
     # the stages -------------------------------------------------------------------------------------
 
+    def finish(self) -> bool:
+        """Do what is not done yet of all stages; returns whether there was anything."""
+        if self.complete() and not self.overwrite:
+            return False
+        self.fit()
+        if not self.reduced():
+            self.reduce()
+        self.report()
+        return True
+
     def fit(self) -> Fit | None:
         """Fit the posterior and write it, unless the folder has it. Returns the fit if one was made.
 
@@ -232,6 +245,7 @@ class Run:
             return None
         settings = self.settings
         _check_writable(self.folder)
+        self._clear_unfinished()
         self._check_shrinkable()
         result = fit(
             self.model, self.guide, self.dataset.train, self.dataset.validation, epochs=settings.epochs,
@@ -310,6 +324,7 @@ class Run:
         """Reduce, apply, fine-tune, evaluate, and write plan, tables and the small network."""
         settings = self.settings
         _check_writable(self.folder)
+        self._clear_unfinished()
         criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
         plan = reduce(
             self.model, self.guide, criterion, min_kept=settings.min_kept, round_to=settings.round_to
@@ -386,6 +401,7 @@ class Run:
     def report(self) -> Path:
         """Draw the accuracy-against-parameters line and write report.html."""
         self._need("plan.json")
+        self._clear_unfinished()
         history = self._read_table("history.csv", "phase", "epoch")
         evaluation = self._read_table("evaluation.csv", "network", "parameters", "accuracy")
         plan = Reduction.load(self.folder / "plan.json").bound_to(self.network, self._example)

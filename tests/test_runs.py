@@ -403,6 +403,23 @@ def test_a_killed_fit_leaves_its_checkpoints_alone_and_a_later_run_finishes(tmp_
     assert names(folder) == CONTRACT
 
 
+@pytest.mark.parametrize("command", ["fit", "reduce", "report", "run"])
+def test_half_written_files_of_a_killed_process_do_not_stay(command, copied):
+    """`kill -9` leaves the file beside the one that was to be replaced; what is not ours stays."""
+    ours = [".history-abcdefgh.csv", ".small-x_0abcde.pt2", ".plan-12345678.json", ".recipe-abcdefgh.py"]
+    others = [".notes-abcdefgh.csv", ".history.csv", ".history-abcdefgh.txt", "history-abcdefgh.csv"]
+    for name in (*ours, *others):
+        (copied / name).write_bytes(b"half")
+    if command in ("fit", "run"):
+        (copied / "posterior.safetensors").unlink()
+    (copied / "report.html").unlink()
+    first = (RECIPE, "--out", copied) if command in ("fit", "run") else (copied,)
+    assert call(command, *first, "--quiet") == 0
+    left = names(copied)
+    assert not left & set(ours)
+    assert left >= set(others)
+
+
 @pytest.mark.parametrize("stage", ["save_posterior", "export_program", "report"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_run_that_stops_between_two_files_is_finished_by_the_next(

@@ -6,9 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,21 +23,28 @@ from safetensors.torch import load_file
 from pyro_bmrs import runs, sweep
 from pyro_bmrs.recipes import Settings
 from pyro_bmrs.runs import FIT_FILES, Run
-from pyro_bmrs.sweep import Study, run_study
+from pyro_bmrs.study import Study
+from pyro_bmrs.sweep import run_study
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 BASE = {
     "out": "out",
     "recipes": "net.py",
     "data": "digits",
-    "seeds": [0, 1],
+    "seeds": [3, 4],
     "criteria": ["BMRS_N", "Random:fraction=0.3"],
     "settings": {"epochs": 1, "limit": 100, "fine_tune": 0},
 }
-BROKEN = RECIPE.read_text() + "\ndef network(*_):\n    raise KeyError('no\\nnetwork')\n"
-KILLER = RECIPE.read_text() + (
-    "\nimport os, signal\ndef network(*_):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-)
+
+
+def with_network(*lines):
+    """The recipe with another network, which never comes to be: that is a cell of no time."""
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"{RECIPE.read_text()}\nimport os, signal, time, torch\n\ndef network(*_):\n{body}"
+
+
+BROKEN = with_network("raise KeyError('no\\nnetwork')")
+KILLER = with_network("time.sleep(1)", "os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def write_study(other=(), **changes):
@@ -74,7 +84,7 @@ def swept(tmp_path_factory):
         patched.chdir(folder)
         shutil.copy(RECIPE, "net.py")
         Path("broken.py").write_text(BROKEN)
-        write_study(recipes=["net.py", "broken.py"], jobs=2)
+        write_study(recipes=["net.py", "broken.py"], seeds=3, jobs=2)
         out, err = StringIO(), StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             status = call("sweep", "study.yaml")
@@ -95,20 +105,20 @@ def again(swept, tmp_path, monkeypatch):
 def test_a_cell_that_fails_is_told_and_does_not_stop_the_rest(swept):
     folder, status, out, err = swept
     assert status == 1
-    assert out == "4 of 8 cells done; results: out/results.csv\n"
+    assert out == "2 of 4 cells done; results: out/results.csv\n"
     lines = err.splitlines()
-    assert len(lines) == 8 + 4
-    assert all("so far" in line for line in lines[:8])
-    assert [line[:5] for line in lines[:8]] == [f"[{count}/8]" for count in range(1, 9)]
+    assert len(lines) == 4 + 2
+    assert all("so far" in line for line in lines[:4])
+    assert [line[:5] for line in lines[:4]] == [f"[{count}/4]" for count in range(1, 5)]
     assert "left" in lines[0]
-    assert "left" not in lines[7]
+    assert "left" not in lines[3]
     table = results(folder / "out")
-    assert list(table.status) == ["done"] * 4 + ["failed"] * 4
-    assert table.error[:4].isna().all()
-    assert table.error[4:].str.count("\n").sum() == 0
-    assert "network((1, 8, 8), 10) fails with KeyError" in table.error[4]
-    assert "shares the fit of broken-digits-w2-BMRS_N-seed0, which has failed" in table.error[6]
-    for row, line in zip(table[4:].itertuples(), lines[8:], strict=True):
+    assert list(table.status) == ["done"] * 2 + ["failed"] * 2
+    assert table.error[:2].isna().all()
+    assert table.error[2:].str.count("\n").sum() == 0
+    assert "network((1, 8, 8), 10) fails with KeyError" in table.error[2]
+    assert "shares the fit of broken-digits-w2-BMRS_N-seed3, which has failed" in table.error[3]
+    for row, line in zip(table[2:].itertuples(), lines[4:], strict=True):
         assert line == f"pyro-bmrs: {row.folder} failed: {row.error}"
 
 
@@ -119,16 +129,18 @@ def test_the_table_has_a_row_per_cell_in_the_order_of_the_study(swept):
         "recipe", "data", "seed", "criterion", "kl_weight", "status", "error", "parameters_before",
         "parameters_after", "removed", "accuracy", "negative_log_likelihood", "seconds", "folder",
     )  # fmt: skip
-    assert list(table.folder[:5]) == [
-        "net-digits-w2-BMRS_N-seed0", "net-digits-w2-BMRS_N-seed1", "net-digits-w2-Random-fraction0.3-seed0",
-        "net-digits-w2-Random-fraction0.3-seed1", "broken-digits-w2-BMRS_N-seed0",
-    ]  # fmt: skip
-    assert list(table.recipe) == ["net.py"] * 4 + ["broken.py"] * 4
-    assert list(table.seed) == [0, 1] * 4
+    assert list(table.folder) == [
+        f"{recipe}-digits-w2-{criterion}-seed3"
+        for recipe in ("net", "broken")
+        for criterion in ("BMRS_N", "Random-fraction0.3")
+    ]
+    assert list(table.recipe) == ["net.py"] * 2 + ["broken.py"] * 2
+    assert list(table.criterion) == BASE["criteria"] * 2
+    assert (table.seed == 3).all()
     assert (table.data == "digits").all()
     assert (table.kl_weight == 2).all()  # the recipe's own
-    assert (table.seconds[:4] > 0).all()
-    for row in table[:4].itertuples():
+    assert (table.seconds[:2] > 0).all()
+    for row in table[:2].itertuples():
         run = Run(folder / "out" / row.folder)
         final = run.evaluation().iloc[-1]
         assert run.complete()
@@ -136,17 +148,19 @@ def test_the_table_has_a_row_per_cell_in_the_order_of_the_study(swept):
         assert {"removed": row.removed, "accuracy": row.accuracy} == pytest.approx(run.outcome())
         assert row.negative_log_likelihood == pytest.approx(final.negative_log_likelihood)
         assert (row.parameters_before, row.parameters_after) == (1370, final.parameters)
-    assert {path.name for path in (folder / "out").iterdir()} == {"results.csv", *table.folder[:4]}
+    assert {path.name for path in (folder / "out").iterdir()} == {"results.csv", *table.folder[:2]}
 
 
 def test_one_fit_serves_all_criteria_and_gives_what_a_fit_of_its_own_gives(swept, place):
     folder = swept[0]
     first, shared = (
-        folder / "out" / f"net-digits-w2-{name}-seed1" for name in ("BMRS_N", "Random-fraction0.3")
+        folder / "out" / f"net-digits-w2-{name}-seed3" for name in ("BMRS_N", "Random-fraction0.3")
     )
     assert (shared / "posterior.safetensors").read_bytes() == (first / "posterior.safetensors").read_bytes()
-    settings = ("--epochs", 1, "--limit", 100, "--fine-tune", 0, "--seed", 1)
-    call("run", "net.py", "--out", "own", "--quiet", "--criterion", "Random:fraction=0.3", *settings)
+    settings = ("--epochs", 1, "--limit", 100, "--fine-tune", 0, "--seed", 3)
+    assert (
+        call("run", "net.py", "--out", "own", "--quiet", "--criterion", "Random:fraction=0.3", *settings) == 0
+    )
     for name in ("posterior.safetensors", "small.safetensors"):
         one, other = load_file(shared / name), load_file(place / "own" / name)
         assert one.keys() == other.keys()
@@ -155,40 +169,44 @@ def test_one_fit_serves_all_criteria_and_gives_what_a_fit_of_its_own_gives(swept
         pd.testing.assert_frame_equal(pd.read_csv(shared / name), pd.read_csv(place / "own" / name))
 
 
-def count_fits(monkeypatch):
-    made, whole = [], runs.fit
+@pytest.fixture
+def fits(monkeypatch):
+    """The folders in which a fit was made, while nothing else is done with it."""
+    made, whole = [], Run.fit
 
-    def counted(model, guide, *arguments, **keywords):
-        made.append(guide is not None)
-        return whole(model, guide, *arguments, **keywords)
+    def counted(run):
+        result = whole(run)
+        if result is not None:
+            made.append(run.folder.name)
+        return result
 
-    monkeypatch.setattr(runs, "fit", counted)
+    monkeypatch.setattr(Run, "fit", counted)
+    for stage in ("reduce", "report"):
+        monkeypatch.setattr(Run, stage, lambda _: None)
+    monkeypatch.setattr(sweep, "_done", lambda cell, *_: sweep._row(cell, "done", removed=0.0, accuracy=0.0))
     return made
 
 
-def test_a_fit_is_made_once_and_one_that_is_there_serves_a_criterion_put_first(place, monkeypatch):
-    made = count_fits(monkeypatch)
+def test_a_fit_is_made_once_and_one_that_is_there_serves_a_criterion_put_first(place, fits):
     one_process(seeds=0)
-    assert len(made) == 1
+    assert fits == ["net-digits-w2-BMRS_N-seed0"]
     table = one_process(seeds=0, criteria=["SNR", "BMRS_N"])
-    assert len(made) == 1
+    assert len(fits) == 1
     assert list(table.status) == ["done", "done"]
 
 
-def test_a_criterion_with_a_hand_in_the_fit_has_a_fit_of_its_own(place, monkeypatch):
-    made = count_fits(monkeypatch)
-    table = one_process(seeds=0, settings=BASE["settings"] | {"removal": "epoch", "epochs": 2})
-    assert list(table.status) == ["done", "done"]
-    assert len(made) == 2
+def test_a_criterion_with_a_hand_in_the_fit_has_a_fit_of_its_own(place, fits):
+    one_process(seeds=0, settings=BASE["settings"] | {"removal": "epoch", "epochs": 2})
+    assert fits == ["net-digits-w2-BMRS_N-seed0", "net-digits-w2-Random-fraction0.3-seed0"]
 
 
-def test_a_worker_stands_where_the_caller_does_and_leaves_the_threads_as_they_were(place):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_torchs_threads_and_the_current_folder_are_set_where_the_work_is(jobs, place):
     before = torch.get_num_threads()
-    (place / "elsewhere").mkdir()
-    study = Study.read(write_study(seeds=0, criteria=None, threads=before + 1, out="elsewhere/deep/out"))
-    assert list(run_study(study, progress=False).status) == ["done"]
+    Path("tells.py").write_text(with_network("raise KeyError(torch.get_num_threads(), os.getcwd())"))
+    told = one_process(recipes="tells.py", threads=before + 2, jobs=jobs, seeds=0, criteria=None).error[0]
+    assert f"({before + 2}, '{place}')" in told
     assert torch.get_num_threads() == before
-    assert (place / "elsewhere/deep/out/results.csv").exists()
 
 
 # called again ---------------------------------------------------------------------------------------------
@@ -198,42 +216,40 @@ def test_called_again_only_what_failed_is_tried(again, capsys):
     before, table = stamps(again / "out"), results()
     Path("broken.py").write_text(RECIPE.read_text())
     assert call("sweep", "study.yaml", "--jobs", 1) == 0
-    assert capsys.readouterr().err.count("done before") == 4
+    assert capsys.readouterr().err.count("done before") == 2
     after = stamps(again / "out")
     assert {path.name for path in before if after[path] != before[path]} == {"results.csv"}
     repeated = results()
     pd.testing.assert_frame_equal(
-        repeated[:4].drop(columns="error"), table[:4].drop(columns="error"), check_dtype=False
+        repeated[:2].drop(columns="error"), table[:2].drop(columns="error"), check_dtype=False
     )
-    assert list(repeated.status) == ["done"] * 8
+    assert list(repeated.status) == ["done"] * 4
     assert repeated.error.isna().all()
 
 
 def test_an_interrupted_cell_goes_on_where_it_stood(again, monkeypatch):
-    made, table = count_fits(monkeypatch), results()
-    seconds = table.seconds.copy()
-    no_report, no_fit = (again / "out" / name for name in table.folder[[0, 2]])
+    monkeypatch.setattr(runs, "fit", lambda *_, **__: pytest.fail("a fit was made"))
+    table = results()
+    no_report, no_fit = (again / "out" / name for name in table.folder[:2])
     (no_report / "report.html").unlink()
     for path in no_fit.iterdir():  # as after a copy that was cut short
         if path.name != FIT_FILES[0]:
             path.unlink()
     plan = (no_report / "plan.json").stat().st_mtime_ns
-    repeated = one_process()
-    assert list(repeated.status) == ["done"] * 4
-    assert not made
+    repeated = one_process(seeds=3)
+    assert list(repeated.status) == ["done"] * 2
     assert (no_report / "plan.json").stat().st_mtime_ns == plan
-    changed = repeated.seconds.to_numpy() != seconds[:4].to_numpy()
-    assert list(changed) == [True, False, True, False]
+    assert (repeated.seconds.to_numpy() != table.seconds[:2].to_numpy()).all()
     columns = ["parameters_after", "removed", "accuracy", "negative_log_likelihood"]
-    assert repeated[columns].to_numpy(float) == pytest.approx(table[columns][:4].to_numpy(float))
+    assert repeated[columns].to_numpy(float) == pytest.approx(table[columns][:2].to_numpy(float))
 
 
 def test_a_folder_with_another_fit_is_a_cell_that_failed(again):
-    before = stamps(again / "out/net-digits-w2-BMRS_N-seed0")
-    table = one_process(settings=BASE["settings"] | {"epochs": 3})
-    assert list(table.status) == ["failed"] * 4
+    before = stamps(again / "out/net-digits-w2-BMRS_N-seed3")
+    table = one_process(seeds=3, settings=BASE["settings"] | {"epochs": 3})
+    assert list(table.status) == ["failed"] * 2
     assert table.error.str.contains("epochs 1 → 3").all()
-    assert stamps(again / "out/net-digits-w2-BMRS_N-seed0") == before
+    assert stamps(again / "out/net-digits-w2-BMRS_N-seed3") == before
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "recipe,data\n"])
@@ -248,26 +264,43 @@ def test_a_table_that_is_none_of_a_study_is_not_written_over(text, place, capsys
     assert os.listdir("out") == ["results.csv"]
 
 
-def test_ctrl_c_leaves_a_whole_table_and_the_next_call_goes_on(place):
-    Path("slow.py").write_text(RECIPE.read_text() + "\nimport time\ndef network(*_):\n    time.sleep(1000)\n")
+def test_ctrl_c_leaves_a_whole_table_and_the_next_call_goes_on(place, capsys):
+    Path("slow.py").write_text(with_network("time.sleep(1000)"))
     Path("broken.py").write_text(BROKEN)
     write_study(recipes=["slow.py", "broken.py"], seeds=0, criteria=None, jobs=2)
+
+    def interrupt():
+        while not Path("out/results.csv").exists() or "failed" not in set(results().status):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert call("sweep", "study.yaml", "--quiet") == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "0 of 2 cells done" in line
+    assert "the same command goes on" in line
+    assert list(results().status) == ["waiting", "failed"]
+    shutil.copy("broken.py", "slow.py")
+    assert call("sweep", "study.yaml", "--jobs", 1, "--quiet") == 1
+    assert list(results().status) == ["failed", "failed"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_is_one_line(place):
+    """It goes to the workers too, which are in a fit, and answer it there."""
+    write_study(settings={"epochs": 100_000}, seeds=[0, 1], criteria=None, jobs=2)
     process = subprocess.Popen(
         [sys.executable, "-m", "pyro_bmrs.cli", "sweep", "study.yaml"],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert process.stderr.readline().startswith("[1/2] broken-")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    while len(list(Path("out").glob("*/checkpoints/fit"))) < 2:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.count("\n") == 1
     assert "0 of 2 cells done" in error
-    assert "the same command goes on" in error
-    assert list(results().status) == ["waiting", "failed"]
-    for name in ("slow.py", "broken.py"):
-        shutil.copy(RECIPE, name)
-    assert call("sweep", "study.yaml", "--jobs", 1, "--quiet") == 0
-    assert list(results().status) == ["done", "done"]
+    assert list(results().status) == ["waiting"] * 2
 
 
 def test_ctrl_c_in_the_callers_own_process_is_no_failure_of_a_cell(place, monkeypatch, capsys):
@@ -310,11 +343,24 @@ def test_a_worker_that_is_told_to_end_is_a_row(place, monkeypatch):
 
 
 def test_a_killed_process_is_a_cell_that_failed_and_no_other_one_is(place):
-    Path("killer.py").write_text(KILLER)
-    study = Study.read(write_study(recipes=["killer.py", "net.py"], seeds=0, criteria="SNR", jobs=2))
-    table = run_study(study, progress=False)
-    assert list(table.status) == ["failed", "done"]
-    assert "killed" in table.error[0]
+    """Its neighbour, killed with it the first time, comes to its end in a fresh pool, as do the others."""
+
+    def work(cell):
+        time.sleep(0.5)
+        if cell.name == "killer":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"folder": cell.name, "status": "done"}
+
+    settings = SimpleNamespace(data="digits", seed=0, criterion="SNR", kl_weight=1.0)
+    names = ["first", "killer", "neighbour", "fourth", "fifth"]
+    # not cells, for which a worker would import all there is
+    cells = [SimpleNamespace(name=name, recipe=Path("net.py"), settings=settings) for name in names]
+    study = Study.read(write_study(jobs=2))
+    rows = {row["folder"]: row for row in sweep._Pool.of(study, "cpu", work).rows(cells, 2)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        name: "failed" if name == "killer" else "done" for name in names
+    }
+    assert rows["killer"]["error"].startswith("its process was killed")
 
 
 class KilledError(Exception):
@@ -329,9 +375,9 @@ def test_each_cell_has_one_row_and_none_is_blamed_for_its_neighbour(killers, job
     def work(cell):
         if cell.settings.seed in killers:
             raise KilledError
-        return cell.row("done")
+        return sweep._row(cell, "done")
 
-    pool = sweep._Pool(work, lambda: {"backend": "threading"}, KilledError)
+    pool = sweep._Pool(work, lambda: {"backend": "threading"}, (KilledError,))
     rows = list(pool.rows(cells, jobs))
     assert sorted(row["seed"] for row in rows) == list(range(20))
     assert {row["seed"] for row in rows if row["status"] == "failed"} == set(killers)
@@ -346,6 +392,8 @@ BAD = [
     (b"", "mapping", "NoneType"),
     (b"- 1", "mapping", "list"),
     (b"\xff\xfe\xff", "read"),
+    (b"seeds: [0]\nseeds: [1]", "keys", "once", "'seeds' twice"),
+    (b"settings: {epochs: 1, limit: 9, epochs: 2}", "keys", "once", "'epochs' twice"),
     ({"seed": 3}, "keys", "'seed'", "seeds"),
     ({3: 3}, "keys", "got 3"),
     ({"out": None}, "out", "must be given"),
@@ -358,7 +406,7 @@ BAD = [
     ({"recipes": ["net.py", 3]}, "recipes", "got 3"),
     ({"recipes": "raises.py"}, "recipe", "raises.py", "ZeroDivisionError"),
     ({"recipes": "unknown.py"}, "SETTINGS", "unknown.py", "'epoch'"),
-    ({"recipes": ["net.py", "deep/net.py"]}, "recipes", "net-digits-w2-BMRS_N-seed0 twice"),
+    ({"recipes": ["net.py", "deep/net.py"]}, "recipes", "net-digits-w2-BMRS_N-seed3 twice"),
     ({"recipes": ["net.py", "deep/../net.py"]}, "recipes", "twice"),
     ({"data": []}, "data", "[]"),
     ({"data": [["digits"]]}, "data", "['digits']"),
@@ -386,6 +434,20 @@ BAD = [
     ({"settings": {"recalibrate": 1}}, "settings: recalibrate", "true or false"),
     ({"settings": {"min_kept": 0}}, "min_kept", "got 0"),
     ({"settings": {"prior_log_odds": 1.0}, "criteria": ["BMRS_N", "SNR"]}, "prior_log_odds", "SNR"),
+    ({"seeds": [0, -1]}, "seed", "0 or more", "-1"),
+    ({"kl_weights": [1, -0.5]}, "kl_weight", "not negative", "-0.5"),
+    ({"kl_weights": float("nan")}, "kl_weight", "finite", "nan"),
+    ({"recipes": "none.py", "settings": None}, "epochs", "1 or more", "got 0"),
+    ({"recipes": "words.py", "settings": None}, "epochs", "whole number", "'many'"),
+    ({"settings": {"epochs": 0}}, "epochs", "1 or more", "got 0"),
+    ({"settings": {"epochs": None}}, "epochs", "whole number", "None"),
+    ({"settings": {"limit": 1}}, "limit", "2 or more", "got 1"),
+    ({"settings": {"learning_rate": float("inf")}}, "learning_rate", "finite", "inf"),
+    ({"settings": {"gradient_clip": 0}}, "gradient_clip", "positive", "got 0"),
+    ({"settings": {"warm_up": 1.5}}, "warm_up", "from 0 to 1", "1.5"),
+    ({"settings": {"removal": "never"}}, "removal", "end, epoch, mask", "'never'"),
+    ({"settings": {"schedule": "step"}}, "schedule", "constant, cosine, linear", "'step'"),
+    ({"settings": {"precision": "16"}}, "precision", "32, bf16-mixed", "'16'"),
     ({"jobs": 0}, "jobs", "1 or more", "got 0"),
     ({"jobs": "all"}, "jobs", "whole number", "'all'"),
     ({"threads": -1}, "threads", "got -1"),
@@ -399,7 +461,8 @@ def test_a_wrong_file_is_one_line_before_any_work(content, named, place, capsys)
     Path("deep").mkdir()
     shutil.copy(RECIPE, "deep/net.py")
     Path("raises.py").write_text("1 / 0")
-    Path("unknown.py").write_text("SETTINGS = {'default': {'epoch': 3}}\ndef network(*_): ...")
+    for name, setting in (("unknown", "epoch=3"), ("none", "epochs=0"), ("words", "epochs='many'")):
+        Path(f"{name}.py").write_text(f"SETTINGS = dict(default=dict({setting}))\ndef network(*_): ...")
     path = Path("study.yaml")
     if isinstance(content, dict):
         write_study(content)
@@ -452,13 +515,29 @@ def test_cells_are_all_combinations_with_the_settings_laid_over_the_recipes(plac
     study = Study.read(write_study(kl_weights=[1, 0.5], settings={"epochs": 7, "learning_rate": 1}))
     settings = [cell.settings for cell in study.cells]
     assert [(s.kl_weight, s.criterion, s.seed) for s in settings] == [
-        (weight, criterion, seed) for weight in (1, 0.5) for criterion in BASE["criteria"] for seed in (0, 1)
+        (weight, criterion, seed) for weight in (1, 0.5) for criterion in BASE["criteria"] for seed in (3, 4)
     ]
     assert settings[0] == Settings(
-        seed=0, epochs=7, learning_rate=1, kl_weight=1, batch_size=32, limit=200, fine_tune=1
+        seed=3, epochs=7, learning_rate=1, kl_weight=1, batch_size=32, limit=200, fine_tune=1
     )
-    assert study.cells[4].folder == Path("out/net-digits-w0.5-BMRS_N-seed0")
+    assert study.cells[4].folder == Path("out/net-digits-w0.5-BMRS_N-seed3")
     assert len({cell.fit for cell in study.cells}) == 4
+
+
+def test_null_in_the_settings_undoes_what_the_recipe_has(place):
+    (cell,) = Study.read(write_study(seeds=0, criteria=None, settings={"limit": None})).cells
+    assert cell.settings.limit is None
+
+
+@pytest.mark.parametrize("name", ["digitz", "nothing.npz", "net.py"])
+def test_data_that_cant_be_read_are_told_before_any_work(name, place, capsys):
+    write_study(data=["digits", name], jobs=2)
+    before = stamps(place)
+    assert call("sweep", "study.yaml") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"data '{name}' can't be used" in error
+    assert stamps(place) == before
 
 
 def test_a_study_need_not_name_more_than_recipe_data_and_folder(place):
@@ -491,7 +570,7 @@ def test_a_dry_run_prints_the_cells_and_does_nothing(place, capsys):
     before = stamps(place)
     assert call("sweep", path, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "net-digits-w2-BMRS_N-seed1" in printed
+    assert "net-digits-w2-BMRS_N-seed4" in printed
     assert "Random:fraction=0.3" in printed
     assert "4 cells, 2 fits, in out" in printed
     assert stamps(place) == before
@@ -500,11 +579,14 @@ def test_a_dry_run_prints_the_cells_and_does_nothing(place, capsys):
 # Ray ------------------------------------------------------------------------------------------------------
 
 
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+@needs_ray
 def test_a_cluster_of_ray_does_the_same(swept, place):
     Path("killer.py").write_text(KILLER)
-    write_study(recipes=["killer.py", "net.py"], seeds=0, jobs=2, backend="ray")
+    write_study(recipes=["killer.py", "net.py"], seeds=3, jobs=2, backend="ray")
     said = subprocess.run(
         [sys.executable, "-m", "pyro_bmrs.cli", "sweep", "study.yaml"], capture_output=True, text=True
     )
@@ -513,6 +595,23 @@ def test_a_cluster_of_ray_does_the_same(swept, place):
     assert list(table.status) == ["failed", "failed", "done", "done"]
     assert "killed" in table.error[0]
     columns = ["folder", "parameters_after", "accuracy", "negative_log_likelihood"]
-    pd.testing.assert_frame_equal(
-        table[columns][2:].reset_index(drop=True), expected[columns].loc[[0, 2]].reset_index(drop=True)
+    pd.testing.assert_frame_equal(table[columns][2:].reset_index(drop=True), expected[columns][:2])
+
+
+@pytest.mark.slow
+@needs_ray
+def test_each_worker_of_ray_has_a_gpu_of_its_own_where_there_are_any(place):
+    """With GPUs that Ray only believes in."""
+    text = with_network("time.sleep(1)", "raise KeyError('GPU ' + os.environ['CUDA_VISIBLE_DEVICES'])")
+    Path("tells.py").write_text(text)
+    write_study(recipes="tells.py", seeds=[0, 1, 2, 3, 4], criteria=None, backend="ray")
+    code = (
+        "import ray, sys; from pyro_bmrs import cli; ray.init(num_cpus=4, num_gpus=2, log_to_driver=False); "
+        "cli.main(['sweep', 'study.yaml', '--jobs', sys.argv[1]])"
     )
+    for jobs, status in ((3, 2), (2, 1)):
+        said = subprocess.run([sys.executable, "-c", code, str(jobs)], capture_output=True, text=True)
+        assert said.returncode == status
+        assert ("jobs must be at most the 2 GPUs of the Ray cluster: got 3" in said.stderr) == (jobs == 3)
+    told = results().error.str.extract(r"GPU ([01])'")[0]
+    assert set(told) == {"0", "1"}

@@ -165,7 +165,9 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's takes the model out of the guide that is copied, not only out of the copy
-        taken: dict[str, Any] = {name: self.__dict__[name] for name in ("_model", "master") if name in self.__dict__}
+        taken: dict[str, Any] = {
+            name: self.__dict__[name] for name in ("_model", "master") if name in self.__dict__
+        }
         try:
             state: dict[str, Any] = super().__getstate__()
         finally:

@@ -1,0 +1,145 @@
+"""`kill -9` of `pyro-bmrs run` at any moment: the same command, called until it ends, leaves the same files."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+TESTS = Path(__file__).parents[1]
+RECIPE = TESTS / "tiny_recipe.py"
+# half of the structures go after the first epoch
+ARGUMENTS = ["--removal", "epoch", "--epochs", "12", "--fine-tune", "4", "--device", "cpu", "--quiet"]
+# byte for byte
+IDENTICAL = (
+    "posterior.safetensors", "small.safetensors", "plan.safetensors", "removals.csv", "structures.csv",
+    "evaluation.csv", "curve.csv", "settings.json", "recipe.py", "checkpoints/fit/ledger.csv",
+)  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Cold:
+    """Each command line in a new interpreter."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def start(self, arguments, output):
+        with output.open("ab") as file:
+            command = [sys.executable, "-m", "pyro_bmrs.cli", *arguments]
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=ENVIRONMENT)
+        return self.process.pid
+
+    def wait(self):
+        return self.process.wait(timeout=200)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Warm:
+    """Each command line in a fork of one interpreter that has imported everything."""
+
+    def __init__(self, folder):
+        self.server = subprocess.Popen(
+            [sys.executable, TESTS / "support" / "forks.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert self.server.stdout.readline()
+
+    def start(self, arguments, output):
+        print(json.dumps({"arguments": arguments, "output": str(output)}), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def wait(self):
+        print("wait", file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def close(self):
+        self.server.kill()
+        self.server.communicate()
+
+
+class Runs:
+    """The command line called in one way or the other, and what became of it."""
+
+    def __init__(self, kind, folder):
+        self.kind, self.log = kind(folder), folder / "log"
+
+    def __call__(self, folder, kill_after=None):
+        """(exit status, seconds since it began to work); killed after so many of them, if it still runs."""
+        self.log.unlink(missing_ok=True)
+        process = self.kind.start(["run", str(RECIPE), "--out", str(folder), *ARGUMENTS], self.log)
+        deadline = time.monotonic() + 100
+        while not self.log.exists() or not self.log.stat().st_size:  # its first line: what it is about to do
+            assert time.monotonic() < deadline, "it never began"
+            time.sleep(0.002)
+        begin = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(process, signal.SIGKILL)  # nobody has waited for it yet: the number is no other's
+        status = self.kind.wait()
+        return status, time.monotonic() - begin
+
+
+@pytest.fixture(params=[pytest.param(Warm, id="warm"), pytest.param(Cold, id="cold", marks=pytest.mark.slow)])
+def runs(request, tmp_path):
+    called = Runs(request.param, tmp_path)
+    yield called
+    called.kind.close()
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def without_times(document):
+    for column in document["costs"].values():
+        for name in [name for name in column if name.startswith("milliseconds")]:
+            del column[name]
+    return document
+
+
+def same(one, other):
+    for name in IDENTICAL:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    plans = [without_times(json.loads((folder / "plan.json").read_text())) for folder in (one, other)]
+    assert plans[0] == plans[1]
+    histories = [pd.read_csv(folder / "history.csv").drop(columns="seconds") for folder in (one, other)]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_files(runs, tmp_path):
+    """Seeded moments: the first in the fit, later ones in what is left of the run by then."""
+    kills = 3 if isinstance(runs.kind, Warm) else 10
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    status, seconds = runs(whole)
+    assert status == 0, runs.log.read_text()
+    moments = random.Random(2024)
+    killed = 0
+    while killed < kills:
+        status, _ = runs(folder, kill_after=moments.uniform(0, 1.2 * seconds / kills))
+        if status == 0:  # so quick, or so far already
+            break
+        assert status == -signal.SIGKILL, runs.log.read_text()
+        killed += 1
+    assert killed
+    status, _ = runs(folder)
+    assert status == 0, runs.log.read_text()
+    same(folder, whole)
+    ledger = pd.read_csv(folder / "checkpoints" / "fit" / "ledger.csv")
+    assert len(ledger) >= 13
+    # nothing half-written stays, whenever the kill came; of the checkpoints others may
+    ours = {name for name in files(folder) if "epoch-" not in name}
+    assert ours == {name for name in files(whole) if "epoch-" not in name}
+    # and it is finished: nothing is done again
+    before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
+    assert runs(folder)[0] == 0
+    assert {name: (folder / name).stat().st_mtime_ns for name in files(folder)} == before
