@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python analysis/step_times.py [--out FOLDER]
 
-One process, one thread; the steps of all kinds follow one another, round after round, and medians are
-compared. A step is: loss, backward pass, step of fused Adam, and looking at the loss. Kinds:
+One process, one thread; the steps of all kinds follow one another, in another order in each round, and
+medians are compared. A step is: loss, backward pass, step of fused Adam, and looking at the loss. Kinds:
 
     plain            the network without noise, in torch alone; plain again is its A/A control
     floor            one Normal site for all units in Pyro, one shared draw: the cheapest noise Pyro can have
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +34,6 @@ from torch.nn.functional import cross_entropy
 import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.fitting.objective import Objective
-from pyro_bmrs.networks import noise
 from pyro_bmrs.networks.noise import drawn_together, noise_layers
 from pyro_bmrs.recipes import Recipe
 
@@ -134,25 +133,7 @@ def kinds(name: str) -> dict[str, Callable[[], None]]:
         model.train()
         objective = Objective(model, guide, (x, y), dataset_size=DATASET_SIZE, **options)
         steps[kind] = stepper(lambda objective=objective: objective(x, y, 1.0)[0], [model, guide], **of_adam)
-    if name not in SLOW:
-        steps["product not remembered"] = _remembering_inputs(steps["ours"])
     return steps
-
-
-def _remembering_inputs(step: Callable[[], None]) -> Callable[[], None]:
-    """The same step where noise is an ordinary multiplication, which remembers its input."""
-
-    @contextmanager
-    def ordinary():
-        before, noise.LARGE = noise.LARGE, 2**62
-        yield
-        noise.LARGE = before
-
-    def run() -> None:
-        with ordinary():
-            step()
-
-    return run
 
 
 def measured(name: str) -> list[dict[str, object]]:
@@ -160,8 +141,10 @@ def measured(name: str) -> list[dict[str, object]]:
     *_, batch, rounds = CASES[name]
     steps = kinds(name)
     times: dict[str, list[float]] = {kind: [] for kind in steps}
+    order = random.Random(0)
     for round_ in range(rounds + 2):
-        for kind, step in steps.items():
+        # in another order each time: a step finds the caches as the one before has left them
+        for kind, step in order.sample(list(steps.items()), len(steps)):
             begin = time.perf_counter()
             step()
             if round_ >= 2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -175,8 +176,9 @@ def _print_outcome(run: Run) -> None:
         table.add_row(
             row["network"],
             f"{row['parameters']:,}",
-            f"{100 * row['accuracy']:.2f} %",
-            f"{row['negative_log_likelihood']:.4f}",
+            # a network that shrank while it was fitted has no accuracy of its own
+            "" if isnan(row["accuracy"]) else f"{100 * row['accuracy']:.2f} %",
+            "" if isnan(row["accuracy"]) else f"{row['negative_log_likelihood']:.4f}",
         )
     console = Console()
     console.print(table)

@@ -80,10 +80,14 @@ def read_tensors(path: Path | str, *, header_only: bool = False) -> tuple[dict[s
     return header, tensors
 
 
+class NewerFileError(ValueError):
+    """A file was written by a newer version of this package."""
+
+
 def refuse_newer(path: Path | str, kind: str, version: int, newest: int) -> None:
-    """Raise ValueError if a file of this kind is of a version above the newest that is read here."""
+    """Raise NewerFileError if a file of this kind is of a version above the newest that is read here."""
     if version > newest:
-        raise ValueError(
+        raise NewerFileError(
             f"{path} was written by a newer pyro_bmrs ({kind} version {version}, this one reads up to {newest}): "
             "upgrade pyro_bmrs"
         )

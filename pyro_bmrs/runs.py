@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class Run:
         check_devices(None, devices, "32")
         if logger not in (None, *LOGGERS):
             raise ValueError(f"logger must be one of {LOGGERS} or None: got {logger!r}")
+        if logger == "tensorboard" and not find_spec("tensorboard"):
+            raise ValueError("logger tensorboard needs the package: pip install pyro-bmrs[tensorboard]")
         self.devices, self.logger = devices, logger
         stored = None if overwrite else self._stored_settings()
         if recipe is None or settings is None:
@@ -257,7 +260,7 @@ class Run:
             gradient_clip=settings.gradient_clip, accumulate=settings.accumulate,
             schedule=settings.schedule, precision=settings.precision, seed=settings.seed,
             checkpoints=self.folder / "checkpoints" / "fit", overwrite=self.overwrite,
-            label=hashlib.sha256(self.recipe.path.read_bytes()).hexdigest(), device=self.device,
+            label=self._fit_name(), device=self.device,
             devices=self.devices, logger=self._logger("fit"), progress=self.progress,
         )  # fmt: skip
         if result.interrupted:
@@ -336,10 +339,15 @@ class Run:
         model = self._model_of(small)
         test = self.dataset.test
         tuning = self.folder / "checkpoints" / f"fine-tune-{self._reduction_name()}"
-        rows = [
-            ("full, E[θ]", *evaluate(self.model, test, self.guide.mean()), self.parameters_before),
-            ("reduced", *evaluate(model, test), parameters(small)),
-        ]
+        fitted = evaluate(self.model, test, self.guide.mean())
+        if parameters(self.network) == self.parameters_before:
+            rows = [("full, E[θ]", *fitted, self.parameters_before)]
+        else:  # the full network was never fitted to its end
+            rows = [
+                ("full", math.nan, math.nan, self.parameters_before),
+                ("shrunk in the fit, E[θ]", *fitted, parameters(self.network)),
+            ]
+        rows.append(("reduced", *evaluate(model, test), parameters(small)))
         history = self._read_table("history.csv", "phase", "epoch")
         history = history[history.phase == "fit"]
         removals = self._removals(plan, len(history))
@@ -353,8 +361,8 @@ class Run:
             )  # fmt: skip
             if tuned.interrupted:
                 raise Interrupted(
-                    f"interrupted in epoch {len(tuned.history) + 1} of the fine-tuning; the same command goes on "
-                    "from there"
+                    f"interrupted in epoch {len(tuned.history) + 1} of the fine-tuning; the same command, without "
+                    "--overwrite, goes on from there"
                 )
             kept = sum(map(len, plan.kept.values()))
             history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
@@ -373,6 +381,11 @@ class Run:
         plan.save(self.folder / "plan.json")
         shutil.rmtree(tuning, ignore_errors=True)
         return plan, small
+
+    def _fit_name(self) -> str:
+        """Other for each recipe and for all settings of a fit, those included that `fit` does not see."""
+        content = self.recipe.path.read_bytes() + json.dumps(self.settings.of_fit()).encode()
+        return hashlib.sha256(content).hexdigest()
 
     def _reduction_name(self) -> str:
         """Other for each posterior and each way of reducing it."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_bmrs.files import (
+    NewerFileError,
     clear_unfinished,
     read_tensors,
     refuse_newer,
@@ -119,6 +120,8 @@ class Checkpoints:
             try:
                 header, tensors = self._read(path)
                 progress = Progress(**header["progress"])
+            except NewerFileError:
+                raise
             except (ValueError, TypeError, KeyError) as error:
                 warnings.warn(f"checkpoint {path} can't be used, the one before it is: {error}", stacklevel=2)
                 continue
@@ -130,6 +133,8 @@ class Checkpoints:
         with warnings.catch_warnings(action="ignore"):
             try:
                 newest = next(self.newest(), None)
+            except NewerFileError:
+                raise
             except ValueError:
                 newest = None
         if newest is None or newest[1].finished:
@@ -155,13 +160,19 @@ class Checkpoints:
                 f"remove it to start anew ({path.name})"
             )
 
-    def of_best(self, progress: Progress) -> dict[str, Tensor]:
+    def of_best(self, progress: Progress, newest: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the best epoch so far.
 
-        Raises:
-            ValueError: if that checkpoint is missing or damaged.
+        Where they can't be read, the newest, with a warning; `progress` then has these for the best until the
+        next epoch.
         """
-        return self._read(self._of_epoch(progress.best_epoch))[1]
+        path = self._of_epoch(progress.best_epoch)
+        try:
+            return self._read(path)[1]
+        except (ValueError, KeyError) as error:
+            warnings.warn(f"best checkpoint {path} can't be used, the newest is: {error}", stacklevel=2)
+            progress.best_epoch, progress.best_score = progress.epoch, float("inf")
+            return newest
 
     def append_to_ledger(self, rows: list[dict[str, Any]]) -> None:
         """Add rows of removals and see them to the disk."""

@@ -50,8 +50,6 @@ def open_fabric(
         home: where the model is.
         loggers: of Fabric.
     """
-    from lightning_fabric import Fabric
-
     if device == "auto":
         kind, index = "auto", None
     else:
@@ -60,6 +58,15 @@ def open_fabric(
     options: dict[str, Any] = dict(
         accelerator=kind, precision="32-true" if precision == "32" else precision, loggers=loggers
     )
+    try:
+        return _opened(kind, index, devices, options)
+    except RuntimeError as error:  # Lightning's own is one too
+        raise ValueError(f"device {kind!r} with devices={devices!r} can't be used here: {error}") from error
+
+
+def _opened(kind: str, index: int | None, devices: int | str, options: dict[str, Any]) -> Fabric:
+    from lightning_fabric import Fabric
+
     if started_by_torchrun():
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // here

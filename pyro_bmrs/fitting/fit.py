@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from pyro_bmrs.fitting.loop import SCHEDULES, Loop, Task, isolated
 from pyro_bmrs.fitting.objective import ELBOS
 from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.programs import check_programs
+from pyro_bmrs.fitting.signals import passing_on_signals
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.modes import in_mode
@@ -168,25 +170,28 @@ def fit(
             first of these that model and guide allow.
         logger: lightning-fabric's CSVLogger or TensorBoardLogger, or several; given a line per epoch.
         progress: show a bar (a line per epoch where output is not a terminal).
-        validate: run Pyro's checks of shapes and supports at every step; then "auto" means "pyro".
+        validate: run Pyro's checks of shapes and supports at every step; then "auto" leaves the fused path out,
+            where there is nothing to check.
 
     Returns:
         The `Fit`. Ctrl-C ends early with `interrupted` set and the best parameters so far.
 
     Raises:
         ValueError, TypeError: for a bad argument, before any work is done.
-        FloatingPointError: if the loss stops being finite; the best parameters so far are put back.
+        FloatingPointError: if the loss stops being finite; the best parameters so far are put back (of several
+            processes only in these: the caller's model is then as it was).
     """
     settings = dict(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         posterior_learning_rate=posterior_learning_rate, kl_weight=kl_weight, warm_up=warm_up,
         draws_per_batch=draws_per_batch, stratified=stratified,
-        schedule=schedule if isinstance(schedule, str) else getattr(schedule, "__name__", str(schedule)),
+        schedule=schedule if isinstance(schedule, str) else _named(schedule),
         gradient_clip=gradient_clip, accumulate=accumulate, patience=patience,
-        criterion=None if criterion is None else str(criterion), removal=removal, min_kept=min_kept,
+        criterion=None if criterion is None else _named(criterion), removal=removal, min_kept=min_kept,
         freeze_weights=freeze_weights, keep_best=keep_best, seed=seed, precision=precision, elbo=elbo,
     )  # fmt: skip
     _check_settings(settings, schedule, criterion, keep_checkpoints)
+    _check_surroundings(checkpoints, label, logger)
     check_devices(device, devices, precision)
     check_programs(model, guide, criterion)
     home = next(model.parameters()).device
@@ -207,7 +212,8 @@ def fit(
     from safetensors.torch import load
 
     run: Callable[..., tuple[Fit, bytes]] = _run
-    result, state = fabric.launch(run, _Parcel(task), elsewhere)
+    with passing_on_signals() if elsewhere else nullcontext(), _own_errors():
+        result, state = fabric.launch(run, _Parcel(task), elsewhere)
     if elsewhere:
         with isolated(seed, validate=False):
             restore(model, guide, load(state))
@@ -248,12 +254,51 @@ def _run(fabric: Fabric, parcel: _Parcel, elsewhere: bool) -> tuple[Fit, bytes]:
     return result, save({name: t.cpu().contiguous() for name, t in state_of(task.model, task.guide).items()})
 
 
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """An error of one of the processes as what it was there, where it is one that `fit` raises."""
+    from torch.multiprocessing.spawn import ProcessRaisedException
+
+    try:
+        yield
+    except ProcessRaisedException as error:
+        last = str(error).strip().splitlines()[-1]
+        for kind in (FloatingPointError, ValueError, TypeError):
+            if last.startswith(f"{kind.__name__}: "):
+                raise kind(last.removeprefix(f"{kind.__name__}: ")) from error
+        raise
+
+
+def _check_surroundings(checkpoints: object, label: object, logger: object) -> None:
+    if checkpoints is not None:
+        if not isinstance(checkpoints, str | Path):
+            raise TypeError(f"checkpoints must be a folder or None: got {checkpoints!r}")
+        if Path(checkpoints).exists() and not Path(checkpoints).is_dir():
+            raise ValueError(f"checkpoints must be a folder: got the file {checkpoints}")
+    if not isinstance(label, str):
+        raise TypeError(f"label must be text: got {label!r}")
+    for one in logger if isinstance(logger, list) else [logger]:
+        if one is not None and not hasattr(one, "log_metrics"):
+            raise TypeError(
+                f"logger must be one of lightning-fabric's loggers, or a list of them: got {one!r}"
+            )
+
+
 def _unshare(*programs: Callable[..., Any] | None) -> None:
     """Give this process tensors of its own: what is sent to several processes lies in memory they share."""
     for program in programs:
         if isinstance(program, nn.Module):
             for tensor in (*program.parameters(), *program.buffers()):
                 tensor.data = tensor.data.clone()
+
+
+def _named(value: object) -> str:
+    """What to call a criterion or a schedule: the same in every process, so without an address."""
+    text = str(value)
+    if " at 0x" not in text:
+        return text
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _check_settings(
@@ -264,6 +309,9 @@ def _check_settings(
     for name in ("epochs", "batch_size", "min_kept", "accumulate", "keep_checkpoints"):
         if not _whole(whole[name], 1):
             raise ValueError(f"{name} must be a positive integer: got {whole[name]!r}")
+    for name in ("stratified", "freeze_weights", "keep_best"):
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"{name} must be True or False: got {settings[name]!r}")
     for name in ("draws_per_batch", "patience"):
         if settings[name] is not None and not _whole(settings[name], 1):
             raise ValueError(f"{name} must be a positive integer or None: got {settings[name]!r}")
@@ -280,7 +328,7 @@ def _check_settings(
     for name, allowed in (("removal", ("end", "epoch", "mask")), ("elbo", ELBOS)):
         if settings[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}: got {settings[name]!r}")
-    if not callable(schedule) and schedule not in SCHEDULES:
+    if not callable(schedule) and (not isinstance(schedule, str) or schedule not in SCHEDULES):
         raise ValueError(f"schedule must be one of {tuple(SCHEDULES)} or a function: got {schedule!r}")
     if criterion is not None:
         check_criterion(criterion)
@@ -293,7 +341,7 @@ def _whole(value: object, least: int) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 HISTORY_COLUMNS = [

@@ -27,6 +27,7 @@ from pyro_bmrs.fitting.signals import StopRequest
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.reduction.criteria import Criterion
@@ -109,16 +110,17 @@ class Loop:
         if self.guide is not None:
             with in_mode(self.model, training=False):
                 self.guide(*self.first)  # parameters come into being, where the model's are
-            self.guide.kl_weight = float(settings["kl_weight"])  # type: ignore[attr-defined]
             check_parameters(self.model, self.guide, self.first)
+        self.rates = SCHEDULES[task.schedule] if isinstance(task.schedule, str) else task.schedule
         self.checkpoints = None
         if task.checkpoints is not None:
             identity = {
-                **settings, "phase": self.phase, "examples": self.batches.size, "processes": world,
-                "label": task.label,
+                **settings, "phase": self.phase, "examples": self.batches.size, "batches": len(self.batches),
+                "validation_examples": 0 if self.held_out is None else self.held_out.size, "processes": world,
+                "first_batch": _digest(self.first), "label": task.label,
+                "schedule": [self.rates(step / 16) for step in range(17)],
             }  # fmt: skip
             self.checkpoints = Checkpoints(task.checkpoints, task.keep_checkpoints, identity)
-        self.rates = SCHEDULES[task.schedule] if isinstance(task.schedule, str) else task.schedule
         self.objective = self._objective()
         self.optimizer = self._optimizer()
         self.best = state_of(self.model, self.guide)
@@ -184,8 +186,10 @@ class Loop:
             stack.enter_context(self._frozen())
             stop = stack.enter_context(StopRequest())
             resumed = self._resume()
+            if self.guide is not None:
+                self.guide.kl_weight = float(self.settings["kl_weight"])  # type: ignore[attr-defined]
             for row in self.state.history:
-                self.fabric.log_dict(_numbers(row), step=row["epoch"])
+                self._log(row)
             self._wrap()
             display = stack.enter_context(
                 EpochProgress(self.phase, self.settings["epochs"], len(self.batches), enabled=show)
@@ -249,10 +253,11 @@ class Loop:
             display.step()
             if state.batch < count and self._is_time_to_stop(stop, step):
                 self.interrupted = True
+                self._check_finite(epoch)
                 self._save()
                 return
         self._finish_epoch(epoch, ramp, begin, display)
-        self.interrupted = self._is_time_to_stop(stop, 0) and not state.finished
+        self.interrupted = self._is_time_to_stop(stop, 0)
 
     def _step(self, loss: Tensor, *, last: bool) -> None:
         """Gradients of a batch, and a step where as many as `accumulate` are together."""
@@ -275,6 +280,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _set_rates(self, factor: float) -> None:
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"schedule must give finite factors of 0 or more: got {factor!r}")
         for group in self.optimizer.param_groups:
             group["lr"] = group["given_lr"] * factor
 
@@ -303,6 +310,8 @@ class Loop:
         loss, likelihood = self._means()
         state.epoch, state.batch, state.steps = epoch, 0, []
         removed = self._remove(epoch) if settings["removal"] != "end" and ramp >= 1.0 else []
+        if removed:  # whatever happens from here on, there is no way back to what had more structures
+            state.best_epoch, self.best = epoch, state_of(self.model, self.guide)
         row = self._row(epoch, loss, likelihood, settings["kl_weight"] * ramp)
         row["seconds"] = time.perf_counter() - begin
         state.history.append(row)
@@ -318,8 +327,15 @@ class Loop:
         if self.checkpoints is not None and removed and self.fabric.is_global_zero:
             self.checkpoints.append_to_ledger(removed)
         self._save()
-        self.fabric.log_dict(_numbers(row), step=epoch)
+        self._log(row)
         display.epoch(row)
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        """A line for the loggers, of what they can plot, on disk at once."""
+        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        self.fabric.log_dict(numbers, step=row["epoch"])
+        for logger in self.fabric.loggers:
+            logger.save()
 
     def _means(self) -> tuple[float, float]:
         """(loss, log-likelihood) per example over the epoch, of all processes."""
@@ -480,8 +496,7 @@ class Loop:
                 load_optimizer(self.optimizer, tensors)
             except ValueError as error:
                 raise ValueError(f"checkpoint {path} belongs to another network: {error}") from None
-            if progress.best_epoch:
-                self.best = self.checkpoints.of_best(progress)
+            self.best = self.checkpoints.of_best(progress, tensors) if progress.best_epoch else self.best
             self.state = progress
             if self.fabric.is_global_zero:
                 self.checkpoints.start_ledger(progress.removals)
@@ -497,6 +512,7 @@ def _mixed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """What a logger can plot."""
-    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+def _digest(batch: tuple[Any, Any]) -> str:
+    """Other for other data, as far as their first batch tells."""
+    content = b"".join(part.detach().cpu().double().numpy().tobytes() for part in tensors_of(batch))
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -78,7 +78,7 @@ class Objective(nn.Module):
         self.pyro_loss = self.pyro_elbo(model, guide or _no_latents)
 
     def _only_noise(self, first: tuple[Any, Tensor]) -> bool:
-        """Whether the noise sites are the only latents of model and guide."""
+        """Whether the noise sites are all that model and guide draw, and y all that the model observes."""
         programs = (self.model, self.guide or _no_latents)
         with torch.no_grad():
             traces = [poutine.trace(program).get_trace(*first) for program in programs]
@@ -87,7 +87,8 @@ class Objective(nn.Module):
             {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
             for trace in traces
         ]
-        return all(names == sites for names in latents)
+        observed = [name for trace in traces for name in trace.observation_nodes]  # factors too
+        return observed == ["y"] and all(names == sites for names in latents)
 
     def forward(self, x: Any, y: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
         """(loss, log-likelihood), both in nats per example, the second detached."""

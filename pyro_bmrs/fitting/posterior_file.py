@@ -41,6 +41,8 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
     if header.get("format") != FORMAT:
         raise ValueError(f"path must be a posterior written by save_posterior: {path} is none")
     refuse_newer(path, "posterior", header["version"], VERSION)
+    if header["version"] < VERSION:
+        raise ValueError(f"{path} was written by an older pyro_bmrs, of which no release was made: fit again")
     try:
         restore(model, guide, tensors)
     except ValueError as error:

@@ -116,7 +116,7 @@ class Classifier(_Likelihood):
 
     def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The logits as (batch, *positions, classes), checked against the labels."""
-        logits = output.movedim(self.class_dim, -1)
+        logits = _single(output).movedim(self.class_dim, -1)
         if y is not None and y.shape != logits.shape[:-1]:
             raise ValueError(
                 f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
@@ -173,15 +173,23 @@ class Regressor(_Likelihood):
         return mean
 
     def _observed(self, mean: Tensor) -> Normal:
-        return Normal(mean, self.log_scale.exp())
+        return Normal(_single(mean), self.log_scale.exp())
 
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
         total: Tensor = self._observed(self._mean(x, y)).log_prob(y).sum()
         return total
 
 
+def _single(output: Tensor) -> Tensor:
+    """At least single precision: a sum over a batch in bfloat16 has two digits."""
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
 def has_own_likelihood(model: nn.Module) -> bool:
     """Whether `log_likelihood` says all that the model does: a `Classifier` or `Regressor`, not redefined."""
+    hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(model):
+        return False
     return any(
         isinstance(model, kind)
         and all(getattr(type(model), name) is getattr(kind, name) for name in ("forward", "log_likelihood"))

@@ -153,10 +153,11 @@ class _Apply(_Hook):
             )
         scale = partial(
             scaled, dim=channel_dimension(module), name=f"layer {self.path!r}", several=self.noise.several,
-            remember_product=False,
+            exclusive=True,
         )  # fmt: skip
         product = scale(x, theta)
-        lean = product.requires_grad and product.numel() >= LARGE
+        # in a fit only: there θ has a gradient, and nothing looks into tensors as torch.func does
+        lean = self.noise.several and theta.requires_grad and product.numel() >= LARGE
         self.under_way.append(_as_factors(product, x, theta, scale) if lean else None)
         if arguments:
             return (product, *arguments[1:]), keywords
@@ -182,7 +183,7 @@ def _as_factors(
     x is remembered already, by what made it; a product beside each of them would be most of the memory that
     noise costs.
     """
-    x, theta = x.detach(), theta.detach()
+    x, theta, version = x.detach(), theta.detach(), x._version
     # not the tensor, which would stay alive
     place, shape, stride = product.data_ptr(), product.shape, product.stride()
 
@@ -191,7 +192,13 @@ def _as_factors(
         return None if same else tensor
 
     def unpack(packed: Tensor | None) -> Tensor:
-        return scale(x, theta) if packed is None else packed
+        if packed is not None:
+            return packed
+        if x._version != version:
+            raise RuntimeError(
+                "the input of a layer with noise was changed in place before its gradient was made"
+            )
+        return scale(x, theta)
 
     hooks = saved_tensors_hooks(pack, unpack)
     hooks.__enter__()

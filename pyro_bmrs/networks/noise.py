@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
 
+# From so many numbers on it is worth some microseconds to make fewer tensors of them.
+LARGE = 2**16
 # Set by the handler that draws several values per batch: a stack of θ from elsewhere, such as
 # `Predictive(parallel=True)`, must not be taken for them.
 draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
@@ -145,13 +147,7 @@ def at_one(module: nn.Module) -> FixedScales:
 
 
 def scaled(
-    x: Tensor,
-    theta: Tensor,
-    dim: int,
-    name: str,
-    *,
-    several: bool | None = None,
-    remember_product: bool = True,
+    x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | None = None, exclusive: bool = False
 ) -> Tensor:
     """x · θ along dimension `dim` of x; of several draws, example i takes draw i mod draws.
 
@@ -160,7 +156,7 @@ def scaled(
         theta: (features,), or (draws, features) with draws ≤ batch.
         name: of the place, for error messages.
         several: whether θ may hold several draws; None: within the handler that makes them.
-        remember_product: whether autograd may keep the product, as the next layer does, instead of x.
+        exclusive: whether the product goes nowhere but into one linear layer or convolution.
     """
     theta = theta.to(x.dtype)
     layout = [1] * x.dim()
@@ -179,33 +175,35 @@ def scaled(
         return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout[1:])
     x_in_groups = x.view(batch // draws, draws, *x.shape[1:])
     theta = theta.view(1, draws, *layout[1:])
-    if x.numel() < LARGE or not remember_product:
+    if x.numel() < LARGE:
         return (x_in_groups * theta).view(x.shape)
-    product: Tensor = _ScaleInGroups.apply(x_in_groups, theta)
+    product: Tensor = _ScaleInGroups.apply(x_in_groups, theta, exclusive)
     return product.view(x.shape)
 
 
-# From so many numbers on it is worth some microseconds to remember fewer of them.
-LARGE = 2**16
-
-
 class _ScaleInGroups(torch.autograd.Function):
-    """x · θ that remembers the product, which the next layer remembers anyway, instead of x.
+    """x · θ whose gradients make as few large tensors as can be: what these cost is mostly memory made and freed.
 
-    θ is positive, or 0 where nothing depends on it, so that the gradient Σ g x of θ is (Σ g x θ)/θ.
+    The gradient of θ is a dot product over the positions of a feature map, and where nobody else can have
+    the incoming gradient, that of x takes its place.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, theta: Tensor) -> Tensor:
-        product = x * theta
-        ctx.save_for_backward(product, theta)
-        return product
+    def forward(ctx: Any, x: Tensor, theta: Tensor, exclusive: bool) -> Tensor:
+        ctx.save_for_backward(x, theta)
+        ctx.exclusive = exclusive
+        return x * theta
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        product, theta = ctx.saved_tensors
-        total = (grad * product).sum_to_size(theta.shape)
-        return grad * theta, total / theta.clamp(min=torch.finfo(theta.dtype).tiny)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, theta = ctx.saved_tensors
+        by_positions = x.dim() > 3 and theta.shape[3:].numel() == 1
+        if by_positions and grad.is_contiguous() and x.is_contiguous():
+            total = torch.linalg.vecdot(grad.flatten(3), x.flatten(3)).sum(0).view(theta.shape)
+        else:
+            total = (grad * x).sum_to_size(theta.shape)
+        in_place = ctx.exclusive and not torch.is_grad_enabled()
+        return grad.mul_(theta) if in_place else grad * theta, total, None
 
 
 def noise_layers(module: nn.Module) -> dict[str, MultiplicativeNoise]:

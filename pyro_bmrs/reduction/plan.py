@@ -30,7 +30,7 @@ from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.reduction.shrink import earlier_cuts, original_network, shrink
 
-FORMAT, VERSION = "pyro_bmrs.reduction", 1
+FORMAT, VERSION = "pyro_bmrs.reduction", 2
 # Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
 CHECK_EXAMPLES = 32
 _CHECK_MULTIPLY_ACCUMULATES = 1e10
@@ -323,6 +323,8 @@ class Reduction:
         refuse_newer(path, "plan", document["version"], VERSION)
         try:
             columns = load_file(path.with_suffix(".safetensors"))
+            if document["version"] == 1:  # when no fit took structures out
+                columns["present"] = torch.ones_like(columns["removed"])
             _check_document(document, len(columns["unit"]))
             layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
             table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})

@@ -12,6 +12,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import kl_divergence
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, LogUniform, MultiplicativeNoise, Regressor
@@ -20,7 +22,7 @@ from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference import packed
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import elementary
-from pyro_bmrs.networks import hooked_noise, noise
+from pyro_bmrs.networks import hooked_noise
 from pyro_bmrs.networks.noise import FixedScales, noise_layers, scaled
 
 BATCH, SIZE, WEIGHT = 12, 60, 2.5
@@ -225,8 +227,7 @@ def test_all_paths_have_the_value_and_the_gradients_of_one_pass_for_each_draw(ca
 @pytest.mark.parametrize("draws", [1, 4, BATCH])
 @pytest.mark.parametrize("case", CASES)
 def test_what_saves_memory_with_large_tensors_changes_nothing(case, draws, monkeypatch):
-    for module in (noise, hooked_noise):
-        monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(hooked_noise, "LARGE", 0)
     problem = Problem(case)
     truth = problem.by_hand(draws)
     for elbo in ("packed", "pyro") if case in NOT_FUSED else ("fused", "packed", "pyro"):
@@ -302,6 +303,18 @@ class LatentInside(nn.Module):
         return self.net(x) * pyro.sample("inside", LogUniform())
 
 
+class FactorInside(nn.Module):
+    """A network that adds a term to the log-density itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = two_layers(3)
+
+    def forward(self, x):
+        pyro.factor("penalty", -self.net[0].weight.square().sum())
+        return self.net(x)
+
+
 class Weighted(nn.Module):
     """Noise layers and a Bayesian weight."""
 
@@ -364,6 +377,7 @@ PATHS = {
     "own forward": (lambda: OwnForward(two_layers(3)), AutoTruncatedLogNormal, ["packed", "pyro"]),
     "own likelihood": (lambda: OwnLikelihood(two_layers(3)), AutoTruncatedLogNormal, ["packed", "pyro"]),
     "latent in the network": (lambda: Classifier(LatentInside()), AutoTruncatedLogNormal, ["packed", "pyro"]),
+    "factor in the network": (lambda: Classifier(FactorInside()), AutoTruncatedLogNormal, ["packed", "pyro"]),
     "second latent": (Weighted, listed, ["pyro"]),
     "hand-written guide": (lambda: Classifier(two_layers(3)), lambda _: ByHand(), ["pyro"]),
     "guide with its own forward": (lambda: Classifier(two_layers(3)), OwnGuide, ["pyro"]),
@@ -467,7 +481,7 @@ def test_stratified_draws_give_a_gradient_of_less_variance():
     assert total[True] < 0.65 * total[False], total
 
 
-# the multiplication that remembers its product ----------------------------------------------------------
+# several draws in one product --------------------------------------------------------------------------
 
 
 def plainly(x, theta, dim):
@@ -486,12 +500,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("draws", "dim"), [(4, 1), (12, 1), (3, -1), (5, 1), (2, 2)])
-def test_the_lean_product_is_the_plain_one(draws, dim, layout, large, monkeypatch):
+def test_the_product_in_groups_is_the_plain_one(draws, dim, layout):
     """Value and gradients, in float64 to rounding, where θ is 0 for what has been removed as well."""
-    monkeypatch.setattr(noise, "LARGE", 0 if large else 10**9)
     torch.manual_seed(0)
     leaf = torch.randn(12, 6, 6, 6, dtype=torch.float64, requires_grad=True)
     free = torch.rand(draws, 6, dtype=torch.float64, requires_grad=True)
@@ -510,42 +522,101 @@ def test_the_lean_product_is_the_plain_one(draws, dim, layout, large, monkeypatc
     assert not results[0][2][:, ~kept].any()
 
 
-@pytest.mark.parametrize(("examples", "lean"), [(2**16 // 8, True), (2**16 // 8 - 4, False)])
-def test_the_lean_product_is_taken_where_it_saves_memory(examples, lean):
-    """Of the two large tensors there are it remembers x · θ alone."""
-    theta, remembered = torch.rand(4, 8, requires_grad=True), []
-    x = torch.randn(examples, 8, requires_grad=True)
-
-    def remember(tensor):
-        remembered.append(tensor.data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        product = scaled(x, theta, 1, "here", several=True)
-    assert (x.data_ptr() in remembered) is not lean
-    assert (product.data_ptr() in remembered) is lean
+# what noise that was inserted remembers for the backward pass ---------------------------------------------
 
 
-def test_gradcheck_of_the_lean_product():
+class Checkpointed(nn.Module):
+    """Two blocks; the activations of the second are made again in the backward pass."""
+
+    def __init__(self, again=True):
+        super().__init__()
+        self.again = again
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def block(self, x):
+        return self.last(self.second(x).tanh())
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        return checkpoint(self.block, x, use_reentrant=False) if self.again else self.block(x)
+
+
+class InPlace(nn.Module):
+    """Changes what a layer with noise has read; without the noise torch refuses the backward pass of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x)
+        x.mul_(2)
+        return self.last(y.tanh()) + x[:, :3]
+
+
+def of_inserted(net, batch=BATCH):
+    """(model, guide, x, y, loss of a batch at 4 draws)."""
     torch.manual_seed(0)
-    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    theta = torch.rand(1, 4, 5, dtype=torch.float64).add_(0.1).requires_grad_()
-    assert torch.autograd.gradcheck(noise._ScaleInGroups.apply, (x, theta))
-    kept = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, t: noise._ScaleInGroups.apply(x, t * kept), (x, theta))
+    x, y = torch.randn(batch, 4), torch.randint(3, (batch,))
+    model = Classifier(bmrs.insert_noise(net, x))
+    guide = AutoTruncatedLogNormal(model, init_loc=-1.0, init_scale=0.5)
+    guide(x, y)
+    objective = Objective(model, guide, (x, y), dataset_size=SIZE, draws=4)
+    torch.manual_seed(1)
+    return model, guide, x, y, lambda: objective(x, y, 1.0)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_lean_product_at_the_smallest_scales_there_are(dtype):
-    """θ down to e⁻²⁰ in the precisions of networks: as exact as the plain product there."""
-    torch.manual_seed(0)
-    x = torch.randn(4, 8, 6, dtype=torch.float64)
-    theta = torch.linspace(-20, 0, 48, dtype=torch.float64).view(1, 8, 6).exp()
-    weights = torch.randn_like(x)
-    leaves = [t.to(dtype).requires_grad_() for t in (x, theta)]
-    gradients = torch.autograd.grad((noise._ScaleInGroups.apply(*leaves) * weights.to(dtype)).sum(), leaves)
-    expected = (weights * theta).to(dtype), (weights * x).sum(0, keepdim=True).to(dtype)
-    size = (weights * x).abs().sum(0, keepdim=True).max().item()
-    rounding = 16 * torch.finfo(dtype).eps
-    torch.testing.assert_close(gradients[0], expected[0], rtol=rounding, atol=0)
-    torch.testing.assert_close(gradients[1], expected[1], rtol=rounding, atol=rounding * size)
+@pytest.mark.parametrize(("large", "remembered"), [(0, False), (10**9, True)])
+def test_inserted_noise_remembers_factors_and_not_their_product(large, remembered, monkeypatch):
+    """The memory of a layer's input is free again before the backward pass where the tensor is large."""
+    monkeypatch.setattr(hooked_noise, "LARGE", large)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model, _, _, _, loss = of_inserted(net)
+    products = []
+    for reader in (model.net[2], model.net[4]):
+        reader.register_forward_pre_hook(
+            lambda _, given: products.append(StorageWeakRef(given[0].untyped_storage()))
+        )
+    value = loss()
+    assert len(products) == 2
+    assert [not product.expired() for product in products] == [remembered] * 2
+    value.backward()
+
+
+def test_inserted_noise_beside_activation_checkpoints(monkeypatch):
+    gradients = []
+    for large, again in ((10**9, False), (0, False), (0, True)):
+        monkeypatch.setattr(hooked_noise, "LARGE", large)
+        torch.manual_seed(3)
+        model, guide, *_, loss = of_inserted(Checkpointed(again))
+        parameters = [*model.parameters(), *guide.parameters()]
+        gradients.append(torch.autograd.grad(loss(), parameters))
+    for other in gradients[1:]:
+        for one, two in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_an_input_that_was_changed_in_place_is_an_error_and_no_wrong_gradient(large, monkeypatch):
+    monkeypatch.setattr(hooked_noise, "LARGE", large)
+    *_, loss = of_inserted(InPlace())
+    value = loss()
+    with pytest.raises(RuntimeError, match=r"in-?\s?place"):
+        value.backward()
+
+
+def test_an_error_in_a_layer_leaves_no_hook_behind(monkeypatch):
+    """What autograd remembers afterwards is what it always does."""
+    monkeypatch.setattr(hooked_noise, "LARGE", 0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model, *_, loss = of_inserted(net)
+    forward = model.net[2].forward
+    with monkeypatch.context() as patched:
+        patched.setattr(model.net[2], "forward", lambda x: forward(x[:, :2]))
+        with pytest.raises(RuntimeError, match="shape"):
+            loss()
+    a = torch.randn(3, requires_grad=True)
+    assert (a * a).grad_fn._saved_self is not None
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    loss().backward()

@@ -185,6 +185,19 @@ def test_a_second_ctrl_c_ends_it_at_once_and_loses_less_than_an_epoch(whole, tmp
     same(SmallFit("removal").run(folder), expected, folder, expected_folder)
 
 
+def test_asked_to_stop_when_all_is_done(whole, tmp_path):
+    """It was interrupted, so that who called it stops too; the next call has nothing left to do."""
+    folder = tmp_path / "fit"
+    *expected, expected_folder = whole("removal")
+    _, result, tensors = interrupted("removal", folder, Ask(signal.SIGINT, epoch=5))
+    assert len(result.history) == 5
+    equal(tensors, expected[1])
+    with Ask() as steps:
+        again = SmallFit("removal").run(folder)
+    assert steps.steps == 0
+    same(again, expected, folder, expected_folder)
+
+
 def test_a_signal_from_the_data_is_answered_after_the_step(whole, tmp_path):
     """As one that comes while a batch is read."""
     folder, asked = tmp_path / "fit", []
@@ -389,15 +402,23 @@ def test_the_best_epoch_of_the_checkpoint_before_is_still_there(tmp_path, monkey
     same(again, expected, folder, whole)
 
 
-def test_a_damaged_best_epoch_is_named(tmp_path, monkeypatch):
-    """Nothing can stand in for it."""
+@pytest.mark.parametrize("epoch", [4, 5])
+def test_a_damaged_best_epoch_is_named_and_no_other_taken_for_it(epoch, tmp_path, monkeypatch):
+    """The best of what is left is kept, and told as what it is; a finished fit has its last epoch."""
     with_best(monkeypatch, 0.5, 0.7, 0.6, 0.8, 0.7)
     folder = tmp_path / "fit"
-    interrupted("plain", folder, Ask(epoch=4), warm_up=0.0)
-    assert without_batches(folder) == [*(f"epoch-000{n}.safetensors" for n in (1, 3, 4)), "ledger.csv"]
+    with Ask(epoch=epoch):
+        result, _ = SmallFit("plain").run(folder, warm_up=0.0)
+    assert result.best_epoch == 1
+    assert without_batches(folder) == [
+        *(f"epoch-000{n}.safetensors" for n in (1, epoch - 1, epoch)), "ledger.csv"
+    ]  # fmt: skip
     truncate(folder / "epoch-0001.safetensors")
-    with pytest.raises(ValueError, match=r"epoch-0001\.safetensors is damaged"):
-        SmallFit("plain").run(folder, warm_up=0.0)
+    with pytest.warns(UserWarning, match=r"best checkpoint .*epoch-0001\.safetensors can't be used"):
+        result, tensors = SmallFit("plain").run(folder, warm_up=0.0)
+    assert result.best_epoch == 5
+    _, last = read_tensors(folder / "epoch-0005.safetensors")
+    equal(tensors, {name: t for name, t in last.items() if name.startswith(("model.", "guide."))})
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -457,14 +478,17 @@ def test_foreign_files_are_left_alone_and_not_believed(whole, tmp_path):
     assert all((folder / name).read_bytes() == content for name, content in foreign.items())
 
 
-def test_a_checkpoint_of_a_newer_version_is_not_believed(whole, tmp_path):
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    """It is no damage: going on from before it would throw away what another version has done."""
     folder = tmp_path / "fit"
     interrupted("plain", folder, Ask(epoch=2))
     header, tensors = read_tensors(folder / "epoch-0002.safetensors")
     write_tensors(folder / "epoch-0003.safetensors", tensors, {**header, "version": 99})
-    with pytest.warns(UserWarning, match=r"epoch-0003\.safetensors.*newer"):
-        _, tensors = SmallFit("plain").run(folder)
-    equal(tensors, whole("plain")[1])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"epoch-0003\.safetensors was written by a newer pyro_bmrs"):
+            SmallFit("plain").run(folder, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -476,7 +500,8 @@ def test_a_checkpoint_of_a_newer_version_is_not_believed(whole, tmp_path):
         (dict(label="another"), "label '' → 'another'"),
         (dict(criterion=bmrs.SNR()), "criterion 'BMRS_N"),
         (dict(gradient_clip=1.0, patience=3), "gradient_clip None → 1.0; patience None → 3"),
-        (dict(schedule=lambda done: 1.0), "schedule 'constant' → '<lambda>'"),
+        (dict(schedule="cosine"), "schedule"),
+        (dict(schedule=lambda done: 1.0 - done / 2), "schedule"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])

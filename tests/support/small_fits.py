@@ -57,9 +57,13 @@ class Residual(nn.Module):
         return self.head(x + self.norm(self.inner(x)).tanh())
 
 
+def residual():
+    return nn.Sequential(Residual(), nn.Tanh(), nn.Linear(2, 2))
+
+
 def inserted():
     torch.manual_seed(1)
-    return bmrs.insert_noise(nn.Sequential(Residual(), nn.Tanh(), nn.Linear(2, 2)), torch.randn(4, 6))
+    return bmrs.insert_noise(residual(), torch.randn(4, 6))
 
 
 class HalfDead(AutoTruncatedLogNormal):
@@ -124,7 +128,10 @@ class SmallFit:
             **options,
         }
         torch.manual_seed(99)
-        self.result = bmrs.fit(self.model, self.guide, self.source(), data(60, 1), **settings)
+        train, (x, y), dtype = self.source(), data(60, 1), next(self.model.parameters()).dtype
+        if isinstance(train, tuple):
+            train = train[0].to(dtype), train[1]
+        self.result = bmrs.fit(self.model, self.guide, train, (x.to(dtype), y), **settings)
         return self.result, self.tensors()
 
     def tensors(self):
