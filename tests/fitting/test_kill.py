@@ -73,20 +73,31 @@ class Runs:
     def __init__(self, kind, folder):
         self.kind, self.log = kind(folder), folder / "log"
 
-    def __call__(self, folder, kill_after=None):
-        """(exit status, seconds since it began to work); killed after so many of them, if it still runs."""
+    def __call__(self, folder, *, kill_after=None, in_epoch=0):
+        """(exit status, seconds since it began to work).
+
+        Args:
+            kill_after: seconds after which it is killed, if it still runs; None: never.
+            in_epoch: of the fit, the epoch from whose checkpoint on the seconds count.
+        """
         self.log.unlink(missing_ok=True)
         process = self.kind.start(["run", str(RECIPE), "--out", str(folder), *ARGUMENTS], self.log)
-        deadline = time.monotonic() + 100
-        while not self.log.exists() or not self.log.stat().st_size:  # its first line: what it is about to do
-            assert time.monotonic() < deadline, "it never began"
-            time.sleep(0.002)
+        self.wait_for(lambda: self.log.exists() and self.log.stat().st_size)  # a line on what it will do
         begin = time.monotonic()
+        if in_epoch:
+            path = folder / "checkpoints" / "fit" / f"epoch-{in_epoch:04d}.safetensors"
+            self.wait_for(path.exists)
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(process, signal.SIGKILL)  # nobody has waited for it yet: the number is no other's
         status = self.kind.wait()
         return status, time.monotonic() - begin
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 100
+        while not condition():
+            assert time.monotonic() < deadline, self.log.exists() and self.log.read_text()
+            time.sleep(0.002)
 
 
 @pytest.fixture(params=[pytest.param(Warm, id="warm"), pytest.param(Cold, id="cold", marks=pytest.mark.slow)])
@@ -117,20 +128,18 @@ def same(one, other):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_files(runs, tmp_path):
-    """Seeded moments: the first in the fit, later ones in what is left of the run by then."""
-    kills = 3 if isinstance(runs.kind, Warm) else 10
+    """Seeded moments: some within chosen epochs of the fit, then some in whatever is left of the run."""
+    in_fit, later = (2, 1) if isinstance(runs.kind, Warm) else (5, 5)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     status, seconds = runs(whole)
     assert status == 0, runs.log.read_text()
     moments = random.Random(2024)
-    killed = 0
-    while killed < kills:
-        status, _ = runs(folder, kill_after=moments.uniform(0, 1.2 * seconds / kills))
-        if status == 0:  # so quick, or so far already
-            break
+    for epoch in sorted(moments.sample(range(1, 7), in_fit)):
+        status, _ = runs(folder, kill_after=moments.uniform(0, 0.1), in_epoch=epoch)
         assert status == -signal.SIGKILL, runs.log.read_text()
-        killed += 1
-    assert killed
+    for _ in range(later):
+        status, _ = runs(folder, kill_after=moments.uniform(0, 0.7 * seconds))
+        assert status in (0, -signal.SIGKILL), runs.log.read_text()  # so quick, or so far already
     status, _ = runs(folder)
     assert status == 0, runs.log.read_text()
     same(folder, whole)
