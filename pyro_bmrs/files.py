@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _HEADER = "pyro_bmrs"
 # What `tempfile.mkstemp` makes of the prefix and suffix below.
 _BESIDE = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}(?P<suffix>\.[^.]+)")
+# What safetensors writes first, beside the file that it is asked for.
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
@@ -47,7 +49,7 @@ def clear_unfinished(folder: Path, ours: Callable[[str], object]) -> None:
     """
     for path in folder.glob(".*"):
         match = _BESIDE.fullmatch(path.name)
-        if match and ours(match["stem"] + match["suffix"]):
+        if _OF_SAFETENSORS.fullmatch(path.name) or (match and ours(match["stem"] + match["suffix"])):
             path.unlink(missing_ok=True)
 
 

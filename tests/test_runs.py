@@ -406,7 +406,13 @@ def test_a_killed_fit_leaves_its_checkpoints_alone_and_a_later_run_finishes(tmp_
 @pytest.mark.parametrize("command", ["fit", "reduce", "report", "run"])
 def test_half_written_files_of_a_killed_process_do_not_stay(command, copied):
     """`kill -9` leaves the file beside the one that was to be replaced; what is not ours stays."""
-    ours = [".history-abcdefgh.csv", ".small-x_0abcde.pt2", ".plan-12345678.json", ".recipe-abcdefgh.py"]
+    ours = [
+        ".history-abcdefgh.csv",
+        ".small-x_0abcde.pt2",
+        ".plan-12345678.json",
+        ".recipe-abcdefgh.py",
+        ".tmpA1b2C3",
+    ]
     others = [".notes-abcdefgh.csv", ".history.csv", ".history-abcdefgh.txt", "history-abcdefgh.csv"]
     for name in (*ours, *others):
         (copied / name).write_bytes(b"half")

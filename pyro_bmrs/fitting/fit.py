@@ -157,7 +157,8 @@ def fit(
             guide and where there is one, of the epoch with the highest validation accuracy.
         checkpoints: folder in which the state is kept after each epoch, and when Ctrl-C or SIGTERM end the
             fit. Called again with it, the fit goes on from there, on the CPU bit for bit as if it had never
-            stopped, in a new process and with a freshly made model too. Holds the ledger of removals.
+            stopped, in a new process and with a freshly made model too (but for what a loader draws from a
+            generator of its own). Holds the ledger of removals.
         keep_checkpoints: how many stay, beside that of the best epoch.
         overwrite: start anew where `checkpoints` holds another fit, or this one finished.
         label: whatever else makes this fit this one and no other, such as the hash of a file.

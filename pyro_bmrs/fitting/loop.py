@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -495,6 +495,8 @@ class Loop:
                 self.optimizer = self._optimizer()
                 load_optimizer(self.optimizer, tensors)
             except ValueError as error:
+                with suppress(ValueError):  # as it was given; structures that have left stay away
+                    restore(self.model, self.guide, self.best)
                 raise ValueError(f"checkpoint {path} belongs to another network: {error}") from None
             self.best = self.checkpoints.of_best(progress, tensors) if progress.best_epoch else self.best
             self.state = progress

@@ -530,8 +530,10 @@ def test_other_examples_and_another_network_are_refused(tmp_path):
         stranger = SmallFit("plain")
         stranger.model = Classifier(CASES[other][0]())
         stranger.guide = bmrs.AutoTruncatedLogNormal(stranger.model)
+        given = {name: tensor.clone() for name, tensor in stranger.model.state_dict().items()}
         with pytest.raises(ValueError, match=r"checkpoint .*epoch-0001-batch-.* belongs to another network"):
             stranger.run(folder)
+        equal(dict(stranger.model.state_dict()), given)
     tuning = SmallFit("no guide")
     with pytest.raises(ValueError, match="phase 'fit' → 'fine-tune'"):
         tuning.run(folder, schedule="constant")
@@ -615,9 +617,16 @@ def test_temporary_files_of_a_killed_process_do_not_stay(whole, tmp_path):
     *expected, expected_folder = whole("plain")
     interrupted("plain", folder, Ask(step=8))
     left = [
-        ".epoch-0002-x1_9ab2c.safetensors", ".epoch-0001-batch-000004-abcdefgh.safetensors", ".ledger-abcdefgh.csv"
+        ".epoch-0002-x1_9ab2c.safetensors", ".epoch-0001-batch-000004-abcdefgh.safetensors", ".ledger-abcdefgh.csv",
+        ".tmpu9eQlO",
     ]  # fmt: skip
-    others = [".ledger-abcdefgh.txt", ".epoch-0002.safetensors", ".notes-abcdefgh.csv", "x-abcdefgh.csv"]
+    others = [
+        ".ledger-abcdefgh.txt",
+        ".epoch-0002.safetensors",
+        ".notes-abcdefgh.csv",
+        "x-abcdefgh.csv",
+        ".tmp",
+    ]
     for name in (*left, *others):
         (folder / name).write_bytes(b"half")
     result, tensors = SmallFit("plain").run(folder)

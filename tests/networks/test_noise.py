@@ -10,6 +10,7 @@ from torch import nn
 
 import pyro_bmrs
 from pyro_bmrs import MultiplicativeNoise, name_sites
+from pyro_bmrs.networks import noise
 from pyro_bmrs.networks.hooked_noise import network_of, without_noise
 from pyro_bmrs.networks.noise import draws_per_batch_allowed, fixed_scales, noise_layers
 
@@ -140,3 +141,19 @@ def test_gradients_reach_theta():
     with several_draws(), pyro.condition(data={"noise": theta}):
         layer()(torch.ones(6, 4)).sum().backward()
     torch.testing.assert_close(theta.grad, torch.full((3, 4), 2.0))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize(("shape", "dim"), [((12, 6, 5, 5), 1), ((12, 6), 1), ((12, 4, 6), -1)])
+def test_the_product_of_large_inputs_has_the_gradients_of_the_plain_one(shape, dim, exclusive, monkeypatch):
+    monkeypatch.setattr(noise, "LARGE", 0)
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    theta = torch.rand(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def product(x, theta):
+        # as of a layer behind it, whose gradient belongs to nobody else
+        return 1.0 * noise.scaled(x, theta, dim, "here", several=True, exclusive=exclusive)
+
+    assert torch.autograd.gradcheck(product, (x, theta))
+    assert torch.autograd.gradgradcheck(product, (x, theta))
