@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import chdir, closing, contextmanager
+from contextlib import chdir, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.files import write_atomically
+from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.recipes import Recipe
 from pyro_bmrs.runs import FIT_FILES, Interrupted, Run
 from pyro_bmrs.study import Cell, Study, has_fit, one_line
@@ -61,17 +61,6 @@ def _row(cell: Cell, status: str, **rest: Any) -> Row:
 # one cell -------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch's threads; with jobs: 1 this is the caller's own process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _copy_fit(source: Path, folder: Path) -> None:
     """Every file whole or not there; the posterior, which says that there is a fit, is the last of them."""
     for name in FIT_FILES:
@@ -96,7 +85,7 @@ def _finish(
     """
     start = time.perf_counter()
     try:
-        with chdir(place), _threads(threads):
+        with chdir(place), torch_threads(threads):  # with jobs: 1 these are the caller's own
             if not cell.fits and not has_fit(cell.folder):
                 if not has_fit(cell.fit):
                     raise ValueError(f"it shares the fit of {cell.fit.name}, which has failed")

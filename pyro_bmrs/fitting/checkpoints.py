@@ -107,9 +107,6 @@ class Checkpoints:
         found.sort(key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)
         return [path for _, path in found]
 
-    def __bool__(self) -> bool:
-        return bool(self._paths())
-
     def newest(self) -> Iterator[tuple[Path, Progress, dict[str, Tensor]]]:
         """The checkpoints that can be read, the newest first; a warning for each one that can't.
 

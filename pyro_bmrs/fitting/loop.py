@@ -164,7 +164,6 @@ class Loop:
     def _wrap(self) -> None:
         """Let several processes share the gradients; anew where tensors have changed their shapes."""
         if self.fabric.world_size > 1:
-            self.module = self.objective
             self.module = self.fabric.strategy.setup_module(self.objective)
 
     # the loop ---------------------------------------------------------------------------------------

@@ -6,29 +6,41 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A context in which `handler` gets SIGINT and SIGTERM, in the main thread; elsewhere Python lets nobody."""
+    caught: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.getsignal(number)
+            # what a parent has chosen to ignore stays ignored; None: not set by Python, which can't put it back
+            if before not in (signal.SIG_IGN, None):
+                caught[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for caught_number, given in caught.items():
+            signal.signal(caught_number, given)
+
+
 class StopRequest:
     """Context in which SIGINT and SIGTERM only set `asked`; a second SIGINT interrupts as usual.
 
-    Outside of the main thread, where Python lets nobody catch signals, it does nothing.
+    Outside of the main thread it does nothing.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
+        self._handling = _handled_by(self._ask)
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
-                # what a parent has chosen to ignore stays ignored; None: not set by Python, which can't put it back
-                if before not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._ask)
+        self._handling.__enter__()
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -39,8 +51,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(kind, error, trace)
 
 
 @contextmanager
@@ -52,15 +63,5 @@ def passing_on_signals() -> Iterator[None]:
             if process.pid is not None:
                 os.kill(process.pid, signal.SIGTERM)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled_by(pass_on):
         yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    caught = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in caught:
-        signal.signal(number, pass_on)
-    try:
-        yield
-    finally:
-        for number, handler in caught.items():
-            signal.signal(number, handler)

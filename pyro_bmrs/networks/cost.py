@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_bmrs.networks.inputs import Inputs, call, first_examples, repeated, tensors_of
-from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.modes import in_mode, torch_threads
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 # Batch sizes at which latency is measured, and the larger at which memory is.
@@ -151,16 +151,6 @@ def latency_milliseconds(
     return [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def compare_costs(
     before: nn.Module, after: nn.Module, example_input: Inputs, *, seconds: float = 4.0
 ) -> pd.DataFrame:
@@ -196,7 +186,7 @@ def compare_costs(
                 # a batch can't be much faster than a quarter of its examples one by one
                 times = [math.nan, math.nan]
                 if wanted and 3 * batch * single / 4 <= seconds / 4:
-                    with _threads(count):
+                    with torch_threads(count):
                         examples = repeated(example_input, batch)
                         times = latency_milliseconds(networks, examples, seconds=seconds / 4)
                 timed[f"milliseconds_batch_{batch}_{words}"] = times
