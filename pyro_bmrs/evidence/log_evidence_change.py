@@ -1,39 +1,38 @@
-"""The change in log-evidence under a reduced prior, dispatched on three types as KL is on two."""
+"""The change in log-evidence under a reduced prior, and the posterior under it, without fitting again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
-Rule = Callable[..., Tensor]
-_RULES: dict[tuple[type, type, type], Rule] = {}
+from pyro_bmrs.evidence.dispatch import TripleDispatch
+from pyro_bmrs.evidence.unwrapping import Triple, in_float64, unwrapped
+
+_CHANGES, _POSTERIORS = TripleDispatch(), TripleDispatch()
+
+type Register[Result] = Callable[[Callable[..., Result]], Callable[..., Result]]
 
 
 def register_log_evidence_change(
     posterior: type[Distribution], prior: type[Distribution], reduced_prior: type[Distribution]
-) -> Callable[[Rule], Rule]:
-    """Decorator: the rule for a triple of types and their subclasses; the closest types win."""
+) -> Register[Tensor]:
+    """Decorator: the rule for a triple of types and their subclasses; the closest types win.
 
-    def decorate(rule: Rule) -> Rule:
-        _RULES[posterior, prior, reduced_prior] = rule
-        return rule
+    A rule gets the three distributions with float64 parameters and without what they were wrapped in
+    (Independent, Masked, Expanded), and gives ΔF in nats, which broadcasts to their batch shape.
+    """
+    return _CHANGES.register(posterior, prior, reduced_prior)
 
-    return decorate
 
-
-def _find_rule(types: tuple[type, type, type]) -> Rule | None:
-    lineages = [kind.__mro__ for kind in types]
-    matches = [key for key in product(*lineages) if key in _RULES]
-    if not matches:
-        return None
-    distance = {
-        key: sum(line.index(kind) for line, kind in zip(lineages, key, strict=True)) for key in matches
-    }
-    return _RULES[min(matches, key=lambda key: distance[key])]
+def register_reduced_posterior(
+    posterior: type[Distribution], prior: type[Distribution], reduced_prior: type[Distribution]
+) -> Register[Distribution]:
+    """Decorator: as `register_log_evidence_change`, for `reduced_posterior`."""
+    return _POSTERIORS.register(posterior, prior, reduced_prior)
 
 
 def log_evidence_change(posterior: Distribution, prior: Distribution, reduced_prior: Distribution) -> Tensor:
@@ -46,38 +45,79 @@ def log_evidence_change(posterior: Distribution, prior: Distribution, reduced_pr
     >>> log_evidence_change(q, LogUniform(), spike).round(decimals=3).tolist()
     [-19008.118, 3.34]
 
+    There is a closed form for truncated normals and log-normals under truncated or uniform priors; for
+    normals and multivariate normals; where all three are of one exponential family (Gamma, Beta, Dirichlet,
+    Exponential, Poisson, Wishart, …) or of one finite support; for what any of them becomes under a common
+    one-to-one map; and for every posterior and prior with densities where reduced_prior is a point mass
+    (Pyro's `Delta`): the Savage-Dickey density ratio log q(θ₀) - log p(θ₀). Independent, Masked and
+    Expanded are looked through. docs/evidence.md derives them.
+
     Args:
         posterior: q(θ), the posterior that was fitted under `prior`.
         prior: p(θ), the prior it was fitted under.
-        reduced_prior: p̃(θ), the prior of the reduced model. All three broadcast.
+        reduced_prior: p̃(θ), the prior of the reduced model. All three broadcast, and have as many event
+            dimensions.
 
     Returns:
-        ΔF in float64, of the posterior's batch shape. Positive: the reduced model has the higher
-        evidence, as far as q is the posterior (Wright et al., 2024, eq. 5; Friston & Penny, 2011).
+        ΔF in float64, of the batch shape. Positive: the reduced model has the higher evidence, as far as q is
+        the posterior (Wright et al., 2024, eq. 5; Friston & Penny, 2011). 0 for elements that posterior or
+        prior mask out.
 
     Raises:
         NotImplementedError: for a triple of types without a closed form; it names the three.
-        ValueError: where the reduced prior has mass outside the prior's or the posterior's support.
+            `estimate_log_evidence_change` then estimates ΔF from draws.
+        ValueError: where the reduced prior has mass outside the prior's or the posterior's support; where
+            q p̃/p has no finite integral (the posterior is wider than its prior, and the reduced prior wider
+            still); where event dimensions differ.
     """
-    distributions = (posterior, prior, reduced_prior)
-    if isinstance(posterior, Independent):
-        dims = posterior.reinterpreted_batch_ndims
-        bases = []
-        for name, member in zip(("posterior", "prior", "reduced_prior"), distributions, strict=True):
-            if not isinstance(member, Independent) or member.reinterpreted_batch_ndims != dims:
-                raise ValueError(
-                    f"{name} must be an Independent over {dims} dimensions like the posterior: got {member}"
-                )
-            bases.append(member.base_dist)
-        change = log_evidence_change(*bases)
-        return change.sum(dim=list(range(-dims, 0))) if dims else change
-    rule = _find_rule((type(posterior), type(prior), type(reduced_prior)))
+    triple, wrappings, rule = _find(_CHANGES, (posterior, prior, reduced_prior))
+    change: Tensor = rule(*triple)
+    change = change.expand(torch.broadcast_shapes(change.shape, *(d.batch_shape for d in triple)))  # type: ignore[no-untyped-call]
+    for wrapping in reversed(wrappings):
+        change = wrapping.of_change(change)
+    shapes = (d.batch_shape for d in (posterior, prior, reduced_prior))
+    return change.expand(torch.broadcast_shapes(change.shape, *shapes))  # type: ignore[no-untyped-call]
+
+
+def reduced_posterior(
+    posterior: Distribution, prior: Distribution, reduced_prior: Distribution
+) -> Distribution:
+    """q̃(θ) = q(θ) p̃(θ)/p(θ) · e^-ΔF, the posterior under the reduced prior, as a Pyro distribution.
+
+    >>> from torch.distributions import Normal
+    >>> q = reduced_posterior(Normal(1.0, 0.5), Normal(0.0, 1.0), Normal(0.0, 0.5))
+    >>> round(float(q.mean), 4), round(float(q.stddev), 4)  # precision 4 - 1 + 4, mean 4 · 1 / 7
+    (0.5714, 0.378)
+
+    Args:
+        posterior, prior, reduced_prior: as in `log_evidence_change`.
+
+    Returns:
+        In float64, of the batch and event shape of the three. Where the reduced prior is a point mass, that.
+
+    Raises:
+        NotImplementedError, ValueError: as `log_evidence_change`.
+    """
+    triple, wrappings, rule = _find(_POSTERIORS, (posterior, prior, reduced_prior))
+    result: Any = rule(*triple)
+    shape = torch.broadcast_shapes(*(d.batch_shape for d in triple))  # type: ignore[no-untyped-call]
+    result = result if result.batch_shape == shape else result.expand(shape)
+    for wrapping in reversed(wrappings):
+        result = wrapping.of_distribution(result)
+    shape = torch.broadcast_shapes(*(d.batch_shape for d in (posterior, prior, reduced_prior)))  # type: ignore[no-untyped-call]
+    final: Distribution = result if result.batch_shape == shape else result.expand(shape)
+    return final
+
+
+def _find(dispatch: TripleDispatch, members: Triple) -> tuple[Triple, list[Any], Callable[..., Any]]:
+    wide: Triple = tuple(in_float64(member) for member in members)  # type: ignore[assignment]
+    triple, wrappings = unwrapped(*wide, stop=lambda found: dispatch.find(found) is not None)
+    rule = dispatch.find(triple)
     if rule is None:
-        names = ", ".join(type(member).__name__ for member in distributions)
-        known = "; ".join(sorted(", ".join(kind.__name__ for kind in key) for key in _RULES))
+        names = ", ".join(type(member).__name__ for member in triple)
+        known = "; ".join(sorted(", ".join(kind.__name__ for kind in key) for key in dispatch.rules))
         raise NotImplementedError(
             f"no closed form for (posterior, prior, reduced_prior) of types ({names}); "
             f"there is one for: {known}"
         )
-    shape = torch.broadcast_shapes(*(d.batch_shape for d in distributions))  # type: ignore[no-untyped-call]
-    return rule(*distributions).expand(shape)
+    return triple, wrappings, rule

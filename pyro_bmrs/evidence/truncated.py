@@ -14,6 +14,7 @@ a truncated log-normal, and the interval formula of BMRS_U when p̃ is log-unifo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributions import Uniform
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal, TruncatedNormal
 from pyro_bmrs.distributions.tail_arithmetic import log_integral_from
-from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change
+from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change, register_reduced_posterior
 
 # Bounds that differ by no more than this share of their size count as the same bound.
 SAME_BOUND = 1e-6
@@ -65,14 +66,15 @@ def _check_nested(inner: _Bell, outer: _Bell, outer_name: str) -> None:
         )
 
 
-@register_log_evidence_change(TruncatedNormal, Uniform, Uniform)
-@register_log_evidence_change(TruncatedNormal, Uniform, TruncatedNormal)
-@register_log_evidence_change(TruncatedNormal, TruncatedNormal, Uniform)
-@register_log_evidence_change(TruncatedNormal, TruncatedNormal, TruncatedNormal)
-def _truncated_normal(
-    posterior: TruncatedNormal, prior: TruncatedNormal | Uniform, reduced_prior: TruncatedNormal | Uniform
-) -> Tensor:
-    q, p, reduced = _bell(posterior), _bell(prior), _bell(reduced_prior)
+class _Product(NamedTuple):
+    """q p̃/p: its location less any point, its scale, and whether q is p, so that p̃ stays what it is."""
+
+    minus: Callable[[Tensor], Tensor]
+    scale: Tensor
+    unmoved: Tensor
+
+
+def _product(q: _Bell, p: _Bell, reduced: _Bell) -> _Product:
     _check_nested(reduced, p, "prior")
     _check_nested(reduced, q, "posterior")
     weighted = ((q, q.precision), (reduced, reduced.precision), (p, -p.precision))
@@ -86,11 +88,23 @@ def _truncated_normal(
             f"got a difference of {float(precision.min())}"
         )
 
-    def combined_minus(point: Tensor) -> Tensor:
+    def minus(point: Tensor) -> Tensor:
         """Mode of the product less `point`, from differences of locations alone."""
         pulls = [share * (bell.loc - point) for bell, share in weighted]
         return (pulls[0] + pulls[1] + pulls[2]) / precision
 
+    return _Product(minus, precision.rsqrt(), unmoved)
+
+
+@register_log_evidence_change(TruncatedNormal, Uniform, Uniform)
+@register_log_evidence_change(TruncatedNormal, Uniform, TruncatedNormal)
+@register_log_evidence_change(TruncatedNormal, TruncatedNormal, Uniform)
+@register_log_evidence_change(TruncatedNormal, TruncatedNormal, TruncatedNormal)
+def _truncated_normal(
+    posterior: TruncatedNormal, prior: TruncatedNormal | Uniform, reduced_prior: TruncatedNormal | Uniform
+) -> Tensor:
+    q, p, reduced = _bell(posterior), _bell(prior), _bell(reduced_prior)
+    combined_minus, scale, unmoved = _product(q, p, reduced)
     low_offset, high_offset = -combined_minus(reduced.low), -combined_minus(reduced.high)
     at_low, at_high = low_offset > 0, high_offset < 0
 
@@ -100,8 +114,8 @@ def _truncated_normal(
             at_low, reduced.low - bell.loc, torch.where(at_high, reduced.high - bell.loc, inside)
         )
 
-    zero = torch.zeros_like(precision)
-    combined = _Bell(zero, precision.rsqrt(), low_offset, high_offset)
+    zero = torch.zeros_like(scale)
+    combined = _Bell(zero, scale, low_offset, high_offset)
     reference = torch.where(at_low, low_offset, torch.where(at_high, high_offset, zero))
     change = (
         combined.log_integral(reference)
@@ -110,6 +124,25 @@ def _truncated_normal(
         + p.log_integral(reference_minus(p))
     )
     return torch.where(unmoved, 0.0, change)
+
+
+# A bell so many times wider than its interval is flat on it to the last digit.
+_FLAT = 1e9
+
+
+@register_reduced_posterior(TruncatedNormal, Uniform, Uniform)
+@register_reduced_posterior(TruncatedNormal, Uniform, TruncatedNormal)
+@register_reduced_posterior(TruncatedNormal, TruncatedNormal, Uniform)
+@register_reduced_posterior(TruncatedNormal, TruncatedNormal, TruncatedNormal)
+def _truncated_normal_posterior(
+    posterior: TruncatedNormal, prior: TruncatedNormal | Uniform, reduced_prior: TruncatedNormal | Uniform
+) -> TruncatedNormal:
+    q, p, reduced = _bell(posterior), _bell(prior), _bell(reduced_prior)
+    combined = _product(q, p, reduced)
+    own_scale = torch.where(torch.isinf(reduced.scale), _FLAT * (reduced.high - reduced.low), reduced.scale)
+    loc = torch.where(combined.unmoved, reduced.loc, q.loc + combined.minus(q.loc))
+    scale = torch.where(combined.unmoved, own_scale, combined.scale)
+    return TruncatedNormal(loc, scale, reduced.low, reduced.high, validate_args=False)
 
 
 @register_log_evidence_change(TruncatedLogNormal, LogUniform, LogUniform)
@@ -123,3 +156,16 @@ def _truncated_log_normal(
 ) -> Tensor:
     # ΔF does not change under a common one-to-one map of θ
     return _truncated_normal(posterior.base_dist, prior.base_dist, reduced_prior.base_dist)
+
+
+@register_reduced_posterior(TruncatedLogNormal, LogUniform, LogUniform)
+@register_reduced_posterior(TruncatedLogNormal, LogUniform, TruncatedLogNormal)
+@register_reduced_posterior(TruncatedLogNormal, TruncatedLogNormal, LogUniform)
+@register_reduced_posterior(TruncatedLogNormal, TruncatedLogNormal, TruncatedLogNormal)
+def _truncated_log_normal_posterior(
+    posterior: TruncatedLogNormal,
+    prior: TruncatedLogNormal | LogUniform,
+    reduced_prior: TruncatedLogNormal | LogUniform,
+) -> TruncatedLogNormal:
+    of_log = _truncated_normal_posterior(posterior.base_dist, prior.base_dist, reduced_prior.base_dist)
+    return TruncatedLogNormal(of_log.loc, of_log.scale, of_log.low, of_log.high, validate_args=False)

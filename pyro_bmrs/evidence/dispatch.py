@@ -1,0 +1,42 @@
+"""Functions of (posterior, prior, reduced prior), chosen by their three types as KL is by two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+from torch.distributions import Distribution
+
+Types = tuple[type[Distribution], type[Distribution], type[Distribution]]
+
+
+class TripleDispatch:
+    """Rules for triples of types and their subclasses; of several that fit the closest types win."""
+
+    def __init__(self) -> None:
+        self.rules: dict[Types, Callable[..., Any]] = {}
+
+    def register[Rule: Callable[..., Any]](
+        self,
+        posterior: type[Distribution],
+        prior: type[Distribution],
+        reduced_prior: type[Distribution],
+    ) -> Callable[[Rule], Rule]:
+        """Decorator: the rule for a triple of types."""
+
+        def decorate(rule: Rule) -> Rule:
+            self.rules[posterior, prior, reduced_prior] = rule
+            return rule
+
+        return decorate
+
+    def find(self, members: tuple[Distribution, Distribution, Distribution]) -> Callable[..., Any] | None:
+        """The rule for three distributions, if there is one."""
+        lineages = [type(member).__mro__ for member in members]
+        matches = [key for key in product(*lineages) if key in self.rules]
+
+        def distance(key: tuple[type, ...]) -> int:
+            return sum(line.index(kind) for line, kind in zip(lineages, key, strict=True))
+
+        return self.rules[min(matches, key=distance)] if matches else None  # type: ignore[index]

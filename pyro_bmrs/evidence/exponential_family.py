@@ -1,0 +1,194 @@
+"""ΔF where posterior, prior and reduced prior are of one exponential family.
+
+With densities h(θ) exp(η·T(θ) - A(η)) the product q p̃/p has natural parameter η_q + η_p̃ - η_p, and
+
+    ΔF = A(η_q + η_p̃ - η_p) - A(η_q) - A(η_p̃) + A(η_p).
+
+This is the one file that uses torch's private `_natural_params` and `_log_normalizer`. torch gives them for
+values outside the parameter space too (the log-gamma of a negative number is a number), so the product is
+made as a distribution first, and must be one. Normals are not here: their A is a square of the mean
+that cancels, see `normal.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    ContinuousBernoulli,
+    Dirichlet,
+    Distribution,
+    Exponential,
+    ExponentialFamily,
+    Gamma,
+    OneHotCategorical,
+    Poisson,
+    Uniform,
+    Wishart,
+)
+
+from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change, register_reduced_posterior
+
+_Maker = Callable[..., ExponentialFamily]
+
+# The member of a family with the given natural parameters, as torch gives them.
+_FROM_NATURAL: dict[type[ExponentialFamily], _Maker] = {
+    Beta: lambda first, second: dist.Beta(first, second, validate_args=False),
+    ContinuousBernoulli: lambda logits: dist.ContinuousBernoulli(logits=logits, validate_args=False),
+    Dirichlet: lambda concentration: dist.Dirichlet(concentration, validate_args=False),
+    Exponential: lambda negative_rate: dist.Exponential(-negative_rate, validate_args=False),
+    Gamma: lambda shape, negative_rate: dist.Gamma(shape + 1, -negative_rate, validate_args=False),
+    Poisson: lambda log_rate: dist.Poisson(log_rate.exp(), validate_args=False),
+}
+
+
+def _wishart(scale: Tensor, degrees: Tensor) -> Wishart:
+    return Wishart(degrees * 2 + scale.shape[-1] + 1, precision_matrix=-2 * scale, validate_args=False)
+
+
+_FROM_NATURAL[Wishart] = _wishart
+
+# The parameters that must be positive for the product to have a finite integral.
+_POSITIVE = {
+    Beta: ("concentration1", "concentration0"),
+    Dirichlet: ("concentration",),
+    Exponential: ("rate",),
+    Gamma: ("concentration", "rate"),
+}
+
+
+def _as_gamma(member: Any) -> Gamma:
+    if isinstance(member, Gamma):
+        return member
+    return Gamma(torch.ones_like(member.rate), member.rate, validate_args=False)
+
+
+def _as_beta(member: Any) -> Beta:
+    if isinstance(member, Beta):
+        return member
+    if not member.low.is_meta and not bool(((member.low == 0) & (member.high == 1)).all()):
+        raise ValueError(
+            f"a Uniform beside a Beta must be that on [0, 1], Beta(1, 1): got [{member.low}, {member.high}]"
+        )
+    ones = torch.ones_like(member.low)
+    return Beta(ones, ones, validate_args=False)
+
+
+def _natural(family: type, member: Any) -> tuple[Tensor, ...]:
+    if family is ContinuousBernoulli:
+        return (member.logits,)
+    return member._natural_params  # type: ignore[no-any-return]
+
+
+def _combined(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """The member of the family that is proportional to q p̃/p, and its natural parameters.
+
+    Raises:
+        ValueError: where they lie outside the family's parameter space.
+    """
+    # this order gives η_q itself where p̃ is p
+    eta = tuple(
+        of_q + (of_reduced - of_p)
+        for of_q, of_reduced, of_p in zip(*(_natural(family, member) for member in (q, reduced, p)), strict=True)
+    )
+    result: Any = _FROM_NATURAL[family](*eta)
+    for name in _POSITIVE.get(family, ()):
+        _require(family, name, getattr(result, name), 0.0)
+    if family is Wishart and not eta[0].is_meta:
+        dimension = eta[0].shape[-1]
+        _require(family, "smallest eigenvalue of the precision", torch.linalg.eigvalsh(-2 * eta[0])[..., 0], 0.0)
+        _require(family, "df", result.df, dimension - 1.0)
+    return result, eta
+
+
+def _require(family: type, name: str, value: Tensor, least: float) -> None:
+    if not value.is_meta and not bool((value > least).all()):
+        raise ValueError(
+            f"posterior · reduced_prior / prior has no finite integral: as a {family.__name__} it would have "
+            f"{name} {float(value.min()):.6g}, and that must be above {least:g}. The posterior must be narrower "
+            "than its prior where the reduced prior is wider"
+        )
+
+
+def _change(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> Tensor:
+    _, eta = _combined(family, q, p, reduced)
+
+    def log_normaliser(member: Any, natural: tuple[Tensor, ...]) -> Tensor:
+        value: Tensor = member._log_normalizer(*natural)
+        return value
+
+    of_q, of_p, of_reduced = (log_normaliser(member, _natural(family, member)) for member in (q, p, reduced))
+    return (log_normaliser(q, eta) - of_q) - (of_reduced - of_p)
+
+
+def _register(
+    family: type[ExponentialFamily],
+    kinds: tuple[type[Distribution], ...],
+    convert: Callable[[Any], Any] = lambda member: member,
+) -> None:
+    """The rules of one family, whose members may be of several types."""
+    for types in product((family,), kinds, kinds) if len(kinds) > 1 else [(family,) * 3]:
+
+        @register_log_evidence_change(*types)
+        def change(q: Any, p: Any, reduced: Any) -> Tensor:
+            return _change(family, *map(convert, (q, p, reduced)))
+
+        @register_reduced_posterior(*types)
+        def posterior(q: Any, p: Any, reduced: Any) -> Distribution:
+            result: Distribution = _combined(family, *map(convert, (q, p, reduced)))[0]
+            return result
+
+
+for _family in (ContinuousBernoulli, Dirichlet, Exponential, Poisson, Wishart):
+    _register(_family, (_family,))
+_register(Gamma, (Gamma, Exponential), _as_gamma)
+_register(Beta, (Beta, Uniform), _as_beta)
+
+
+# --- finite supports: the sum itself --------------------------------------------------------------------
+
+
+def _log_probabilities(member: Any) -> Tensor:
+    """Log-probability of each value, along a last dimension, normalised."""
+    if isinstance(member, Bernoulli):
+        logit = member.logits
+        return torch.stack([-torch.nn.functional.softplus(logit), -torch.nn.functional.softplus(-logit)], -1)
+    return member.logits.log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _log_weights(q: Any, p: Any, reduced: Any) -> Tensor:
+    of_q, of_p, of_reduced = map(_log_probabilities, (q, p, reduced))
+    if not of_q.is_meta:
+        for name, of_outer in (("prior", of_p), ("posterior", of_q)):
+            if bool(((of_outer == -math.inf) & (of_reduced > -math.inf)).any()):
+                raise ValueError(f"reduced_prior must lie within the support of the {name}")
+    # a value that no prior allows has no weight, and -inf - -inf no meaning
+    return torch.where(of_reduced == -math.inf, -math.inf, of_q + (of_reduced - of_p))
+
+
+for _kind in (Bernoulli, Categorical, OneHotCategorical):
+
+    @register_log_evidence_change(_kind, _kind, _kind)
+    def _finite_change(q: Any, p: Any, reduced: Any) -> Tensor:
+        return _log_weights(q, p, reduced).logsumexp(-1)
+
+    @register_reduced_posterior(_kind, _kind, _kind)
+    def _finite_posterior(q: Any, p: Any, reduced: Any) -> Distribution:
+        weights = _log_weights(q, p, reduced)
+        result: Distribution
+        if isinstance(q, Bernoulli):
+            result = dist.Bernoulli(logits=weights[..., 1] - weights[..., 0], validate_args=False)
+        elif isinstance(q, OneHotCategorical):
+            result = dist.OneHotCategorical(logits=weights, validate_args=False)
+        else:
+            result = dist.Categorical(logits=weights, validate_args=False)
+        return result

@@ -1,0 +1,227 @@
+"""ΔF from draws, where there is no closed form: importance weights, their tail smoothed, and what they are worth."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.evidence.unwrapping import in_float64
+
+DRAWS = 4000
+# Fewer draws than these can't tell the size of a tail, nor the error of a mean.
+LEAST_CARRYING = 50
+# The share of all weight that the carrying draws hold.
+CARRIED = 0.99
+# Weights that differ by no more than this, relatively, are equal: what is left is rounding.
+EQUAL = 1e-8
+
+
+class ImportanceError(ArithmeticError):
+    """ΔF can't be estimated from these draws: too few of them lie where the reduced prior is."""
+
+
+class UnreliableEstimateWarning(UserWarning):
+    """The tail of the importance weights is too heavy for the estimate to be believed."""
+
+
+@dataclass(frozen=True)
+class ImportanceEstimate:
+    """An estimate of ΔF = log E_q[p̃/p] from draws of q, with what it is worth. All tensors float64, of batch shape.
+
+    Attributes:
+        estimate: of ΔF, in nats, from Pareto-smoothed weights (Vehtari et al., 2024).
+        standard_error: of it, in nats: the relative standard error of the mean weight.
+        khat: shape of the generalised Pareto law of the largest weights; -inf where they are all equal, as
+            where the reduced prior is the prior: nothing could be better.
+        effective_sample_size: 1/Σw² of the normalised weights, in draws.
+        carrying_draws: the fewest draws that hold 99 % of the weight.
+        draws: S, of the posterior.
+        log_weights: normalised and smoothed, -inf for draws without weight. Shape: (draws, *batch).
+    """
+
+    estimate: Tensor
+    standard_error: Tensor
+    khat: Tensor
+    effective_sample_size: Tensor
+    carrying_draws: Tensor
+    draws: int
+    log_weights: Tensor
+
+    @property
+    def khat_threshold(self) -> float:
+        """min(1 - 1/log10 S, 0.7): above it the estimate is not to be believed (Vehtari et al., 2024)."""
+        return khat_threshold(self.draws)
+
+    @property
+    def reliable(self) -> Tensor:
+        """Whether k̂ is no larger than the threshold. Bool, of batch shape."""
+        return self.khat <= self.khat_threshold
+
+
+def khat_threshold(draws: int) -> float:
+    """min(1 - 1/log10 S, 0.7).
+
+    >>> khat_threshold(100), khat_threshold(4000)
+    (0.5, 0.7)
+    """
+    return min(1 - 1 / math.log10(draws), 0.7)
+
+
+def estimate_log_mean(log_weights: Tensor, *, what: str = "the reduced prior") -> ImportanceEstimate:
+    """log of the mean of weights, from their logarithms, with Pareto-smoothed tails.
+
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.randn(4000, dtype=torch.float64)  # E[exp(x)] = e^½
+    >>> found = estimate_log_mean(x)
+    >>> abs(float(found.estimate) - 0.5) < 3 * float(found.standard_error) < 0.1
+    True
+
+    Args:
+        log_weights: Shape: (draws, *batch).
+        what: what the draws miss where too few carry weight, for the message.
+
+    Warns:
+        UnreliableEstimateWarning: where k̂ is above min(1 - 1/log10 S, 0.7).
+
+    Raises:
+        ImportanceError: where fewer than 50 draws carry weight: 99 % of it lies on fewer.
+        ValueError: for a log-weight that is NaN or +inf, or fewer than 100 draws.
+    """
+    draws = log_weights.shape[0]
+    if draws < 100:
+        raise ValueError(f"draws must be at least 100: got {draws}")
+    if bool((log_weights.isnan() | (log_weights == math.inf)).any()):
+        raise ValueError("log_weights must be finite or -inf: got NaN or inf")
+    flat = log_weights.detach().double().reshape(draws, -1)
+    carrying = _carrying(flat)
+    least = int(carrying.min())
+    if least < LEAST_CARRYING:
+        where = torch.nonzero(carrying < LEAST_CARRYING).flatten().tolist()
+        of = "" if flat.shape[1] == 1 else f" of elements {where[:10]}"
+        raise ImportanceError(
+            f"only {least} of {draws} posterior draws carry weight{of}, fewer than {LEAST_CARRYING}: {what} lies "
+            "where the posterior has hardly any mass, or is far narrower. A spike can't be estimated from "
+            "draws: as a point mass (pyro.distributions.Delta) it has a closed form"
+        )
+    columns = [_smoothed(column) for column in flat.unbind(-1)]
+    smoothed = torch.stack([weights for weights, _ in columns], -1)
+    total = smoothed.logsumexp(0)
+    normalised = smoothed - total
+    concentration = (2 * normalised).logsumexp(0).exp()
+    batch = log_weights.shape[1:]
+    result = ImportanceEstimate(
+        estimate=(total - math.log(draws)).reshape(batch),
+        standard_error=(concentration - 1 / draws).clamp(min=0).sqrt().reshape(batch),
+        khat=torch.tensor([khat for _, khat in columns], dtype=torch.float64, device=flat.device).reshape(batch),
+        effective_sample_size=(1 / concentration).reshape(batch),
+        carrying_draws=carrying.reshape(batch),
+        draws=draws,
+        log_weights=normalised.reshape(log_weights.shape),
+    )
+    if not bool(result.reliable.all()):
+        warnings.warn(
+            f"Pareto k̂ is {float(result.khat.max()):.2f}, above {result.khat_threshold:.2f}: the estimate of ΔF "
+            f"({float(result.estimate.flatten()[int(result.khat.argmax())]):.3g} nats) is not reliable; the "
+            "reduced prior is too far from the posterior",
+            UnreliableEstimateWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def _carrying(log_weights: Tensor) -> Tensor:
+    """The fewest draws that hold 99 % of the weight. Shape: (draws, batch) → (batch,)."""
+    ordered = log_weights.softmax(0).nan_to_num(0.0).sort(0, descending=True).values
+    carrying = (ordered.cumsum(0) < CARRIED * (1 - EQUAL)).sum(0) + 1
+    return torch.where((log_weights > -math.inf).any(0), carrying, 0)
+
+
+def _smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Log-weights with the largest replaced by quantiles of a generalised Pareto law, and its shape k̂."""
+    from arviz_stats.base import array_stats
+
+    positive = log_weights > -math.inf
+    values = log_weights[positive]
+    if float(values.max() - values.min()) <= EQUAL:
+        return log_weights, -math.inf
+    try:
+        # what ArviZ takes are minus the log-weights, and what it gives is normalised
+        given, khat = array_stats.psislw(-values.cpu().numpy())
+    except ValueError as error:
+        if "same" not in str(error):
+            raise
+        return log_weights, -math.inf  # the largest weights are all equal: there is no tail
+    smoothed = torch.as_tensor(given).to(values)
+    lowest = values.argmin()  # not in the tail, so unchanged but for the normalising
+    result = log_weights.clone()
+    result[positive] = smoothed + (values[lowest] - smoothed[lowest])
+    return result, float(khat)
+
+
+def estimate_log_evidence_change(
+    posterior: Distribution,
+    prior: Distribution,
+    reduced_prior: Distribution,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> ImportanceEstimate:
+    """ΔF = log E_q[p̃(θ)/p(θ)] estimated from draws of the posterior, for any three densities.
+
+    >>> from torch.distributions import Laplace, Normal
+    >>> found = estimate_log_evidence_change(Normal(1.0, 0.3), Laplace(0.0, 1.0), Normal(0.0, 1.0))
+    >>> round(float(found.estimate), 2), float(found.khat) < 0.5
+    (0.24, True)
+
+    Args:
+        posterior, prior, reduced_prior: as in `log_evidence_change`; with more than one element each is
+            estimated on its own.
+        draws: S, at least 100.
+        seed: of the draws; torch's own generator is left as it was.
+
+    Raises:
+        ImportanceError: where fewer than 50 draws carry weight: a reduced prior that is much narrower than
+            the posterior, or a point, can't be estimated this way.
+        ValueError: where draws of the reduced prior lie outside the support of posterior or prior: then part
+            of the expectation is missing, whatever the draws say.
+    """
+    q, p, reduced = (in_float64(member) for member in (posterior, prior, reduced_prior))
+    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape, reduced.batch_shape)
+    device = q.sample().device  # of its parameters, whatever they are called
+    with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        check_support(q, p, reduced)
+        theta = q.expand(shape).sample((draws,))
+        return estimate_log_mean(log_ratio(p, reduced, theta))
+
+
+def log_ratio(prior: Distribution, reduced_prior: Distribution, theta: Tensor) -> Tensor:
+    """log p̃(θ) - log p(θ), -inf where p̃ has no mass."""
+    of_reduced = reduced_prior.log_prob(theta)
+    return torch.where(of_reduced == -math.inf, -math.inf, of_reduced - prior.log_prob(theta))
+
+
+def check_support(posterior: Any, prior: Any, reduced_prior: Any, *, draws: int = 1000) -> None:
+    """Raise ValueError if draws of the reduced prior lie where posterior or prior have no density."""
+    theta = reduced_prior.sample((draws,))
+    for name, member in (("posterior", posterior), ("prior", prior)):
+        inside = _event_all(member.support.check(theta), member) if member.support is not None else True
+        density = member.log_prob(theta) > -math.inf
+        outside = float((~(density & inside)).double().mean())
+        if outside:
+            raise ValueError(
+                f"reduced_prior must lie within the support of the {name}: {100 * outside:.3g} % of it is outside"
+            )
+
+
+def _event_all(inside: Tensor, member: Distribution) -> Tensor:
+    """Constraints of single entries say so per entry, those of events per event."""
+    extra = member.support.event_dim  # type: ignore[union-attr]
+    missing = len(member.event_shape) - extra
+    return inside.flatten(-missing).all(-1) if missing > 0 else inside

@@ -1,0 +1,36 @@
+"""ΔF of a reduced prior that is one point: the Savage-Dickey density ratio, for any two densities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change, register_reduced_posterior
+from pyro_bmrs.evidence.unwrapping import point
+
+
+@register_log_evidence_change(Distribution, Distribution, Delta)
+def _savage_dickey(q: Any, p: Any, reduced: Delta) -> Tensor:
+    """log q(θ₀) - log p(θ₀) in nats (Dickey, 1971)."""
+    if isinstance(q, Delta) or isinstance(p, Delta):
+        name = "posterior" if isinstance(q, Delta) else "prior"
+        raise ValueError(f"{name} must have a density to be compared at a point: got a Delta")
+    reduced = point(reduced, len(reduced.event_shape))
+    densities = {"posterior": q.log_prob(reduced.v), "prior": p.log_prob(reduced.v)}
+    for name, density in densities.items():
+        if not density.is_meta and not bool(torch.isfinite(density).all()):
+            raise ValueError(
+                f"reduced_prior must be a point where the {name} has a positive, finite density: "
+                f"at {reduced.v.flatten()[:3].tolist()} its log is {density.flatten()[:3].tolist()}"
+            )
+    return densities["posterior"] - densities["prior"]
+
+
+@register_reduced_posterior(Distribution, Distribution, Delta)
+def _point_posterior(q: Any, p: Any, reduced: Delta) -> Distribution:
+    _savage_dickey(q, p, reduced)  # for its checks
+    return point(reduced, len(reduced.event_shape))

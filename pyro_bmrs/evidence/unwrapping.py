@@ -1,0 +1,185 @@
+"""What distributions are wrapped in, taken off three at a time, and their parameters in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
+from torch import Tensor, nn
+from torch.distributions import (
+    ComposeTransform,
+    Distribution,
+    Independent,
+    IndependentTransform,
+    Transform,
+    TransformedDistribution,
+)
+from torch.distributions.transforms import identity_transform
+
+Triple = tuple[Distribution, Distribution, Distribution]
+NAMES = ("posterior", "prior", "reduced_prior")
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """One wrapping that all three wore: what it does to ΔF, and how the reduced posterior wears it again."""
+
+    of_change: Callable[[Tensor], Tensor]
+    of_distribution: Callable[[Any], Distribution]
+
+
+def unwrapped(
+    posterior: Distribution, prior: Distribution, reduced_prior: Distribution, stop: Callable[[Triple], bool]
+) -> tuple[Triple, list[Wrapping]]:
+    """The elementary distributions inside, and what was taken off them, outermost first.
+
+    Args:
+        stop: whether there is a rule for three distributions as they are: a transformation is taken off
+            only where there is none.
+
+    Raises:
+        ValueError: if their event dimensions differ, or reduced_prior hides elements that the others count.
+    """
+    triple: Triple = (posterior, prior, reduced_prior)
+    wrappings: list[Wrapping] = []
+    while True:
+        _check_event_dims(triple)
+        if any(isinstance(member, ExpandedDistribution) for member in triple):
+            triple = _each(
+                triple, lambda d: d.base_dist if isinstance(d, ExpandedDistribution) else d
+            )  # broadcasting does the rest
+        elif any(isinstance(member, MaskedDistribution) for member in triple):
+            wrappings.append(_mask(triple))
+            triple = _each(triple, lambda d: d.base_dist if isinstance(d, MaskedDistribution) else d)
+        elif all(isinstance(member, Independent | Delta) for member in triple) and triple[0].event_shape:
+            dims = min(_strippable(member) for member in triple)
+            wrappings.append(_independent(dims))
+            triple = _each(triple, lambda d, dims=dims: _stripped(d, dims))
+        elif (
+            not stop(triple)
+            and all(isinstance(member, TransformedDistribution) for member in triple)
+            and _same_map(triple)
+        ):
+            wrappings.append(_transformed(triple[0].transforms))  # type: ignore[attr-defined]
+            triple = _each(triple, lambda d: d.base_dist)
+        else:
+            return triple, wrappings
+
+
+def _each(triple: Triple, function: Callable[[Any], Distribution]) -> Triple:
+    first, second, third = (function(member) for member in triple)
+    return first, second, third
+
+
+def _check_event_dims(triple: Triple) -> None:
+    dims = [len(member.event_shape) for member in triple]
+    for name, member, dim in zip(NAMES, triple, dims, strict=True):
+        if dim != dims[0]:
+            raise ValueError(
+                f"{name} must have the posterior's {dims[0]} event dimensions, as an Independent over them "
+                f"has: got {dim} of {member}"
+            )
+
+
+def _mask(triple: Triple) -> Wrapping:
+    """Elements that posterior or prior hide don't count: their ΔF is 0."""
+    masks = [
+        torch.as_tensor(member._mask) if isinstance(member, MaskedDistribution) else None for member in triple
+    ]
+    counted = [mask for mask in masks[:2] if mask is not None]
+    both = torch.ones((), dtype=torch.bool) if not counted else counted[0]
+    for mask in counted[1:]:
+        both = both & mask.to(both.device)
+    if masks[2] is not None and not both.is_meta and bool((both & ~masks[2].to(both.device)).any()):
+        raise ValueError("reduced_prior must not mask out elements that posterior and prior count")
+
+    def of_change(change: Tensor) -> Tensor:
+        return torch.where(both.to(change.device), change, 0.0)
+
+    return Wrapping(of_change, lambda distribution: distribution.mask(both))
+
+
+def _strippable(member: Distribution) -> int:
+    return member.reinterpreted_batch_ndims if isinstance(member, Independent) else len(member.event_shape)
+
+
+def _stripped(member: Any, dims: int) -> Distribution:
+    if isinstance(member, Delta):
+        return point(member, len(member.event_shape) - dims)
+    left = member.reinterpreted_batch_ndims - dims
+    base: Distribution = member.base_dist
+    return base if not left else Independent(base, left)  # type: ignore[no-untyped-call]
+
+
+def point(delta: Delta, event_dim: int) -> Delta:
+    """The same point mass with another number of event dimensions.
+
+    Raises:
+        ValueError: if it is no point mass but a density at one point.
+    """
+    if not delta.log_density.is_meta and bool((delta.log_density != 0).any()):
+        raise ValueError(
+            f"reduced_prior must be a point mass of mass one: this Delta has log_density {delta.log_density}"
+        )
+    return Delta(delta.v, event_dim=event_dim, validate_args=False)
+
+
+def _independent(dims: int) -> Wrapping:
+    return Wrapping(
+        lambda change: change.sum(dim=list(range(-dims, 0))),
+        lambda distribution: distribution.to_event(dims),
+    )
+
+
+def _transformed(transforms: list[Transform]) -> Wrapping:
+    from pyro.distributions import TransformedDistribution as PyroTransformed
+
+    # one-to-one maps leave ΔF as it is
+    return Wrapping(lambda change: change, lambda base: PyroTransformed(base, transforms))
+
+
+def _same_map(triple: Triple) -> bool:
+    first, *others = (flat(member.transforms) for member in triple)  # type: ignore[attr-defined]
+    return all(part.bijective for part in first) and all(other == first for other in others)
+
+
+def flat(transforms: list[Transform]) -> list[Transform]:
+    """The elementary maps that a list of maps is composed of, in order; none of the identity.
+
+    >>> from torch.distributions import AffineTransform, ExpTransform
+    >>> flat([ComposeTransform([ExpTransform(), AffineTransform(0.0, 2.0)])])[0]
+    ExpTransform()
+    """
+    parts: list[Transform] = []
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            parts += flat(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            parts += flat([transform.base_transform])
+        elif transform is not identity_transform:
+            parts.append(transform)
+    return parts
+
+
+def in_float64(value: Any) -> Any:
+    """A copy of a distribution (or transform) with all its parameters in float64, which checks nothing.
+
+    >>> from torch.distributions import Normal
+    >>> in_float64(Normal(0.0, 1.0)).loc.dtype
+    torch.float64
+    """
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list | tuple):
+        return type(value)(in_float64(member) for member in value)
+    if isinstance(value, nn.Module) or not isinstance(value, Distribution | Transform):
+        return value
+    new = copy.copy(value)
+    vars(new).update({name: in_float64(member) for name, member in vars(value).items()})
+    if isinstance(new, Distribution):
+        new._validate_args = False
+    return new

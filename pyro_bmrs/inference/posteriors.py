@@ -1,0 +1,340 @@
+"""The posterior that a guide stands for, whichever way Pyro's guides hide it.
+
+Pyro's autoguides show a Delta at each latent site; the distribution is at an auxiliary site of unconstrained
+values, or in `get_posterior()`. This file maps it back to the support of the site. The posterior comes in
+blocks that are independent of each other: single sites, and joint normals over the unconstrained values of
+several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList, AutoNormal
+from pyro.infer.autoguide.guides import AutoCallable
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import (
+    Distribution,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Transform,
+    biject_to,
+)
+
+from pyro_bmrs.evidence.unwrapping import flat, in_float64
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary
+
+
+@dataclass(frozen=True)
+class SiteBlock:
+    """The posterior of one site that is independent of all others.
+
+    Attributes:
+        site: its name.
+        distribution: of its value, over its whole shape, float64.
+        kept: bool, False for elements that a fit has removed; None where it has none. Shape: batch.
+    """
+
+    site: str
+    distribution: Distribution
+    kept: Tensor | None = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return (self.site,)
+
+
+@dataclass(frozen=True)
+class UnconstrainedSite:
+    """Where a site lies in a joint normal.
+
+    Attributes:
+        start, size: of its coordinates.
+        shape: of its unconstrained value.
+        transform: from there to its support.
+    """
+
+    start: int
+    size: int
+    shape: torch.Size
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class JointNormalBlock:
+    """A normal posterior of the unconstrained values of several sites, float64.
+
+    Attributes:
+        loc: Shape: (coordinates,).
+        factor: a matrix whose product with its transpose is the covariance, plus `diagonal`. Shape:
+            (coordinates, rank).
+        diagonal: Shape: (coordinates,); None where the factor is all.
+        layout: where each site's coordinates are.
+    """
+
+    loc: Tensor
+    factor: Tensor
+    diagonal: Tensor | None
+    layout: Mapping[str, UnconstrainedSite]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.layout)
+
+    def covariance(self, first: Tensor, second: Tensor | None = None) -> Tensor:
+        """Between coordinates. Shape: (len(first), len(second))."""
+        same = second is None
+        second = first if second is None else second
+        value = self.factor[first] @ self.factor[second].mT
+        if self.diagonal is not None:
+            value = value + (first.unsqueeze(-1) == second) * self.diagonal[first].unsqueeze(-1)
+        # symmetric to the last digit
+        return 0.5 * (value + value.mT) if same else value
+
+    def draw(self, draws: int) -> Tensor:
+        """Unconstrained values. Shape: (draws, coordinates)."""
+        noise = torch.randn(draws, self.factor.shape[1], dtype=self.loc.dtype, device=self.loc.device)
+        value = self.loc + noise @ self.factor.mT
+        if self.diagonal is not None:
+            value = value + torch.randn_like(value) * self.diagonal.sqrt()
+        return value
+
+    def values(self, unconstrained: Tensor) -> dict[str, Tensor]:
+        """Values of the sites. Shape: (*batch, coordinates) → (*batch, *site)."""
+        batch = unconstrained.shape[:-1]
+        return {
+            name: at.transform(
+                unconstrained[..., at.start : at.start + at.size].reshape(*batch, *at.shape)
+            )
+            for name, at in self.layout.items()
+        }
+
+
+Block = SiteBlock | JointNormalBlock
+
+
+class UnreadablePosteriorError(ValueError):
+    """A guide whose posterior of a site is no distribution that evidence could be read from."""
+
+
+def read_blocks(guide: Callable[..., Any], *args: Any, sites: tuple[str, ...]) -> list[Block]:
+    """The blocks of a guide's posterior that hold the given sites, detached, in float64.
+
+    >>> import torch, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model():
+    ...     pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    >>> guide = AutoNormal(model)
+    >>> _ = guide()
+    >>> read_blocks(guide, sites=("rate",))[0].distribution
+    TransformedDistribution()
+
+    Args:
+        guide: any of Pyro's normal autoguides (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal,
+            AutoLowRankMultivariateNormal), an `AutoTruncatedLogNormal`, an AutoGuideList of those, or a
+            program whose sites have the distributions themselves and don't depend on each other.
+        args: what the guide is called with.
+        sites: the sites that are asked for. Others may have any posterior.
+
+    Raises:
+        UnreadablePosteriorError: naming the site and why: it is a Delta, depends on another latent, is
+            subsampled, or comes from a flow.
+        ValueError: for a site that the guide does not have.
+        RuntimeError: for an autoguide without parameters yet.
+    """
+    with torch.no_grad():
+        blocks = _read(guide, args, set(sites))
+    found = {name for block in blocks for name in block.sites}
+    missing = [name for name in sites if name not in found]
+    if missing:
+        raise ValueError(f"guide must have the sites {list(sites)}: it has none named {missing}")
+    return [block for block in blocks if set(block.sites) & set(sites)]
+
+
+def _read(guide: Any, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
+    if isinstance(guide, AutoGuideList):
+        return [block for part in guide for block in _read(part, args, sites)]
+    if isinstance(guide, AutoCallable):
+        return _of_program(guide._guide, args, sites)
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
+    if isinstance(guide, AutoTruncatedLogNormal):
+        return [
+            SiteBlock(name, in_float64(q), guide.site_posterior(name).kept)
+            for name, q in guide.posterior().items()
+        ]
+    if isinstance(guide, AutoNormal):
+        return [
+            SiteBlock(name, _to_support(*guide._get_loc_and_scale(name), node["fn"]))
+            for name, node in guide.prototype_trace.iter_stochastic_nodes()
+        ]
+    if isinstance(guide, AutoContinuous):
+        return _of_continuous(guide, args, sites)
+    return _of_program(guide, args, sites)
+
+
+def _to_support(loc: Tensor, scale: Tensor, prior: Any) -> Distribution:
+    """A normal of unconstrained values, on the support of a prior."""
+    normal = dist.Normal(loc.detach().double(), scale.detach().double(), validate_args=False)
+    return on_support(normal, biject_to(prior.support), len(prior.event_shape))
+
+
+def on_support(normal: Any, transform: Transform, event_dim: int) -> Distribution:
+    """The law of transform(x) for a normal x, with the given number of event dimensions.
+
+    Where the transform acts on single entries the result is an Independent of single entries, which
+    evidence can be read from element by element.
+    """
+    parts = flat([transform])
+    law = normal
+    if any(part.domain.event_dim or part.codomain.event_dim for part in parts):
+        law = dist.TransformedDistribution(normal, [in_float64(transform)], validate_args=False)
+    elif parts:
+        law = dist.TransformedDistribution(normal, [in_float64(part) for part in parts], validate_args=False)
+    missing = event_dim - len(law.event_shape)
+    result: Distribution = law.to_event(missing) if missing > 0 else law
+    return result
+
+
+def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
+    posterior = in_float64(guide.get_posterior(*args))
+    own = [name for name in guide.prototype_trace.stochastic_nodes if name in guide._unconstrained_shapes]
+    layout, start = {}, 0
+    for name in own:
+        shape = guide._unconstrained_shapes[name]
+        transform = biject_to(guide.prototype_trace.nodes[name]["fn"].support)
+        layout[name] = UnconstrainedSite(start, math.prod(shape), shape, in_float64(transform))
+        start += math.prod(shape)
+    base = elementary(posterior)
+    if isinstance(base, dist.Normal):
+        return [
+            SiteBlock(
+                name,
+                _to_support(
+                    base.loc[at.start : at.start + at.size].reshape(at.shape),
+                    base.scale[at.start : at.start + at.size].reshape(at.shape),
+                    guide.prototype_trace.nodes[name]["fn"],
+                ),
+            )
+            for name, at in layout.items()
+        ]
+    if isinstance(base, MultivariateNormal):
+        return [JointNormalBlock(base.loc, base.scale_tril, None, layout)]
+    if isinstance(base, LowRankMultivariateNormal):
+        return [JointNormalBlock(base.loc, base.cov_factor, base.cov_diag, layout)]
+    if not sites & set(own):
+        return []
+    hint = (
+        "; guide.laplace_approximation(*args) gives the normal one"
+        if isinstance(base, dist.Delta)
+        else ""
+    )
+    raise UnreadablePosteriorError(
+        f"guide must have a normal posterior of {sorted(sites & set(own))}: that of {type(guide).__name__} is a "
+        f"{type(base).__name__}{hint}"
+    )
+
+
+def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str]) -> list[Block]:
+    first, second = (poutine.trace(guide).get_trace(*args) for _ in range(2))
+    blocks: list[Block] = []
+    for name in first.stochastic_nodes:
+        node = first.nodes[name]
+        if name not in sites or node["infer"].get("is_auxiliary"):
+            continue
+        base = elementary(node["fn"])
+        if isinstance(base, dist.Delta):
+            raise UnreadablePosteriorError(
+                f"guide must have a posterior of {name!r}: it has a Delta there, which is one value, not a "
+                "distribution. Fit a guide such as AutoNormal"
+            )
+        for frame in node["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise UnreadablePosteriorError(
+                    f"guide must have the whole posterior of {name!r}: it is in the subsampled plate "
+                    f"{frame.name!r} ({frame.size} of {frame.full_size})"
+                )
+        if differs(first, second, name):
+            raise UnreadablePosteriorError(
+                f"guide must have a posterior of {name!r} that does not depend on another latent: it differs "
+                "between two calls of the guide"
+            )
+        blocks.append(_site_block(name, in_float64(node["fn"])))
+    return blocks
+
+
+def _site_block(name: str, posterior: Any) -> Block:
+    base = elementary(posterior)
+    vector = isinstance(base, MultivariateNormal | LowRankMultivariateNormal)
+    if not vector or base.batch_shape:
+        return SiteBlock(name, posterior)
+    identity = biject_to(dist.constraints.real)
+    layout = {name: UnconstrainedSite(0, len(base.loc), base.event_shape, identity)}
+    if isinstance(base, MultivariateNormal):
+        return JointNormalBlock(base.loc, base.scale_tril, None, layout)
+    return JointNormalBlock(base.loc, base.cov_factor, base.cov_diag, layout)
+
+
+def differs(first: Trace, second: Trace, site: str) -> bool:
+    """Whether a site's distribution is not the same in two traces, at the values of both."""
+    laws = [trace.nodes[site]["fn"] for trace in (first, second)]
+    if laws[0].batch_shape != laws[1].batch_shape or laws[0].event_shape != laws[1].event_shape:
+        return True
+    values = [trace.nodes[site]["value"] for trace in (first, second)]
+    with torch.no_grad():
+        return any(
+            not torch.equal(*(in_float64(law).log_prob(value.double() if value.is_floating_point() else value)
+                              for law in laws))
+            for value in values
+        )
+
+
+def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
+    """One draw of all latents of a guide."""
+    trace = poutine.trace(guide).get_trace(*args)
+    return {
+        name: trace.nodes[name]["value"].detach()
+        for name in trace.stochastic_nodes
+        if not trace.nodes[name]["infer"].get("is_auxiliary")
+    }
+
+
+def read_priors(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any
+) -> Trace:
+    """A trace of the model at a draw of the guide: each latent's prior is its `fn` there.
+
+    Raises:
+        ValueError: if the model can't be called with these arguments.
+    """
+    _check_arguments(model, args)
+    with torch.no_grad():
+        drawn = poutine.trace(guide).get_trace(*args)
+        return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args)
+
+
+def _check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import inspect
+
+    called = model.forward if isinstance(model, nn.Module) else model
+    try:
+        inspect.signature(called).bind(*args)
+    except TypeError as error:
+        raise ValueError(
+            f"model_args must be what the model is called with: got {len(args)} of them, and the model says: {error}"
+        ) from None
+    except ValueError:  # a callable without a signature
+        return
+
+
+__all__ = [
+    "Block", "JointNormalBlock", "SiteBlock", "UnconstrainedSite", "UnreadablePosteriorError", "differs",
+    "guide_values", "on_support", "read_blocks", "read_priors",
+]  # fmt: skip
