@@ -16,14 +16,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "distributions": ("LogUniform", "TruncatedLogNormal", "TruncatedNormal"),
-    "evidence": ("log_evidence_change", "register_log_evidence_change"),
+    "evidence": (
+        "ImportanceError", "ImportanceEstimate", "estimate_log_evidence_change", "log_evidence_change",
+        "reduced_posterior", "register_log_evidence_change", "register_reduced_posterior",
+    ),
     "networks": ("MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise"),
     "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
     "reduction": (
-        "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "Random", "Reduction", "WeightNorm", "reduce",
+        "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "ModelPosterior", "Random", "ReducedPosterior", "Reduction",
+        "WeightNorm", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
     ),
     "fitting": ("Fit", "fit"),
-    "diagnostics": ("compression_curve", "report"),
+    "diagnostics": ("compression_curve", "plot_evidence_curve", "plot_models", "plot_reductions", "report"),
     "data": ("load_data",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -31,9 +35,23 @@ __all__ = sorted([*_HOME_OF, "__version__"])
 
 if TYPE_CHECKING:
     from pyro_bmrs.data import load_data
-    from pyro_bmrs.diagnostics import compression_curve, report
+    from pyro_bmrs.diagnostics import (
+        compression_curve,
+        plot_evidence_curve,
+        plot_models,
+        plot_reductions,
+        report,
+    )
     from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal, TruncatedNormal
-    from pyro_bmrs.evidence import log_evidence_change, register_log_evidence_change
+    from pyro_bmrs.evidence import (
+        ImportanceError,
+        ImportanceEstimate,
+        estimate_log_evidence_change,
+        log_evidence_change,
+        reduced_posterior,
+        register_log_evidence_change,
+        register_reduced_posterior,
+    )
     from pyro_bmrs.fitting import Fit, fit
     from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
     from pyro_bmrs.networks import MultiplicativeNoise, insert_noise, name_sites, structures, without_noise
@@ -42,9 +60,14 @@ if TYPE_CHECKING:
         BMRS_U,
         SNR,
         ExpectedScale,
+        ModelPosterior,
         Random,
+        ReducedPosterior,
         Reduction,
         WeightNorm,
+        evidence_curve,
+        exhaustive_reduction,
+        greedy_reduction,
         reduce,
     )
 

@@ -4,6 +4,7 @@ Importing this loads no plotting library; the functions do, when called.
 """
 
 from pyro_bmrs.diagnostics.curve import compression_curve
+from pyro_bmrs.diagnostics.evidence_plots import plot_evidence_curve, plot_models, plot_reductions
 from pyro_bmrs.diagnostics.plots import plot_compression_curve, plot_history, plot_scores, plot_structures
 
 # Imported now, not on demand: the function has its module's name, and a later import would bind the module.
@@ -12,7 +13,10 @@ from pyro_bmrs.diagnostics.report import report
 __all__ = [
     "compression_curve",
     "plot_compression_curve",
+    "plot_evidence_curve",
     "plot_history",
+    "plot_models",
+    "plot_reductions",
     "plot_scores",
     "plot_structures",
     "report",

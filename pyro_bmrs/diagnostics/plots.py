@@ -56,7 +56,7 @@ LARGEST_VECTOR_MAP = 4000
 # A map in which the scores span more than this would show nothing but its extremes on a linear scale.
 LARGEST_LINEAR_SCORE = 10.0
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
@@ -219,8 +219,8 @@ def plot_structures(plan: Reduction) -> Figure:
     # A score that is no number gets the middle's grey.
     painted = colours.to_rgba(np.where(np.isfinite(scores), scores, 0.0))
 
-    with rc_context(_STYLE):
-        figure = _figure(height, layout=None)
+    with rc_context(STYLE):
+        figure = new_figure(height, layout=None)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, FIGURE_WIDTH), ylim=(height, 0))
         axes.set_axis_off()
@@ -310,8 +310,8 @@ def plot_compression_curve(curve: pd.DataFrame) -> Figure:
     shown = np.isfinite(share) & np.isfinite(accuracy)
     order = np.flatnonzero(shown)[np.argsort(share[shown], kind="stable")]
 
-    with rc_context(_STYLE):
-        figure = _figure(3.3)
+    with rc_context(STYLE):
+        figure = new_figure(3.3)
         axes = figure.add_subplot()
         axes.plot(
             share[order], accuracy[order], color=BLUE, marker="o", markersize=3.5, label="any threshold"
@@ -385,8 +385,8 @@ def plot_scores(plan: Reduction) -> Figure:
     # Zero is an edge, so that no bar holds units of both decisions.
     edges = width * np.arange(math.floor(lowest / width), math.floor(highest / width) + 2)
 
-    with rc_context(_STYLE):
-        figure = _figure(3.3)
+    with rc_context(STYLE):
+        figure = new_figure(3.3)
         axes = figure.add_subplot()
         bounds = backward(edges)
         below = np.zeros(len(edges) - 1)
@@ -471,8 +471,8 @@ def plot_history(history: pd.DataFrame) -> Figure:
     ]
     panels = [panel for panel in panels if any(np.isfinite(line[1]).any() for line in panel[1])] or panels[:1]
 
-    with rc_context(_STYLE):
-        figure = _figure(0.9 + 1.3 * len(panels))
+    with rc_context(STYLE):
+        figure = new_figure(0.9 + 1.3 * len(panels))
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (label, lines) in zip(rows, panels, strict=True):
             for name, values, colour, style, marker in lines:
@@ -508,7 +508,8 @@ def plot_history(history: pd.DataFrame) -> Figure:
     return figure
 
 
-def _figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """A figure of the width of all, to be drawn on in `rc_context(STYLE)`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(FIGURE_WIDTH, height), layout=layout)

@@ -5,8 +5,8 @@ from pyro_bmrs.evidence import normal as normal
 from pyro_bmrs.evidence import point_mass as point_mass
 from pyro_bmrs.evidence import truncated as truncated
 from pyro_bmrs.evidence.importance import (
-    ImportanceEstimate,
     ImportanceError,
+    ImportanceEstimate,
     estimate_log_evidence_change,
     estimate_log_mean,
 )

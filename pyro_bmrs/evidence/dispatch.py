@@ -39,4 +39,4 @@ class TripleDispatch:
         def distance(key: tuple[type, ...]) -> int:
             return sum(line.index(kind) for line, kind in zip(lineages, key, strict=True))
 
-        return self.rules[min(matches, key=distance)] if matches else None  # type: ignore[index]
+        return self.rules[min(matches, key=distance)] if matches else None

@@ -89,7 +89,9 @@ def _natural(family: type, member: Any) -> tuple[Tensor, ...]:
     return member._natural_params  # type: ignore[no-any-return]
 
 
-def _combined(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> tuple[Any, tuple[Tensor, ...]]:
+def _combined(
+    family: type[ExponentialFamily], q: Any, p: Any, reduced: Any
+) -> tuple[Any, tuple[Tensor, ...]]:
     """The member of the family that is proportional to q p̃/p, and its natural parameters.
 
     Raises:
@@ -98,14 +100,18 @@ def _combined(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> 
     # this order gives η_q itself where p̃ is p
     eta = tuple(
         of_q + (of_reduced - of_p)
-        for of_q, of_reduced, of_p in zip(*(_natural(family, member) for member in (q, reduced, p)), strict=True)
+        for of_q, of_reduced, of_p in zip(
+            *(_natural(family, member) for member in (q, reduced, p)), strict=True
+        )
     )
     result: Any = _FROM_NATURAL[family](*eta)
     for name in _POSITIVE.get(family, ()):
         _require(family, name, getattr(result, name), 0.0)
     if family is Wishart and not eta[0].is_meta:
         dimension = eta[0].shape[-1]
-        _require(family, "smallest eigenvalue of the precision", torch.linalg.eigvalsh(-2 * eta[0])[..., 0], 0.0)
+        _require(
+            family, "smallest eigenvalue of the precision", torch.linalg.eigvalsh(-2 * eta[0])[..., 0], 0.0
+        )
         _require(family, "df", result.df, dimension - 1.0)
     return result, eta
 

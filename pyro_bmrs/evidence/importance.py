@@ -118,7 +118,9 @@ def estimate_log_mean(log_weights: Tensor, *, what: str = "the reduced prior") -
     result = ImportanceEstimate(
         estimate=(total - math.log(draws)).reshape(batch),
         standard_error=(concentration - 1 / draws).clamp(min=0).sqrt().reshape(batch),
-        khat=torch.tensor([khat for _, khat in columns], dtype=torch.float64, device=flat.device).reshape(batch),
+        khat=torch.tensor([khat for _, khat in columns], dtype=torch.float64, device=flat.device).reshape(
+            batch
+        ),
         effective_sample_size=(1 / concentration).reshape(batch),
         carrying_draws=carrying.reshape(batch),
         draws=draws,
@@ -177,7 +179,7 @@ def estimate_log_evidence_change(
     >>> from torch.distributions import Laplace, Normal
     >>> found = estimate_log_evidence_change(Normal(1.0, 0.3), Laplace(0.0, 1.0), Normal(0.0, 1.0))
     >>> round(float(found.estimate), 2), float(found.khat) < 0.5
-    (0.24, True)
+    (0.23, True)
 
     Args:
         posterior, prior, reduced_prior: as in `log_evidence_change`; with more than one element each is
@@ -192,7 +194,7 @@ def estimate_log_evidence_change(
             of the expectation is missing, whatever the draws say.
     """
     q, p, reduced = (in_float64(member) for member in (posterior, prior, reduced_prior))
-    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape, reduced.batch_shape)
+    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape, reduced.batch_shape)  # type: ignore[no-untyped-call]
     device = q.sample().device  # of its parameters, whatever they are called
     with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)

@@ -110,8 +110,8 @@ def reduced_posterior(
 
 
 def _find(dispatch: TripleDispatch, members: Triple) -> tuple[Triple, list[Any], Callable[..., Any]]:
-    wide: Triple = tuple(in_float64(member) for member in members)  # type: ignore[assignment]
-    triple, wrappings = unwrapped(*wide, stop=lambda found: dispatch.find(found) is not None)
+    q, p, reduced = (in_float64(member) for member in members)
+    triple, wrappings = unwrapped(q, p, reduced, stop=lambda found: dispatch.find(found) is not None)
     rule = dispatch.find(triple)
     if rule is None:
         names = ", ".join(type(member).__name__ for member in triple)

@@ -117,7 +117,9 @@ def multivariate_change(
         + ((2 * from_p + between) * _times(q_precision, between)).sum(-1)
         + (z * z).sum(-1)
     )
-    change = _half_log_det(p_factor) - _half_log_det(q_factor) - _half_log_det(spread_factor) - 0.5 * quadratic
+    change = (
+        _half_log_det(p_factor) - _half_log_det(q_factor) - _half_log_det(spread_factor) - 0.5 * quadratic
+    )
     root = torch.linalg.solve_triangular(spread_factor, reduced_factor.mT, upper=False)
     return MultivariateChange(change, reduced_loc + step, root.mT @ root)
 
@@ -184,7 +186,9 @@ def joint_normal(member: Any) -> tuple[Tensor, Tensor] | None:
         return member.loc, member.scale_tril
     if isinstance(member, Independent) and member.reinterpreted_batch_ndims == 1:
         base = member.base_dist
-        while hasattr(base, "base_dist") and not isinstance(base, torch.distributions.TransformedDistribution):
+        while hasattr(base, "base_dist") and not isinstance(
+            base, torch.distributions.TransformedDistribution
+        ):
             base = base.base_dist
         if isinstance(base, Normal):
             loc = base.loc.expand(member.batch_shape + member.event_shape)
@@ -223,5 +227,7 @@ for _types in product(_VECTORS, _VECTORS, (*_VECTORS, Delta)):
         @register_reduced_posterior(*_types)
         def _multivariate_posterior(q: Any, p: Any, reduced: Any) -> Distribution:
             _, loc, covariance = _of_vectors(q, p, reduced)
-            result: Distribution = dist.MultivariateNormal(loc, covariance_matrix=covariance, validate_args=False)
+            result: Distribution = dist.MultivariateNormal(
+                loc, covariance_matrix=covariance, validate_args=False
+            )
             return result

@@ -27,10 +27,12 @@ def _savage_dickey(q: Any, p: Any, reduced: Delta) -> Tensor:
                 f"reduced_prior must be a point where the {name} has a positive, finite density: "
                 f"at {reduced.v.flatten()[:3].tolist()} its log is {density.flatten()[:3].tolist()}"
             )
-    return densities["posterior"] - densities["prior"]
+    change: Tensor = densities["posterior"] - densities["prior"]
+    return change
 
 
 @register_reduced_posterior(Distribution, Distribution, Delta)
 def _point_posterior(q: Any, p: Any, reduced: Delta) -> Distribution:
     _savage_dickey(q, p, reduced)  # for its checks
-    return point(reduced, len(reduced.event_shape))
+    same: Distribution = point(reduced, len(reduced.event_shape))
+    return same

@@ -15,7 +15,7 @@ a truncated log-normal, and the interval formula of BMRS_U when p̃ is log-unifo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,5 +167,5 @@ def _truncated_log_normal_posterior(
     prior: TruncatedLogNormal | LogUniform,
     reduced_prior: TruncatedLogNormal | LogUniform,
 ) -> TruncatedLogNormal:
-    of_log = _truncated_normal_posterior(posterior.base_dist, prior.base_dist, reduced_prior.base_dist)
+    of_log: Any = _truncated_normal_posterior(posterior.base_dist, prior.base_dist, reduced_prior.base_dist)
     return TruncatedLogNormal(of_log.loc, of_log.scale, of_log.low, of_log.high, validate_args=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributions import (
     Transform,
     TransformedDistribution,
 )
-from torch.distributions.transforms import identity_transform
+from torch.distributions.transforms import _InverseTransform, identity_transform
 
 Triple = tuple[Distribution, Distribution, Distribution]
 NAMES = ("posterior", "prior", "reduced_prior")
@@ -58,7 +59,7 @@ def unwrapped(
         elif all(isinstance(member, Independent | Delta) for member in triple) and triple[0].event_shape:
             dims = min(_strippable(member) for member in triple)
             wrappings.append(_independent(dims))
-            triple = _each(triple, lambda d, dims=dims: _stripped(d, dims))
+            triple = _each(triple, partial(_stripped, dims=dims))
         elif (
             not stop(triple)
             and all(isinstance(member, TransformedDistribution) for member in triple)
@@ -109,10 +110,11 @@ def _strippable(member: Distribution) -> int:
 
 def _stripped(member: Any, dims: int) -> Distribution:
     if isinstance(member, Delta):
-        return point(member, len(member.event_shape) - dims)
+        same: Distribution = point(member, len(member.event_shape) - dims)
+        return same
     left = member.reinterpreted_batch_ndims - dims
     base: Distribution = member.base_dist
-    return base if not left else Independent(base, left)  # type: ignore[no-untyped-call]
+    return base if not left else Independent(base, left)
 
 
 def point(delta: Delta, event_dim: int) -> Delta:
@@ -165,21 +167,35 @@ def flat(transforms: list[Transform]) -> list[Transform]:
     return parts
 
 
+def with_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a distribution (or transform) with a function applied to all its real parameters; it checks nothing."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if isinstance(value, list | tuple):
+        return type(value)(with_tensors(member, function) for member in value)
+    if isinstance(value, nn.Module) or not isinstance(value, Distribution | Transform):
+        return value
+    if isinstance(value, _InverseTransform):
+        return with_tensors(value.inv, function).inv
+    new = copy.copy(value)
+    # a transform remembers its inverse, which remembers it
+    own = {name: member for name, member in vars(value).items() if name != "_inv"}
+    vars(new).update({name: with_tensors(member, function) for name, member in own.items()})
+    if isinstance(new, Distribution):
+        new._validate_args = False
+    return new
+
+
 def in_float64(value: Any) -> Any:
-    """A copy of a distribution (or transform) with all its parameters in float64, which checks nothing.
+    """The distribution (or transform) with float64 parameters.
 
     >>> from torch.distributions import Normal
     >>> in_float64(Normal(0.0, 1.0)).loc.dtype
     torch.float64
     """
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, list | tuple):
-        return type(value)(in_float64(member) for member in value)
-    if isinstance(value, nn.Module) or not isinstance(value, Distribution | Transform):
-        return value
-    new = copy.copy(value)
-    vars(new).update({name: in_float64(member) for name, member in vars(value).items()})
-    if isinstance(new, Distribution):
-        new._validate_args = False
-    return new
+    return with_tensors(value, Tensor.double)
+
+
+def fixed(value: Any) -> Any:
+    """The distribution (or transform) with float64 parameters that carry no gradient."""
+    return with_tensors(value, lambda tensor: tensor.detach().double())

@@ -21,6 +21,7 @@ from pyro.infer.autoguide.guides import AutoCallable
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import (
+    ComposeTransform,
     Distribution,
     LowRankMultivariateNormal,
     MultivariateNormal,
@@ -28,7 +29,7 @@ from torch.distributions import (
     biject_to,
 )
 
-from pyro_bmrs.evidence.unwrapping import flat, in_float64
+from pyro_bmrs.evidence.unwrapping import fixed, flat
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary
 
 
@@ -58,7 +59,7 @@ class UnconstrainedSite:
     Attributes:
         start, size: of its coordinates.
         shape: of its unconstrained value.
-        transform: from there to its support.
+        transform: from there to its support, acting on single elements.
     """
 
     start: int
@@ -110,9 +111,7 @@ class JointNormalBlock:
         """Values of the sites. Shape: (*batch, coordinates) → (*batch, *site)."""
         batch = unconstrained.shape[:-1]
         return {
-            name: at.transform(
-                unconstrained[..., at.start : at.start + at.size].reshape(*batch, *at.shape)
-            )
+            name: at.transform(unconstrained[..., at.start : at.start + at.size].reshape(*batch, *at.shape))
             for name, at in self.layout.items()
         }
 
@@ -127,7 +126,7 @@ class UnreadablePosteriorError(ValueError):
 def read_blocks(guide: Callable[..., Any], *args: Any, sites: tuple[str, ...]) -> list[Block]:
     """The blocks of a guide's posterior that hold the given sites, detached, in float64.
 
-    >>> import torch, pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
     >>> def model():
     ...     pyro.sample("rate", dist.Gamma(2.0, 1.0))
@@ -167,12 +166,12 @@ def _read(guide: Any, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
         raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
     if isinstance(guide, AutoTruncatedLogNormal):
         return [
-            SiteBlock(name, in_float64(q), guide.site_posterior(name).kept)
+            SiteBlock(name, fixed(q), guide.site_posterior(name).kept)
             for name, q in guide.posterior().items()
         ]
     if isinstance(guide, AutoNormal):
         return [
-            SiteBlock(name, _to_support(*guide._get_loc_and_scale(name), node["fn"]))
+            SiteBlock(name, _to_support(guide._get_loc_and_scale(name), node["fn"]))
             for name, node in guide.prototype_trace.iter_stochastic_nodes()
         ]
     if isinstance(guide, AutoContinuous):
@@ -180,8 +179,9 @@ def _read(guide: Any, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
     return _of_program(guide, args, sites)
 
 
-def _to_support(loc: Tensor, scale: Tensor, prior: Any) -> Distribution:
+def _to_support(loc_and_scale: tuple[Tensor, Tensor], prior: Any) -> Distribution:
     """A normal of unconstrained values, on the support of a prior."""
+    loc, scale = loc_and_scale
     normal = dist.Normal(loc.detach().double(), scale.detach().double(), validate_args=False)
     return on_support(normal, biject_to(prior.support), len(prior.event_shape))
 
@@ -195,22 +195,24 @@ def on_support(normal: Any, transform: Transform, event_dim: int) -> Distributio
     parts = flat([transform])
     law = normal
     if any(part.domain.event_dim or part.codomain.event_dim for part in parts):
-        law = dist.TransformedDistribution(normal, [in_float64(transform)], validate_args=False)
+        law = dist.TransformedDistribution(normal, [fixed(transform)], validate_args=False)
     elif parts:
-        law = dist.TransformedDistribution(normal, [in_float64(part) for part in parts], validate_args=False)
+        law = dist.TransformedDistribution(normal, [fixed(part) for part in parts], validate_args=False)
     missing = event_dim - len(law.event_shape)
     result: Distribution = law.to_event(missing) if missing > 0 else law
     return result
 
 
 def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
-    posterior = in_float64(guide.get_posterior(*args))
+    posterior = fixed(guide.get_posterior(*args))
     own = [name for name in guide.prototype_trace.stochastic_nodes if name in guide._unconstrained_shapes]
     layout, start = {}, 0
     for name in own:
         shape = guide._unconstrained_shapes[name]
         transform = biject_to(guide.prototype_trace.nodes[name]["fn"].support)
-        layout[name] = UnconstrainedSite(start, math.prod(shape), shape, in_float64(transform))
+        # of single elements, so that its Jacobian is that of single elements too
+        transform = ComposeTransform(flat([fixed(transform)]))
+        layout[name] = UnconstrainedSite(start, math.prod(shape), shape, transform)
         start += math.prod(shape)
     base = elementary(posterior)
     if isinstance(base, dist.Normal):
@@ -218,8 +220,10 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
             SiteBlock(
                 name,
                 _to_support(
-                    base.loc[at.start : at.start + at.size].reshape(at.shape),
-                    base.scale[at.start : at.start + at.size].reshape(at.shape),
+                    (
+                        base.loc[at.start : at.start + at.size].reshape(at.shape),
+                        base.scale[at.start : at.start + at.size].reshape(at.shape),
+                    ),
                     guide.prototype_trace.nodes[name]["fn"],
                 ),
             )
@@ -231,11 +235,7 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
         return [JointNormalBlock(base.loc, base.cov_factor, base.cov_diag, layout)]
     if not sites & set(own):
         return []
-    hint = (
-        "; guide.laplace_approximation(*args) gives the normal one"
-        if isinstance(base, dist.Delta)
-        else ""
-    )
+    hint = "; guide.laplace_approximation(*args) gives the normal one" if isinstance(base, dist.Delta) else ""
     raise UnreadablePosteriorError(
         f"guide must have a normal posterior of {sorted(sites & set(own))}: that of {type(guide).__name__} is a "
         f"{type(base).__name__}{hint}"
@@ -266,17 +266,15 @@ def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str
                 f"guide must have a posterior of {name!r} that does not depend on another latent: it differs "
                 "between two calls of the guide"
             )
-        blocks.append(_site_block(name, in_float64(node["fn"])))
+        blocks.append(_site_block(name, fixed(node["fn"])))
     return blocks
 
 
 def _site_block(name: str, posterior: Any) -> Block:
-    base = elementary(posterior)
-    vector = isinstance(base, MultivariateNormal | LowRankMultivariateNormal)
-    if not vector or base.batch_shape:
+    base: Any = elementary(posterior)
+    if not isinstance(base, MultivariateNormal | LowRankMultivariateNormal) or base.batch_shape:
         return SiteBlock(name, posterior)
-    identity = biject_to(dist.constraints.real)
-    layout = {name: UnconstrainedSite(0, len(base.loc), base.event_shape, identity)}
+    layout = {name: UnconstrainedSite(0, len(base.loc), base.event_shape, ComposeTransform([]))}
     if isinstance(base, MultivariateNormal):
         return JointNormalBlock(base.loc, base.scale_tril, None, layout)
     return JointNormalBlock(base.loc, base.cov_factor, base.cov_diag, layout)
@@ -290,8 +288,9 @@ def differs(first: Trace, second: Trace, site: str) -> bool:
     values = [trace.nodes[site]["value"] for trace in (first, second)]
     with torch.no_grad():
         return any(
-            not torch.equal(*(in_float64(law).log_prob(value.double() if value.is_floating_point() else value)
-                              for law in laws))
+            not torch.equal(
+                *(fixed(law).log_prob(value.double() if value.is_floating_point() else value) for law in laws)
+            )
             for value in values
         )
 
@@ -306,21 +305,12 @@ def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
     }
 
 
-def read_priors(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any
-) -> Trace:
-    """A trace of the model at a draw of the guide: each latent's prior is its `fn` there.
-
-    Raises:
-        ValueError: if the model can't be called with these arguments.
-    """
-    _check_arguments(model, args)
-    with torch.no_grad():
-        drawn = poutine.trace(guide).get_trace(*args)
-        return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args)
+def model_at(model: Callable[..., Any], values: Mapping[str, Tensor], *args: Any) -> Trace:
+    """The trace of a model at values of its latents: each one's prior is its `fn` there."""
+    return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*args)
 
 
-def _check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import inspect
 
     called = model.forward if isinstance(model, nn.Module) else model
@@ -335,6 +325,15 @@ def _check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
 
 
 __all__ = [
-    "Block", "JointNormalBlock", "SiteBlock", "UnconstrainedSite", "UnreadablePosteriorError", "differs",
-    "guide_values", "on_support", "read_blocks", "read_priors",
+    "Block",
+    "JointNormalBlock",
+    "SiteBlock",
+    "UnconstrainedSite",
+    "UnreadablePosteriorError",
+    "check_arguments",
+    "differs",
+    "guide_values",
+    "model_at",
+    "on_support",
+    "read_blocks",
 ]  # fmt: skip

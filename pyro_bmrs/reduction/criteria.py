@@ -58,15 +58,15 @@ def _concatenated(parts: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Si
     ]
 
 
-def _joined_priors(layers: Sequence[LayerStructures]) -> LogUniform | TruncatedLogNormal:
-    """The priors of layers, all of one type, as one of the shape of their posteriors."""
-    shapes = [layer.posterior.batch_shape for layer in layers]
+def joined_priors(
+    priors: Sequence[LogUniform | TruncatedLogNormal], shapes: Sequence[torch.Size]
+) -> LogUniform | TruncatedLogNormal:
+    """Priors, all of one type, as one of the shapes of their posteriors."""
     parts: list[tuple[Tensor, ...]] = []
-    for layer in layers:
-        prior = layer.prior
+    for prior in priors:
         bounds = (prior.log_low, prior.log_high)
         parts.append(bounds if isinstance(prior, LogUniform) else (prior.loc, prior.scale, *bounds))
-    return type(layers[0].prior)(*_concatenated(parts, shapes), validate_args=False)
+    return type(priors[0])(*_concatenated(parts, shapes), validate_args=False)
 
 
 @runtime_checkable
@@ -87,8 +87,12 @@ class EvidenceCriterion:
     unit: ClassVar[str] = "nats"
     prior_log_odds: float
 
-    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal) -> Distribution:
-        """The prior of the reduced model, for structures with this prior."""
+    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal, **parameters: Tensor) -> Distribution:
+        """The prior of the reduced model, for structures with this prior.
+
+        Args:
+            parameters: fields of the criterion that take many values at once, broadcasting with the prior.
+        """
         raise NotImplementedError
 
     def log_evidence_change(self, layers: Layers) -> Scores:
@@ -96,7 +100,8 @@ class EvidenceCriterion:
         changes: Scores = {}
         for kind in {type(layer.prior) for layer in layers.values()}:
             alike = {name: layer for name, layer in layers.items() if type(layer.prior) is kind}
-            prior = _joined_priors(list(alike.values()))
+            shapes = [layer.posterior.batch_shape for layer in alike.values()]
+            prior = joined_priors([layer.prior for layer in alike.values()], shapes)
             posterior = joined([layer.posterior for layer in alike.values()])
             change = log_evidence_change(posterior, prior, self.reduced_prior(prior))
             changes |= _split(change, alike)
@@ -136,10 +141,12 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801 the paper's name
         _check("prior_log_odds", self.prior_log_odds, math.isfinite(self.prior_log_odds), "finite")
         _check("loc", self.loc, self.loc is None or math.isfinite(self.loc), "finite or None")
 
-    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal) -> TruncatedLogNormal:
+    def reduced_prior(
+        self, prior: LogUniform | TruncatedLogNormal, **parameters: Tensor
+    ) -> TruncatedLogNormal:
         low, high = prior.log_low.double(), prior.log_high.double()
-        loc = low if self.loc is None else torch.full_like(low, self.loc)
-        return TruncatedLogNormal(loc, torch.full_like(low, self.scale), low, high)
+        loc = _parameter(self, "loc", parameters, low) if self.loc is not None or "loc" in parameters else low
+        return TruncatedLogNormal(loc, _parameter(self, "scale", parameters, low), low, high)
 
 
 @dataclass(frozen=True)
@@ -167,11 +174,36 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
         _check("floor_bits", self.floor_bits, valid, f"above bits={self.bits}, or None")
         _check("prior_log_odds", self.prior_log_odds, math.isfinite(self.prior_log_odds), "finite")
 
-    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal) -> LogUniform:
+    def reduced_prior(self, prior: LogUniform | TruncatedLogNormal, **parameters: Tensor) -> LogUniform:
         low = prior.log_low.double()
-        if self.floor_bits is not None:
-            low = torch.full_like(low, -self.floor_bits * math.log(2.0))
-        return LogUniform(low, torch.full_like(low, -self.bits * math.log(2.0)))
+        high = -math.log(2.0) * _parameter(self, "bits", parameters, low)
+        if self.floor_bits is not None or "floor_bits" in parameters:
+            low = -math.log(2.0) * _parameter(self, "floor_bits", parameters, low)
+        return LogUniform(low, high)
+
+
+@dataclass(frozen=True)
+class ReducedPriors(EvidenceCriterion):
+    """Evidence for reduced priors given by hand, by layer; other layers are not asked about (their score is NaN)."""
+
+    reduced_priors: Mapping[str, Distribution]
+    prior_log_odds: float = PAPER_LOG_ODDS
+
+    def __str__(self) -> str:
+        return reduced_priors_text(self.reduced_priors, self.prior_log_odds)
+
+    def log_evidence_change(self, layers: Layers) -> Scores:
+        return {
+            name: log_evidence_change(layer.posterior, layer.prior, self.reduced_priors[name])
+            if name in self.reduced_priors
+            else torch.full_like(layer.posterior.loc, math.nan, dtype=torch.float64)
+            for name, layer in layers.items()
+        }
+
+
+def reduced_priors_text(reduced_priors: Mapping[str, object], prior_log_odds: float) -> str:
+    """What to call a reduction by reduced priors."""
+    return f"reduced priors of {', '.join(reduced_priors)} (prior log-odds {prior_log_odds:g})"
 
 
 @dataclass(frozen=True)
@@ -244,6 +276,11 @@ class Random:
         }
         cut = _smallest(self.fraction, draws, layers)
         return {name: cut - draw for name, draw in draws.items()}
+
+
+def _parameter(criterion: EvidenceCriterion, name: str, given: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """A parameter of a criterion, as given or as its field says, broadcasting with `like`."""
+    return given[name] if name in given else torch.full_like(like, getattr(criterion, name))
 
 
 def _split(values: Tensor, layers: Layers) -> Scores:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -30,7 +30,11 @@ from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.reduction.shrink import earlier_cuts, original_network, shrink
 
-FORMAT, VERSION = "pyro_bmrs.reduction", 2
+if TYPE_CHECKING:
+    from pyro_bmrs.reduction.latents import Evidence, Latents
+    from pyro_bmrs.reduction.reduced_posterior import ReducedPosterior
+
+FORMAT, VERSION = "pyro_bmrs.reduction", 3
 # Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
 CHECK_EXAMPLES = 32
 _CHECK_MULTIPLY_ACCUMULATES = 1e10
@@ -40,6 +44,8 @@ COLUMNS = [
     "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
     "removed_in_fit", "present",
 ]  # fmt: skip
+# What the reduction of a Pyro program's latents has beside them: of estimates from draws.
+ESTIMATE_COLUMNS = ["standard_error", "khat"]
 
 
 @dataclass
@@ -60,6 +66,13 @@ class Reduction:
         costs: after `apply`, what `compare_costs` measures: rows parameters, multiply_accumulates, file_bytes,
             milliseconds…, peak_bytes…, columns before, after.
         cuts: after `apply`, what was cut of each module: what `rebuild` needs.
+        sites: of `reduce(model, guide, {site: reduced_prior})`, ΔF of reducing all of a site at once: columns site,
+            elements, log_evidence_change, standard_error (nats; 0: closed form), khat (NaN: closed form). The
+            table then has a row per element of a site (layer: its name, unit: its number, the last dimension
+            running fastest), its loc and scale where the posterior has them (of the unconstrained value where
+            it is a transformed normal), and the columns standard_error and khat; removed means reduced.
+        groups: the same for the groups that were named: column group instead of site.
+        steps: of `greedy_reduction`, what was reduced in which order; not saved.
     """
 
     table: pd.DataFrame
@@ -70,8 +83,12 @@ class Reduction:
     costs: pd.DataFrame | None = None
     cuts: Cuts | None = field(default=None, repr=False)
     channels: dict[str, int] = field(default_factory=dict, repr=False)
+    sites: pd.DataFrame | None = field(default=None, repr=False)
+    groups: pd.DataFrame | None = field(default=None, repr=False)
+    steps: pd.DataFrame | None = field(default=None, repr=False)
     _network: nn.Module | None = field(default=None, repr=False)
     _find_input: Callable[[], Inputs] | None = field(default=None, repr=False)
+    _latents: Latents | None = field(default=None, repr=False)
 
     @property
     def layers(self) -> list[str]:
@@ -135,17 +152,60 @@ class Reduction:
             cuts=None,
         )
 
+    def joint_evidence(self) -> Evidence:
+        """ΔF in nats of reducing all that is removed at once, with standard error and k̂.
+
+        Where the posterior is a joint normal this is not the sum of the single elements' ΔF.
+
+        Raises:
+            ValueError: unless the plan is of `reduce(model, guide, {site: reduced_prior, …})`, not loaded.
+        """
+        latents, selection = self._chosen()
+        return latents.change(selection)
+
+    def reduced_posterior(self) -> ReducedPosterior:
+        """The posterior of the reduced model as a guide, so that it predicts without fitting again.
+
+        >>> predictive = pyro.infer.Predictive(model, guide=plan.reduced_posterior(), num_samples=100)  # doctest: +SKIP
+
+        Raises:
+            ValueError: as `joint_evidence`.
+        """
+        latents, selection = self._chosen()
+        return latents.reduced_posterior(selection)
+
+    def _chosen(self) -> tuple[Latents, dict[str, Tensor]]:
+        if self._latents is None:
+            raise ValueError(
+                "plan must be one of reduce(model, guide, {site: reduced_prior, …}), not loaded from disk, to have a "
+                "reduced posterior: this one knows no reduced priors"
+            )
+        return self._latents, {
+            name: self._removed_elements(name).reshape(site.shape)
+            for name, site in self._latents.sites.items()
+        }
+
+    def _removed_elements(self, layer: str) -> Tensor:
+        return torch.tensor(self._present(layer).removed.to_numpy())
+
     def summary(self) -> str:
         """A few lines for people: widths, costs once `apply` has measured them, and cautions."""
         widths = self.widths()
         before, after = int(widths.before.sum()), int(widths.after.sum())
-        lines = [f"{self.criterion} keeps {after} of {before} structures"]
+        verdict = (
+            f"keeps {after} of {before} structures" if self.sites is None else f"leaves {after} of {before}"
+        )
+        lines = [f"{self.criterion} {verdict}"]
         lines += [f"  {row.layer}: {row.before} → {row.after}" for row in widths.itertuples()]
         if self.costs is not None:
             lines += [f"  {line}" for line in _cost_lines(self.costs)]
         if self.round_to is not None:
             lines.append(f"  channels rounded up to multiples of {self.round_to}, by evidence")
-        if before == after:
+        if self.sites is not None:
+            lines += _evidence_lines(self.sites, "site")
+        if self.groups is not None:
+            lines += _evidence_lines(self.groups, "group")
+        if before == after and self.sites is None:
             lines.append(
                 "  nothing to remove: give the posterior more steps or a higher learning rate to travel, or "
                 "raise the KL weight"
@@ -199,6 +259,11 @@ class Reduction:
 
     def _bound(self, network: nn.Module | None, example_input: Inputs | None) -> tuple[nn.Module, Inputs]:
         network = network if network is not None else self._network
+        if self.sites is not None and network is None:
+            raise ValueError(
+                "plan has nothing to remove from a network: it reduces priors of latents that are no noise layers, or "
+                "to values other than 0. Predict with plan.reduced_posterior()"
+            )
         if network is None:
             raise ValueError("network must be given: this plan was loaded from disk and holds none")
         if example_input is None:
@@ -288,7 +353,7 @@ class Reduction:
         from safetensors.torch import save_file
 
         path = _json_path(path)
-        numeric = [name for name in COLUMNS if name not in ("layer", "kl_weight")]
+        numeric = [name for name in self.table.columns if name not in ("layer", "kl_weight")]
         columns = {name: torch.tensor(self.table[name].to_numpy()) for name in numeric}
         sizes = {layer: int((self.table.layer == layer).sum()) for layer in self.layers}
         costs = None if self.costs is None else _without_nan(self.costs)
@@ -296,6 +361,7 @@ class Reduction:
             format=FORMAT, version=VERSION, criterion=self.criterion, kl_weight=self.kl_weight,
             min_kept=self.min_kept, round_to=self.round_to, channels=self.channels, layers=sizes, kept=self.kept,
             costs=costs, cuts=None if self.cuts is None else self.cuts.to_json(),
+            sites=_records(self.sites), groups=_records(self.groups),
         )  # fmt: skip
         write_atomically(path.with_suffix(".safetensors"), lambda beside: save_file(columns, beside))
         return write_atomically(path, lambda beside: beside.write_text(json.dumps(document, indent=1)))
@@ -330,8 +396,9 @@ class Reduction:
             table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
             table["kl_weight"] = document["kl_weight"]
             costs = document["costs"]
+            estimates = [name for name in ESTIMATE_COLUMNS if name in columns]
             plan = cls(
-                table=table[COLUMNS],
+                table=table[COLUMNS + estimates],
                 criterion=document["criterion"],
                 kl_weight=document["kl_weight"],
                 min_kept=document["min_kept"],
@@ -339,6 +406,8 @@ class Reduction:
                 channels=document["channels"],
                 costs=None if costs is None else pd.DataFrame(costs, dtype=float),
                 cuts=None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
+                sites=_frame(document.get("sites")),
+                groups=_frame(document.get("groups")),
             )
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -374,6 +443,27 @@ def _check_document(document: dict[str, Any], structures: int) -> None:
     ):
         if not good:
             raise ValueError(f"its {name} can't be {document[name]!r}"[:200])
+
+
+def _records(table: pd.DataFrame | None) -> list[dict[str, Any]] | None:
+    """A table of evidence for JSON, which knows no NaN and no infinity: k̂ as text."""
+    if table is None:
+        return None
+    rows: list[dict[Any, Any]] = table.to_dict("records")
+    return [{**row, "khat": str(row["khat"])} for row in rows]
+
+
+def _frame(records: list[dict[str, Any]] | None) -> pd.DataFrame | None:
+    return None if records is None else pd.DataFrame([{**row, "khat": float(row["khat"])} for row in records])
+
+
+def _evidence_lines(table: pd.DataFrame, kind: str) -> list[str]:
+    """ΔF of all of a site or a group, with what is known of its error."""
+    lines = []
+    for name, change, error in zip(table[kind], table.log_evidence_change, table.standard_error, strict=True):
+        give_or_take = f" ± {error:.2g}" if error else ""
+        lines.append(f"  ΔF of {kind} {name} as a whole: {change:+.4g}{give_or_take} nats")
+    return lines
 
 
 def _json_path(path: Path | str) -> Path:

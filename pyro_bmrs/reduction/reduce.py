@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
@@ -25,9 +26,20 @@ from pyro_bmrs.reduction.criteria import (
     Criterion,
     EvidenceCriterion,
     LayerStructures,
+    ReducedPriors,
     check_criterion,
     joined,
 )
+from pyro_bmrs.reduction.latent_reduction import (
+    Groups,
+    check_log_odds,
+    evidence_of_groups,
+    evidence_of_sites,
+    reduce_latents,
+    selections,
+)
+from pyro_bmrs.reduction.latent_sites import elementary_law
+from pyro_bmrs.reduction.latents import DependentPriors, Latents
 from pyro_bmrs.reduction.plan import COLUMNS, Reduction, least_kept, with_floor
 
 
@@ -36,15 +48,20 @@ class NonFiniteScoreError(ArithmeticError):
 
 
 def reduce(
-    model: nn.Module,
+    model: Callable[..., Any],
     guide: Callable[..., Any],
-    criterion: Criterion,
+    criterion: Criterion | Mapping[str, Any],
     *model_args: Any,
     min_kept: int = 1,
     round_to: int | None = None,
     kl_weight: float | None = None,
+    prior_log_odds: float = 0.0,
+    groups: Groups | None = None,
+    dependent_priors: DependentPriors = "raise",
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Reduction:
-    """Decide, from the guide's parameters alone, which structures the model is better without.
+    """Decide, from the guide's parameters alone, which structures (or latents) the model is better without.
 
     >>> import torch
     >>> from torch import nn
@@ -62,10 +79,30 @@ def reduce(
     A structure is removed where its score is ≥ 0, or if it was removed during the fit; removal is never
     undone. A layer whose structures would all go keeps the `min_kept` with the lowest scores.
 
+    With a mapping of sites to reduced priors it asks the same of any Pyro program: would the model have more
+    evidence with this prior instead?
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def coins(heads):
+    ...     bias = pyro.sample("bias", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...     pyro.sample("heads", dist.Binomial(20, logits=bias).to_event(1), obs=heads)
+    >>> guide = AutoNormal(coins, init_loc_fn=lambda site: torch.tensor([0.1, 2.0]), init_scale=0.4)
+    >>> heads = torch.tensor([11.0, 18.0])
+    >>> _ = guide(heads)
+    >>> bmrs.reduce(coins, guide, {"bias": 0.0}, heads).table.log_evidence_change.round(2).tolist()
+    [0.89, -11.58]
+
+    ΔF is given per element of a site (`table`), per site (`sites`) and jointly for groups of elements (`groups`);
+    `reduced_posterior()` is a guide that predicts from the reduced model. Closed forms are used where there
+    are any, and draws of the guide where not, with a standard error and k̂: see docs/evidence.md.
+
     Args:
-        model: a Pyro model with noise layers.
-        guide: its mean-field guide.
-        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …: any function from layers to scores.
+        model: a Pyro model with noise layers; with a mapping any Pyro model.
+        guide: its mean-field guide; with a mapping also one with a joint normal, such as AutoMultivariateNormal.
+        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …: any function from layers to scores. Or a mapping from sites
+            of the model to their reduced priors: distributions that broadcast to the site, or numbers and
+            tensors, which are points.
         model_args: arguments to call model and guide with, where the guide is not an
             `AutoTruncatedLogNormal` that remembers its first batch.
         min_kept: structures that every layer keeps, at least 1.
@@ -73,21 +110,78 @@ def reduce(
             are a multiple of this number, such as 8, where the layer had as many: odd widths run slowly on
             much hardware. None keeps no more.
         kl_weight: of the fit, to be named wherever a ΔF is shown; default what `fit` noted in the guide.
+        prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats; a criterion
+            has its own.
+        groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}, where
+            elements are numbers, a slice, a bool tensor, or ... for all.
+        dependent_priors: with a mapping, what to do where a site's prior depends on another latent: "raise", or
+            "average" over joint draws of the guide.
+        draws, seed: with a mapping, of the posterior where ΔF has no closed form.
+
+    Returns:
+        The plan. `apply()` makes a smaller network of it where noise layers were reduced to smaller scales.
 
     Raises:
-        NonFiniteScoreError: naming the layer and the structures with a NaN or infinite score.
-        ValueError: for a bad argument, or a noise layer without a posterior in the guide.
+        NonFiniteScoreError, NonFiniteEvidenceError: naming the layer and the structures whose score is NaN or infinite.
+        ImportanceError: where ΔF has to be estimated from draws, and too few carry weight.
+        UnreadablePosteriorError: naming a site whose posterior is a Delta, a flow, or depends on another latent.
+        ValueError, TypeError: for a bad argument, or a noise layer without a posterior in the guide.
     """
     if not isinstance(min_kept, int) or min_kept < 1:
         raise ValueError(f"min_kept must be an integer of at least 1: got {min_kept!r}")
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise ValueError(f"round_to must be a positive integer or None: got {round_to!r}")
-    check_criterion(criterion)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    if not callable(model):
+        raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
     arguments = model_args
     if not arguments and isinstance(guide, AutoTruncatedLogNormal):
         arguments = guide.example_arguments
+    weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
+    if not isinstance(criterion, Mapping):
+        if groups is not None or prior_log_odds or dependent_priors != "raise":
+            raise ValueError(
+                "groups, prior_log_odds and dependent_priors go with a mapping of sites to reduced priors: got "
+                f"them with {criterion}"
+            )
+        return _reduce_structures(model, guide, criterion, arguments, min_kept, round_to, weight)
+    log_odds = check_log_odds(prior_log_odds)
+    latents = Latents(
+        model, guide, criterion, arguments, dependent_priors=dependent_priors, draws=draws, seed=seed
+    )
+    if not _all_smaller_scales(model, latents):
+        return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=weight)
+    chosen = selections(latents, groups)
+    by_priors = ReducedPriors({name: elementary_law(name, law) for name, law in criterion.items()}, log_odds)
+    plan = _reduce_structures(model, guide, by_priors, arguments, min_kept, round_to, weight)
+    return replace(
+        plan,
+        sites=evidence_of_sites(latents),
+        groups=evidence_of_groups(latents, chosen),
+        _latents=latents,
+    )
+
+
+def _all_smaller_scales(model: Callable[..., Any], latents: Latents) -> bool:
+    """Whether all sites are those of noise layers, with reduced priors that expect a smaller θ: removal."""
+    layers = noise_layers(model) if isinstance(model, nn.Module) else {}
+    return all(
+        name in layers and bool((site.reduced_prior.mean < site.prior.mean).all())
+        for name, site in latents.sites.items()
+    )
+
+
+def _reduce_structures(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    criterion: Criterion,
+    arguments: tuple[Any, ...],
+    min_kept: int,
+    round_to: int | None,
+    weight: float,
+) -> Reduction:
+    check_criterion(criterion)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     posterior = read_posterior(guide, *arguments)
     layers = noise_layers(model)
     originals = {site: _original(guide, site, layer, posterior) for site, layer in layers.items()}
@@ -120,11 +214,12 @@ def reduce(
     else:
         scores = criterion(structures)
     scores = {site: scores[site].detach().double().cpu() for site in structures}
+    asked = criterion.reduced_priors if isinstance(criterion, ReducedPriors) else structures
     removed = []
     for site, view in structures.items():
         score, kept = scores[site], view.kept.cpu()
         bad = torch.nonzero(~torch.isfinite(score) & originals[site].present.cpu()).flatten().tolist()
-        if bad:
+        if bad and site in asked:
             raise NonFiniteScoreError(
                 f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
@@ -149,7 +244,6 @@ def reduce(
         "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
         "present": torch.cat([original.present for original in originals.values()]),
     }
-    weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
     names = [site for site, score in scores.items() for _ in range(len(score))]
     numbers = {name: value.detach().cpu().numpy() for name, value in columns.items()}
     table = pd.DataFrame({"layer": names, **numbers, "kl_weight": weight})

@@ -1,0 +1,222 @@
+"""The sites of a Pyro model that evidence is asked about: posterior, prior and reduced prior of their elements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, TransformedDistribution
+
+from pyro_bmrs.evidence.joint_normal import GroupReduction
+from pyro_bmrs.evidence.normal import joint_normal
+from pyro_bmrs.evidence.unwrapping import fixed, flat
+from pyro_bmrs.inference.guides import elementary
+from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A site of the model that is asked about.
+
+    Attributes:
+        name: of the site.
+        block: the part of the posterior that it belongs to.
+        shape: of its elements.
+        event_dim: of an element.
+        value_dims: event dimensions of the whole site in the model.
+        dtype: of its values.
+        prior, reduced_prior: of the elements, batch shape `shape`, float64.
+        kept: False for elements that a fit has removed. Shape: `shape`.
+        parents: the latents that the prior depends on.
+    """
+
+    name: str
+    block: Block
+    shape: torch.Size
+    event_dim: int
+    value_dims: int
+    dtype: torch.dtype
+    prior: Any
+    reduced_prior: Any
+    kept: Tensor
+    parents: tuple[str, ...]
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """Of each element in the joint normal. Shape: (elements, coordinates of one)."""
+        assert isinstance(self.block, JointNormalBlock)
+        at = self.block.layout[self.name]
+        device = self.block.loc.device
+        return torch.arange(at.start, at.start + at.size, device=device).reshape(self.shape.numel(), -1)
+
+    def law(self, loc: Tensor, covariance: Tensor) -> Any:
+        """The distribution of the elements where they are normals of unconstrained values.
+
+        Shapes: (elements, n), (elements, n, n).
+        """
+        assert isinstance(self.block, JointNormalBlock)
+        transform = self.block.layout[self.name].transform
+        if covariance.shape[-1] == 1 and not self.event_dim:
+            normal = dist.Normal(loc[:, 0], covariance[:, 0, 0].sqrt(), validate_args=False)
+            law = on_support(normal, transform, 0)
+        else:
+            normal = dist.MultivariateNormal(loc, covariance_matrix=covariance, validate_args=False)
+            law = on_support(normal, transform, self.event_dim)
+        return _reshaped(law, self.shape)
+
+    @cached_property
+    def posterior(self) -> Any:
+        """Of each element on its own. Batch shape: `shape`."""
+        if not isinstance(self.block, JointNormalBlock):
+            return per_element(self.block.distribution, self.shape, self.event_dim)
+        coordinates = self.coordinates
+        covariance = torch.stack([self.block.covariance(row) for row in coordinates])
+        return self.law(self.block.loc[coordinates], covariance)
+
+
+def latent_site(
+    name: str, block: Block, node: Mapping[str, Any], reduced: Any, parents: tuple[str, ...]
+) -> LatentSite:
+    value, prior = node["value"], elementary(node["fn"])
+    reduced = elementary_law(name, reduced, value.device)
+    laws = [prior, reduced]
+    if not isinstance(block, JointNormalBlock):
+        laws.append(elementary(block.distribution))
+    event_dim = max(len(law.event_shape) for law in laws)
+    shape = value.shape[: value.dim() - event_dim]
+    try:
+        fitted = per_element(reduced, shape, event_dim, value.shape)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"criterion must give {name!r} a reduced prior that broadcasts to its shape {tuple(value.shape)}: got "
+            f"{reduced} of shape {tuple(reduced.batch_shape + reduced.event_shape)} ({error})"
+        ) from None
+    kept = torch.ones(shape, dtype=torch.bool, device=value.device)
+    own = getattr(block, "kept", None)
+    if own is not None:
+        kept = kept & own.reshape(shape)
+    return LatentSite(
+        name=name,
+        block=block,
+        shape=shape,
+        event_dim=event_dim,
+        value_dims=len(node["fn"].event_shape),
+        dtype=value.dtype,
+        prior=per_element(prior, shape, event_dim, value.shape),
+        reduced_prior=fitted,
+        kept=kept,
+        parents=parents,
+    )
+
+
+def elementary_law(name: str, given: Any, device: torch.device | None = None) -> Any:
+    """A reduced prior as a distribution of single elements; numbers and tensors are points."""
+    if isinstance(given, int | float | Tensor) and not isinstance(given, bool):
+        point = torch.as_tensor(given, dtype=torch.float64, device=device)
+        return dist.Delta(point, validate_args=False)
+    if not isinstance(given, Distribution):
+        raise TypeError(
+            f"criterion must give {name!r} a distribution or a number (a point mass): got {type(given).__name__}"
+        )
+    law = elementary(given)
+    if isinstance(law, dist.Delta):
+        if bool((law.log_density != 0).any()):
+            raise ValueError(
+                f"criterion must give {name!r} a point of mass one: got log_density {law.log_density}"
+            )
+        return dist.Delta(law.v, validate_args=False)
+    return law
+
+
+def per_element(law: Any, shape: torch.Size, event_dim: int, value_shape: torch.Size | None = None) -> Any:
+    """A distribution as one of elements: batch shape `shape`, `event_dim` event dimensions, float64."""
+    law = fixed(elementary(law))
+    if value_shape is not None and isinstance(law, dist.Delta):
+        return dist.Delta(law.v.expand(value_shape), event_dim=event_dim, validate_args=False)
+    missing = event_dim - len(law.event_shape)
+    if missing and value_shape is not None:
+        shape = shape + value_shape[len(shape) : len(shape) + missing]
+    elif missing:
+        shape = shape + law.batch_shape[len(law.batch_shape) - missing :]
+    law = law if law.batch_shape == shape else law.expand(shape)
+    return Independent(law, missing) if missing else law
+
+
+def _reshaped(law: Any, shape: torch.Size) -> Any:
+    """A distribution of a row of elements as one of the given batch shape."""
+    if law.batch_shape == shape:
+        return law
+    count = shape.numel()
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
+            return value.reshape(*shape, *value.shape[1:])
+        return value
+
+    base = law
+    if isinstance(law, TransformedDistribution):
+        return type(law)(_reshaped(law.base_dist, shape), law.transforms, validate_args=False)
+    if isinstance(base, dist.Normal):
+        return dist.Normal(change(base.loc), change(base.scale), validate_args=False)
+    if isinstance(base, dist.MultivariateNormal):
+        return dist.MultivariateNormal(
+            change(base.loc), scale_tril=change(base.scale_tril), validate_args=False
+        )
+    assert isinstance(base, Independent)
+    return Independent(_reshaped(base.base_dist, shape), base.reinterpreted_batch_ndims)
+
+
+def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
+    """Chosen elements of one site as a group of coordinates of its joint normal."""
+    assert isinstance(site.block, JointNormalBlock)
+    transform = site.block.layout[site.name].transform
+    coordinates = site.coordinates[mask.flatten()]
+    width = coordinates.shape[1]
+
+    def normal(law: Any) -> tuple[Tensor, Tensor] | None:
+        """Mean and factor of the covariance of what a law is of unconstrained values, where that is normal."""
+        found = _unconstrained_normal(law, transform, width)
+        if found is None:
+            return None
+        loc, factor = (part.reshape(-1, *part.shape[len(site.shape) :])[mask.flatten()] for part in found)
+        return loc.flatten(), torch.block_diag(*factor)  # type: ignore[no-untyped-call]
+
+    of_prior, of_reduced = normal(prior), normal(site.reduced_prior)
+    if of_reduced is None:
+        raise NotImplementedError(f"the reduced prior of {site.name!r} is not normal where its posterior is")
+    loc, factor = of_reduced
+    if of_prior is not None:
+        prior_loc, prior_factor = of_prior
+        return GroupReduction(coordinates.flatten(), loc, factor, prior_loc, prior_factor @ prior_factor.mT)
+    if not isinstance(site.reduced_prior, dist.Delta):
+        raise NotImplementedError(f"the prior of {site.name!r} is not normal where its posterior is")
+    # at a point the Jacobian of the transformation turns the prior's density into that of unconstrained values
+    point = site.reduced_prior.v
+    jacobian = transform.inv.log_abs_det_jacobian(point, transform.inv(point))  # type: ignore[no-untyped-call]
+    density = prior.log_prob(point) - jacobian.reshape(*site.shape, -1).sum(-1)
+    if not bool(torch.isfinite(density[mask]).all()):
+        raise ValueError(f"reduced_prior must be a point where the prior of {site.name!r} has a density")
+    return GroupReduction(coordinates.flatten(), loc, factor, log_prior_density=density[mask].sum())
+
+
+def _unconstrained_normal(law: Any, transform: Any, width: int) -> tuple[Tensor, Tensor] | None:
+    """(mean (*elements, n), factor (*elements, n, n)) of transform⁻¹(θ) for θ of this law, where that is normal."""
+    parts = flat([transform])
+    if isinstance(law, dist.Delta):
+        point = transform.inv(law.v)
+        if not bool(torch.isfinite(point).all()):
+            raise ValueError("reduced_prior must be a point inside the support")
+        loc = point.reshape(*law.batch_shape, width)
+        return loc, torch.zeros(*loc.shape, width, dtype=loc.dtype, device=loc.device)
+    if parts:
+        if not isinstance(law, TransformedDistribution) or flat(law.transforms) != parts:
+            return None
+        law = law.base_dist
+    if isinstance(law, torch.distributions.Normal):
+        return law.loc.unsqueeze(-1), law.scale[..., None, None]
+    return joint_normal(law)
