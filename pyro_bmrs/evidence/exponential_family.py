@@ -5,8 +5,8 @@ With densities h(θ) exp(η·T(θ) - A(η)) the product q p̃/p has natural para
     ΔF = A(η_q + η_p̃ - η_p) - A(η_q) - A(η_p̃) + A(η_p).
 
 This is the one file that uses torch's private `_natural_params` and `_log_normalizer`. torch gives them for
-values outside the parameter space too (the log-gamma of a negative number is a number), so the product is
-made as a distribution first, and must be one. Normals are not here: their A is a square of the mean
+values outside the parameter space too (the log-gamma of a negative number is a number), so whether the product
+is a density is asked first. Normals are not here: their A is a square of the mean
 that cancels, see `normal.py`.
 """
 
@@ -35,6 +35,7 @@ from torch.distributions import (
     Uniform,
     Wishart,
 )
+from torch.nn.functional import logsigmoid
 
 from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change, register_reduced_posterior
 
@@ -57,12 +58,23 @@ def _wishart(scale: Tensor, degrees: Tensor) -> Wishart:
 
 _FROM_NATURAL[Wishart] = _wishart
 
-# The parameters that must be positive for the product to have a finite integral.
-_POSITIVE = {
-    Beta: ("concentration1", "concentration0"),
-    Dirichlet: ("concentration",),
-    Exponential: ("rate",),
-    Gamma: ("concentration", "rate"),
+
+def _wishart_domain(scale: Tensor, degrees: Tensor) -> dict[str, tuple[Tensor, float]]:
+    smallest = torch.linalg.eigvalsh(-2 * scale)[..., 0]
+    dimension = scale.shape[-1]
+    return {
+        "smallest eigenvalue of the precision": (smallest, 0.0),
+        "df": (2 * degrees + dimension + 1, dimension - 1.0),
+    }
+
+
+# Of natural parameters, what must lie above which number for the density to have a finite integral.
+_DOMAIN: dict[type[ExponentialFamily], Callable[..., dict[str, tuple[Tensor, float]]]] = {
+    Beta: lambda first, second: {"concentration1": (first, 0.0), "concentration0": (second, 0.0)},
+    Dirichlet: lambda concentration: {"concentration": (concentration, 0.0)},
+    Exponential: lambda negative_rate: {"rate": (-negative_rate, 0.0)},
+    Gamma: lambda shape, negative_rate: {"concentration": (shape + 1, 0.0), "rate": (-negative_rate, 0.0)},
+    Wishart: _wishart_domain,
 }
 
 
@@ -89,51 +101,34 @@ def _natural(family: type, member: Any) -> tuple[Tensor, ...]:
     return member._natural_params  # type: ignore[no-any-return]
 
 
-def _combined(
-    family: type[ExponentialFamily], q: Any, p: Any, reduced: Any
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """The member of the family that is proportional to q p̃/p, and its natural parameters.
+def _product(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> tuple[Tensor, ...]:
+    """Natural parameters of the member of the family that is proportional to q p̃/p.
 
     Raises:
         ValueError: where they lie outside the family's parameter space.
     """
+    of_q, of_p, of_reduced = (_natural(family, member) for member in (q, p, reduced))
     # this order gives η_q itself where p̃ is p
     eta = tuple(
-        of_q + (of_reduced - of_p)
-        for of_q, of_reduced, of_p in zip(
-            *(_natural(family, member) for member in (q, reduced, p)), strict=True
-        )
+        q_part + (r_part - p_part) for q_part, p_part, r_part in zip(of_q, of_p, of_reduced, strict=True)
     )
-    result: Any = _FROM_NATURAL[family](*eta)
-    for name in _POSITIVE.get(family, ()):
-        _require(family, name, getattr(result, name), 0.0)
-    if family is Wishart and not eta[0].is_meta:
-        dimension = eta[0].shape[-1]
-        _require(
-            family, "smallest eigenvalue of the precision", torch.linalg.eigvalsh(-2 * eta[0])[..., 0], 0.0
-        )
-        _require(family, "df", result.df, dimension - 1.0)
-    return result, eta
-
-
-def _require(family: type, name: str, value: Tensor, least: float) -> None:
-    if not value.is_meta and not bool((value > least).all()):
-        raise ValueError(
-            f"posterior · reduced_prior / prior has no finite integral: as a {family.__name__} it would have "
-            f"{name} {float(value.min()):.6g}, and that must be above {least:g}. The posterior must be narrower "
-            "than its prior where the reduced prior is wider"
-        )
+    if eta[0].is_meta or family not in _DOMAIN:
+        return eta
+    for name, (value, least) in _DOMAIN[family](*eta).items():
+        if not bool((value > least).all()):
+            raise ValueError(
+                f"posterior · reduced_prior / prior has no finite integral: as a {family.__name__} it would have "
+                f"{name} {float(value.min()):.6g}, and that must be above {least:g}. The posterior must be narrower "
+                "than its prior where the reduced prior is wider"
+            )
+    return eta
 
 
 def _change(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> Tensor:
-    _, eta = _combined(family, q, p, reduced)
-
-    def log_normaliser(member: Any, natural: tuple[Tensor, ...]) -> Tensor:
-        value: Tensor = member._log_normalizer(*natural)
-        return value
-
-    of_q, of_p, of_reduced = (log_normaliser(member, _natural(family, member)) for member in (q, p, reduced))
-    return (log_normaliser(q, eta) - of_q) - (of_reduced - of_p)
+    of_product: Tensor = q._log_normalizer(*_product(family, q, p, reduced))
+    of_q, of_p, of_reduced = (member._log_normalizer(*_natural(family, member)) for member in (q, p, reduced))
+    change: Tensor = (of_product - of_q) - (of_reduced - of_p)
+    return change
 
 
 def _register(
@@ -150,7 +145,7 @@ def _register(
 
         @register_reduced_posterior(*types)
         def posterior(q: Any, p: Any, reduced: Any) -> Distribution:
-            result: Distribution = _combined(family, *map(convert, (q, p, reduced)))[0]
+            result: Distribution = _FROM_NATURAL[family](*_product(family, *map(convert, (q, p, reduced))))
             return result
 
 
@@ -165,10 +160,14 @@ _register(Beta, (Beta, Uniform), _as_beta)
 
 def _log_probabilities(member: Any) -> Tensor:
     """Log-probability of each value, along a last dimension, normalised."""
+    # torch's logits of a probability 0 are those of a small one
     if isinstance(member, Bernoulli):
-        logit = member.logits
-        return torch.stack([-torch.nn.functional.softplus(logit), -torch.nn.functional.softplus(-logit)], -1)
-    return member.logits.log_softmax(-1)  # type: ignore[no-any-return]
+        if "probs" in vars(member):
+            return torch.stack([torch.log1p(-member.probs), member.probs.log()], -1)
+        return torch.stack([logsigmoid(-member.logits), logsigmoid(member.logits)], -1)
+    inner = member._categorical if isinstance(member, OneHotCategorical) else member
+    logits: Tensor = inner.probs.log() if "probs" in vars(inner) else inner.logits
+    return logits.log_softmax(-1)
 
 
 def _log_weights(q: Any, p: Any, reduced: Any) -> Tensor:

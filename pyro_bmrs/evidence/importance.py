@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.evidence.unwrapping import in_float64
+from pyro_bmrs.evidence.unwrapping import device_of, in_float64
 
 DRAWS = 4000
 # Fewer draws than these can't tell the size of a tail, nor the error of a mean.
@@ -195,11 +195,12 @@ def estimate_log_evidence_change(
     """
     q, p, reduced = (in_float64(member) for member in (posterior, prior, reduced_prior))
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape, reduced.batch_shape)  # type: ignore[no-untyped-call]
-    device = q.sample().device  # of its parameters, whatever they are called
+    device = device_of(q)
     with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
+        q, p, reduced = (member.expand(shape) for member in (q, p, reduced))
         check_support(q, p, reduced)
-        theta = q.expand(shape).sample((draws,))
+        theta = q.sample((draws,))
         return estimate_log_mean(log_ratio(p, reduced, theta))
 
 

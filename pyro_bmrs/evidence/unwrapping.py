@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
+from pyro.distributions import Independent as PyroIndependent
+from pyro.distributions import TransformedDistribution as PyroTransformed
 from torch import Tensor, nn
 from torch.distributions import (
     ComposeTransform,
@@ -46,6 +48,7 @@ def unwrapped(
         ValueError: if their event dimensions differ, or reduced_prior hides elements that the others count.
     """
     triple: Triple = (posterior, prior, reduced_prior)
+    _check_points(triple)
     wrappings: list[Wrapping] = []
     while True:
         _check_event_dims(triple)
@@ -76,6 +79,21 @@ def _each(triple: Triple, function: Callable[[Any], Distribution]) -> Triple:
     return first, second, third
 
 
+def _check_points(triple: Triple) -> None:
+    for name, member in zip(NAMES[:2], triple[:2], strict=True):
+        if isinstance(member, Delta):
+            raise ValueError(f"{name} must have a density, to be compared with others: got a Delta")
+    reduced = triple[2]
+    if (
+        isinstance(reduced, Delta)
+        and not reduced.log_density.is_meta
+        and bool((reduced.log_density != 0).any())
+    ):
+        raise ValueError(
+            f"reduced_prior must be a point mass of mass one: this Delta has log_density {reduced.log_density}"
+        )
+
+
 def _check_event_dims(triple: Triple) -> None:
     dims = [len(member.event_shape) for member in triple]
     for name, member, dim in zip(NAMES, triple, dims, strict=True):
@@ -101,7 +119,7 @@ def _mask(triple: Triple) -> Wrapping:
     def of_change(change: Tensor) -> Tensor:
         return torch.where(both.to(change.device), change, 0.0)
 
-    return Wrapping(of_change, lambda distribution: distribution.mask(both))
+    return Wrapping(of_change, lambda distribution: MaskedDistribution(distribution, both))
 
 
 def _strippable(member: Distribution) -> int:
@@ -118,35 +136,34 @@ def _stripped(member: Any, dims: int) -> Distribution:
 
 
 def point(delta: Delta, event_dim: int) -> Delta:
-    """The same point mass with another number of event dimensions.
-
-    Raises:
-        ValueError: if it is no point mass but a density at one point.
-    """
-    if not delta.log_density.is_meta and bool((delta.log_density != 0).any()):
-        raise ValueError(
-            f"reduced_prior must be a point mass of mass one: this Delta has log_density {delta.log_density}"
-        )
+    """The same point mass with another number of event dimensions."""
     return Delta(delta.v, event_dim=event_dim, validate_args=False)
 
 
 def _independent(dims: int) -> Wrapping:
     return Wrapping(
         lambda change: change.sum(dim=list(range(-dims, 0))),
-        lambda distribution: distribution.to_event(dims),
+        lambda distribution: PyroIndependent(distribution, dims),
     )
 
 
 def _transformed(transforms: list[Transform]) -> Wrapping:
-    from pyro.distributions import TransformedDistribution as PyroTransformed
-
     # one-to-one maps leave ΔF as it is
     return Wrapping(lambda change: change, lambda base: PyroTransformed(base, transforms))
 
 
 def _same_map(triple: Triple) -> bool:
     first, *others = (flat(member.transforms) for member in triple)  # type: ignore[attr-defined]
-    return all(part.bijective for part in first) and all(other == first for other in others)
+    return all(part.bijective for part in first) and all(
+        len(other) == len(first) and all(map(_equal, other, first)) for other in others
+    )
+
+
+def _equal(one: Transform, other: Transform) -> bool:
+    # on the meta device there are no values to compare
+    if any(isinstance(value, Tensor) and value.is_meta for value in vars(one).values()):
+        return type(one) is type(other)
+    return bool(one == other)
 
 
 def flat(transforms: list[Transform]) -> list[Transform]:
@@ -199,3 +216,15 @@ def in_float64(value: Any) -> Any:
 def fixed(value: Any) -> Any:
     """The distribution (or transform) with float64 parameters that carry no gradient."""
     return with_tensors(value, lambda tensor: tensor.detach().double())
+
+
+def device_of(distribution: Distribution) -> torch.device:
+    """Of its parameters, whatever they are called."""
+    devices: list[torch.device] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        devices.append(tensor.device)
+        return tensor
+
+    with_tensors(distribution, note)
+    return devices[0] if devices else torch.device("cpu")

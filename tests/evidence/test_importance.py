@@ -1,0 +1,173 @@
+"""Estimates of ΔF from draws: right, honest about their error, and refused where they would be wrong."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_bmrs import ImportanceError, LogUniform, TruncatedLogNormal, log_evidence_change
+from pyro_bmrs.evidence import estimate_log_evidence_change, estimate_log_mean
+from pyro_bmrs.evidence.importance import UnreliableEstimateWarning, khat_threshold
+
+
+def t(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+NORMAL = dist.Normal(t(0.5), t(0.4)), dist.Normal(t(0.0), t(1.0)), dist.Normal(t(0.2), t(0.6))
+
+
+def test_the_error_is_as_large_as_said():
+    """300 runs of 1,000 draws: 95 % intervals cover at least 90 % (a false alarm in 10,000), and not all."""
+    exact = log_evidence_change(*NORMAL)
+    z = []
+    for seed in range(300):
+        found = estimate_log_evidence_change(*NORMAL, draws=1000, seed=seed)
+        z.append(float((found.estimate - exact) / found.standard_error))
+    covered = sum(abs(value) < 1.96 for value in z) / len(z)
+    assert 0.90 < covered < 1.0
+    assert abs(sum(z) / len(z)) < 4.5 / math.sqrt(300)  # unbiased; a false alarm in 100,000
+
+
+def khat(scale: float, dimensions: int, draws: int, seed: int) -> float:
+    """k̂ of log weights log p - log q, p standard normal and q `scale` times as wide."""
+    torch.manual_seed(seed)
+    x = scale * torch.randn(draws, dimensions, dtype=torch.float64)
+    log_p = -0.5 * x.square().sum(-1)
+    log_q = -0.5 * (x / scale).square().sum(-1) - dimensions * math.log(scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableEstimateWarning)
+        return float(estimate_log_mean(log_p - log_q).khat)
+
+
+def test_khat_has_its_sign_the_right_way_round():
+    """Theory: 1 - scale². In 20 runs each of 4,000 draws none was on the wrong side; the wrong sign swaps them."""
+    assert all(khat(0.9, 5, 4000, seed) < 0.5 for seed in range(20))
+    assert all(khat(1 / 3, 5, 4000, seed) > 0.7 for seed in range(20))
+    assert all(khat(1.5, 5, 4000, seed) < 0.1 for seed in range(20))  # too wide: bounded weights
+
+
+def test_equal_weights_are_perfect():
+    q, p, _ = NORMAL
+    found = estimate_log_evidence_change(q, p, p)
+    assert float(found.estimate) == 0
+    assert float(found.standard_error) == 0
+    assert float(found.khat) == -math.inf
+    assert bool(found.reliable)
+    assert float(found.effective_sample_size) == pytest.approx(found.draws)
+    # equal but for rounding: what an exact posterior gives
+    noisy = estimate_log_mean(1e-12 * torch.randn(4000, dtype=torch.float64) - 3.0)
+    assert float(noisy.khat) == -math.inf
+    assert float(noisy.estimate) == pytest.approx(-3.0)
+
+
+def test_weights_of_an_interval_are_zero_or_equal():
+    """A reduced prior that is the prior cut to a part: no tail, and the error of a share."""
+    q, p, reduced = (
+        TruncatedLogNormal(t(-3.0), t(2.0)),
+        LogUniform(*t(-20.0, 0.0)),
+        LogUniform(*t(-4.0, -1.0)),
+    )
+    found = estimate_log_evidence_change(q, p, reduced, draws=4000)
+    share = float(q.cdf(t(-1.0).exp()) - q.cdf(t(-4.0).exp()))
+    assert float(found.khat) == -math.inf
+    assert float(found.standard_error) == pytest.approx(math.sqrt((1 - share) / share / 4000), rel=0.1)
+    assert abs(float(found.estimate - log_evidence_change(q, p, reduced))) < 4.5 * float(found.standard_error)
+    assert float(found.log_weights.exp().sum()) == pytest.approx(1.0)
+
+
+def test_a_bounded_tail_of_equal_weights():
+    weights = torch.cat([t(0.0).expand(3000), torch.linspace(-2, -0.01, 1000, dtype=torch.float64)])
+    found = estimate_log_mean(weights)
+    assert float(found.khat) == -math.inf
+    assert float(found.estimate) == pytest.approx(float(weights.logsumexp(0)) - math.log(4000))
+
+
+@pytest.mark.parametrize("width", [1e-6, 1e-3])
+def test_a_spike_is_refused(width):
+    q, p, _ = NORMAL
+    with pytest.raises(
+        ImportanceError, match=r"only \d+ of 4000 posterior draws carry weight, fewer than 50.*Delta"
+    ):
+        estimate_log_evidence_change(q, p, dist.Normal(t(0.3), t(width)))
+
+
+def test_a_reduced_prior_where_the_posterior_has_hardly_any_mass_is_refused():
+    q, p, _ = NORMAL
+    with pytest.raises(ImportanceError, match="carry weight"):
+        estimate_log_evidence_change(q, p, dist.Normal(t(9.0), t(0.2)))
+
+
+def test_only_the_elements_that_fail_are_named():
+    q, p, _ = NORMAL
+    with pytest.raises(ImportanceError, match=r"of elements \[1\]"):
+        estimate_log_evidence_change(q, p, dist.Normal(t(0.2, 0.3), t(0.6, 1e-6)))
+
+
+@pytest.mark.parametrize(
+    ("q", "p", "reduced", "name"),
+    [
+        (dist.Gamma(2.0, 1.0), dist.Normal(0.0, 3.0), dist.Normal(0.0, 1.0), "posterior"),
+        (dist.Normal(0.0, 1.0), dist.Gamma(2.0, 1.0), dist.Normal(0.0, 1.0), "prior"),
+        (dist.Uniform(0.0, 1.0), dist.Normal(0.0, 3.0), dist.Beta(1.0, 1.0), None),
+        (dist.Uniform(0.0, 0.5), dist.Normal(0.0, 3.0), dist.Beta(1.0, 1.0), "posterior"),
+        (
+            dist.Dirichlet(torch.ones(3)),
+            dist.Dirichlet(torch.ones(3)),
+            dist.Dirichlet(2 * torch.ones(3)),
+            None,
+        ),
+        (dist.Poisson(3.0), dist.Geometric(0.3), dist.Poisson(2.0), None),
+    ],
+)
+def test_the_reduced_prior_must_lie_within_both_supports(q, p, reduced, name):
+    if name is None:
+        estimate_log_evidence_change(q, p, reduced)
+        return
+    with pytest.raises(ValueError, match=f"within the support of the {name}"):
+        estimate_log_evidence_change(q, p, reduced)
+
+
+def test_warned_above_the_threshold():
+    """A posterior that the narrow prior made, and a wide reduced prior: theory has k = 0.8."""
+    q, p = dist.Normal(torch.zeros(5), 1 / 3).to_event(1), dist.Normal(torch.zeros(5), 0.35).to_event(1)
+    with pytest.warns(UnreliableEstimateWarning, match=r"k̂ is \d\.\d+, above 0\.70"):
+        found = estimate_log_evidence_change(q, p, dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    assert not bool(found.reliable)
+
+
+def test_the_threshold_grows_with_the_draws():
+    assert [round(khat_threshold(draws), 3) for draws in (100, 1000, 2200, 10**6)] == [0.5, 0.667, 0.7, 0.7]
+
+
+def test_batches_seeds_and_generators():
+    q, p, reduced = (
+        dist.Normal(torch.zeros(2, 3), 0.5),
+        dist.Laplace(0.0, 1.0),
+        dist.Normal(torch.zeros(3), 0.8),
+    )
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, same, other = (estimate_log_evidence_change(q, p, reduced, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.estimate.shape == first.khat.shape == first.carrying_draws.shape == (2, 3)
+    assert first.log_weights.shape == (4000, 2, 3)
+    assert torch.equal(first.estimate, same.estimate)
+    assert not torch.equal(first.estimate, other.estimate)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(bad):
+    with pytest.raises(ValueError, match="log_weights must be finite"):
+        estimate_log_mean(torch.full((200,), bad))
+
+
+def test_too_few_draws():
+    with pytest.raises(ValueError, match="draws must be at least 100: got 99"):
+        estimate_log_evidence_change(*NORMAL, draws=99)
+    with pytest.raises(ImportanceError, match="only 0 of 200"):
+        estimate_log_mean(torch.full((200,), -math.inf))
