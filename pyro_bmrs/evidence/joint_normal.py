@@ -16,12 +16,13 @@ matrices shrink on the way down, and nearly all of its nodes are as small as a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
-from pyro_bmrs.evidence.normal import MultivariateChange, multivariate_change, normal_change
+from pyro_bmrs.evidence.normal import MultivariateChange, cholesky, multivariate_change, normal_change
 
 # Numbers of float64 that a node of the tree may need at once for its matrices and what is made of them.
 _BUDGET = 2**24
@@ -52,7 +53,7 @@ class GroupReduction:
         """ΔF, and the reduced posterior, for posteriors of these coordinates. Shapes: (batch, n), (batch, n, n)."""
         if self.prior_loc is None or self.prior_covariance is None:
             assert self.log_prior_density is not None
-            factor = torch.linalg.cholesky(covariance)
+            factor = cholesky("posterior", covariance)
             away = (self.reduced_loc - loc).unsqueeze(-1)
             z = torch.linalg.solve_triangular(factor, away, upper=False).squeeze(-1)
             half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -78,20 +79,37 @@ def joined(groups: Sequence[GroupReduction]) -> GroupReduction:
     """Several groups as one.
 
     Raises:
-        NotImplementedError: if some have a normal prior and others none.
+        NotImplementedError: if some have no normal prior and others are not reduced to points.
     """
     coordinates = torch.cat([group.coordinates for group in groups])
     loc = torch.cat([group.reduced_loc for group in groups])
     factor = torch.block_diag(*(group.reduced_factor for group in groups))  # type: ignore[no-untyped-call]
+    if any(group.log_prior_density is not None for group in groups):
+        groups = [_as_density(group) for group in groups]
     densities = [group.log_prior_density for group in groups if group.log_prior_density is not None]
     if not densities:
         prior_loc = torch.cat([group.prior_loc for group in groups if group.prior_loc is not None])
         covariances = [group.prior_covariance for group in groups if group.prior_covariance is not None]
         covariance = torch.block_diag(*covariances)  # type: ignore[no-untyped-call]
         return GroupReduction(coordinates, loc, factor, prior_loc, covariance)
-    if len(densities) < len(groups):
-        raise NotImplementedError("no closed form where some priors are normal and others are not")
     return GroupReduction(coordinates, loc, factor, log_prior_density=torch.stack(densities).sum(0))
+
+
+def _as_density(group: GroupReduction) -> GroupReduction:
+    """A point, with its prior known by its density there alone.
+
+    Raises:
+        NotImplementedError: if the reduced prior is no point.
+    """
+    if group.prior_loc is None or group.prior_covariance is None:
+        return group
+    if bool((group.reduced_factor != 0).any()):
+        raise NotImplementedError(
+            "no closed form where some priors are not normal and not all is reduced to points"
+        )
+    prior = MultivariateNormal(group.prior_loc, group.prior_covariance, validate_args=False)
+    density = prior.log_prob(group.reduced_loc)
+    return replace(group, prior_loc=None, prior_covariance=None, log_prior_density=density)
 
 
 def reduce_group(loc: Tensor, covariance: Tensor, group: GroupReduction) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,7 +99,7 @@ def multivariate_change(
     """
     n = q_loc.shape[-1]
     eye = torch.eye(n, dtype=q_loc.dtype, device=q_loc.device)
-    q_factor, p_factor = torch.linalg.cholesky(q_covariance), torch.linalg.cholesky(p_covariance)
+    q_factor, p_factor = cholesky("posterior", q_covariance), cholesky("prior", p_covariance)
     q_precision, p_precision = torch.cholesky_inverse(q_factor), torch.cholesky_inverse(p_factor)
     narrowing = q_precision - p_precision
     spread = eye + reduced_factor.mT @ narrowing @ reduced_factor
@@ -122,6 +122,16 @@ def multivariate_change(
     )
     root = torch.linalg.solve_triangular(spread_factor, reduced_factor.mT, upper=False)
     return MultivariateChange(change, reduced_loc + step, root.mT @ root)
+
+
+def cholesky(name: str, covariance: Tensor) -> Tensor:
+    """The factor of a covariance, or ValueError."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed.is_meta and bool(failed.any()):
+        raise ValueError(
+            f"{name} must have a positive definite covariance: it has none, to float64's precision"
+        )
+    return factor
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

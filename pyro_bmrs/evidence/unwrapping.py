@@ -14,6 +14,7 @@ from pyro.distributions import Independent as PyroIndependent
 from pyro.distributions import TransformedDistribution as PyroTransformed
 from torch import Tensor, nn
 from torch.distributions import (
+    AffineTransform,
     ComposeTransform,
     Distribution,
     Independent,
@@ -179,9 +180,24 @@ def flat(transforms: list[Transform]) -> list[Transform]:
             parts += flat(transform.parts)
         elif isinstance(transform, IndependentTransform):
             parts += flat([transform.base_transform])
-        elif transform is not identity_transform:
+        elif not _is_identity(transform):
             parts.append(transform)
     return parts
+
+
+def _is_identity(transform: Transform) -> bool:
+    """Such as the shift by 0 that torch's map to the positive numbers ends with."""
+    if transform is identity_transform:
+        return True
+    if not isinstance(transform, AffineTransform):
+        return False
+
+    def everywhere(value: Tensor | float, number: float) -> bool:
+        if isinstance(value, Tensor):
+            return not value.is_meta and bool((value == number).all())
+        return value == number
+
+    return everywhere(transform.loc, 0.0) and everywhere(transform.scale, 1.0)
 
 
 def with_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

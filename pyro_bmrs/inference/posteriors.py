@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList, AutoNormal
 from pyro.infer.autoguide.guides import AutoCallable
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import (
     ComposeTransform,
@@ -245,8 +246,7 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
 def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str]) -> list[Block]:
     first, second = (poutine.trace(guide).get_trace(*args) for _ in range(2))
     blocks: list[Block] = []
-    for name in first.stochastic_nodes:
-        node = first.nodes[name]
+    for name, node in first.iter_stochastic_nodes():
         if name not in sites or node["infer"].get("is_auxiliary"):
             continue
         base = elementary(node["fn"])
@@ -299,9 +299,9 @@ def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
     """One draw of all latents of a guide."""
     trace = poutine.trace(guide).get_trace(*args)
     return {
-        name: trace.nodes[name]["value"].detach()
-        for name in trace.stochastic_nodes
-        if not trace.nodes[name]["infer"].get("is_auxiliary")
+        name: node["value"].detach()
+        for name, node in trace.iter_stochastic_nodes()
+        if not node["infer"].get("is_auxiliary") and not site_is_subsample(node)
     }
 
 

@@ -223,13 +223,9 @@ class Latents:
                     log_evidence_change(q, prior[name], site.reduced_prior)
                     for q, prior in zip(posteriors, priors, strict=True)
                 ]
+                inner[name] = torch.stack(rows)
             except NotImplementedError:
-                at = values[name].double()
-                rows = [
-                    log_ratio(prior[name], site.reduced_prior, at[k : k + 1])[0]
-                    for k, prior in enumerate(priors)
-                ]
-            inner[name] = torch.stack(rows)
+                inner[name] = self._inner_ratios(name)
         return inner
 
     def _conditionals(self, site: LatentSite, values: Mapping[str, Tensor]) -> Iterator[Any]:
@@ -268,7 +264,7 @@ class Latents:
             NotImplementedError: where sites whose priors depend on each other are reduced together.
             ImportanceError: where it has to be estimated from draws, and can't.
         """
-        chosen = self._chosen(selection)
+        chosen = self.chosen(selection)
         dependent = {name: mask for name, mask in chosen.items() if self.sites[name].parents}
         parts = []
         if dependent:
@@ -283,7 +279,8 @@ class Latents:
             _worst(torch.stack([part.khat for part in parts])),
         )
 
-    def _chosen(self, selection: Selection) -> dict[str, Tensor]:
+    def chosen(self, selection: Selection) -> dict[str, Tensor]:
+        """A selection without what a fit has removed, and without sites of which nothing is chosen."""
         unknown = sorted(set(selection) - set(self.sites))
         if unknown:
             raise ValueError(f"selection must be of the sites {list(self.sites)}: got {unknown}")
@@ -348,7 +345,20 @@ class Latents:
         """ΔF of the chosen elements given all else. Shape: (draws,)."""
         if not isinstance(block, JointNormalBlock):
             return torch.stack([self._inner[name][:, mask].sum(-1) for name, mask in masks.items()]).sum(0)
-        return torch.stack([change for change, _, _ in self._conditional_groups(block, masks)])
+        try:
+            return torch.stack([change for change, _, _ in self._conditional_groups(block, masks)])
+        except NotImplementedError:
+            return torch.stack(
+                [self._inner_ratios(name)[:, mask].sum(-1) for name, mask in masks.items()]
+            ).sum(0)
+
+    def _inner_ratios(self, name: str) -> Tensor:
+        """log p̃(θ) - log p(θ) at the joint draws, for a site with a dependent prior. Shape: (draws, *elements)."""
+        values, priors = self._joint_draws
+        at, reduced = values[name].double(), self.sites[name].reduced_prior
+        if isinstance(reduced, dist.Delta):
+            raise ImportanceError("a point mass can't be estimated from draws, and has no closed form here")
+        return torch.stack([log_ratio(prior[name], reduced, at[k]) for k, prior in enumerate(priors)])
 
     def _conditional_groups(
         self, block: JointNormalBlock, masks: Mapping[str, Tensor]
@@ -371,7 +381,7 @@ class Latents:
 
     def reduced_posterior(self, selection: Selection) -> ReducedPosterior:
         """The posterior of the model in which all chosen elements are reduced, as a guide."""
-        chosen = self._chosen(selection)
+        chosen = self.chosen(selection)
         dependent = {name: mask for name, mask in chosen.items() if self.sites[name].parents}
         with self._looking():
             if dependent:

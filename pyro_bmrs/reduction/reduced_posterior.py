@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -111,9 +112,9 @@ class ReducedPosterior:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         others = poutine.trace(poutine.block(self.guide, hide=list(self._own))).get_trace(*args, **kwargs)
         values: dict[str, Tensor] = {
-            name: others.nodes[name]["value"]
-            for name in others.stochastic_nodes
-            if not others.nodes[name]["infer"].get("is_auxiliary")
+            name: node["value"]
+            for name, node in others.iter_stochastic_nodes()
+            if not node["infer"].get("is_auxiliary") and not site_is_subsample(node)
         }
         for part in self.parts:
             values |= part.sample()

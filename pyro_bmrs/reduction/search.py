@@ -75,7 +75,7 @@ class _Space:
     def _read(self) -> list[_Joint]:
         members: dict[int, tuple[JointNormalBlock, dict[int, GroupReduction]]] = {}
         for number, chosen in enumerate(self.selections.values()):
-            for block, masks in self.latents.by_block(chosen):
+            for block, masks in self.latents.by_block(self.latents.chosen(chosen)):
                 if isinstance(block, JointNormalBlock):
                     groups = members.setdefault(id(block), (block, {}))[1]
                     groups[number] = self.latents.group(masks)
@@ -150,9 +150,10 @@ def greedy_reduction(
         NotImplementedError: for sites whose priors depend on other latents, or have no closed form in a joint normal.
         ValueError: for overlapping groups, and as in `reduce`.
     """
-    space = _Space(
-        Latents(model, guide, reduced_priors, model_args, draws=draws, seed=seed), groups, prior_log_odds
+    latents = Latents(
+        model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
     )
+    space = _Space(latents, groups, prior_log_odds)
     states = [(joint.loc, joint.covariance) for joint in space.joints]
     left, total = list(range(len(space.names))), 0.0
     rows: list[tuple[int, str, float, float]] = []
@@ -333,9 +334,10 @@ def exhaustive_reduction(
         ValueError: for more than 20 groups, and as in `greedy_reduction`.
         NotImplementedError: as in `greedy_reduction`.
     """
-    space = _Space(
-        Latents(model, guide, reduced_priors, model_args, draws=draws, seed=seed), groups, prior_log_odds
+    latents = Latents(
+        model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
     )
+    space = _Space(latents, groups, prior_log_odds)
     count = len(space.names)
     if count > MOST_GROUPS:
         raise ValueError(
@@ -383,7 +385,8 @@ class _bar:  # noqa: N801 a context, named like one
         from rich.console import Console
         from rich.progress import Progress
 
-        self.bar = Progress(console=Console(stderr=True), transient=True, disable=not self.shown)
+        console = Console(stderr=True, force_terminal=self.shown or None)
+        self.bar = Progress(console=console, transient=True, disable=not self.shown)
         self.bar.start()
         task = self.bar.add_task("models", total=self.total)
         return lambda count: self.bar.advance(task, count)

@@ -82,8 +82,12 @@ def test_a_prior_known_by_its_density_alone():
     known = all_subsets(loc, covariance, [group(0), group(3, 4), group(5)])
     density = all_subsets(loc, covariance, [density_group(0), density_group(3, 4), density_group(5)])
     torch.testing.assert_close(known, density, atol=1e-10, rtol=0)
-    with pytest.raises(NotImplementedError, match="some priors are normal and others are not"):
-        joined([group(0), density_group(3)])
+    mixed, both = joined([group(0), density_group(3)]), joined([group(0), group(3)])
+    torch.testing.assert_close(reduce_group(loc, covariance, mixed), reduce_group(loc, covariance, both))
+    with pytest.raises(
+        NotImplementedError, match="some priors are not normal and not all is reduced to points"
+    ):
+        joined([group(0, width=0.1), density_group(3)])
 
 
 @pytest.mark.parametrize("budget", [1, 300, 10**4])

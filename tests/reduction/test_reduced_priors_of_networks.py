@@ -1,0 +1,63 @@
+"""Reduced priors by hand for the structures of a network: the criterion by another name, where they remove."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import pyro_bmrs as bmrs
+from pyro_bmrs import reduce
+
+
+def network():
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), bmrs.MultiplicativeNoise(6),
+        nn.Linear(6, 5), nn.ReLU(), bmrs.MultiplicativeNoise(5), nn.Linear(5, 2),
+    )  # fmt: skip
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    batch = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    guide(*batch)
+    with torch.no_grad():
+        for posterior in guide.posteriors:
+            posterior.loc.copy_(torch.linspace(-22, 0, len(posterior.loc)))
+            posterior.log_scale.zero_()
+    return model, guide, batch
+
+
+def test_reduced_priors_of_noise_layers_are_the_criterion():
+    model, guide, _ = network()
+    spike = bmrs.TruncatedLogNormal(-20.0, 1e-6)
+    by_priors = reduce(model, guide, {"2": spike, "5": spike})
+    criterion = reduce(model, guide, bmrs.BMRS_N(prior_log_odds=0.0))
+    pd.testing.assert_frame_equal(by_priors.table, criterion.table, rtol=1e-12)
+    small = by_priors.apply(measure=False)
+    assert small[0].out_features == len(by_priors.kept["2"]) < 6
+    assert by_priors.sites.log_evidence_change[0] == pytest.approx(
+        by_priors.table.log_evidence_change[:6].sum()
+    )
+    values = by_priors.reduced_posterior().draw(20)
+    assert float(values["2"][:, by_priors.table.removed[:6].to_numpy()].max()) < 1e-8
+
+
+def test_layers_that_are_not_asked_about_stay():
+    model, guide, _ = network()
+    plan = reduce(model, guide, {"2": bmrs.LogUniform(-20.0, -5.5)})
+    assert len(plan.kept["5"]) == 5
+    assert plan.table[plan.table.layer == "5"].score.isna().all()
+    assert plan.apply(measure=False)[3].out_features == 5
+
+
+def test_a_reduced_prior_that_keeps_the_scale_removes_nothing():
+    model, guide, batch = network()
+    plan = reduce(model, guide, {"2": bmrs.TruncatedLogNormal(-0.01, 1e-3)}, *batch)
+    with pytest.raises(ValueError, match="plan has nothing to remove from a network"):
+        plan.apply()
+
+
+def test_what_goes_with_mappings_only():
+    model, guide, _ = network()
+    with pytest.raises(ValueError, match="go with a mapping of sites to reduced priors"):
+        reduce(model, guide, bmrs.BMRS_N(), prior_log_odds=1.0)
