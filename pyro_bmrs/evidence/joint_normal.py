@@ -108,7 +108,7 @@ def _as_density(group: GroupReduction) -> GroupReduction:
             "no closed form where some priors are not normal and not all is reduced to points"
         )
     prior = MultivariateNormal(group.prior_loc, group.prior_covariance, validate_args=False)
-    density = prior.log_prob(group.reduced_loc)
+    density: Tensor = prior.log_prob(group.reduced_loc)  # type: ignore[no-untyped-call]
     return replace(group, prior_loc=None, prior_covariance=None, log_prior_density=density)
 
 

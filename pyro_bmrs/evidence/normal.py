@@ -126,10 +126,11 @@ def multivariate_change(
 
 def cholesky(name: str, covariance: Tensor) -> Tensor:
     """The factor of a covariance, or ValueError."""
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed.is_meta and bool(failed.any()):
         raise ValueError(
-            f"{name} must have a positive definite covariance: it has none, to float64's precision"
+            f"{name} must have a positive definite covariance: it has none, to the precision of float64"
         )
     return factor
 

@@ -14,7 +14,9 @@ from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.recipes import Recipe, Settings
 
 FOLDER = Path(__file__).parents[2] / "models"
-RECIPES = {path.stem: Recipe.read(path) for path in sorted(FOLDER.glob("*.py"))}
+# the others are Pyro programs without a network: test_programs.py
+PROGRAMS = {"linear_regression", "mixture", "sparse_regression"}
+RECIPES = {path.stem: Recipe.read(path) for path in sorted(FOLDER.glob("*.py")) if path.stem not in PROGRAMS}
 RAW_SHAPES = {
     "mnist": (1, 28, 28),
     "fashion-mnist": (1, 28, 28),
