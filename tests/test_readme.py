@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pyro
 import torch
 
 import pyro_bmrs as bmrs
@@ -58,6 +59,29 @@ def test_the_small_network_loads_in_all_three_ways(tmp_path, monkeypatch):
         names = {"make_network": make_network, "x": x}
         exec(compile(BLOCKS[2].partition(ending)[0] + ending, "README.md", "exec"), names)
         torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, atol=1e-5, rtol=0)
+
+
+def test_evidence_for_any_pyro_model(capsys):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(BLOCKS[3], "README.md", "exec"), names)
+    assert names["plan"].kept == {"weights": [0, 2]}
+    assert names["predictive"](names["x"])["y"].shape == (100, 200)
+    assert "16 models; the most probable reduce:" in capsys.readouterr().out
+
+
+def test_the_page_on_evidence(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    pyro.clear_param_store()
+    names = {}
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "evidence.md", "exec"), names)
+    assert names["plan"].kept == {"weights": [1, 2, 3, 4, 8]}
+    assert (tmp_path / "curve.svg").stat().st_size > 10_000
+    assert "1,024 models" in capsys.readouterr().out
 
 
 def test_linked_files_exist():

@@ -98,7 +98,7 @@ def ard_truth():
 
 
 def test_relevance_against_long_importance_sampling(ard_truth):
-    """Full rank, 1,500 steps, 1,000 draws. Tolerance: 0.15 nat, and 7 % of what is far away, where k̂ is above its threshold.
+    """Full rank, 1,500 steps, 1,000 draws. Tolerance: 0.15 nat, and 15 % where ΔF is below -6 (k̂ says so there).
 
     Measured errors: 0.03, 0.11, 3.9, 0.56, 0.12, 1.8, 0.00 nat for ΔF of 2.2, -5.3, -28.7, -10.1, -7.4, -20.7, 1.7.
     """
@@ -143,6 +143,12 @@ def test_the_sum_over_assignments_agrees_with_importance_sampling():
     assert abs(mixture.log_evidence(points) - estimate) < 4.5 * error
 
 
+@pytest.fixture(scope="module")
+def fitted_mixture():
+    mixture.fit(mixture.POINTS)
+    return pyro.get_param_store().get_state()
+
+
 @pytest.mark.parametrize(
     ("criterion", "changed", "tolerance"),
     [
@@ -152,10 +158,10 @@ def test_the_sum_over_assignments_agrees_with_importance_sampling():
         ({"means": dist.Normal(torch.tensor(mixture.MEANS), 0.5)}, dict(spread=0.5), 0.03),
     ],
 )
-def test_the_mixture_against_enumeration(criterion, changed, tolerance):
+def test_the_mixture_against_enumeration(fitted_mixture, criterion, changed, tolerance):
     """Twelve points, 4,096 assignments. The mean-field guide's ELBO is 0.02 nats below the evidence; ΔF errs more."""
-    guide = mixture.fit(mixture.POINTS)
-    plan = reduce(mixture.model, guide, criterion, mixture.POINTS)
+    pyro.get_param_store().set_state(fitted_mixture)
+    plan = reduce(mixture.model, mixture.guide, criterion, mixture.POINTS)
     truth = mixture.log_evidence(mixture.POINTS, **changed) - mixture.log_evidence(mixture.POINTS)
     assert plan.sites.standard_error[0] == 0
     assert plan.sites.log_evidence_change[0] == pytest.approx(truth, abs=tolerance)
