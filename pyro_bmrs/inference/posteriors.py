@@ -112,7 +112,7 @@ class JointNormalBlock:
         """Values of the sites. Shape: (*batch, coordinates) → (*batch, *site)."""
         batch = unconstrained.shape[:-1]
         return {
-            name: at.transform(unconstrained[..., at.start : at.start + at.size].reshape(*batch, *at.shape))
+            name: at.transform(unconstrained[..., at.start : at.start + at.size].reshape(batch + at.shape))
             for name, at in self.layout.items()
         }
 

@@ -19,7 +19,7 @@ from pyro_bmrs.inference.guides import elementary
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality
 class LatentSite:
     """A site of the model that is asked about.
 
@@ -155,7 +155,7 @@ def _reshaped(law: Any, shape: torch.Size) -> Any:
 
     def change(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
-            return value.reshape(*shape, *value.shape[1:])
+            return value.reshape(shape + value.shape[1:])
         return value
 
     base = law

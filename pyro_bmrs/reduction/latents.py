@@ -32,7 +32,8 @@ from pyro_bmrs.inference.posteriors import (
     model_at,
     read_blocks,
 )
-from pyro_bmrs.reduction.latent_sites import LatentSite, group_of, latent_site, per_element
+from pyro_bmrs.reduction.averaging import Averaging, root_of
+from pyro_bmrs.reduction.latent_sites import LatentSite, group_of, latent_site
 from pyro_bmrs.reduction.reduced_posterior import JointPart, Part, ReducedPosterior, SitePart, WeightedDraws
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
@@ -93,7 +94,7 @@ class Latents:
         check_arguments(model, args)
         self.model, self.guide, self.args = model, guide, args
         self.draws, self.seed = draws, seed
-        with self._looking():
+        with self.looking():
             blocks = read_blocks(guide, *args, sites=tuple(reduced_priors))
             values = [guide_values(guide, *args) for _ in range(2)]
             traces = [model_at(model, drawn, *args) for drawn in values]
@@ -112,7 +113,7 @@ class Latents:
                 self.sites[name] = latent_site(name, block, traces[0].nodes[name], reduced, parents)
 
     @contextmanager
-    def _looking(self, stream: int = 0) -> Iterator[None]:
+    def looking(self, stream: int = 0) -> Iterator[None]:
         """Looking only: no generator, gradient or parameter store may notice. Other streams, other draws."""
         store = pyro.get_param_store()
         with (
@@ -144,9 +145,9 @@ class Latents:
         return {name: self._of_elements(site) for name, site in self.sites.items()}
 
     def _of_elements(self, site: LatentSite) -> Evidence:
-        with self._looking(), _naming(site.name):
+        with self.looking(), _naming(site.name):
             if site.parents:
-                found = _estimated(estimate_log_mean(self._inner[site.name]))
+                found = _estimated(estimate_log_mean(self._averaging.given_all_else(site)))
             else:
                 try:
                     found = _exact(log_evidence_change(site.posterior, site.prior, site.reduced_prior))
@@ -160,10 +161,14 @@ class Latents:
         )
 
     @cached_property
+    def _averaging(self) -> Averaging:
+        return Averaging(self)
+
+    @cached_property
     def _block_draws(self) -> dict[int, dict[str, Tensor]]:
         """Values of the sites of each block asked about, float64. Shape: (draws, *site)."""
         drawn: dict[int, dict[str, Tensor]] = {}
-        with self._looking():
+        with self.looking():
             for site in self.sites.values():
                 block = site.block
                 if id(block) not in drawn:
@@ -183,78 +188,6 @@ class Latents:
         check_support(site.posterior, site.prior, site.reduced_prior)
         return log_ratio(site.prior, site.reduced_prior, self._block_draws[id(site.block)][site.name])
 
-    # --- priors that depend on other latents ----------------------------------------------------------
-
-    @cached_property
-    def _joint_draws(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Joint draws of all latents of the guide, and at each the priors of the sites that depend on some."""
-        dependent = [name for name, site in self.sites.items() if site.parents]
-        values, priors = [], []
-        with self._looking():
-            for _ in range(self.draws):
-                drawn = guide_values(self.guide, *self.args)
-                trace = model_at(self.model, drawn, *self.args)
-                values.append(drawn)
-                priors.append(
-                    {
-                        name: per_element(
-                            trace.nodes[name]["fn"], self.sites[name].shape, self.sites[name].event_dim
-                        )
-                        for name in dependent
-                    }
-                )
-        stacked = {name: torch.stack([drawn[name] for drawn in values]) for name in values[0]}
-        return stacked, priors
-
-    @cached_property
-    def _inner(self) -> dict[str, Tensor]:
-        """For sites with dependent priors, ΔF of each element given all else. Shape: (draws, *elements).
-
-        The mean of its exponential over the draws is E_q[p̃/p]: what can be integrated in closed form is.
-        """
-        values, priors = self._joint_draws
-        inner = {}
-        for name, site in self.sites.items():
-            if not site.parents:
-                continue
-            posteriors = self._conditionals(site, values)
-            try:
-                rows = [
-                    log_evidence_change(q, prior[name], site.reduced_prior)
-                    for q, prior in zip(posteriors, priors, strict=True)
-                ]
-                inner[name] = torch.stack(rows)
-            except NotImplementedError:
-                inner[name] = self._inner_ratios(name)
-        return inner
-
-    def _conditionals(self, site: LatentSite, values: Mapping[str, Tensor]) -> Iterator[Any]:
-        """The posterior of each element given all else, at each joint draw."""
-        block = site.block
-        if not isinstance(block, JointNormalBlock):
-            yield from (site.posterior for _ in range(self.draws))
-            return
-        away = self._unconstrained(block, values) - block.loc
-        precision = self._precision(block)
-        rows = site.coordinates
-        covariance = torch.linalg.inv(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)])
-        for row in away:
-            pull = (precision @ row)[rows].unsqueeze(-1)
-            yield site.law(block.loc[rows] + row[rows] - (covariance @ pull).squeeze(-1), covariance)
-
-    def _precision(self, block: JointNormalBlock) -> Tensor:
-        everything = torch.arange(len(block.loc), device=block.loc.device)
-        precision: Tensor = torch.linalg.inv(block.covariance(everything))
-        return precision
-
-    def _unconstrained(self, block: JointNormalBlock, values: Mapping[str, Tensor]) -> Tensor:
-        """Shape: (draws, coordinates)."""
-        parts = [
-            at.transform.inv(values[name].double()).reshape(self.draws, -1)
-            for name, at in block.layout.items()
-        ]
-        return torch.cat(parts, -1)
-
     # --- of a choice of elements ------------------------------------------------------------------------
 
     def change(self, selection: Selection) -> Evidence:
@@ -264,13 +197,11 @@ class Latents:
             NotImplementedError: where sites whose priors depend on each other are reduced together.
             ImportanceError: where it has to be estimated from draws, and can't.
         """
-        chosen = self.chosen(selection)
-        dependent = {name: mask for name, mask in chosen.items() if self.sites[name].parents}
-        parts = []
-        if dependent:
-            parts.append(_estimated(self._averaged(chosen, dependent)))
-        for block, masks in self.by_block({k: v for k, v in chosen.items() if k not in dependent}):
-            parts.append(self.of_block(block, masks))
+        averaged, others = self._averaged_apart(self.chosen(selection))
+        parts = [self.of_block(block, masks) for block, masks in self.by_block(others)]
+        if averaged:
+            with self.looking(), _naming(", ".join(averaged)):
+                parts.append(_estimated(self._averaging.together(averaged)))
         if not parts:
             return _exact(torch.zeros((), dtype=torch.float64))
         return Evidence(
@@ -287,6 +218,25 @@ class Latents:
         masks = {name: mask & self.sites[name].kept for name, mask in selection.items()}
         return {name: mask for name, mask in masks.items() if bool(mask.any())}
 
+    def _averaged_apart(self, chosen: Selection) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What has to be averaged over joint draws, and the rest, which is independent of it.
+
+        Raises:
+            NotImplementedError: where a site is chosen together with one that its prior depends on.
+        """
+        dependent = [name for name in chosen if self.sites[name].parents]
+        for name in dependent:
+            parents = sorted(set(self.sites[name].parents) & set(chosen))
+            if parents:
+                raise NotImplementedError(
+                    f"{name!r} can't be reduced together with {parents}, which its prior depends on: "
+                    "reduce one, then fit again"
+                )
+        # what shares a joint normal with one of them moves with it
+        blocks = {id(self.sites[name].block) for name in dependent}
+        averaged = {name: mask for name, mask in chosen.items() if id(self.sites[name].block) in blocks}
+        return averaged, {name: mask for name, mask in chosen.items() if name not in averaged}
+
     def by_block(self, chosen: Selection) -> list[tuple[Block, dict[str, Tensor]]]:
         blocks: dict[int, tuple[Block, dict[str, Tensor]]] = {}
         for name, mask in chosen.items():
@@ -300,7 +250,7 @@ class Latents:
             found = self.elements[name]
             error = found.standard_error[mask].square().sum().sqrt()
             return Evidence(found.log_evidence_change[mask].sum(), error, _worst(found.khat[mask]))
-        with self._looking(), _naming(", ".join(masks)):
+        with self.looking(), _naming(", ".join(masks)):
             try:
                 group = self.group(masks)
                 own = group.coordinates
@@ -315,84 +265,31 @@ class Latents:
     def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> GroupReduction:
         """The chosen elements of sites of one joint normal as a group of its coordinates.
 
+        Args:
+            priors: of the elements of some sites, where they depend on other latents.
+
         Raises:
             NotImplementedError: where there is no closed form for them.
         """
         groups = []
         for name, mask in masks.items():
             site = self.sites[name]
-            prior = site.prior if priors is None else priors[name]
+            prior = site.prior if priors is None else priors.get(name, site.prior)
             groups.append(group_of(site, mask, prior))
         return joined(groups)
-
-    def _averaged(self, chosen: Selection, dependent: Selection) -> ImportanceEstimate:
-        """Of the chosen elements of sites with dependent priors, given all else that is not chosen."""
-        crossing = {name: set(self.sites[name].parents) & set(chosen) for name in dependent}
-        for name, parents in crossing.items():
-            if parents:
-                raise NotImplementedError(
-                    f"{name!r} can't be reduced together with {sorted(parents)}, which its prior depends on: "
-                    "reduce one, then fit again"
-                )
-        with self._looking(), _naming(", ".join(dependent)):
-            return estimate_log_mean(
-                torch.stack(
-                    [self._inner_of_block(block, masks) for block, masks in self.by_block(dependent)]
-                ).sum(0)
-            )
-
-    def _inner_of_block(self, block: Block, masks: Mapping[str, Tensor]) -> Tensor:
-        """ΔF of the chosen elements given all else. Shape: (draws,)."""
-        if not isinstance(block, JointNormalBlock):
-            return torch.stack([self._inner[name][:, mask].sum(-1) for name, mask in masks.items()]).sum(0)
-        try:
-            return torch.stack([change for change, _, _ in self._conditional_groups(block, masks)])
-        except NotImplementedError:
-            return torch.stack(
-                [self._inner_ratios(name)[:, mask].sum(-1) for name, mask in masks.items()]
-            ).sum(0)
-
-    def _inner_ratios(self, name: str) -> Tensor:
-        """log p̃(θ) - log p(θ) at the joint draws, for a site with a dependent prior. Shape: (draws, *elements)."""
-        values, priors = self._joint_draws
-        at, reduced = values[name].double(), self.sites[name].reduced_prior
-        if isinstance(reduced, dist.Delta):
-            raise ImportanceError("a point mass can't be estimated from draws, and has no closed form here")
-        return torch.stack([log_ratio(prior[name], reduced, at[k]) for k, prior in enumerate(priors)])
-
-    def _conditional_groups(
-        self, block: JointNormalBlock, masks: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(ΔF, mean, covariance) of the chosen coordinates under their reduced prior, given all others, by draw."""
-        values, priors = self._joint_draws
-        away = self._unconstrained(block, values) - block.loc
-        precision = self._precision(block)
-        own: Tensor | None = None
-        for row, prior in zip(away, priors, strict=True):
-            group = self.group(masks, prior)
-            if own is None:
-                own = group.coordinates
-                covariance = torch.linalg.inv(precision[own][:, own])
-            loc = block.loc[own] + row[own] - covariance @ (precision @ row)[own]
-            found = group.change(loc, covariance)
-            yield found.log_evidence_change, found.loc, found.covariance
 
     # --- the reduced posterior ----------------------------------------------------------------------------
 
     def reduced_posterior(self, selection: Selection) -> ReducedPosterior:
         """The posterior of the model in which all chosen elements are reduced, as a guide."""
-        chosen = self.chosen(selection)
-        dependent = {name: mask for name, mask in chosen.items() if self.sites[name].parents}
-        with self._looking():
-            if dependent:
-                rest = {name: mask for name, mask in chosen.items() if name not in dependent}
-                if rest:
-                    raise NotImplementedError(
-                        f"sites with dependent priors {sorted(dependent)} have a reduced posterior on their own, "
-                        f"not together with {sorted(rest)}"
-                    )
-                return ReducedPosterior(self.guide, [self._averaged_part(chosen, dependent)])
-            parts = [self._reduced_block(block, masks) for block, masks in self.by_block(chosen)]
+        averaged, others = self._averaged_apart(self.chosen(selection))
+        with self.looking(stream=1):  # other random numbers than the joint draws were made of
+            parts = [self._reduced_block(block, masks) for block, masks in self.by_block(others)]
+            if averaged:
+                values, log_weights = self._averaging.reduced(averaged)
+                own = {name for part in parts for name in part.sites}
+                kept = {name: value for name, value in values.items() if name not in own}
+                parts.append(self._weighted(kept, log_weights))
         return ReducedPosterior(self.guide, parts)
 
     def _reduced_block(self, block: Block, masks: Mapping[str, Tensor]) -> Part:
@@ -412,7 +309,7 @@ class Latents:
             else self._kind_of(name)
             for name in block.sites
         }
-        return JointPart(block, loc, _root(covariance), kinds)
+        return JointPart(block, loc, root_of(covariance), kinds)
 
     def _kind_of(self, name: str) -> tuple[torch.dtype, int]:
         """Of a site that is not asked about: dtype of its values, and event dimensions."""
@@ -441,51 +338,11 @@ class Latents:
             {name: kinds[name][1] for name in values},
         )
 
-    def _averaged_part(self, chosen: Selection, dependent: Selection) -> WeightedDraws:
-        found = self._averaged(chosen, dependent)
-        values, priors = self._joint_draws
-        values = dict(values)
-        for block, masks in self.by_block(dependent):
-            if isinstance(block, JointNormalBlock):
-                values |= self._drawn_given(block, masks, values)
-                continue
-            for name, mask in masks.items():
-                site = self.sites[name]
-                new = torch.stack(
-                    [
-                        reduced_posterior(site.posterior, prior[name], site.reduced_prior)
-                        .sample()
-                        .expand(site.shape + values[name].shape[1 + len(site.shape) :])
-                        for prior in priors
-                    ]
-                )
-                where = mask.reshape(mask.shape + (1,) * (new.dim() - 1 - mask.dim()))
-                values[name] = torch.where(where, new.to(values[name].dtype), values[name])
-        return self._weighted(values, found.log_weights)
-
-    def _drawn_given(
-        self, block: JointNormalBlock, masks: Mapping[str, Tensor], values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        unconstrained = self._unconstrained(block, values)
-        own = self.group(masks, self._joint_draws[1][0]).coordinates
-        for row, (_, loc, covariance) in zip(
-            unconstrained, self._conditional_groups(block, masks), strict=True
-        ):
-            row[own] = loc + _root(covariance) @ torch.randn_like(loc)
-        return {name: value for name, value in block.values(unconstrained).items() if name in values}
-
 
 def _worst(khat: Tensor) -> Tensor:
     """The largest k̂; NaN where all have closed forms."""
     known = khat[~khat.isnan()]
     return known.max() if len(known) else khat[0]
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """A matrix whose product with its transpose is this one, which may have directions without variance."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = vectors * values.clamp(min=0).sqrt()
-    return root
 
 
 @contextmanager

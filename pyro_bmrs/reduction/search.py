@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, reduce_group
 from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.reduction.bar import bar
 from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, reduce_latents, selections
 from pyro_bmrs.reduction.latents import Latents, Selection
 from pyro_bmrs.reduction.plan import Reduction
@@ -345,7 +345,7 @@ def exhaustive_reduction(
             "use greedy_reduction"
         )
     change = _sums(space.independent)
-    with torch.no_grad(), _bar(len(space.joints) * 2**count, progress) as advance:
+    with torch.no_grad(), bar("models", len(space.joints) * 2**count, progress) as advance:
         for joint in space.joints:
             change = change + _over_all(joint, count, advance)
     return ModelPosterior(space.names, change, _sums(space.log_odds), space)
@@ -373,23 +373,3 @@ def _over_all(joint: _Joint, count: int, advance: Callable[[int], None]) -> Tens
     for position, number in enumerate(numbers):
         index |= (models >> number & 1) << position
     return own[index]
-
-
-class _bar:  # noqa: N801 a context, named like one
-    """A progress bar over models, with the time that is left."""
-
-    def __init__(self, total: int, shown: bool | None) -> None:
-        self.total, self.shown = total, sys.stderr.isatty() if shown is None else shown
-
-    def __enter__(self) -> Callable[[int], None]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True, force_terminal=self.shown or None)
-        self.bar = Progress(console=console, transient=True, disable=not self.shown)
-        self.bar.start()
-        task = self.bar.add_task("models", total=self.total)
-        return lambda count: self.bar.advance(task, count)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()

@@ -399,6 +399,43 @@ def test_the_reduced_posterior_under_a_dependent_prior(joint):
         assert bool(((values.std(0) / deviation - 1).abs() < 0.15).all())
 
 
+def with_offset(y):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 3):
+        effects = pyro.sample("effects", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(offset + effects, 0.5), obs=y)
+
+
+def test_what_is_correlated_with_an_averaged_site_is_averaged_with_it():
+    """scale, offset and effects share one joint normal: ΔF of offset and an effect is no sum of two."""
+    guide = AutoMultivariateNormal(with_offset, init_scale=0.25)
+    guide(YH)
+    with torch.no_grad():
+        guide.loc.copy_(torch.tensor([0.6, 0.3, 0.05, 0.6, -0.2]))
+        guide.scale_tril = torch.eye(5) + torch.tril(torch.full((5, 5), -0.6), -1)
+    reduced = {"effects": dist.Normal(0.0, 0.3), "offset": dist.Normal(0.0, 0.15)}
+    plan = reduce(
+        with_offset, guide, reduced, YH, dependent_priors="average", draws=4000, prior_log_odds=99.0,
+        groups={"both": {"effects": 0, "offset": ...}},
+    )  # fmt: skip
+    z = guide.get_posterior().sample((400_000,)).detach().double()
+    scale, offset, effects = z[:, 0].exp(), z[:, 1], z[:, 2:]
+    ratio = reduced["offset"].log_prob(offset) - dist.Normal(0.0, 1.0).log_prob(offset)
+    each = reduced["effects"].log_prob(effects) - dist.Normal(0.0, scale.unsqueeze(-1)).log_prob(effects)
+    truth = float((ratio + each[:, 0]).logsumexp(0)) - math.log(len(z))
+    apart = plan.sites.log_evidence_change[1] + plan.table.log_evidence_change[0]
+    assert abs(plan.groups.log_evidence_change[0] - truth) < 4.5 * plan.groups.standard_error[0] + 0.01
+    assert abs(apart - truth) > 0.1
+    weights = (ratio + each.sum(-1)).softmax(0)
+    found = plan.reduced_posterior().draw(3000, YH)
+    for values, wanted in ((found["offset"], offset), (found["effects"], effects), (found["scale"], scale)):
+        mean = weights @ wanted.float().double()
+        deviation = (weights @ (wanted - mean) ** 2).sqrt()
+        assert bool(((values.mean(0) - mean).abs() < 0.15 * deviation).all())
+        assert bool(((values.std(0) / deviation - 1).abs() < 0.15).all())
+
+
 def test_dependent_priors_raise_unless_asked():
     with pytest.raises(
         ValueError, match=r"prior of 'effects' that depends on 'scale': pass dependent_priors='average'"
