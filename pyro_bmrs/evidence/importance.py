@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.evidence.unwrapping import device_of, in_float64
+from pyro_bmrs.evidence.unwrapping import batch_shape_of, device_of, in_float64, log_density, unwrapped
 
 DRAWS = 4000
 # Fewer draws than these can't tell the size of a tail, nor the error of a mean.
@@ -109,7 +109,7 @@ def estimate_log_mean(log_weights: Tensor, *, what: str = "the reduced prior") -
             "where the posterior has hardly any mass, or is far narrower. A spike can't be estimated from "
             "draws: as a point mass (pyro.distributions.Delta) it has a closed form"
         )
-    columns = [_smoothed(column) for column in flat.unbind(-1)]
+    columns = [_smoothed(*column) for column in zip(flat.unbind(-1), carrying.tolist(), strict=True)]
     smoothed = torch.stack([weights for weights, _ in columns], -1)
     total = smoothed.logsumexp(0)
     normalised = smoothed - total
@@ -144,8 +144,12 @@ def _carrying(log_weights: Tensor) -> Tensor:
     return torch.where((log_weights > -math.inf).any(0), carrying, 0)
 
 
-def _smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Log-weights with the largest replaced by quantiles of a generalised Pareto law, and its shape k̂."""
+def _smoothed(log_weights: Tensor, carrying: int) -> tuple[Tensor, float]:
+    """Log-weights with the largest replaced by quantiles of a generalised Pareto law, and its shape k̂.
+
+    The law is fitted to the largest min(S/5, 3 √S). Where no more draws than twice as many carry weight, most of what
+    it is fitted to weighs nothing, and it would be wrong about the rest: the weights then stay as they are.
+    """
     from arviz_stats.base import array_stats
 
     positive = log_weights > -math.inf
@@ -159,6 +163,11 @@ def _smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
         if "same" not in str(error):
             raise
         return log_weights, -math.inf  # the largest weights are all equal: there is no tail
+    if math.isnan(khat):  # of discrete laws: the largest weights are few different numbers
+        return log_weights, -math.inf
+    tail = min(len(values) / 5, 3 * len(values) ** 0.5)
+    if carrying <= 2 * tail:
+        return log_weights, float(khat)
     smoothed = torch.as_tensor(given).to(values)
     lowest = values.argmin()  # not in the tail, so unchanged but for the normalising
     result = log_weights.clone()
@@ -193,38 +202,35 @@ def estimate_log_evidence_change(
         ValueError: where draws of the reduced prior lie outside the support of posterior or prior: then part
             of the expectation is missing, whatever the draws say.
     """
-    q, p, reduced = (in_float64(member) for member in (posterior, prior, reduced_prior))
-    shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape, reduced.batch_shape)  # type: ignore[no-untyped-call]
+    if not isinstance(draws, int):
+        raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
+    wide = (in_float64(posterior), in_float64(prior), in_float64(reduced_prior))
+    # elements that are hidden don't count, and each element is drawn
+    triple, wrappings = unwrapped(*wide, stop=lambda found: True)
+    shape = batch_shape_of(triple)
+    q, p, reduced = (member.expand(shape) for member in triple)
     device = device_of(q)
     with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
-        q, p, reduced = (member.expand(shape) for member in (q, p, reduced))
         check_support(q, p, reduced)
-        theta = q.sample((draws,))
-        return estimate_log_mean(log_ratio(p, reduced, theta))
+        ratio = log_ratio(p, reduced, q.sample((draws,)))
+        for wrapping in reversed(wrappings):
+            ratio = wrapping.of_change(ratio)
+        return estimate_log_mean(ratio.expand(draws, *batch_shape_of(wide)))
 
 
 def log_ratio(prior: Distribution, reduced_prior: Distribution, theta: Tensor) -> Tensor:
     """log p̃(θ) - log p(θ), -inf where p̃ has no mass."""
-    of_reduced = reduced_prior.log_prob(theta)
-    return torch.where(of_reduced == -math.inf, -math.inf, of_reduced - prior.log_prob(theta))
+    of_reduced = log_density(reduced_prior, theta)
+    return torch.where(of_reduced == -math.inf, -math.inf, of_reduced - log_density(prior, theta))
 
 
 def check_support(posterior: Any, prior: Any, reduced_prior: Any, *, draws: int = 1000) -> None:
     """Raise ValueError if draws of the reduced prior lie where posterior or prior have no density."""
     theta = reduced_prior.sample((draws,))
     for name, member in (("posterior", posterior), ("prior", prior)):
-        inside = _event_all(member.support.check(theta), member) if member.support is not None else True
-        density = member.log_prob(theta) > -math.inf
-        outside = float((~(density & inside)).double().mean())
+        outside = float((log_density(member, theta) == -math.inf).double().mean())
         if outside:
             raise ValueError(
                 f"reduced_prior must lie within the support of the {name}: {100 * outside:.3g} % of it is outside"
             )
-
-
-def _event_all(inside: Tensor, member: Distribution) -> Tensor:
-    """Constraints of single entries say so per entry, those of events per event."""
-    extra = member.support.event_dim  # type: ignore[union-attr]
-    missing = len(member.event_shape) - extra
-    return inside.flatten(-missing).all(-1) if missing > 0 else inside

@@ -75,7 +75,7 @@ class GroupReduction:
         )
 
 
-def joined(groups: Sequence[GroupReduction]) -> GroupReduction:
+def as_one(groups: Sequence[GroupReduction]) -> GroupReduction:
     """Several groups as one.
 
     Raises:
@@ -93,6 +93,14 @@ def joined(groups: Sequence[GroupReduction]) -> GroupReduction:
         covariance = torch.block_diag(*covariances)  # type: ignore[no-untyped-call]
         return GroupReduction(coordinates, loc, factor, prior_loc, covariance)
     return GroupReduction(coordinates, loc, factor, log_prior_density=torch.stack(densities).sum(0))
+
+
+def by_themselves(groups: Sequence[GroupReduction]) -> tuple[Tensor, list[GroupReduction]]:
+    """(coordinates of all groups, the groups as they lie among those alone)."""
+    coordinates = torch.cat([group.coordinates for group in groups])
+    numbers = torch.arange(len(coordinates), device=coordinates.device)
+    own = numbers.tensor_split(torch.tensor([len(group.coordinates) for group in groups]).cumsum(0)[:-1])
+    return coordinates, [replace(g, coordinates=o) for g, o in zip(groups, own, strict=True)]
 
 
 def _as_density(group: GroupReduction) -> GroupReduction:
@@ -171,33 +179,34 @@ def all_subsets(
         on_models: is told how many more models are done.
 
     Returns:
-        Shape: (2ⁿ,). Beside it, some 100 MB are used whatever n is.
+        Shape: (2ⁿ,). Beside it some hundred MB are used, whatever the number and size of the groups.
     """
     order = torch.cat([group.coordinates for group in groups])
     result = torch.empty(2 ** len(groups), dtype=loc.dtype, device=loc.device)
     start = torch.zeros(1, dtype=torch.long, device=loc.device)
     nothing = torch.zeros(1, dtype=loc.dtype, device=loc.device)
-
-    def go_down(level: int, models: Tensor, changes: Tensor, loc: Tensor, covariance: Tensor) -> None:
+    # a stack and no recursion, so that a node's matrices are gone while its children are made
+    nodes = [(0, start, nothing, loc[order].unsqueeze(0), covariance[order][:, order].unsqueeze(0))]
+    while nodes:
+        level, models, changes, mean, spread = nodes.pop()
         if level == len(groups):
             result[models] = changes
             on_models(len(models))
-            return
-        size = covariance.shape[-1] ** 2 * len(models) * _COPIES
-        if size > _BUDGET and len(models) > 1:
-            for part in torch.arange(len(models), device=models.device).chunk(-(-size // _BUDGET)):
-                go_down(level, models[part], changes[part], loc[part], covariance[part])
-            return
-        group = groups[level]
-        n = len(group.coordinates)
-        change, _, rest = _split(loc, covariance, group)
-        go_down(
-            level + 1,
-            torch.cat([models, models | 1 << level]),
-            torch.cat([changes, changes + change]),
-            torch.cat([loc[:, n:], rest.loc]),
-            torch.cat([covariance[:, n:, n:], rest.covariance]),
+            continue
+        parts = -(-(spread.shape[-1] ** 2 * len(models) * _COPIES) // _BUDGET)
+        if parts > 1 and len(models) > 1:
+            pieces = (tensor.chunk(parts) for tensor in (models, changes, mean, spread))
+            nodes += [(level, *piece) for piece in zip(*pieces, strict=True)]
+            continue
+        n = len(groups[level].coordinates)
+        change, _, rest = _split(mean, spread, groups[level])
+        nodes.append(
+            (
+                level + 1,
+                torch.cat([models, models | 1 << level]),
+                torch.cat([changes, changes + change]),
+                torch.cat([mean[:, n:], rest.loc]),
+                torch.cat([spread[:, n:, n:], rest.covariance]),
+            )
         )
-
-    go_down(0, start, nothing, loc[order].unsqueeze(0), covariance[order][:, order].unsqueeze(0))
     return result

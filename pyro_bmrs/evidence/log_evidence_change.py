@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.evidence.dispatch import TripleDispatch
-from pyro_bmrs.evidence.unwrapping import Triple, in_float64, unwrapped
+from pyro_bmrs.evidence.unwrapping import Triple, batch_shape_of, in_float64, unwrapped
 
 _CHANGES, _POSTERIORS = TripleDispatch(), TripleDispatch()
 
@@ -72,11 +71,10 @@ def log_evidence_change(posterior: Distribution, prior: Distribution, reduced_pr
     """
     triple, wrappings, rule = _find(_CHANGES, (posterior, prior, reduced_prior))
     change: Tensor = rule(*triple)
-    change = change.expand(torch.broadcast_shapes(change.shape, *(d.batch_shape for d in triple)))  # type: ignore[no-untyped-call]
+    change = change.expand(batch_shape_of(triple))
     for wrapping in reversed(wrappings):
         change = wrapping.of_change(change)
-    shapes = (d.batch_shape for d in (posterior, prior, reduced_prior))
-    return change.expand(torch.broadcast_shapes(change.shape, *shapes))  # type: ignore[no-untyped-call]
+    return change.expand(batch_shape_of((posterior, prior, reduced_prior)))
 
 
 def reduced_posterior(
@@ -100,11 +98,11 @@ def reduced_posterior(
     """
     triple, wrappings, rule = _find(_POSTERIORS, (posterior, prior, reduced_prior))
     result: Any = rule(*triple)
-    shape = torch.broadcast_shapes(*(d.batch_shape for d in triple))  # type: ignore[no-untyped-call]
+    shape = batch_shape_of(triple)
     result = result if result.batch_shape == shape else result.expand(shape)
     for wrapping in reversed(wrappings):
         result = wrapping.of_distribution(result)
-    shape = torch.broadcast_shapes(*(d.batch_shape for d in (posterior, prior, reduced_prior)))  # type: ignore[no-untyped-call]
+    shape = batch_shape_of((posterior, prior, reduced_prior))
     final: Distribution = result if result.batch_shape == shape else result.expand(shape)
     return final
 

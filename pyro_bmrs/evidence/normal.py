@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, ExpandedDistribution
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -31,6 +31,7 @@ from torch.distributions import (
 )
 
 from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change, register_reduced_posterior
+from pyro_bmrs.evidence.point_mass import savage_dickey
 
 _WIDER = (
     "posterior · reduced_prior / prior has no finite integral: the posterior must be narrower than its prior "
@@ -185,7 +186,7 @@ def _half_normal_posterior(q: HalfNormal, p: HalfNormal, reduced: HalfNormal) ->
     return result
 
 
-def joint_normal(member: Any) -> tuple[Tensor, Tensor] | None:
+def normal_of_vectors(member: Any) -> tuple[Tensor, Tensor] | None:
     """(mean (batch, n), factor of the covariance (batch, n, n)) of a law of vectors, if it is a normal or a point."""
     if isinstance(member, Delta) and len(member.event_shape) == 1:
         return member.v, torch.zeros(
@@ -197,9 +198,7 @@ def joint_normal(member: Any) -> tuple[Tensor, Tensor] | None:
         return member.loc, member.scale_tril
     if isinstance(member, Independent) and member.reinterpreted_batch_ndims == 1:
         base = member.base_dist
-        while hasattr(base, "base_dist") and not isinstance(
-            base, torch.distributions.TransformedDistribution
-        ):
+        while isinstance(base, ExpandedDistribution | Independent):
             base = base.base_dist
         if isinstance(base, Normal):
             loc = base.loc.expand(member.batch_shape + member.event_shape)
@@ -216,7 +215,7 @@ def _of_vectors(q: Any, p: Any, reduced: Any) -> MultivariateChange:
 
 
 def _required(name: str, member: Any) -> tuple[Tensor, Tensor]:
-    found = joint_normal(member)
+    found = normal_of_vectors(member)
     if found is None:
         raise NotImplementedError(
             f"no closed form: {name} must be a normal of vectors beside a multivariate normal: got {member}"
@@ -231,7 +230,12 @@ for _types in product(_VECTORS, _VECTORS, (*_VECTORS, Delta)):
 
     @register_log_evidence_change(*_types)
     def _multivariate(q: Any, p: Any, reduced: Any) -> Tensor:
-        return _of_vectors(q, p, reduced).log_evidence_change
+        try:
+            return _of_vectors(q, p, reduced).log_evidence_change
+        except NotImplementedError:
+            if not isinstance(reduced, Delta):
+                raise
+            return savage_dickey(q, p, reduced)
 
     if _types[2] is not Delta:
 

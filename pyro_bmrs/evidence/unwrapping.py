@@ -46,13 +46,13 @@ def unwrapped(
             only where there is none.
 
     Raises:
-        ValueError: if their event dimensions differ, or reduced_prior hides elements that the others count.
+        ValueError: if their shapes don't fit, or reduced_prior hides elements that the others count.
     """
     triple: Triple = (posterior, prior, reduced_prior)
-    _check_points(triple)
     wrappings: list[Wrapping] = []
     while True:
-        _check_event_dims(triple)
+        _check_points(triple)
+        _check_shapes(triple)
         if any(isinstance(member, ExpandedDistribution) for member in triple):
             triple = _each(
                 triple, lambda d: d.base_dist if isinstance(d, ExpandedDistribution) else d
@@ -62,8 +62,8 @@ def unwrapped(
             triple = _each(triple, lambda d: d.base_dist if isinstance(d, MaskedDistribution) else d)
         elif all(isinstance(member, Independent | Delta) for member in triple) and triple[0].event_shape:
             dims = min(_strippable(member) for member in triple)
-            wrappings.append(_independent(dims))
             triple = _each(triple, partial(_stripped, dims=dims))
+            wrappings.append(_independent(dims, batch_shape_of(triple)))
         elif (
             not stop(triple)
             and all(isinstance(member, TransformedDistribution) for member in triple)
@@ -95,14 +95,29 @@ def _check_points(triple: Triple) -> None:
         )
 
 
-def _check_event_dims(triple: Triple) -> None:
-    dims = [len(member.event_shape) for member in triple]
-    for name, member, dim in zip(NAMES, triple, dims, strict=True):
-        if dim != dims[0]:
+def _check_shapes(triple: Triple) -> None:
+    shapes = [member.event_shape for member in triple]
+    for name, member, shape in zip(NAMES, triple, shapes, strict=True):
+        if len(shape) != len(shapes[0]):
             raise ValueError(
-                f"{name} must have the posterior's {dims[0]} event dimensions, as an Independent over them "
-                f"has: got {dim} of {member}"
+                f"{name} must have the posterior's {len(shapes[0])} event dimensions, as an Independent over them "
+                f"has: got {len(shape)} of {member}"
             )
+        if shape != shapes[0]:
+            raise ValueError(
+                f"{name} must be of events of the posterior's shape {tuple(shapes[0])}: got {tuple(shape)}"
+            )
+    batch_shape_of(triple)
+
+
+def batch_shape_of(triple: Triple) -> torch.Size:
+    """The batch shape that the three broadcast to, or ValueError."""
+    shapes = [member.batch_shape for member in triple]
+    try:
+        return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call, no-any-return]
+    except RuntimeError:
+        given = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(NAMES, shapes, strict=True))
+        raise ValueError(f"the three must have batch shapes that broadcast: got {given}") from None
 
 
 def _mask(triple: Triple) -> Wrapping:
@@ -141,11 +156,13 @@ def point(delta: Delta, event_dim: int) -> Delta:
     return Delta(delta.v, event_dim=event_dim, validate_args=False)
 
 
-def _independent(dims: int) -> Wrapping:
-    return Wrapping(
-        lambda change: change.sum(dim=list(range(-dims, 0))),
-        lambda distribution: PyroIndependent(distribution, dims),
-    )
+def _independent(dims: int, shape: torch.Size) -> Wrapping:
+    # what was expanded has fewer elements than it stands for, until it is expanded again
+    def of_change(change: Tensor) -> Tensor:
+        draws = change.shape[: max(change.dim() - len(shape), 0)]
+        return change.expand(draws + shape).sum(dim=list(range(-dims, 0)))
+
+    return Wrapping(of_change, lambda distribution: PyroIndependent(distribution.expand(shape), dims))
 
 
 def _transformed(transforms: list[Transform]) -> Wrapping:
@@ -244,3 +261,16 @@ def device_of(distribution: Distribution) -> torch.device:
 
     with_tensors(distribution, note)
     return devices[0] if devices else torch.device("cpu")
+
+
+def log_density(member: Distribution, value: Tensor) -> Tensor:
+    """log_prob of a distribution that checks nothing, with -inf outside its support. Shape: draws + batch."""
+    density: Tensor = member.log_prob(value)
+    support = member.support
+    if support is None:
+        return density
+    inside = support.check(value)  # type: ignore[no-untyped-call]
+    # a support of single entries speaks of each, and an event is inside where all are
+    missing = len(member.event_shape) - support.event_dim
+    inside = inside.flatten(-missing).all(-1) if missing > 0 else inside
+    return torch.where(inside, density, -torch.inf)

@@ -37,7 +37,7 @@ def elementary(distribution: Distribution) -> Distribution:
     return distribution
 
 
-def _mask_of(distribution: Distribution) -> object:
+def mask_of(distribution: Distribution) -> object:
     """The mask that a distribution wears, under any Independent; None where there is none."""
     while not isinstance(distribution, MaskedDistribution):
         if not hasattr(distribution, "base_dist"):
@@ -201,7 +201,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
             for name, site in latents
         )
         for name, site in latents:
-            mask = _mask_of(site["fn"])
+            mask = mask_of(site["fn"])
             if isinstance(mask, Tensor):  # structures that an earlier fit has removed
                 self.site_posterior(name).kept.copy_(mask)
         self.example_arguments = args or tuple(kwargs.values())

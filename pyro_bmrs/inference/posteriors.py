@@ -30,8 +30,9 @@ from torch.distributions import (
     biject_to,
 )
 
-from pyro_bmrs.evidence.unwrapping import fixed, flat
+from pyro_bmrs.evidence.unwrapping import fixed, flat, in_float64
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary
+from pyro_bmrs.networks.noise import FixedScales
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,22 @@ class JointNormalBlock:
         # symmetric to the last digit
         return 0.5 * (value + value.mT) if same else value
 
+    @property
+    def noise_size(self) -> int:
+        """Standard normal numbers that a draw takes."""
+        return self.factor.shape[1] + (0 if self.diagonal is None else len(self.loc))
+
+    def unconstrained(self, noise: Tensor) -> Tensor:
+        """Draws from standard normal numbers. Shape: (*batch, noise_size) → (*batch, coordinates)."""
+        rank = self.factor.shape[1]
+        value = self.loc + noise[..., :rank] @ self.factor.mT
+        return value if self.diagonal is None else value + noise[..., rank:] * self.diagonal.sqrt()
+
     def draw(self, draws: int) -> Tensor:
         """Unconstrained values. Shape: (draws, coordinates)."""
-        noise = torch.randn(draws, self.factor.shape[1], dtype=self.loc.dtype, device=self.loc.device)
-        value = self.loc + noise @ self.factor.mT
-        if self.diagonal is not None:
-            value = value + torch.randn_like(value) * self.diagonal.sqrt()
-        return value
+        return self.unconstrained(
+            torch.randn(draws, self.noise_size, dtype=self.loc.dtype, device=self.loc.device)
+        )
 
     def values(self, unconstrained: Tensor) -> dict[str, Tensor]:
         """Values of the sites. Shape: (*batch, coordinates) → (*batch, *site)."""
@@ -118,6 +128,10 @@ class JointNormalBlock:
 
 
 Block = SiteBlock | JointNormalBlock
+
+
+# How often a program is run to see whether its distributions change: a discrete latent may not, in a few.
+_FEWEST_TRACES, _MOST_TRACES = 8, 64
 
 
 class UnreadablePosteriorError(ValueError):
@@ -154,7 +168,9 @@ def read_blocks(guide: Callable[..., Any], *args: Any, sites: tuple[str, ...]) -
     found = {name for block in blocks for name in block.sites}
     missing = [name for name in sites if name not in found]
     if missing:
-        raise ValueError(f"guide must have the sites {list(sites)}: it has none named {missing}")
+        raise ValueError(
+            f"guide must have a posterior of each of {list(sites)}: it has none of {missing}, only of {sorted(found)}"
+        )
     return [block for block in blocks if set(block.sites) & set(sites)]
 
 
@@ -165,6 +181,10 @@ def _read(guide: Any, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
         return _of_program(guide._guide, args, sites)
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
         raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
+    if isinstance(guide, AutoNormal | AutoContinuous | AutoTruncatedLogNormal):
+        for name, node in guide.prototype_trace.iter_stochastic_nodes():
+            for frame in node["cond_indep_stack"] if name in sites else ():
+                _check_whole(name, frame)
     if isinstance(guide, AutoTruncatedLogNormal):
         return [
             SiteBlock(name, fixed(q), guide.site_posterior(name).kept)
@@ -244,7 +264,8 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
 
 
 def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str]) -> list[Block]:
-    first, second = (poutine.trace(guide).get_trace(*args) for _ in range(2))
+    traces = varied_traces(lambda: poutine.trace(guide).get_trace(*args))
+    first = traces[0]
     blocks: list[Block] = []
     for name, node in first.iter_stochastic_nodes():
         if name not in sites or node["infer"].get("is_auxiliary"):
@@ -252,22 +273,43 @@ def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str
         base = elementary(node["fn"])
         if isinstance(base, dist.Delta):
             raise UnreadablePosteriorError(
-                f"guide must have a posterior of {name!r}: it has a Delta there, which is one value, not a "
-                "distribution. Fit a guide such as AutoNormal"
+                f"guide must have a distribution at {name!r}: that of {type(guide).__name__} is a Delta there. A point "
+                "is no posterior, and where the distribution of a transformed value is can be told of AutoNormal, "
+                "AutoDiagonalNormal, AutoMultivariateNormal and AutoLowRankMultivariateNormal only"
             )
         for frame in node["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise UnreadablePosteriorError(
-                    f"guide must have the whole posterior of {name!r}: it is in the subsampled plate "
-                    f"{frame.name!r} ({frame.size} of {frame.full_size})"
-                )
-        if differs(first, second, name):
+            _check_whole(name, frame)
+        if any(differs(first, other, name) for other in traces[1:]):
             raise UnreadablePosteriorError(
                 f"guide must have a posterior of {name!r} that does not depend on another latent: it differs "
-                "between two calls of the guide"
+                "between calls of the guide"
             )
         blocks.append(_site_block(name, fixed(node["fn"])))
     return blocks
+
+
+def _check_whole(site: str, frame: Any) -> None:
+    if frame.full_size is not None and frame.full_size != frame.size:
+        raise UnreadablePosteriorError(
+            f"guide must have the whole posterior of {site!r}: it is in the subsampled plate "
+            f"{frame.name!r} ({frame.size} of {frame.full_size})"
+        )
+
+
+def varied_traces(trace: Callable[[], Trace]) -> list[Trace]:
+    """At least 8 traces, and more (64 at most) until every latent has taken two values."""
+    traces = [trace() for _ in range(_FEWEST_TRACES)]
+    while len(traces) < _MOST_TRACES and any(
+        all(
+            torch.equal(node["value"], other.nodes[name]["value"])
+            for other in traces[1:]
+            if name in other.nodes
+        )
+        for name, node in traces[0].iter_stochastic_nodes()
+        if not site_is_subsample(node) and not isinstance(elementary(node["fn"]), dist.Delta)
+    ):
+        traces.append(trace())
+    return traces
 
 
 def _site_block(name: str, posterior: Any) -> Block:
@@ -287,12 +329,12 @@ def differs(first: Trace, second: Trace, site: str) -> bool:
         return True
     values = [trace.nodes[site]["value"] for trace in (first, second)]
     with torch.no_grad():
-        return any(
-            not torch.equal(
-                *(fixed(law).log_prob(value.double() if value.is_floating_point() else value) for law in laws)
-            )
-            for value in values
-        )
+        for value in values:
+            wide = value.double() if value.is_floating_point() else value
+            one, other = (in_float64(law).log_prob(wide) for law in laws)
+            if not bool(((one == other) | (one.isnan() & other.isnan())).all()):
+                return True
+    return False
 
 
 def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
@@ -307,7 +349,8 @@ def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
 
 def model_at(model: Callable[..., Any], values: Mapping[str, Tensor], *args: Any) -> Trace:
     """The trace of a model at values of its latents: each one's prior is its `fn` there."""
-    return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*args)
+    with FixedScales(values):  # not poutine.condition: a latent stays one
+        return poutine.trace(model).get_trace(*args)
 
 
 def check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import ImportanceEstimate, log_ratio
+from pyro_bmrs.evidence.importance import ImportanceEstimate, check_support, log_ratio
 from pyro_bmrs.evidence.normal import MultivariateChange
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, guide_values, model_at
 from pyro_bmrs.reduction.bar import bar
@@ -23,6 +23,10 @@ from pyro_bmrs.reduction.latent_sites import LatentSite, per_element
 
 if TYPE_CHECKING:
     from pyro_bmrs.reduction.latents import Latents, Selection
+
+
+# Priors whose support is compared with the reduced prior's: they are of one type.
+_CHECKED = 3
 
 
 class Averaging:
@@ -90,6 +94,8 @@ class Averaging:
         """log p̃(θ) - log p(θ|ψ) at the draws themselves. Shape: (draws, *elements)."""
         if isinstance(site.reduced_prior, dist.Delta):
             raise ImportanceError("a point mass can't be estimated from draws, and has no closed form here")
+        for prior in self._priors_of(site)[:_CHECKED]:
+            check_support(site.posterior, prior, site.reduced_prior)
         values = self._draws[0][site.name].double()
         return torch.stack(
             [

@@ -179,6 +179,11 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
         high = -math.log(2.0) * _parameter(self, "bits", parameters, low)
         if self.floor_bits is not None or "floor_bits" in parameters:
             low = -math.log(2.0) * _parameter(self, "floor_bits", parameters, low)
+        if not low.is_meta and not bool((low < high).all()):
+            raise ValueError(
+                "bits must leave an interval above its lower end: 2^-bits is "
+                f"{float(high.min().exp()):.3g}, the lower end {float(low.max().exp()):.3g}"
+            )
         return LogUniform(low, high)
 
 

@@ -38,6 +38,7 @@ def reduce_latents(
         table=pd.concat(frames, ignore_index=True),
         criterion=reduced_priors_text(latents.sites, prior_log_odds),
         kl_weight=kl_weight,
+        min_kept=0,
         sites=evidence_of_sites(latents),
         groups=evidence_of_groups(latents, chosen),
         _latents=latents,
@@ -162,7 +163,11 @@ def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
             )
         return elements.to(device)
     mask = torch.zeros(count, dtype=torch.bool, device=device)
+    if isinstance(elements, Tensor) and not elements.is_floating_point():
+        elements = elements.flatten().tolist()
     try:
+        if isinstance(elements, Sequence) and not all(type(number) is int for number in elements):
+            raise TypeError
         numbers = torch.arange(count)[
             elements if isinstance(elements, slice | type(...) | int) else list(elements)
         ]

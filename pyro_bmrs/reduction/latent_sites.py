@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyro_bmrs.evidence.joint_normal import GroupReduction
-from pyro_bmrs.evidence.normal import joint_normal
+from pyro_bmrs.evidence.normal import normal_of_vectors
 from pyro_bmrs.evidence.unwrapping import fixed, flat
-from pyro_bmrs.inference.guides import elementary
+from pyro_bmrs.inference.guides import elementary, mask_of
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
 
 
@@ -31,7 +31,7 @@ class LatentSite:
         value_dims: event dimensions of the whole site in the model.
         dtype: of its values.
         prior, reduced_prior: of the elements, batch shape `shape`, float64.
-        kept: False for elements that a fit has removed. Shape: `shape`.
+        kept: False for elements that a fit has removed, or the model masks out. Shape: `shape`.
         parents: the latents that the prior depends on.
     """
 
@@ -97,9 +97,10 @@ def latent_site(
             f"{reduced} of shape {tuple(reduced.batch_shape + reduced.event_shape)} ({error})"
         ) from None
     kept = torch.ones(shape, dtype=torch.bool, device=value.device)
-    own = getattr(block, "kept", None)
-    if own is not None:
-        kept = kept & own.reshape(shape)
+    # what a fit has removed, what the model's prior hides, what poutine.mask hides
+    for mask in (getattr(block, "kept", None), mask_of(node["fn"]), node["mask"]):
+        if mask is not None:
+            kept = kept & torch.as_tensor(mask, device=kept.device).expand(shape)
     return LatentSite(
         name=name,
         block=block,
@@ -219,4 +220,4 @@ def _unconstrained_normal(law: Any, transform: Any, width: int) -> tuple[Tensor,
         law = law.base_dist
     if isinstance(law, torch.distributions.Normal):
         return law.loc.unsqueeze(-1), law.scale[..., None, None]
-    return joint_normal(law)
+    return normal_of_vectors(law)

@@ -17,11 +17,13 @@ from typing import Any, Literal, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, check_support, log_ratio
-from pyro_bmrs.evidence.joint_normal import GroupReduction, joined, reduce_group
+from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
 from pyro_bmrs.inference.posteriors import (
     Block,
@@ -31,10 +33,18 @@ from pyro_bmrs.inference.posteriors import (
     guide_values,
     model_at,
     read_blocks,
+    varied_traces,
 )
 from pyro_bmrs.reduction.averaging import Averaging, root_of
 from pyro_bmrs.reduction.latent_sites import LatentSite, group_of, latent_site
-from pyro_bmrs.reduction.reduced_posterior import JointPart, Part, ReducedPosterior, SitePart, WeightedDraws
+from pyro_bmrs.reduction.reduced_posterior import (
+    JointPart,
+    Part,
+    ReducedPosterior,
+    SiteKind,
+    SitePart,
+    WeightedDraws,
+)
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 DependentPriors = Literal["raise", "average"]
@@ -92,25 +102,24 @@ class Latents:
         if not isinstance(draws, int) or draws < 100:
             raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
         check_arguments(model, args)
-        self.model, self.guide, self.args = model, guide, args
+        self.model, self.guide, self.args, self.given = model, guide, args, dict(reduced_priors)
         self.draws, self.seed = draws, seed
         with self.looking():
             blocks = read_blocks(guide, *args, sites=tuple(reduced_priors))
-            values = [guide_values(guide, *args) for _ in range(2)]
-            traces = [model_at(model, drawn, *args) for drawn in values]
+            traces = varied_traces(lambda: model_at(model, guide_values(guide, *args), *args))
+            first = self._example = traces[0]
             self.sites: dict[str, LatentSite] = {}
             for name, reduced in reduced_priors.items():
-                if name not in traces[0].nodes or traces[0].nodes[name]["type"] != "sample":
-                    latents = [site for site in values[0] if site in traces[0].nodes]
-                    raise ValueError(f"criterion must name latents of the model, of {latents}: got {name!r}")
-                parents = self._parents(name, traces, values) if differs(traces[0], traces[1], name) else ()
+                if name not in first.nodes or first.nodes[name]["type"] != "sample":
+                    raise ValueError(f"criterion must name latents of the model: it has none named {name!r}")
+                parents = self._parents(name, traces)
                 if parents and dependent_priors == "raise":
                     raise ValueError(
                         f"model has a prior of {name!r} that depends on {', '.join(map(repr, parents))}: pass "
                         "dependent_priors='average' to average over joint draws of the guide, with a standard error"
                     )
                 (block,) = [block for block in blocks if name in block.sites]
-                self.sites[name] = latent_site(name, block, traces[0].nodes[name], reduced, parents)
+                self.sites[name] = latent_site(name, block, first.nodes[name], reduced, parents)
 
     @contextmanager
     def looking(self, stream: int = 0) -> Iterator[None]:
@@ -125,14 +134,24 @@ class Latents:
             torch.manual_seed(self.seed + stream)
             yield
 
-    def _parents(
-        self, site: str, traces: Sequence[Any], values: Sequence[Mapping[str, Tensor]]
-    ) -> tuple[str, ...]:
-        """The latents without whose second value the prior of a site is what it was."""
+    def _parents(self, site: str, traces: Sequence[Trace]) -> tuple[str, ...]:
+        """The latents that the prior of a site depends on: with another value of theirs it is another."""
+        if not any(differs(traces[0], other, site) for other in traces[1:]):
+            return ()
+        values = [
+            {
+                name: node["value"]
+                for name, node in trace.iter_stochastic_nodes()
+                if not site_is_subsample(node)
+            }
+            for trace in traces
+        ]
         found = []
-        for name in values[0]:
-            if name != site:
-                mixed = model_at(self.model, {**values[0], name: values[1][name]}, *self.args)
+        for name, value in values[0].items():
+            others = (drawn[name] for drawn in values[1:] if not torch.equal(drawn[name], value))
+            other = next(others, None)
+            if name != site and other is not None:
+                mixed = model_at(self.model, {**values[0], name: other}, *self.args)
                 if differs(traces[0], mixed, site):
                     found.append(name)
         return tuple(found) or ("something drawn anew in each call",)
@@ -276,7 +295,7 @@ class Latents:
             site = self.sites[name]
             prior = site.prior if priors is None else priors.get(name, site.prior)
             groups.append(group_of(site, mask, prior))
-        return joined(groups)
+        return as_one(groups)
 
     # --- the reduced posterior ----------------------------------------------------------------------------
 
@@ -290,7 +309,8 @@ class Latents:
                 own = {name for part in parts for name in part.sites}
                 kept = {name: value for name, value in values.items() if name not in own}
                 parts.append(self._weighted(kept, log_weights))
-        return ReducedPosterior(self.guide, parts)
+        sites = [name for name, node in self._example.iter_stochastic_nodes() if not site_is_subsample(node)]
+        return ReducedPosterior(self.guide, parts, sites)
 
     def _reduced_block(self, block: Block, masks: Mapping[str, Tensor]) -> Part:
         if not isinstance(block, JointNormalBlock):
@@ -299,22 +319,20 @@ class Latents:
         try:
             group = self.group(masks)
         except NotImplementedError:
-            found = self._block_estimate(masks)
-            return self._weighted(self._block_draws[id(block)], found.log_weights)
-        everything = torch.arange(len(block.loc), device=block.loc.device)
-        _, loc, covariance = reduce_group(block.loc, block.covariance(everything), group)
-        kinds = {
-            name: (self.sites[name].dtype, self.sites[name].value_dims)
-            if name in self.sites
-            else self._kind_of(name)
-            for name in block.sites
-        }
-        return JointPart(block, loc, root_of(covariance), kinds)
+            log_weights = self._block_estimate(masks).log_weights
+            return self._weighted(self._block_draws[id(block)], log_weights)
+        own = group.coordinates
+        covariance = block.covariance(own)
+        found = group.change(block.loc[own], covariance)
+        across = block.covariance(torch.arange(len(block.loc), device=block.loc.device), own)
+        regression: Tensor = torch.linalg.solve(covariance, across.mT).mT
+        kinds = {name: self._kind_of(name) for name in block.sites}
+        return JointPart(block, own, regression, found.loc, root_of(found.covariance), kinds)
 
-    def _kind_of(self, name: str) -> tuple[torch.dtype, int]:
-        """Of a site that is not asked about: dtype of its values, and event dimensions."""
-        node = model_at(self.model, guide_values(self.guide, *self.args), *self.args).nodes[name]
-        return node["value"].dtype, len(node["fn"].event_shape)
+    def _kind_of(self, name: str) -> SiteKind:
+        node = self._example.nodes[name]
+        frames = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+        return SiteKind(node["value"].dtype, len(node["fn"].event_shape), frames)
 
     def _reduced_site(self, site: LatentSite, mask: Tensor) -> SitePart:
         before: Any = site.posterior
@@ -328,15 +346,14 @@ class Latents:
         law: Any = after if bool(mask.all()) else dist.MaskedMixture(mask, before, after, validate_args=False)
         missing = site.value_dims - len(law.event_shape)
         whole = law.to_event(missing) if missing > 0 else law
-        return SitePart(site.name, with_tensors(whole, lambda tensor: tensor.to(site.dtype)))
+        real = site.dtype if site.dtype.is_floating_point else torch.float64
+        return SitePart(
+            site.name, with_tensors(whole, lambda tensor: tensor.to(real)), self._kind_of(site.name)
+        )
 
     def _weighted(self, values: Mapping[str, Tensor], log_weights: Tensor) -> WeightedDraws:
-        kinds = {name: self._kind_of(name) for name in values}
-        return WeightedDraws(
-            {name: value.to(kinds[name][0]) for name, value in values.items()},
-            log_weights,
-            {name: kinds[name][1] for name in values},
-        )
+        kinds = {name: self._kind_of(name) for name in values if name in self._example.nodes}
+        return WeightedDraws({name: values[name] for name in kinds}, log_weights, kinds)
 
 
 def _worst(khat: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Reduction:
             is NaN where the criterion would look at their weights).
         criterion: what decided, printed.
         kl_weight: of the fit.
-        min_kept: structures that every layer keeps at least.
+        min_kept: structures that every layer keeps at least; 0 where the plan is of no network.
         round_to: the channels of every layer are a multiple of it where the layer has as many; None: any number.
         costs: after `apply`, what `compare_costs` measures: rows parameters, multiply_accumulates, file_bytes,
             milliseconds…, peak_bytes…, columns before, after.
@@ -217,7 +217,7 @@ class Reduction:
                 f"  at KL weight {self.kl_weight:g}: evidence of the model tempered to p(y|θ)^(1/{self.kl_weight:g})"
             )
         floor = widths.layer[(widths.after <= self.min_kept) & (widths.before > self.min_kept)]
-        if len(floor):
+        if len(floor) and self.min_kept:
             lines.append(f"  at the floor of {self.min_kept} kept: {', '.join(map(str, floor))}")
         return "\n".join(lines)
 
@@ -434,7 +434,7 @@ def _check_document(document: dict[str, Any], structures: int) -> None:
     for name, good in (
         ("layers", all(whole(size, 1) for size in sizes) and sum(sizes) == structures),
         ("channels", all(whole(count, 1) for count in channels)),
-        ("min_kept", whole(document["min_kept"], 1)),
+        ("min_kept", whole(document["min_kept"], 0)),
         ("round_to", document["round_to"] is None or whole(document["round_to"], 1)),
         ("kl_weight", type(weight) in (int, float) and 0 <= weight < math.inf),
         ("criterion", isinstance(document["criterion"], str)),

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro.distributions import Delta
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
@@ -105,7 +106,7 @@ def reduce(
             tensors, which are points.
         model_args: arguments to call model and guide with, where the guide is not an
             `AutoTruncatedLogNormal` that remembers its first batch.
-        min_kept: structures that every layer keeps, at least 1.
+        min_kept: structures that every layer of a network keeps, at least 1.
         round_to: keep so many more structures, those with the lowest scores, that the channels of each layer
             are a multiple of this number, such as 8, where the layer had as many: odd widths run slowly on
             much hardware. None keeps no more.
@@ -119,7 +120,8 @@ def reduce(
         draws, seed: with a mapping, of the posterior where ΔF has no closed form.
 
     Returns:
-        The plan. `apply()` makes a smaller network of it where noise layers were reduced to smaller scales.
+        The plan. With a mapping, `apply()` makes a smaller network of it where all sites are noise layers' and each
+        reduced prior has 99 % of its mass at θ ≤ 2⁻⁴, so that what is reduced is as good as removed.
 
     Raises:
         NonFiniteScoreError, NonFiniteEvidenceError: naming the layer and the structures whose score is NaN or infinite.
@@ -133,9 +135,7 @@ def reduce(
         raise ValueError(f"round_to must be a positive integer or None: got {round_to!r}")
     if not callable(model):
         raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
-    arguments = model_args
-    if not arguments and isinstance(guide, AutoTruncatedLogNormal):
-        arguments = guide.example_arguments
+    arguments = arguments_of(guide, model_args)
     weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
     if not isinstance(criterion, Mapping):
         if groups is not None or prior_log_odds or dependent_priors != "raise":
@@ -148,11 +148,44 @@ def reduce(
     latents = Latents(
         model, guide, criterion, arguments, dependent_priors=dependent_priors, draws=draws, seed=seed
     )
-    if not _all_smaller_scales(model, latents):
-        return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=weight)
+    if not removes_structures(latents) and (min_kept != 1 or round_to is not None):
+        raise ValueError(
+            "min_kept and round_to are for structures of a network: got "
+            f"{min_kept} and {round_to} for {list(criterion)}"
+        )
+    return reduce_by_priors(latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=weight)
+
+
+def arguments_of(guide: Callable[..., Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What model and guide are called with: as given, or as the guide remembers."""
+    if not given and isinstance(guide, AutoTruncatedLogNormal):
+        return guide.example_arguments
+    return given
+
+
+def reduce_by_priors(
+    latents: Latents,
+    groups: Groups | None,
+    log_odds: float,
+    *,
+    min_kept: int = 1,
+    round_to: int | None = None,
+    kl_weight: float,
+) -> Reduction:
+    """The plan that reduced priors lead to; of structures of a network where they say that θ is as good as 0."""
+    if not removes_structures(latents):
+        return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=kl_weight)
     chosen = selections(latents, groups)
-    by_priors = ReducedPriors({name: elementary_law(name, law) for name, law in criterion.items()}, log_odds)
-    plan = _reduce_structures(model, guide, by_priors, arguments, min_kept, round_to, weight)
+    laws = {name: elementary_law(name, law) for name, law in latents.given.items()}
+    plan = _reduce_structures(
+        latents.model,
+        latents.guide,
+        ReducedPriors(laws, log_odds),
+        latents.args,
+        min_kept,
+        round_to,
+        kl_weight,
+    )
     return replace(
         plan,
         sites=evidence_of_sites(latents),
@@ -161,11 +194,23 @@ def reduce(
     )
 
 
-def _all_smaller_scales(model: Callable[..., Any], latents: Latents) -> bool:
-    """Whether all sites are those of noise layers, with reduced priors that expect a smaller θ: removal."""
-    layers = noise_layers(model) if isinstance(model, nn.Module) else {}
+# Of a reduced prior that removes structures so much lies where θ is lost at so many bits: the paper's largest interval.
+_REMOVED_SHARE, _REMOVED_BITS = 0.99, 4
+
+
+def removes_structures(latents: Latents) -> bool:
+    """Whether all sites are noise layers' and their reduced priors say that θ is as good as 0."""
+    layers = noise_layers(latents.model) if isinstance(latents.model, nn.Module) else {}
+
+    def as_good_as_zero(law: Any) -> bool:
+        if isinstance(law, Delta):
+            return bool((law.v <= 2.0**-_REMOVED_BITS).all())
+        below: Tensor = law.cdf(torch.full(law.batch_shape, 2.0**-_REMOVED_BITS, dtype=torch.float64))
+        return bool((below >= _REMOVED_SHARE).all())
+
+    known = (LogUniform, TruncatedLogNormal, Delta)
     return all(
-        name in layers and bool((site.reduced_prior.mean < site.prior.mean).all())
+        name in layers and isinstance(site.reduced_prior, known) and as_good_as_zero(site.reduced_prior)
         for name, site in latents.sites.items()
     )
 

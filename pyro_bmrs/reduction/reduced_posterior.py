@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -17,46 +18,95 @@ from torch.distributions import Distribution
 from pyro_bmrs.inference.posteriors import JointNormalBlock, guide_values
 
 
+class SiteKind(NamedTuple):
+    """Of a site of the model: the dtype and event dimensions of its values, and the plates it is in."""
+
+    dtype: torch.dtype
+    event_dim: int
+    frames: tuple[Any, ...]
+
+
+class _Plates:
+    """The plates of the model, each made once in a call."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}
+
+    @contextmanager
+    def around(self, kind: SiteKind) -> Iterator[None]:
+        with ExitStack() as stack:
+            for frame in kind.frames:
+                if frame.name not in self.made:
+                    self.made[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
+                stack.enter_context(self.made[frame.name])
+            yield
+
+
 @dataclass(frozen=True)
 class SitePart:
     """A site whose reduced posterior is a distribution of its own, in the dtype of its values."""
 
     site: str
     distribution: Distribution
+    kind: SiteKind
 
     @property
     def sites(self) -> tuple[str, ...]:
         return (self.site,)
 
-    def sample(self) -> dict[str, Tensor]:
-        value: Tensor = pyro.sample(self.site, self.distribution)
+    def sample(self, plates: _Plates) -> dict[str, Tensor]:
+        with plates.around(self.kind):
+            value: Tensor = pyro.sample(self.site, self.distribution)
         return {self.site: value}
 
 
 @dataclass(frozen=True)
 class JointPart:
-    """Sites whose unconstrained values are loc + factor ε, jointly; rows of zeros where a value is a point.
+    """Sites of a joint normal of which some coordinates are reduced, and the others follow.
+
+    A draw x of the posterior becomes x + K (x̃ - x_g), with x̃ a draw of the reduced coordinates g under the reduced
+    posterior and K = Σ_·g Σ_gg⁻¹ (Matheron's rule): no covariance of all coordinates is needed.
 
     Attributes:
-        block: the posterior that was reduced: where its sites lie.
-        loc, factor: Shapes: (coordinates,), (coordinates, coordinates).
-        values: for each site the dtype and event dimensions of its values.
+        block: the posterior that was reduced.
+        reduced: numbers of the reduced coordinates. Shape: (n,).
+        regression: K. Shape: (coordinates, n).
+        loc, factor: of x̃ = loc + factor ε. Shapes: (n,), (n, n).
+        kinds: of each site.
     """
 
     block: JointNormalBlock
+    reduced: Tensor
+    regression: Tensor
     loc: Tensor
     factor: Tensor
-    values: Mapping[str, tuple[torch.dtype, int]]
+    kinds: Mapping[str, SiteKind]
 
     @property
     def sites(self) -> tuple[str, ...]:
         return self.block.sites
 
-    def sample(self) -> dict[str, Tensor]:
-        standard = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
-        noise = pyro.sample(f"_reduced_{'_'.join(self.sites)}", standard, infer={"is_auxiliary": True})
-        drawn = self.block.values(self.loc + noise @ self.factor.mT)
-        return {name: _at(name, value, *self.values[name]) for name, value in drawn.items()}
+    @property
+    def noise_size(self) -> int:
+        """Standard normal numbers that a draw takes."""
+        return self.block.noise_size + len(self.loc)
+
+    def unconstrained(self, noise: Tensor) -> Tensor:
+        """Draws from standard normal numbers. Shape: (*batch, noise_size) → (*batch, coordinates)."""
+        before = self.block.unconstrained(noise[..., : self.block.noise_size])
+        anew = self.loc + noise[..., self.block.noise_size :] @ self.factor.mT
+        after = before + (anew - before[..., self.reduced]) @ self.regression.mT
+        return after.index_copy(-1, self.reduced, anew)  # to the last digit
+
+    def sample(self, plates: _Plates) -> dict[str, Tensor]:
+        zeros = torch.zeros(self.noise_size, dtype=self.loc.dtype, device=self.loc.device)
+        name = f"_reduced_{'_'.join(self.sites)}"
+        noise = pyro.sample(name, dist.Normal(zeros, 1.0).to_event(1), infer={"is_auxiliary": True})
+        flat = self.unconstrained(noise.reshape(-1, self.noise_size))
+        drawn = self.block.values(flat)
+        return {
+            site: _at(site, drawn[site], noise.shape[:-1], kind, plates) for site, kind in self.kinds.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -66,35 +116,50 @@ class WeightedDraws:
     Attributes:
         draws: Shape of each: (draws, *site).
         log_weights: Shape: (draws,).
-        event_dims: of each site.
+        kinds: of each site.
     """
 
     draws: Mapping[str, Tensor]
     log_weights: Tensor
-    event_dims: Mapping[str, int]
+    kinds: Mapping[str, SiteKind]
 
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(self.draws)
 
-    def sample(self) -> dict[str, Tensor]:
-        index = pyro.sample(
-            f"_reduced_{'_'.join(self.sites)}",
-            dist.Categorical(logits=self.log_weights),
-            infer={"is_auxiliary": True},
-        )
+    def sample(self, plates: _Plates) -> dict[str, Tensor]:
+        name = f"_reduced_{'_'.join(self.sites)}"
+        index = pyro.sample(name, dist.Categorical(logits=self.log_weights), infer={"is_auxiliary": True})
+        picked = index.flatten()
         return {
-            name: _at(name, values[index], values.dtype, self.event_dims[name])
-            for name, values in self.draws.items()
+            site: _at(site, self.draws[site][picked], index.shape, kind, plates)
+            for site, kind in self.kinds.items()
         }
 
 
-def _at(site: str, value: Tensor, dtype: torch.dtype, event_dim: int) -> Tensor:
-    chosen: Tensor = pyro.sample(site, dist.Delta(value.to(dtype), event_dim=event_dim))
+def _at(site: str, values: Tensor, batch: torch.Size, kind: SiteKind, plates: _Plates) -> Tensor:
+    """Sample a site at values that are known.
+
+    Args:
+        values: Shape: (draws, *site).
+        batch: of the draws, where plates outside of the model ask for several: it ends in a dimension of size 1
+            for each of the model's own plates.
+    """
+    shape = values.shape[1:]
+    own = len(shape) - kind.event_dim
+    outer = batch[: max(len(batch) - own, 0)]
+    with plates.around(kind):
+        chosen: Tensor = pyro.sample(
+            site, dist.Delta(values.to(kind.dtype).reshape(outer + shape), event_dim=kind.event_dim)
+        )
     return chosen
 
 
 Part = SitePart | JointPart | WeightedDraws
+
+
+def _kinds(part: Part) -> Collection[SiteKind]:
+    return [part.kind] if isinstance(part, SitePart) else part.kinds.values()
 
 
 class ReducedPosterior:
@@ -105,19 +170,23 @@ class ReducedPosterior:
     Call it where the guide is called. Sites that were not asked about are drawn from the guide itself.
     """
 
-    def __init__(self, guide: Callable[..., Any], parts: Sequence[Part]) -> None:
+    def __init__(self, guide: Callable[..., Any], parts: Sequence[Part], sites: Collection[str]) -> None:
         self.guide, self.parts = guide, tuple(parts)
-        self._own = {name for part in self.parts for name in part.sites}
+        own = {name for part in self.parts for name in part.sites}
+        self._asks_guide = not set(sites) <= own
+        frames = (frame.name for part in self.parts for kind in _kinds(part) for frame in kind.frames)
+        self._hidden = sorted(own | set(frames))  # a plate that is made here is made once
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        others = poutine.trace(poutine.block(self.guide, hide=list(self._own))).get_trace(*args, **kwargs)
-        values: dict[str, Tensor] = {
-            name: node["value"]
-            for name, node in others.iter_stochastic_nodes()
-            if not node["infer"].get("is_auxiliary") and not site_is_subsample(node)
-        }
+        values: dict[str, Tensor] = {}
+        if self._asks_guide:
+            seen = poutine.block(self.guide, hide=self._hidden)
+            for name, node in poutine.trace(seen).get_trace(*args, **kwargs).iter_stochastic_nodes():
+                if not node["infer"].get("is_auxiliary") and not site_is_subsample(node):
+                    values[name] = node["value"]
+        plates = _Plates()
         for part in self.parts:
-            values |= part.sample()
+            values |= part.sample(plates)
         return values
 
     @torch.no_grad()

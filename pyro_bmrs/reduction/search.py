@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.evidence.importance import DRAWS
-from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, reduce_group
+from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, by_themselves, reduce_group
 from pyro_bmrs.inference.posteriors import JointNormalBlock
 from pyro_bmrs.reduction.bar import bar
-from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, reduce_latents, selections
+from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, selections
 from pyro_bmrs.reduction.latents import Latents, Selection
-from pyro_bmrs.reduction.plan import Reduction
+from pyro_bmrs.reduction.plan import Reduction, with_floor
+from pyro_bmrs.reduction.reduce import arguments_of, reduce_by_priors
 
 MOST_GROUPS = 20
 # Madigan & Raftery (1994): models that much less probable than the best are discredited.
@@ -86,13 +87,8 @@ class _Space:
 
 
 def _joint(block: JointNormalBlock, groups: dict[int, GroupReduction]) -> _Joint:
-    coordinates = torch.cat([group.coordinates for group in groups.values()])
-    renumbered, start = {}, 0
-    for number, group in groups.items():
-        own = torch.arange(start, start + len(group.coordinates), device=coordinates.device)
-        renumbered[number] = replace(group, coordinates=own)
-        start += len(own)
-    return _Joint(block.loc[coordinates], block.covariance(coordinates), renumbered)
+    coordinates, own = by_themselves(list(groups.values()))
+    return _Joint(block.loc[coordinates], block.covariance(coordinates), dict(zip(groups, own, strict=True)))
 
 
 def _single_elements(latents: Latents) -> dict[str, Selection]:
@@ -151,7 +147,13 @@ def greedy_reduction(
         ValueError: for overlapping groups, and as in `reduce`.
     """
     latents = Latents(
-        model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
+        model,
+        guide,
+        reduced_priors,
+        arguments_of(guide, model_args),
+        dependent_priors="average",
+        draws=draws,
+        seed=seed,
     )
     space = _Space(latents, groups, prior_log_odds)
     states = [(joint.loc, joint.covariance) for joint in space.joints]
@@ -186,17 +188,20 @@ def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> fl
 
 
 def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
-    """The plan that reduces what is chosen, and nothing else."""
+    """The plan that reduces what is chosen, and nothing else; of a network's structures every layer keeps one."""
     weight = float(getattr(latents.guide, "kl_weight", 1.0))
-    plan = reduce_latents(latents, groups=None, prior_log_odds=0.0, kl_weight=weight)
-    removed = {name: ~site.kept for name, site in latents.sites.items()}
-    for selection in chosen:
-        for name, mask in selection.items():
-            removed[name] = removed[name] | mask
-    column = torch.cat([removed[name].flatten() for name in latents.sites]).cpu().numpy()
-    return replace(
-        plan, table=plan.table.assign(removed=column), criterion=f"{what} by {plan.criterion.split(' (')[0]}"
-    )
+    plan = reduce_by_priors(latents, None, 0.0, kl_weight=weight)
+    table = plan.table.copy()
+    for name, site in latents.sites.items():
+        rows = (table.layer == name) & table.present
+        removed = ~site.kept
+        for selection in chosen:
+            removed = removed | selection.get(name, torch.zeros_like(removed))
+        score = torch.tensor(table.score[rows].to_numpy())
+        removed = removed.flatten().cpu()
+        kept = site.kept.flatten().cpu()
+        table.loc[rows, "removed"] = with_floor(removed, score, kept, plan.min_kept, 1).numpy()
+    return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}")
 
 
 @dataclass(frozen=True)
@@ -272,12 +277,14 @@ class ModelPosterior:
             raise ValueError(f"ratio must be above 1: got {ratio!r}")
         log_probability = self.log_probability
         near = torch.nonzero(log_probability >= log_probability.max() - torch.tensor(ratio).log()).flatten()
-        near = near[log_probability[near].argsort(descending=True)]
         if simpler_first:
-            # sorted: a simpler, more probable one stands before
-            numbers = near.tolist()
-            kept = [m for k, m in enumerate(numbers) if not any(other & m == m for other in numbers[:k])]
-            near = torch.tensor(kept, device=near.device)
+            # for each model the largest probability of those that reduce all it reduces
+            simpler = log_probability.clone()
+            for bit in range(len(self.groups)):
+                pairs = simpler.view(-1, 2, 2**bit)
+                pairs[:, 0] = torch.maximum(pairs[:, 0], pairs[:, 1])
+            near = near[simpler[near] <= log_probability[near]]
+        near = near[log_probability[near].argsort(descending=True, stable=True)]
         return self._rows(near)
 
     def plan(self, model: int | None = None) -> Reduction:
@@ -335,7 +342,13 @@ def exhaustive_reduction(
         NotImplementedError: as in `greedy_reduction`.
     """
     latents = Latents(
-        model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
+        model,
+        guide,
+        reduced_priors,
+        arguments_of(guide, model_args),
+        dependent_priors="average",
+        draws=draws,
+        seed=seed,
     )
     space = _Space(latents, groups, prior_log_odds)
     count = len(space.names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -74,6 +75,12 @@ def test_dirichlet_categorical(reduced):
 
 
 # --- linear regression with known noise ---------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def empty_store():
+    pyro.clear_param_store()
+
 
 X, Y = regression.diabetes()
 X = X[:, [0, 1, 2, 3, 4, 5, 6, 8]]

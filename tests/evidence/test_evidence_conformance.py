@@ -314,6 +314,10 @@ def test_masked_and_expanded(case):
     many = dist.ExpandedDistribution(q, (4, 3))
     close(log_evidence_change(many, p, reduced), single.expand(4, 3))
     assert reduced_posterior(many, p, reduced).batch_shape == (4, 3)
+    # what is expanded below an Independent counts as often as it stands there
+    one = [dist.ExpandedDistribution(law.expand((3,)), (4, 3)).to_event(2) for law in (q, p, reduced)]
+    close(log_evidence_change(*one), 4 * single.sum())
+    assert reduced_posterior(*one).event_shape == (4, 3, *q.event_shape)
 
 
 @each
@@ -367,12 +371,15 @@ def test_invariant_under_a_common_transformation(case):
 @each
 def test_on_the_meta_device(case):
     laws = [copied(law.expand((3,)), torch.float32, "meta") for law in case.make()]
+    point, event_dim = None if case.point is None else case.point.to("meta"), len(laws[0].event_shape)
     with pyro.validation_enabled(False), OnlyMeta():
         change = log_evidence_change(*laws)
         assert change.is_meta
         assert change.shape == (3,)
         if not isinstance(laws[0], td.Wishart):  # torch can't make one there
             reduced_posterior(*laws)
+        if point is not None:
+            assert log_evidence_change(laws[0], laws[1], dist.Delta(point, event_dim=event_dim)).is_meta
 
 
 def test_every_rule_has_a_case(monkeypatch):
@@ -420,6 +427,17 @@ def test_every_rule_has_a_case(monkeypatch):
          "posterior must have a density"),
         ((independent(torch.zeros(2), 1.0), dist.Normal(torch.zeros(2), 1.0), dist.Normal(torch.zeros(2), 1.0)),
          "prior must have the posterior's 1 event dimensions"),
+        ((dist.Dirichlet(torch.ones(2)), dist.Dirichlet(torch.ones(3)), dist.Dirichlet(torch.ones(2))),
+         r"prior must be of events of the posterior's shape \(2,\): got \(3,\)"),
+        ((dist.Normal(torch.zeros(2), 1.0), dist.Normal(torch.zeros(3), 2.0), dist.Normal(0.0, 1.0)),
+         r"batch shapes that broadcast: got posterior \(2,\), prior \(3,\)"),
+        ((dist.Dirichlet(2 * torch.ones(3)), dist.Dirichlet(torch.ones(3)), dist.Delta(torch.ones(3) / 5, event_dim=1)),
+         "a point where the posterior has a positive, finite density"),
+        ((dist.Poisson(2.0), dist.Poisson(1.0), dist.Delta(torch.tensor(1.5))), "a point where the posterior has"),
+        ((td.Independent(dist.Delta(torch.zeros(3)), 1), independent(torch.zeros(3), 1.0),
+          dist.Delta(torch.zeros(3), event_dim=1)), "posterior must have a density"),
+        ((dist.Normal(0.0, 1.0), dist.Normal(0.0, 2.0), dist.Delta(torch.tensor(0.0), log_density=2.0).mask(True)),
+         "mass one"),
     ],
 )  # fmt: skip
 def test_what_has_no_finite_integral_is_told(triple, message):
@@ -435,6 +453,16 @@ def test_without_a_closed_form_the_three_types_are_named():
         laws = [td.TransformedDistribution(td.Normal(0.0, 1.0), parts) for parts in (*maps, maps[0])]
         with pytest.raises(NotImplementedError):
             log_evidence_change(*laws)
+
+
+def test_a_point_beside_a_vector_whose_prior_is_no_normal():
+    q, p = vectors(0.4, 0.7), dist.Laplace(ZEROS, 1.0).to_event(1)
+    change = log_evidence_change(q, p, dist.Delta(VECTOR, event_dim=1))
+    close(change, q.log_prob(VECTOR) - p.log_prob(VECTOR))
+    with pytest.raises(NotImplementedError, match="prior must be a normal of vectors"):
+        log_evidence_change(
+            q, independent(ZEROS, 1.0).base_dist.mask(torch.tensor([True, False])).to_event(1), q
+        )
 
 
 def test_far_from_zero_nothing_is_lost():

@@ -11,7 +11,7 @@ from mpmath import mp, mpf
 
 from pyro_bmrs import log_evidence_change
 from pyro_bmrs.evidence import joint_normal
-from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, joined, reduce_group
+from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, reduce_group
 from pyro_bmrs.evidence.normal import multivariate_change, normal_change
 
 
@@ -52,7 +52,7 @@ def test_all_ways_to_reduce_agree(groups):
     assert float(changes[0]) == 0
     for model in range(1, 16):
         chosen = [member for k, member in enumerate(groups) if model >> k & 1]
-        at_once = reduce_group(loc, covariance, joined(chosen))
+        at_once = reduce_group(loc, covariance, as_one(chosen))
         for order in (chosen, chosen[::-1]):
             total, state = 0.0, (loc, covariance)
             for member in order:
@@ -82,12 +82,12 @@ def test_a_prior_known_by_its_density_alone():
     known = all_subsets(loc, covariance, [group(0), group(3, 4), group(5)])
     density = all_subsets(loc, covariance, [density_group(0), density_group(3, 4), density_group(5)])
     torch.testing.assert_close(known, density, atol=1e-10, rtol=0)
-    mixed, both = joined([group(0), density_group(3)]), joined([group(0), group(3)])
+    mixed, both = as_one([group(0), density_group(3)]), as_one([group(0), group(3)])
     torch.testing.assert_close(reduce_group(loc, covariance, mixed), reduce_group(loc, covariance, both))
     with pytest.raises(
         NotImplementedError, match="some priors are not normal and not all is reduced to points"
     ):
-        joined([group(0, width=0.1), density_group(3)])
+        as_one([group(0, width=0.1), density_group(3)])
 
 
 @pytest.mark.parametrize("budget", [1, 300, 10**4])
@@ -110,7 +110,7 @@ def test_a_million_models():
     some = torch.randint(2**20, (20,), generator=torch.Generator().manual_seed(1)).tolist()
     for model in some:
         chosen = [group(k) for k in range(20) if model >> k & 1]
-        wanted = float(reduce_group(loc, covariance, joined(chosen))[0])
+        wanted = float(reduce_group(loc, covariance, as_one(chosen))[0])
         assert float(changes[model]) == pytest.approx(wanted, abs=1e-8)
 
 

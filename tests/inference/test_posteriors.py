@@ -16,6 +16,7 @@ from pyro.infer.autoguide import (
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoStructured,
 )
 from torch.distributions import constraints
 
@@ -151,6 +152,11 @@ def depends(y):
     pyro.sample("weights", dist.Normal(torch.zeros(3), scale).to_event(1))
 
 
+def depends_on_a_coin(y):
+    side = pyro.sample("side", dist.Bernoulli(0.97))
+    pyro.sample("weights", dist.Normal(side * torch.ones(3), 0.1).to_event(1))
+
+
 def is_a_point(y):
     pyro.sample("weights", dist.Delta(torch.zeros(3), event_dim=1))
 
@@ -168,9 +174,15 @@ def called(guide):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: called(AutoDelta(model)), "has a Delta there"),
-        (lambda: is_a_point, "has a Delta there"),
+        (lambda: called(AutoDelta(model)), "is a Delta there"),
+        (lambda: is_a_point, "is a Delta there"),
         (lambda: depends, "'weights' that does not depend on another latent"),
+        (lambda: depends_on_a_coin, "'weights' that does not depend on another latent"),
+        (lambda: called(AutoNormal(subsampled)), r"subsampled plate 'data' \(10 of 100\)"),
+        (
+            lambda: called(AutoStructured(model, conditionals="normal")),
+            "that of AutoStructured is a Delta there",
+        ),
         (lambda: subsampled, r"subsampled plate 'data' \(10 of 100\)"),
         (lambda: called(AutoIAFNormal(model)), "normal posterior of .*AutoIAFNormal is a Transformed"),
         (
@@ -195,7 +207,7 @@ def test_only_the_sites_asked_for_must_be_readable():
 
 
 def test_sites_that_are_not_there():
-    with pytest.raises(ValueError, match=r"it has none named \['bias'\]"):
+    with pytest.raises(ValueError, match=r"it has none of \['bias'\], only of"):
         read_blocks(called(AutoNormal(model)), Y, sites=("weights", "bias"))
     with pytest.raises(RuntimeError, match="no parameters yet"):
         read_blocks(AutoNormal(model), Y, sites=("weights",))

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from model_files import model_file
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
 from torch import nn
 
 import pyro_bmrs as bmrs
@@ -112,6 +112,36 @@ def test_a_prior_scale_by_evidence(mean_field):
         assert curve.log_evidence_change[4] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_joint_normals_are_summed_over_all_combinations():
+    """Of two sites that know of each other: against exhaustive_reduction at each value."""
+
+    def model(y):
+        pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    y = torch.tensor(0.0)
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoMultivariateNormal(model, init_scale=0.4)
+        guide(y)
+        with torch.no_grad():
+            guide.scale_tril = torch.eye(4) + torch.tril(torch.full((4, 4), 0.8), -1)
+            guide.loc.copy_(torch.tensor([0.1, 0.5, -0.3, 0.2]))
+        scales, odds = [0.05, 0.3, 0.7], -0.4
+        make = lambda scale: dist.Normal(0.0 * scale, scale)  # noqa: E731
+        curve = evidence_curve(model, guide, {"a": make, "b": make}, y, prior_log_odds=odds, scale=scales)
+        for row, scale in zip(curve.itertuples(), scales, strict=True):
+            reduced = {name: dist.Normal(0.0, scale) for name in ("a", "b")}
+            found = bmrs.exhaustive_reduction(model, guide, reduced, y, prior_log_odds=odds)
+            whole = float(found.log_evidence_change[-1])
+            assert row.log_evidence_change == pytest.approx(whole, abs=1e-6)
+            weights = found.log_evidence_change + found.log_prior_odds
+            mixture = float(weights.logsumexp(0)) - 4 * math.log1p(math.exp(odds))
+            assert row.mixture == pytest.approx(mixture, abs=1e-6)
+            plan = reduce(model, guide, reduced, y, prior_log_odds=odds)
+            assert row.chosen == pytest.approx(float(plan.joint_evidence().log_evidence_change), abs=1e-6)
+            assert row.reduced == plan.table.removed.sum()
+
+
 def test_it_is_one_call(monkeypatch):
     from pyro_bmrs.reduction import evidence_curve as module
 
@@ -138,6 +168,7 @@ def test_it_is_one_call(monkeypatch):
         (bmrs.BMRS_U(), dict(), TypeError, "values of one parameter"),
         (bmrs.BMRS_U(), dict(bits=[1], floor_bits=[2]), TypeError, "values of one parameter"),
         (bmrs.BMRS_U(), dict(scale=[1.0]), TypeError, "bits, floor_bits, prior_log_odds: got 'scale'"),
+        (bmrs.BMRS_U(), dict(bits=[8, 40]), ValueError, "bits must leave an interval above its lower end"),
         (bmrs.BMRS_N(), dict(scale=[0.1, -1.0]), ValueError, "scale must be positive: got -1.0"),
         (bmrs.BMRS_N(), dict(scale=[]), ValueError, "scale must be finite values, at least one"),
         (bmrs.BMRS_N(), dict(scale=[math.nan]), ValueError, "scale must be finite values"),

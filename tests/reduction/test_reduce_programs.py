@@ -220,6 +220,20 @@ def test_the_reduced_posterior_of_each_kind(kind):
             assert bool(((values.std(0) / deviation - 1).abs() < 0.2).all()), (name, site)
 
 
+def test_another_threshold():
+    """A plan of latents has no floor: what is better reduced goes, to the last element."""
+    guide = GUIDES["AutoNormal"]()
+    guide(Y0)
+    plan = reduce(varied, guide, {"rates": dist.Gamma(4.0, 3.0), "scales": 1.0}, Y0, draws=1000)
+    assert plan.at(0.0).table.equals(plan.table)
+    assert "floor" not in str(plan.at(-99.0))
+    assert plan.at(-99.0).table.removed.all()
+    with pytest.raises(
+        ValueError, match="min_kept and round_to are for structures of a network: got 3 and None"
+    ):
+        reduce(varied, guide, {"scales": 1.0}, Y0, min_kept=3)
+
+
 def test_only_the_chosen_elements_are_reduced():
     guide = GUIDES["AutoDiagonalNormal"]()
     guide(Y0)
@@ -261,10 +275,13 @@ def test_the_reduced_posterior_is_that_of_a_new_fit():
     kept = ~torch.tensor(plan.table.removed.to_numpy())
     mean, covariance = regression.exact_posterior(X[:, kept], Y)
     (part,) = plan.reduced_posterior().parts
-    torch.testing.assert_close(part.loc[kept], mean)
-    torch.testing.assert_close((part.factor @ part.factor.T)[kept][:, kept], covariance)
-    assert float(part.loc[~kept].abs().max()) == 0
-    assert float(part.factor[~kept].abs().max()) < 1e-9
+    eye = torch.eye(part.noise_size, dtype=torch.float64)
+    loc = part.unconstrained(torch.zeros(part.noise_size, dtype=torch.float64))
+    factor = (part.unconstrained(eye) - loc).T  # a draw is loc + factor ε
+    torch.testing.assert_close(loc[kept], mean)
+    torch.testing.assert_close((factor @ factor.T)[kept][:, kept], covariance)
+    assert float(loc[~kept].abs().max()) == 0
+    assert float(factor[~kept].abs().max()) == 0
     predicted = Predictive(regression.model, guide=plan.reduced_posterior(), num_samples=200)(X)["y"]
     assert predicted.shape == (200, 442)
     torch.testing.assert_close(predicted.mean(0), X[:, kept] @ mean, atol=0.25, rtol=0)
@@ -399,6 +416,141 @@ def test_the_reduced_posterior_under_a_dependent_prior(joint):
         assert bool(((values.std(0) / deviation - 1).abs() < 0.15).all())
 
 
+def coin(y):
+    side = pyro.sample("side", dist.Bernoulli(torch.tensor(0.5)))
+    pyro.sample("weights", dist.Normal(torch.zeros(2), torch.where(side > 0, 1.0, 0.1)).to_event(1))
+
+
+def coin_guide(y):
+    pyro.sample("side", dist.Bernoulli(torch.tensor(0.9)))
+    pyro.sample("weights", dist.Normal(torch.tensor([0.3, 0.5]), 0.05).to_event(1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_discrete_parent_is_noticed(seed):
+    """Two draws of it coincide most of the time."""
+    with pytest.raises(ValueError, match="'weights' that depends on 'side'"):
+        reduce(coin, coin_guide, {"weights": dist.Normal(0.0, 0.3)}, Y0, seed=seed)
+    plan = reduce(
+        coin,
+        coin_guide,
+        {"weights": dist.Normal(0.0, 0.3)},
+        Y0,
+        dependent_priors="average",
+        draws=2000,
+        seed=seed,
+    )
+    q, reduced = dist.Normal(torch.tensor([0.3, 0.5]), 0.05), dist.Normal(0.0, 0.3)
+    given = [float(log_evidence_change(q, dist.Normal(0.0, width), reduced).sum()) for width in (1.0, 0.1)]
+    truth = math.log(0.9 * math.exp(given[0]) + 0.1 * math.exp(given[1]))
+    assert plan.sites.log_evidence_change[0] == pytest.approx(truth, abs=4.5 * plan.sites.standard_error[0])
+
+
+def test_the_support_is_checked_under_dependent_priors_too():
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+        pyro.sample("weight", dist.HalfCauchy(scale))
+
+    guide = AutoNormal(model)
+    guide(Y0)
+    with pytest.raises(ValueError, match=r"'weight'.*within the support of the posterior"):
+        reduce(model, guide, {"weight": dist.Normal(0.0, 0.5)}, Y0, dependent_priors="average", draws=100)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_averaged_without_a_closed_form_there_is_a_reduced_posterior(kind):
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+        pyro.sample("weights", dist.Laplace(torch.zeros(2), scale).to_event(1))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    guide = kind(model, init_scale=0.3)
+    guide(Y0)
+    reduced = {"weights": dist.Normal(0.0, 0.4), "other": 0.0}
+    plan = reduce(model, guide, reduced, Y0, dependent_priors="average", draws=1000, prior_log_odds=99.0)
+    if kind is AutoNormal:  # independent blocks: one a point, the other weighted draws
+        values = plan.reduced_posterior().draw(300, Y0)
+        assert float(values["other"].abs().max()) == 0
+        assert float(values["weights"].std()) < 0.3
+    plan = reduce(
+        model,
+        guide,
+        {"weights": reduced["weights"]},
+        Y0,
+        dependent_priors="average",
+        draws=1000,
+        prior_log_odds=99.0,
+    )
+    assert float(plan.reduced_posterior().draw(300, Y0)["weights"].std()) < 0.3
+
+
+def test_a_site_of_one_number_in_a_joint_normal():
+    def model(y):
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.LogNormal(0.0, 1.0))
+
+    guide = AutoMultivariateNormal(model, init_scale=0.3)
+    guide(Y0)
+    plan = reduce(model, guide, {"a": 0.2, "b": dist.LogNormal(0.0, 0.5)}, Y0, prior_log_odds=9.0)
+    assert plan.table.unit.tolist() == [0, 0]
+    assert plan.reduced_posterior().draw(5, Y0)["b"].shape == (5,)
+
+
+def test_a_categorical_site():
+    def model(y):
+        pyro.sample("kind", dist.Categorical(torch.ones(3)))
+
+    def guide(y):
+        pyro.sample("kind", dist.Categorical(torch.tensor([0.7, 0.2, 0.1])))
+
+    plan = reduce(
+        model, guide, {"kind": dist.Categorical(torch.tensor([0.1, 0.1, 0.8]))}, Y0, prior_log_odds=9.0
+    )
+    assert plan.sites.log_evidence_change[0] == pytest.approx(math.log(3 * (0.07 + 0.02 + 0.08)), abs=1e-6)
+    values = plan.reduced_posterior().draw(400, Y0)["kind"]
+    assert values.dtype == torch.long
+    assert float((values == 2).float().mean()) == pytest.approx(0.08 / 0.17, abs=0.12)
+
+
+def test_masked_elements_are_not_in_the_model():
+    def model(y):
+        pyro.sample(
+            "weights", dist.Normal(torch.zeros(3), 1.0).mask(torch.tensor([True, False, True])).to_event(1)
+        )
+        with pyro.poutine.mask(mask=torch.tensor([False, True])), pyro.plate("plate", 2):
+            pyro.sample("others", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(model)
+    guide(Y0)
+    plan = reduce(model, guide, {"weights": dist.Normal(0.0, 0.3), "others": dist.Normal(0.0, 0.3)}, Y0)
+    assert plan.table.removed_in_fit.tolist() == [False, True, False, True, False]
+    assert (plan.table.log_evidence_change == 0).tolist() == [False, True, False, True, False]
+    assert plan.sites.elements.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictions_one_by_one_and_at_once(kind, parallel):
+    def model(y=None):
+        a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("plate", 2):
+            b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a.sum(-1) + b, 0.1), obs=y)
+
+    guide = kind(model, init_scale=0.3)
+    guide(torch.zeros(2))
+    for criterion in (
+        {"a": 0.0},
+        {"b": dist.Gamma(torch.tensor(3.0), 2.0)},
+        {"a": dist.Normal(0.0, 0.2), "b": 1.0},
+    ):
+        plan = reduce(model, guide, criterion, torch.zeros(2), prior_log_odds=99.0)
+        predictive = Predictive(model, guide=plan.reduced_posterior(), num_samples=7, parallel=parallel)
+        samples = predictive()
+        assert samples["y"].reshape(7, 2).shape == (7, 2)
+        assert len(torch.unique(samples["y"])) == 14
+
+
 def with_offset(y):
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
     offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
@@ -426,7 +578,7 @@ def test_what_is_correlated_with_an_averaged_site_is_averaged_with_it():
     truth = float((ratio + each[:, 0]).logsumexp(0)) - math.log(len(z))
     apart = plan.sites.log_evidence_change[1] + plan.table.log_evidence_change[0]
     assert abs(plan.groups.log_evidence_change[0] - truth) < 4.5 * plan.groups.standard_error[0] + 0.01
-    assert abs(apart - truth) > 0.1
+    assert abs(apart - truth) > 0.07
     weights = (ratio + each.sum(-1)).softmax(0)
     found = plan.reduced_posterior().draw(3000, YH)
     for values, wanted in ((found["offset"], offset), (found["effects"], effects), (found["scale"], scale)):
@@ -474,7 +626,7 @@ def test_saved_and_loaded(tmp_path):
     ("change", "kind", "message"),
     [
         (dict(criterion={}), ValueError, "at least one site"),
-        (dict(criterion={"bias": 0.0}), ValueError, "none named .'bias'"),
+        (dict(criterion={"bias": 0.0}), ValueError, "none of .'bias'"),
         (dict(criterion={"weights": "zero"}), TypeError, "a distribution or a number.*got str"),
         (dict(criterion={"weights": dist.Normal(torch.zeros(4), 1.0)}), ValueError, r"broadcasts to its shape \(10,\)"),
         (dict(criterion={"weights": dist.Delta(torch.zeros(10), log_density=1.0)}), ValueError, "point of mass one"),
@@ -485,6 +637,8 @@ def test_saved_and_loaded(tmp_path):
         (dict(prior_log_odds=math.nan), ValueError, "prior_log_odds must be a finite number"),
         (dict(groups={"a": [0]}), TypeError, "groups must map 'a' to a mapping of sites"),
         (dict(groups={"a": {"bias": 0}}), ValueError, r"groups must name sites of \['weights'\]"),
+        (dict(groups={"a": {"weights": torch.tensor([0, 1])}}), None, ""),
+        (dict(groups={"a": {"weights": [0.9]}}), ValueError, "must give numbers below 10"),
         (dict(groups={"a": {"weights": 10}}), ValueError, "numbers below 10.*'a' has 10"),
         (dict(groups={"a": {"weights": torch.ones(3, dtype=torch.bool)}}), ValueError, r"mask of the shape \(10,\)"),
         (dict(criterion={"weights": dist.Laplace(torch.tensor(0.0), 1e-6)}), ImportanceError, "'weights'.*carry"),
@@ -510,5 +664,5 @@ def test_apply_has_nothing_to_remove_from_other_programs():
 def test_a_guide_that_is_a_point_is_told():
     guide = pyro.infer.autoguide.AutoDelta(regression.model)
     guide(X, Y)
-    with pytest.raises(UnreadablePosteriorError, match="has a Delta there"):
+    with pytest.raises(UnreadablePosteriorError, match="is a Delta there"):
         reduce(regression.model, guide, {"weights": 0.0}, X, Y)

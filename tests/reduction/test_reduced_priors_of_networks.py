@@ -50,9 +50,13 @@ def test_layers_that_are_not_asked_about_stay():
     assert plan.apply(measure=False)[3].out_features == 5
 
 
-def test_a_reduced_prior_that_keeps_the_scale_removes_nothing():
+@pytest.mark.parametrize(
+    "reduced",
+    [bmrs.TruncatedLogNormal(-0.01, 1e-3), bmrs.LogUniform(-20.0, -0.1), bmrs.TruncatedLogNormal(-2.0, 0.1)],
+)
+def test_a_reduced_prior_that_keeps_the_scale_removes_nothing(reduced):
     model, guide, batch = network()
-    plan = reduce(model, guide, {"2": bmrs.TruncatedLogNormal(-0.01, 1e-3)}, *batch)
+    plan = reduce(model, guide, {"2": reduced}, *batch)
     with pytest.raises(ValueError, match="plan has nothing to remove from a network"):
         plan.apply()
 
@@ -61,3 +65,28 @@ def test_what_goes_with_mappings_only():
     model, guide, _ = network()
     with pytest.raises(ValueError, match="go with a mapping of sites to reduced priors"):
         reduce(model, guide, bmrs.BMRS_N(), prior_log_odds=1.0)
+
+
+def test_searches_of_structures_make_plans_that_apply():
+    model, guide, _ = network()
+    spikes = {"2": bmrs.TruncatedLogNormal(-20.0, 1e-6), "5": bmrs.TruncatedLogNormal(-20.0, 1e-6)}
+    greedy = bmrs.greedy_reduction(model, guide, spikes)
+    best = bmrs.exhaustive_reduction(model, guide, spikes).plan()
+    by_priors = reduce(model, guide, spikes)
+    for plan in (greedy, best):
+        assert plan.table.removed.tolist() == by_priors.table.removed.tolist()
+        assert plan.apply(measure=False)[0].out_features == len(by_priors.kept["2"])
+    everything = bmrs.greedy_reduction(model, guide, {"2": spikes["2"]}, prior_log_odds=1e6)
+    assert len(everything.kept["2"]) == 1
+
+
+def test_curves_after_a_fit_has_removed():
+    model, guide, _ = network()
+    with torch.no_grad():
+        model.net[2].kept[:3] = False
+        guide.site_posterior("2").kept[:3] = False
+    curve = bmrs.evidence_curve(model, guide, bmrs.BMRS_U(), bits=[4.0, 8.0])
+    table = reduce(model, guide, bmrs.BMRS_U(bits=8)).table
+    left = table[~table.removed_in_fit]
+    assert curve.log_evidence_change[1] == pytest.approx(left.log_evidence_change.sum())
+    assert curve.reduced[1] == int((left.score >= 0).sum())

@@ -11,7 +11,7 @@ import torch
 from model_files import model_file
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoMultivariateNormal, AutoNormal
 
-from pyro_bmrs import exhaustive_reduction, greedy_reduction, reduce
+from pyro_bmrs import ModelPosterior, exhaustive_reduction, greedy_reduction, reduce
 
 regression = model_file("linear_regression")
 X, Y = regression.diabetes()
@@ -102,6 +102,16 @@ def test_occams_window():
         assert any(other & model == model for other in better)
     with pytest.raises(ValueError, match="ratio must be above 1: got 1"):
         found.occams_window(1)
+
+
+def test_occams_window_of_many_models_that_are_alike():
+    """65,536 models within the window, in a moment; of equally probable ones none is dropped."""
+    change = torch.full((2**16,), 0.0, dtype=torch.float64)
+    alike = ModelPosterior(tuple(map(str, range(16))), change, torch.zeros_like(change))
+    assert len(alike.occams_window(simpler_first=True)) == 2**16
+    bits = torch.tensor([model.bit_count() for model in range(2**16)])
+    falling = ModelPosterior(alike.groups, 0.01 * bits.double(), torch.zeros_like(change))
+    assert falling.occams_window(simpler_first=True).model.tolist() == [2**16 - 1]
 
 
 def test_the_plan_of_a_model():
