@@ -376,8 +376,9 @@ def test_on_the_meta_device(case):
         change = log_evidence_change(*laws)
         assert change.is_meta
         assert change.shape == (3,)
-        if not isinstance(laws[0], td.Wishart):  # torch can't make one there
-            reduced_posterior(*laws)
+        if isinstance(laws[0], td.Wishart):
+            return  # torch can't make one there, nor take its density
+        reduced_posterior(*laws)
         if point is not None:
             assert log_evidence_change(laws[0], laws[1], dist.Delta(point, event_dim=event_dim)).is_meta
 

@@ -472,16 +472,11 @@ def test_averaged_without_a_closed_form_there_is_a_reduced_posterior(kind):
         values = plan.reduced_posterior().draw(300, Y0)
         assert float(values["other"].abs().max()) == 0
         assert float(values["weights"].std()) < 0.3
-    plan = reduce(
-        model,
-        guide,
-        {"weights": reduced["weights"]},
-        Y0,
-        dependent_priors="average",
-        draws=1000,
-        prior_log_odds=99.0,
-    )
-    assert float(plan.reduced_posterior().draw(300, Y0)["weights"].std()) < 0.3
+    alone = {"weights": reduced["weights"]}
+    plan = reduce(model, guide, alone, Y0, dependent_priors="average", draws=1000, prior_log_odds=99.0)
+    before = torch.stack([guide(Y0)["weights"].detach() for _ in range(300)])
+    after = plan.reduced_posterior().draw(300, Y0)["weights"]
+    assert float(after.square().mean()) < float(before.square().mean())  # nearer to 0 than without
 
 
 def test_a_site_of_one_number_in_a_joint_normal():
