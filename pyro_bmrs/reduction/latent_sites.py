@@ -119,6 +119,8 @@ def elementary_law(name: str, given: Any, device: torch.device | None = None) ->
     """A reduced prior as a distribution of single elements; numbers and tensors are points."""
     if isinstance(given, int | float | Tensor) and not isinstance(given, bool):
         point = torch.as_tensor(given, dtype=torch.float64, device=device)
+        if not bool(torch.isfinite(point).all()):
+            raise ValueError(f"criterion must give {name!r} a finite point: got {given}")
         return dist.Delta(point, validate_args=False)
     if not isinstance(given, Distribution):
         raise TypeError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,7 @@ from pyro_bmrs.inference.posteriors import (
     read_blocks,
     varied_traces,
 )
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.reduction.averaging import Averaging, root_of
 from pyro_bmrs.reduction.latent_sites import LatentSite, group_of, latent_site
 from pyro_bmrs.reduction.reduced_posterior import (
@@ -101,6 +102,9 @@ class Latents:
             raise ValueError(f"dependent_priors must be 'raise' or 'average': got {dependent_priors!r}")
         if not isinstance(draws, int) or draws < 100:
             raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"{name} must be a Pyro program: got {type(program).__name__}")
         check_arguments(model, args)
         self.model, self.guide, self.args, self.given = model, guide, args, dict(reduced_priors)
         self.draws, self.seed = draws, seed
@@ -129,7 +133,7 @@ class Latents:
             torch.no_grad(),
             torch.random.fork_rng(),
             store.scope(store.get_state()),
-            _evaluating(self.model),
+            in_mode(self.model, training=False) if isinstance(self.model, nn.Module) else nullcontext(),
         ):
             torch.manual_seed(self.seed + stream)
             yield
@@ -360,20 +364,6 @@ def _worst(khat: Tensor) -> Tensor:
     """The largest k̂; NaN where all have closed forms."""
     known = khat[~khat.isnan()]
     return known.max() if len(known) else khat[0]
-
-
-@contextmanager
-def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -622,6 +622,8 @@ def test_saved_and_loaded(tmp_path):
     [
         (dict(criterion={}), ValueError, "at least one site"),
         (dict(criterion={"bias": 0.0}), ValueError, "none of .'bias'"),
+        (dict(criterion={"weights": math.nan}), ValueError, "'weights' a finite point: got nan"),
+        (dict(guide=None), TypeError, "guide must be a Pyro program: got NoneType"),
         (dict(criterion={"weights": "zero"}), TypeError, "a distribution or a number.*got str"),
         (dict(criterion={"weights": dist.Normal(torch.zeros(4), 1.0)}), ValueError, r"broadcasts to its shape \(10,\)"),
         (dict(criterion={"weights": dist.Delta(torch.zeros(10), log_density=1.0)}), ValueError, "point of mass one"),
@@ -642,7 +644,7 @@ def test_saved_and_loaded(tmp_path):
 def test_bad_arguments_are_named(change, kind, message):
     given = dict(criterion={"weights": 0.0}, args=(X, Y)) | change
     criterion, args = given.pop("criterion"), given.pop("args")
-    guide = regression.posterior(X, Y)
+    guide = given.pop("guide", regression.posterior(X, Y))
     if kind is None:
         reduce(regression.model, guide, criterion, *args, **given)
         return
