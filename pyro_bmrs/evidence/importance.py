@@ -215,8 +215,8 @@ def estimate_log_evidence_change(
         check_support(q, p, reduced)
         ratio = log_ratio(p, reduced, q.sample((draws,)))
         for wrapping in reversed(wrappings):
-            ratio = wrapping.of_change(ratio)
-        return estimate_log_mean(ratio.expand(draws, *batch_shape_of(wide)))
+            ratio = wrapping.of_change(ratio, 1)
+        return estimate_log_mean(ratio)
 
 
 def log_ratio(prior: Distribution, reduced_prior: Distribution, theta: Tensor) -> Tensor:

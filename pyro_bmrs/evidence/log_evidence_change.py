@@ -73,7 +73,7 @@ def log_evidence_change(posterior: Distribution, prior: Distribution, reduced_pr
     change: Tensor = rule(*triple)
     change = change.expand(batch_shape_of(triple))
     for wrapping in reversed(wrappings):
-        change = wrapping.of_change(change)
+        change = wrapping.of_change(change, 0)
     return change.expand(batch_shape_of((posterior, prior, reduced_prior)))
 
 

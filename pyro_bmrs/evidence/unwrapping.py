@@ -30,9 +30,14 @@ NAMES = ("posterior", "prior", "reduced_prior")
 
 @dataclass(frozen=True)
 class Wrapping:
-    """One wrapping that all three wore: what it does to ΔF, and how the reduced posterior wears it again."""
+    """One wrapping that all three wore: what it does to ΔF, and how the reduced posterior wears it again.
 
-    of_change: Callable[[Tensor], Tensor]
+    Attributes:
+        of_change: of ΔF and the number of dimensions before its batch shape, those of draws.
+        of_distribution: of the reduced posterior.
+    """
+
+    of_change: Callable[[Tensor, int], Tensor]
     of_distribution: Callable[[Any], Distribution]
 
 
@@ -54,9 +59,8 @@ def unwrapped(
         _check_points(triple)
         _check_shapes(triple)
         if any(isinstance(member, ExpandedDistribution) for member in triple):
-            triple = _each(
-                triple, lambda d: d.base_dist if isinstance(d, ExpandedDistribution) else d
-            )  # broadcasting does the rest
+            wrappings.append(_expanded(batch_shape_of(triple)))
+            triple = _each(triple, lambda d: d.base_dist if isinstance(d, ExpandedDistribution) else d)
         elif any(isinstance(member, MaskedDistribution) for member in triple):
             wrappings.append(_mask(triple))
             triple = _each(triple, lambda d: d.base_dist if isinstance(d, MaskedDistribution) else d)
@@ -132,10 +136,27 @@ def _mask(triple: Triple) -> Wrapping:
     if masks[2] is not None and not both.is_meta and bool((both & ~masks[2].to(both.device)).any()):
         raise ValueError("reduced_prior must not mask out elements that posterior and prior count")
 
-    def of_change(change: Tensor) -> Tensor:
-        return torch.where(both.to(change.device), change, 0.0)
+    def of_change(change: Tensor, draws: int) -> Tensor:
+        hidden = ~both.to(change.device)
+        shape = torch.broadcast_shapes(change.shape[draws:], hidden.shape)  # type: ignore[no-untyped-call]
+        return torch.where(hidden, 0.0, _widened(change, draws, shape))
 
     return Wrapping(of_change, lambda distribution: MaskedDistribution(distribution, both))
+
+
+def _widened(change: Tensor, draws: int, shape: torch.Size) -> Tensor:
+    """ΔF whose batch, behind the dimensions of draws, is expanded to a shape."""
+    missing = len(shape) - (change.dim() - draws)
+    lead = change.shape[:draws]
+    return change.reshape(lead + (1,) * missing + change.shape[draws:]).expand(lead + shape)
+
+
+def _expanded(shape: torch.Size) -> Wrapping:
+    def of_distribution(distribution: Any) -> Distribution:
+        same: Distribution = distribution if distribution.batch_shape == shape else distribution.expand(shape)
+        return same
+
+    return Wrapping(lambda change, draws: _widened(change, draws, shape), of_distribution)
 
 
 def _strippable(member: Distribution) -> int:
@@ -157,17 +178,15 @@ def point(delta: Delta, event_dim: int) -> Delta:
 
 
 def _independent(dims: int, shape: torch.Size) -> Wrapping:
-    # what was expanded has fewer elements than it stands for, until it is expanded again
-    def of_change(change: Tensor) -> Tensor:
-        draws = change.shape[: max(change.dim() - len(shape), 0)]
-        return change.expand(draws + shape).sum(dim=list(range(-dims, 0)))
-
-    return Wrapping(of_change, lambda distribution: PyroIndependent(distribution.expand(shape), dims))
+    return Wrapping(
+        lambda change, draws: _widened(change, draws, shape).sum(dim=list(range(-dims, 0))),
+        lambda distribution: PyroIndependent(distribution.expand(shape), dims),
+    )
 
 
 def _transformed(transforms: list[Transform]) -> Wrapping:
     # one-to-one maps leave ΔF as it is
-    return Wrapping(lambda change: change, lambda base: PyroTransformed(base, transforms))
+    return Wrapping(lambda change, draws: change, lambda base: PyroTransformed(base, transforms))
 
 
 def _same_map(triple: Triple) -> bool:

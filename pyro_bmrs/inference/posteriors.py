@@ -9,7 +9,8 @@ several.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +131,8 @@ class JointNormalBlock:
 Block = SiteBlock | JointNormalBlock
 
 
-# How often a program is run to see whether its distributions change: a discrete latent may not, in a few.
-_FEWEST_TRACES, _MOST_TRACES = 8, 64
+# How often a program is run anew to see whether its distributions change.
+_TRACES = 7
 
 
 class UnreadablePosteriorError(ValueError):
@@ -264,8 +265,8 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
 
 
 def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str]) -> list[Block]:
-    traces = varied_traces(lambda: poutine.trace(guide).get_trace(*args))
-    first = traces[0]
+    asked = sites & set(poutine.trace(guide).get_trace(*args).stochastic_nodes)
+    first, parents = parents_of(guide, {}, args, asked)
     blocks: list[Block] = []
     for name, node in first.iter_stochastic_nodes():
         if name not in sites or node["infer"].get("is_auxiliary"):
@@ -279,10 +280,10 @@ def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str
             )
         for frame in node["cond_indep_stack"]:
             _check_whole(name, frame)
-        if any(differs(first, other, name) for other in traces[1:]):
+        if parents[name]:
             raise UnreadablePosteriorError(
-                f"guide must have a posterior of {name!r} that does not depend on another latent: it differs "
-                "between calls of the guide"
+                f"guide must have a posterior of {name!r} that does not depend on another latent: it depends on "
+                f"{', '.join(parents[name])}"
             )
         blocks.append(_site_block(name, fixed(node["fn"])))
     return blocks
@@ -296,20 +297,61 @@ def _check_whole(site: str, frame: Any) -> None:
         )
 
 
-def varied_traces(trace: Callable[[], Trace]) -> list[Trace]:
-    """At least 8 traces, and more (64 at most) until every latent has taken two values."""
-    traces = [trace() for _ in range(_FEWEST_TRACES)]
-    while len(traces) < _MOST_TRACES and any(
-        all(
-            torch.equal(node["value"], other.nodes[name]["value"])
-            for other in traces[1:]
-            if name in other.nodes
-        )
-        for name, node in traces[0].iter_stochastic_nodes()
-        if not site_is_subsample(node) and not isinstance(elementary(node["fn"]), dist.Delta)
-    ):
-        traces.append(trace())
-    return traces
+NOTHING_KNOWN = "something drawn anew in each call"
+
+
+def parents_of(
+    program: Callable[..., Any],
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    sites: Collection[str],
+    *,
+    draw: Callable[[], Mapping[str, Tensor]] = dict,
+) -> tuple[Trace, dict[str, tuple[str, ...]]]:
+    """A trace of a program, and for each site asked about the latents that its distribution depends on.
+
+    Each other latent takes other values in turn, all others being what they are: those of other draws, and of a
+    discrete latent all there are.
+
+    Args:
+        values: of latents that are given.
+        draw: makes such values anew.
+
+    Raises:
+        ValueError: for a site that is not there in each call.
+    """
+    first = model_at(program, values, *args)
+    others = [model_at(program, draw(), *args) for _ in range(_TRACES)] if sites else []
+    for name in sites:
+        if not all(name in trace.nodes for trace in (first, *others)):
+            raise ValueError(
+                f"site {name!r} must be sampled in each call of model and guide: in some it is not"
+            )
+    own = {name: node["value"] for name, node in first.iter_stochastic_nodes() if not site_is_subsample(node)}
+    found: dict[str, list[str]] = {name: [] for name in sites}
+    for name in own if sites else ():
+        for value in _other_values(name, first, others):
+            mixed = model_at(program, {**own, name: value}, *args)
+            for site in sites:
+                if name not in (site, *found[site]) and differs(first, mixed, site):
+                    found[site].append(name)
+    for site, parents in found.items():
+        if not parents and any(differs(first, other, site) for other in others):
+            parents.append(NOTHING_KNOWN)
+    return first, {site: tuple(parents) for site, parents in found.items()}
+
+
+def _other_values(name: str, first: Trace, others: Sequence[Trace]) -> list[Tensor]:
+    node = first.nodes[name]
+    law = elementary(node["fn"])
+    if getattr(law, "has_enumerate_support", False):
+        with suppress(NotImplementedError):  # of elements that have different supports
+            support = law.enumerate_support(expand=False)
+            return [value.expand(node["value"].shape) for value in support]
+    drawn = [trace.nodes[name]["value"] for trace in others if name in trace.nodes]
+    changed = [value for value in drawn if not torch.equal(value, node["value"])]
+    # of real numbers one will do: all its entries are others
+    return changed[:1] if node["value"].is_floating_point() else changed
 
 
 def _site_block(name: str, posterior: Any) -> Block:
@@ -324,6 +366,8 @@ def _site_block(name: str, posterior: Any) -> Block:
 
 def differs(first: Trace, second: Trace, site: str) -> bool:
     """Whether a site's distribution is not the same in two traces, at the values of both."""
+    if site not in second.nodes:
+        return True
     laws = [trace.nodes[site]["fn"] for trace in (first, second)]
     if laws[0].batch_shape != laws[1].batch_shape or laws[0].event_shape != laws[1].event_shape:
         return True
@@ -348,7 +392,7 @@ def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
 
 
 def model_at(model: Callable[..., Any], values: Mapping[str, Tensor], *args: Any) -> Trace:
-    """The trace of a model at values of its latents: each one's prior is its `fn` there."""
+    """The trace of a program at values of latents: the distribution of each is its `fn` there."""
     with FixedScales(values):  # not poutine.condition: a latent stays one
         return poutine.trace(model).get_trace(*args)
 
@@ -378,5 +422,6 @@ __all__ = [
     "guide_values",
     "model_at",
     "on_support",
+    "parents_of",
     "read_blocks",
 ]  # fmt: skip

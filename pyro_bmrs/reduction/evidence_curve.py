@@ -203,7 +203,7 @@ class _Joint:
 
 def _groups_of(site: LatentSite, reduced: Any) -> list[GroupReduction]:
     """Each element of a site as a group of its coordinates, under a reduced prior."""
-    law = per_element(elementary_law(site.name, reduced), site.shape, site.event_dim)
+    law = per_element(elementary_law(site.name, reduced), site.shape, site.event_dim, site.value_shape)
     at_value = replace(site, reduced_prior=law)
     single = torch.eye(site.shape.numel(), dtype=torch.bool, device=site.kept.device)
     masks = [mask.reshape(site.shape) for mask, kept in zip(single, site.kept.flatten(), strict=True) if kept]
@@ -233,7 +233,8 @@ def _of_latents(
                 )
             spread = values.reshape(-1, *(1 for _ in range(len(site.shape) + site.event_dim)))
             law = elementary_law(site.name, criterion[site.name](spread))
-            reduced = per_element(law, torch.Size((len(values), *site.shape)), site.event_dim)
+            many = torch.Size((len(values),))
+            reduced = per_element(law, many + site.shape, site.event_dim, many + site.value_shape)
             change = log_evidence_change(site.posterior, site.prior, reduced)
             alone[site.name] = change.reshape(len(values), -1)[:, site.kept.flatten()]
         independent, joint = [torch.zeros(len(values), 0, dtype=torch.float64)], []

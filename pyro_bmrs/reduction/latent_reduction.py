@@ -85,7 +85,7 @@ def _rows(
     mean, deviation = _moments(site, draws)
     gone = ~site.kept
     columns = {
-        "unit": torch.arange(site.shape.numel()),
+        "unit": site.units,
         "loc": loc,
         "scale": scale,
         "mean": mean,
@@ -137,6 +137,8 @@ def selections(latents: Latents, groups: Groups | None) -> dict[str, Selection]:
         ValueError, TypeError: naming the group, the site and what is allowed.
     """
     chosen: dict[str, Selection] = {}
+    if groups is not None and not isinstance(groups, Mapping):
+        raise TypeError(f"groups must map names to {{site: elements}}: got {groups!r}")
     for group, members in (groups or {}).items():
         if not isinstance(members, Mapping) or not members:
             raise TypeError(
@@ -153,7 +155,7 @@ def selections(latents: Latents, groups: Groups | None) -> dict[str, Selection]:
 
 
 def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
-    count = site.shape.numel()
+    count = int(site.units.max()) + 1
     device = site.kept.device
     if isinstance(elements, Tensor) and elements.dtype == torch.bool:
         if elements.shape != site.shape:
@@ -162,11 +164,12 @@ def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
                 f"{tuple(elements.shape)}"
             )
         return elements.to(device)
-    mask = torch.zeros(count, dtype=torch.bool, device=device)
     if isinstance(elements, Tensor) and not elements.is_floating_point():
         elements = elements.flatten().tolist()
     try:
-        if isinstance(elements, Sequence) and not all(type(number) is int for number in elements):
+        if isinstance(elements, bool) or (
+            isinstance(elements, Sequence) and not all(type(number) is int for number in elements)
+        ):
             raise TypeError
         numbers = torch.arange(count)[
             elements if isinstance(elements, slice | type(...) | int) else list(elements)
@@ -176,8 +179,7 @@ def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
             f"groups must give numbers below {count}, a slice, a bool tensor, or ... for elements of {site.name!r}: "
             f"{group!r} has {elements!r}"
         ) from None
-    mask[numbers.to(device)] = True
-    return mask.reshape(site.shape)
+    return torch.isin(site.units, numbers.to(device)).reshape(site.shape)
 
 
 def check_log_odds(prior_log_odds: object) -> float:

@@ -33,6 +33,8 @@ class LatentSite:
         prior, reduced_prior: of the elements, batch shape `shape`, float64.
         kept: False for elements that a fit has removed, or the model masks out. Shape: `shape`.
         parents: the latents that the prior depends on.
+        value_shape: of the whole site.
+        units: the numbers of the elements, in a network those of the original one. Shape: (elements,).
     """
 
     name: str
@@ -45,6 +47,8 @@ class LatentSite:
     reduced_prior: Any
     kept: Tensor
     parents: tuple[str, ...]
+    value_shape: torch.Size
+    units: Tensor
 
     @cached_property
     def coordinates(self) -> Tensor:
@@ -80,7 +84,12 @@ class LatentSite:
 
 
 def latent_site(
-    name: str, block: Block, node: Mapping[str, Any], reduced: Any, parents: tuple[str, ...]
+    name: str,
+    block: Block,
+    node: Mapping[str, Any],
+    reduced: Any,
+    parents: tuple[str, ...],
+    units: Tensor | None = None,
 ) -> LatentSite:
     value, prior = node["value"], elementary(node["fn"])
     reduced = elementary_law(name, reduced, value.device)
@@ -112,6 +121,8 @@ def latent_site(
         reduced_prior=fitted,
         kept=kept,
         parents=parents,
+        value_shape=value.shape,
+        units=torch.arange(shape.numel(), device=value.device) if units is None else units,
     )
 
 

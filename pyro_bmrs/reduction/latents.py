@@ -9,7 +9,7 @@ is estimated from draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -29,13 +28,12 @@ from pyro_bmrs.inference.posteriors import (
     Block,
     JointNormalBlock,
     check_arguments,
-    differs,
     guide_values,
-    model_at,
+    parents_of,
     read_blocks,
-    varied_traces,
 )
 from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.reduction.averaging import Averaging, root_of
 from pyro_bmrs.reduction.latent_sites import LatentSite, group_of, latent_site
 from pyro_bmrs.reduction.reduced_posterior import (
@@ -102,6 +100,8 @@ class Latents:
             raise ValueError(f"dependent_priors must be 'raise' or 'average': got {dependent_priors!r}")
         if not isinstance(draws, int) or draws < 100:
             raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be an integer: got {seed!r}")
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program):
                 raise TypeError(f"{name} must be a Pyro program: got {type(program).__name__}")
@@ -110,20 +110,25 @@ class Latents:
         self.draws, self.seed = draws, seed
         with self.looking():
             blocks = read_blocks(guide, *args, sites=tuple(reduced_priors))
-            traces = varied_traces(lambda: model_at(model, guide_values(guide, *args), *args))
-            first = self._example = traces[0]
+            drawn = guide_values(guide, *args)
+            # what a noise layer's prior is, is known without running the network many times
+            constant = noise_layers(model) if isinstance(model, nn.Module) else {}
+            self._example, parents = parents_of(
+                model,
+                drawn,
+                args,
+                [name for name in reduced_priors if name not in constant],
+                draw=lambda: guide_values(guide, *args),
+            )
             self.sites: dict[str, LatentSite] = {}
             for name, reduced in reduced_priors.items():
-                if name not in first.nodes or first.nodes[name]["type"] != "sample":
+                node = self._example.nodes.get(name)
+                if node is None or node["type"] != "sample" or node["is_observed"]:
                     raise ValueError(f"criterion must name latents of the model: it has none named {name!r}")
-                parents = self._parents(name, traces)
-                if parents and dependent_priors == "raise":
-                    raise ValueError(
-                        f"model has a prior of {name!r} that depends on {', '.join(map(repr, parents))}: pass "
-                        "dependent_priors='average' to average over joint draws of the guide, with a standard error"
-                    )
+                on = parents.get(name, ())
+                self._check_parents(name, on, drawn, dependent_priors)
                 (block,) = [block for block in blocks if name in block.sites]
-                self.sites[name] = latent_site(name, block, first.nodes[name], reduced, parents)
+                self.sites[name] = latent_site(name, block, node, reduced, on, self._units(name))
 
     @contextmanager
     def looking(self, stream: int = 0) -> Iterator[None]:
@@ -138,27 +143,29 @@ class Latents:
             torch.manual_seed(self.seed + stream)
             yield
 
-    def _parents(self, site: str, traces: Sequence[Trace]) -> tuple[str, ...]:
-        """The latents that the prior of a site depends on: with another value of theirs it is another."""
-        if not any(differs(traces[0], other, site) for other in traces[1:]):
-            return ()
-        values = [
-            {
-                name: node["value"]
-                for name, node in trace.iter_stochastic_nodes()
-                if not site_is_subsample(node)
-            }
-            for trace in traces
-        ]
-        found = []
-        for name, value in values[0].items():
-            others = (drawn[name] for drawn in values[1:] if not torch.equal(drawn[name], value))
-            other = next(others, None)
-            if name != site and other is not None:
-                mixed = model_at(self.model, {**values[0], name: other}, *self.args)
-                if differs(traces[0], mixed, site):
-                    found.append(name)
-        return tuple(found) or ("something drawn anew in each call",)
+    def _check_parents(
+        self,
+        site: str,
+        parents: tuple[str, ...],
+        drawn: Mapping[str, Tensor],
+        dependent_priors: DependentPriors,
+    ) -> None:
+        unknown = [name for name in parents if name not in drawn]
+        if unknown:
+            raise ValueError(
+                f"model has a prior of {site!r} that depends on {', '.join(map(repr, unknown))}, of which the guide "
+                "has no posterior: sum it out in the model, or give the guide one"
+            )
+        if parents and dependent_priors == "raise":
+            raise ValueError(
+                f"model has a prior of {site!r} that depends on {', '.join(map(repr, parents))}: pass "
+                "dependent_priors='average' to average over joint draws of the guide, with a standard error"
+            )
+
+    def _units(self, site: str) -> Tensor | None:
+        """What the elements of a site are numbered by, where a fit may have taken some out."""
+        layers = noise_layers(self.model) if isinstance(self.model, nn.Module) else {}
+        return layers[site].units if site in layers else None
 
     # --- per element --------------------------------------------------------------------------------
 
@@ -255,9 +262,9 @@ class Latents:
                     f"{name!r} can't be reduced together with {parents}, which its prior depends on: "
                     "reduce one, then fit again"
                 )
-        # what shares a joint normal with one of them moves with it
-        blocks = {id(self.sites[name].block) for name in dependent}
-        averaged = {name: mask for name, mask in chosen.items() if id(self.sites[name].block) in blocks}
+        # what shares a joint normal with one of them, or with what its prior depends on, moves with it
+        moving = {*dependent, *(parent for name in dependent for parent in self.sites[name].parents)}
+        averaged = {name: mask for name, mask in chosen.items() if moving & set(self.sites[name].block.sites)}
         return averaged, {name: mask for name, mask in chosen.items() if name not in averaged}
 
     def by_block(self, chosen: Selection) -> list[tuple[Block, dict[str, Tensor]]]:

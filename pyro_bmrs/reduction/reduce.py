@@ -114,7 +114,7 @@ def reduce(
         prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats; a criterion
             has its own.
         groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}, where
-            elements are numbers, a slice, a bool tensor, or ... for all.
+            elements are numbers (of a network those of the original one), a slice, a bool tensor, or ... for all.
         dependent_priors: with a mapping, what to do where a site's prior depends on another latent: "raise", or
             "average" over joint draws of the guide.
         draws, seed: with a mapping, of the posterior where ΔF has no closed form.

@@ -17,7 +17,7 @@ from pyro_bmrs.reduction.bar import bar
 from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, selections
 from pyro_bmrs.reduction.latents import Latents, Selection
 from pyro_bmrs.reduction.plan import Reduction, with_floor
-from pyro_bmrs.reduction.reduce import arguments_of, reduce_by_priors
+from pyro_bmrs.reduction.reduce import arguments_of, reduce_by_priors, removes_structures
 
 MOST_GROUPS = 20
 # Madigan & Raftery (1994): models that much less probable than the best are discredited.
@@ -97,7 +97,7 @@ def _single_elements(latents: Latents) -> dict[str, Selection]:
         for number in torch.nonzero(site.kept.flatten()).flatten().tolist():
             mask = torch.zeros(site.shape.numel(), dtype=torch.bool, device=site.kept.device)
             mask[number] = True
-            groups[f"{name}[{number}]"] = {name: mask.reshape(site.shape)}
+            groups[f"{name}[{int(site.units[number])}]"] = {name: mask.reshape(site.shape)}
     return groups
 
 
@@ -158,15 +158,17 @@ def greedy_reduction(
     space = _Space(latents, groups, prior_log_odds)
     states = [(joint.loc, joint.covariance) for joint in space.joints]
     left, total = list(range(len(space.names))), 0.0
+    room = _Room(space)
     rows: list[tuple[int, str, float, float]] = []
-    while left:
-        gains = {number: _gain(space, states, number) for number in left}
-        best = max(left, key=lambda number: gains[number] + float(space.log_odds[number]))
+    while offered := [number for number in left if room.for_group(number)]:
+        gains = {number: _gain(space, states, number) for number in offered}
+        best = max(offered, key=lambda number: gains[number] + float(space.log_odds[number]))
         if gains[best] + float(space.log_odds[best]) < 0:
             break
         total += gains[best]
         rows.append((len(rows) + 1, space.names[best], gains[best], total))
         left.remove(best)
+        room.take(best)
         states = [
             reduce_group(*state, joint.groups[best])[1:] if best in joint.groups else state
             for state, joint in zip(states, space.joints, strict=True)
@@ -174,6 +176,22 @@ def greedy_reduction(
     steps = pd.DataFrame(rows, columns=["step", "group", "gain", "log_evidence_change"])
     plan = _plan(space.latents, [space.selections[name] for name in steps.group], "greedy reduction")
     return replace(plan, steps=steps)
+
+
+class _Room:
+    """How many elements of each site may still go: of a network's structures every layer keeps one."""
+
+    def __init__(self, space: _Space) -> None:
+        floor = int(removes_structures(space.latents))
+        self.selections = list(space.selections.values())
+        self.left = {name: int(site.kept.sum()) - floor for name, site in space.latents.sites.items()}
+
+    def for_group(self, number: int) -> bool:
+        return all(int(mask.sum()) <= self.left[name] for name, mask in self.selections[number].items())
+
+    def take(self, number: int) -> None:
+        for name, mask in self.selections[number].items():
+            self.left[name] -= int(mask.sum())
 
 
 def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> float:
@@ -289,6 +307,8 @@ class ModelPosterior:
 
     def plan(self, model: int | None = None) -> Reduction:
         """The plan of one model, by default the most probable: its `reduced_posterior()` predicts.
+
+        In a network every layer keeps one structure, whatever the model says.
 
         Raises:
             ValueError: for a model that there is none of.

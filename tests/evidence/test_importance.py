@@ -58,6 +58,22 @@ def test_hidden_elements_don_t_count():
     assert float(together.estimate) == pytest.approx(float(found.estimate[0]), abs=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (200, 3), (1, 3)])
+def test_expanded_elements_are_estimated_alike(shape):
+    q = dist.ExpandedDistribution(dist.Normal(torch.tensor([0.0, 0.5, 1.0]), 0.5), torch.Size(shape))
+    p, reduced = dist.Normal(0.0, 1.0), dist.Normal(0.0, 0.5)
+    found = estimate_log_evidence_change(q, p, reduced, draws=200)
+    assert found.estimate.shape == shape
+    assert bool((found.estimate == found.estimate[0]).all())
+    single = estimate_log_evidence_change(q.base_dist, p, reduced, draws=200)
+    assert torch.equal(found.estimate[0], single.estimate)
+    wrapped = [law.to_event(1) for law in (q, p.expand(shape), reduced.expand(shape))]
+    whole = estimate_log_evidence_change(*wrapped, draws=2000)
+    assert whole.estimate.shape == shape[:1]
+    hidden = q.mask(torch.tensor([True, True, False]))
+    assert float(estimate_log_evidence_change(hidden, p, reduced, draws=200).estimate[0, 2]) == 0
+
+
 def test_a_posterior_that_reaches_outside_the_prior():
     """Where the reduced prior has no mass either, its draws weigh nothing."""
     q, p, reduced = dist.Normal(t(1.0), t(0.7)), dist.Gamma(*t(2.0, 1.0)), dist.Gamma(*t(3.0, 2.0))

@@ -142,6 +142,25 @@ def test_joint_normals_are_summed_over_all_combinations():
             assert row.reduced == plan.table.removed.sum()
 
 
+@pytest.mark.parametrize("kind", [AutoDiagonalNormal, AutoMultivariateNormal])
+def test_priors_of_single_entries_and_points_for_sites_of_vectors(kind):
+    def model(y):
+        pyro.sample("w", dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 0.2))
+
+    y = torch.tensor(0.0)
+    with pyro.settings.context(module_local_params=True):
+        guide = kind(model, init_scale=0.3)
+        guide(y)
+        for make, grid in (
+            (lambda scale: dist.Normal(0.0 * scale, scale), [0.3, 0.6]),
+            (lambda at: dist.Delta(at), [0.0, 0.1]),
+        ):
+            curve = evidence_curve(model, guide, {"w": make}, y, value=grid)
+            for row, value in zip(curve.itertuples(), grid, strict=True):
+                plan = reduce(model, guide, {"w": make(torch.tensor(value).double())}, y)
+                assert row.log_evidence_change == pytest.approx(plan.sites.log_evidence_change[0], abs=1e-6)
+
+
 def test_it_is_one_call(monkeypatch):
     from pyro_bmrs.reduction import evidence_curve as module
 

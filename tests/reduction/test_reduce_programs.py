@@ -12,6 +12,7 @@ from model_files import model_file
 from pyro.infer import Predictive
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
+    AutoGuideList,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -446,6 +447,112 @@ def test_a_discrete_parent_is_noticed(seed):
     assert plan.sites.log_evidence_change[0] == pytest.approx(truth, abs=4.5 * plan.sites.standard_error[0])
 
 
+def test_one_entry_of_a_discrete_vector_is_noticed():
+    def model(y):
+        side = pyro.sample("side", dist.Bernoulli(torch.full((10,), 0.5)).to_event(1))
+        pyro.sample("weight", dist.Normal(0.0, 1 + 9 * side[0]))
+
+    def guide(y):
+        pyro.sample("side", dist.Bernoulli(torch.full((10,), 0.02)).to_event(1))
+        pyro.sample("weight", dist.Normal(1.0, 0.5))
+
+    for seed in range(6):
+        with pytest.raises(ValueError, match="'weight' that depends on 'side'"):
+            reduce(model, guide, {"weight": dist.Normal(0.0, 0.7)}, Y0, seed=seed)
+
+
+def test_one_value_of_several_is_noticed():
+    scales = torch.tensor([1.0, 1.0, 5.0])
+
+    def model(y):
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(3)))
+        pyro.sample("weight", dist.Normal(0.0, scales[kind]))
+
+    def guide(y):
+        pyro.sample("kind", dist.Categorical(torch.tensor([0.6, 0.39, 0.01])))
+        pyro.sample("weight", dist.Normal(1.0, 0.5))
+
+    reduced = {"weight": dist.Normal(0.0, 0.7), "kind": dist.Categorical(torch.tensor([0.9, 0.05, 0.05]))}
+    for seed in range(6):
+        with pytest.raises(NotImplementedError, match=r"'weight' can't be reduced together with \['kind'\]"):
+            reduce(
+                model, guide, reduced, Y0, seed=seed, dependent_priors="average", draws=100,
+                groups={"both": {"weight": ..., "kind": ...}},
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("dependent_priors", ["raise", "average"])
+def test_a_parent_that_only_the_model_has(dependent_priors):
+    """Its draws would be of its prior, not of its posterior."""
+
+    def model(y):
+        side = pyro.sample("side", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("weight", dist.Normal(0.0, 1 + 9 * side))
+
+    def guide(y):
+        pyro.sample("weight", dist.Normal(1.0, 0.5))
+
+    with pytest.raises(
+        ValueError, match="depends on 'side', of which the guide has no posterior: sum it out"
+    ):
+        reduce(model, guide, {"weight": 0.0}, Y0, dependent_priors=dependent_priors)
+
+
+def test_a_site_that_is_not_in_every_call():
+    def model(y):
+        if pyro.sample("side", dist.Bernoulli(0.5)) > 0:
+            pyro.sample("weight", dist.Normal(0.0, 1.0))
+
+    def guide(y):
+        if pyro.sample("side", dist.Bernoulli(0.5)) > 0:
+            pyro.sample("weight", dist.Normal(0.0, 0.5))
+
+    with pytest.raises(ValueError, match="'weight' must be sampled in each call|none of .'weight'"):
+        reduce(model, guide, {"weight": 0.0}, Y0)
+
+
+def test_what_is_correlated_with_a_parent_is_averaged_along():
+    """AutoGuideList: the scale and another site in one joint normal, the site whose prior has that scale in another."""
+
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("effects", dist.Normal(torch.zeros(2), scale).to_event(1))
+        pyro.sample("friend", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = AutoGuideList(model)
+    guide.append(AutoMultivariateNormal(pyro.poutine.block(model, expose=["scale", "friend"])))
+    guide.append(AutoNormal(pyro.poutine.block(model, expose=["effects"]), init_scale=0.3))
+    guide(Y0)
+    covariance = torch.tensor([[0.25, 0.2, 0.05], [0.2, 0.25, 0.05], [0.05, 0.05, 0.2]])
+    factor = torch.linalg.cholesky(covariance)
+    with torch.no_grad():
+        guide[0].loc.copy_(torch.tensor([1.0, 0.6, 0.0]))
+        guide[0].scale = factor.diagonal().clone()
+        guide[0].scale_tril = factor / factor.diagonal().unsqueeze(-1)
+        guide[1].locs.effects.copy_(torch.tensor([1.0, -0.5]))
+    reduced = {"effects": dist.Normal(0.0, 0.5), "friend": dist.Normal(0.0, 0.4)}
+    plan = reduce(
+        model, guide, reduced, Y0, dependent_priors="average", prior_log_odds=99.0, draws=4000,
+        groups={"all": {"effects": ..., "friend": ...}},
+    )  # fmt: skip
+    z = dist.MultivariateNormal(torch.tensor([1.0, 0.6, 0.0]), covariance).sample((400_000,)).double()
+    effects = dist.Normal(torch.tensor([1.0, -0.5]), 0.3).sample((400_000,)).double()
+    scale, friend = z[:, 0].exp(), z[:, 1:]
+    ratio = (
+        reduced["effects"].log_prob(effects) - dist.Normal(0.0, scale.unsqueeze(-1)).log_prob(effects)
+    ).sum(-1)
+    ratio = ratio + (reduced["friend"].log_prob(friend) - dist.Normal(0.0, 1.0).log_prob(friend)).sum(-1)
+    truth = float(ratio.logsumexp(0)) - math.log(len(z))
+    assert truth == pytest.approx(1.743, abs=0.02)
+    assert abs(plan.groups.log_evidence_change[0] - truth) < 4.5 * plan.groups.standard_error[0] + 0.02
+    weights = ratio.softmax(0)
+    found = plan.reduced_posterior().draw(3000, Y0)
+    for values, wanted in ((found["scale"].log(), scale.log()), (found["friend"], friend)):
+        mean = weights @ wanted
+        deviation = (weights @ (wanted - mean) ** 2).sqrt()
+        assert bool(((values.mean(0) - mean).abs() < 0.15 * deviation).all())
+
+
 def test_the_support_is_checked_under_dependent_priors_too():
     def model(y):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
@@ -632,6 +739,9 @@ def test_saved_and_loaded(tmp_path):
         (dict(dependent_priors="ignore"), ValueError, "'raise' or 'average': got 'ignore'"),
         (dict(draws=10), ValueError, "draws must be an integer of at least 100: got 10"),
         (dict(prior_log_odds=math.nan), ValueError, "prior_log_odds must be a finite number"),
+        (dict(groups=["a"]), TypeError, "groups must map names to"),
+        (dict(groups={"a": {"weights": True}}), ValueError, "must give numbers below 10"),
+        (dict(seed="x"), ValueError, "seed must be an integer: got 'x'"),
         (dict(groups={"a": [0]}), TypeError, "groups must map 'a' to a mapping of sites"),
         (dict(groups={"a": {"bias": 0}}), ValueError, r"groups must name sites of \['weights'\]"),
         (dict(groups={"a": {"weights": torch.tensor([0, 1])}}), None, ""),

@@ -78,6 +78,23 @@ def test_searches_of_structures_make_plans_that_apply():
         assert plan.apply(measure=False)[0].out_features == len(by_priors.kept["2"])
     everything = bmrs.greedy_reduction(model, guide, {"2": spikes["2"]}, prior_log_odds=1e6)
     assert len(everything.kept["2"]) == 1
+    assert len(everything.steps) == 5  # what the floor would undo is not offered
+    total = everything.steps.log_evidence_change.iloc[-1]
+    assert float(everything.joint_evidence().log_evidence_change) == pytest.approx(total)
+
+
+def test_structures_keep_the_numbers_of_the_original_network():
+    model, guide, batch = network()
+    spike = bmrs.TruncatedLogNormal(-20.0, 1e-6)
+    first = reduce(model, guide, bmrs.BMRS_N())
+    first.shrink(model, guide)
+    kept = first.kept["2"]
+    greedy = bmrs.greedy_reduction(model, guide, {"2": spike}, *batch, prior_log_odds=1e6)
+    assert set(greedy.steps.group) <= {f"2[{unit}]" for unit in kept}
+    assert [f"2[{unit}]" for unit in kept if unit not in greedy.kept["2"]] == sorted(greedy.steps.group)
+    plan = reduce(model, guide, {"2": spike}, *batch, groups={"last": {"2": kept[-1]}})
+    rows = plan.table[(plan.table.layer == "2") & (plan.table.unit == kept[-1])]
+    assert plan.groups.log_evidence_change[0] == pytest.approx(rows.log_evidence_change.iloc[0])
 
 
 def test_curves_after_a_fit_has_removed():
