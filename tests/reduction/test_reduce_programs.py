@@ -507,7 +507,7 @@ def test_a_site_that_is_not_in_every_call():
         if pyro.sample("side", dist.Bernoulli(0.5)) > 0:
             pyro.sample("weight", dist.Normal(0.0, 0.5))
 
-    with pytest.raises(ValueError, match="'weight' must be sampled in each call|none of .'weight'"):
+    with pytest.raises(ValueError, match=r"'weight' must be sampled in each call|none of .'weight'"):
         reduce(model, guide, {"weight": 0.0}, Y0)
 
 
