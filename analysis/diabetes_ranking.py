@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,31 +25,15 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
+from diabetes_refits import columns_of, fit, regression
 from matplotlib.figure import Figure
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide, AutoMultivariateNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "models"))
-import linear_regression as regression  # noqa: E402
-
 REPEATS = 7
-
-
-def fitted(kind: type[AutoGuide], x: torch.Tensor, y: torch.Tensor) -> AutoGuide:
-    """A guide of the full model, by SVI as in diabetes_refits.py."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    guide = kind(regression.model)
-    optimizer = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / 1000)})
-    elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(regression.model, guide, optimizer, elbo)
-    for _ in range(1000):
-        svi.step(x, y)
-    return guide
 
 
 def reduced(guide: AutoGuide, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
@@ -62,8 +45,9 @@ def reduced(guide: AutoGuide, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
 def exact(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
     """log evidence of every model against the full one, each from its own posterior."""
     columns = x.shape[1]
-    kept = ([k for k in range(columns) if not model >> k & 1] for model in range(2**columns))
-    values = np.array([regression.log_evidence(x[:, names], y) for names in kept])
+    values = np.array(
+        [regression.log_evidence(x[:, columns_of(model, columns)], y) for model in range(2**columns)]
+    )
     return values - values[0]
 
 
@@ -96,7 +80,7 @@ def twenty(groups: int = 20) -> pd.DataFrame:
     full = regression.log_evidence(x, y)
     error = max(
         abs(
-            regression.log_evidence(x[:, [k for k in range(groups) if not model >> k & 1]], y)
+            regression.log_evidence(x[:, columns_of(model, groups)], y)
             - full
             - float(found.log_evidence_change[model])
         )
@@ -149,8 +133,8 @@ def main() -> None:
     for name, make in {
         "reduced_exact": lambda: regression.posterior(x, y),
         "reduced_mean_field": lambda: regression.posterior(x, y, mean_field=True),
-        "reduced_svi": lambda: fitted(AutoMultivariateNormal, x, y),
-        "reduced_svi_mean_field": lambda: fitted(AutoDiagonalNormal, x, y),
+        "reduced_svi": lambda: fit(x, y, seed=0),
+        "reduced_svi_mean_field": lambda: fit(x, y, seed=0, kind=AutoDiagonalNormal),
     }.items():
         start = time.perf_counter()
         pyro.clear_param_store()

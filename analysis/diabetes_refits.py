@@ -19,7 +19,7 @@ import pandas as pd
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal
 from rich.progress import track
 from torch import Tensor
 
@@ -32,11 +32,11 @@ import linear_regression as regression  # noqa: E402
 STEPS, LEARNING_RATE, LAST, PARTICLES, DRAWS = 1000, 0.05, 0.01, 8, 4000
 
 
-def fit(x: Tensor, y: Tensor, seed: int) -> AutoMultivariateNormal:
-    """A full-rank guide after 1,000 steps of ClippedAdam whose learning rate falls from 0.05 to 0.0005."""
+def fit(x: Tensor, y: Tensor, seed: int, kind: type[AutoGuide] = AutoMultivariateNormal) -> AutoGuide:
+    """A guide after 1,000 steps of ClippedAdam whose learning rate falls from 0.05 to 0.0005."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    guide = AutoMultivariateNormal(regression.model)
+    guide = kind(regression.model)
     optimizer = pyro.optim.ClippedAdam({"lr": LEARNING_RATE, "lrd": LAST ** (1 / STEPS)})
     elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(regression.model, guide, optimizer, elbo)
@@ -50,7 +50,7 @@ def columns_of(model: int, count: int) -> list[int]:
     return [k for k in range(count) if not model >> k & 1]
 
 
-def evidence_bound(guide: AutoMultivariateNormal, x: Tensor, y: Tensor) -> float:
+def evidence_bound(guide: AutoGuide, x: Tensor, y: Tensor) -> float:
     elbo = Trace_ELBO(num_particles=DRAWS, vectorize_particles=True, max_plate_nesting=1)
     with torch.no_grad():
         return -elbo.loss(regression.model, guide, x, y)

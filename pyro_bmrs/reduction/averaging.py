@@ -7,6 +7,7 @@ closed form wherever log_evidence_change has one, so only the outer one is taken
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +169,10 @@ class Averaging:
 
     def _drawn_anew(self, block: JointNormalBlock, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         unconstrained = self._unconstrained(block)
-        try:
+        with suppress(NotImplementedError):  # without a closed form they stay, weighted as they are
             own = self.latents.group(masks, self._draws[1][0]).coordinates
             for row, found in zip(unconstrained, self._of_coordinates(block, masks), strict=True):
                 row[own] = found.loc + root_of(found.covariance) @ torch.randn_like(found.loc)
-        except NotImplementedError:
-            pass  # weighted as they are
         return block.values(unconstrained)
 
 

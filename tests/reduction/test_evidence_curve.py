@@ -8,9 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from idle_and_needed import idle_and_needed
 from model_files import model_file
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
-from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import evidence_curve, log_evidence_change, plot_evidence_curve, reduce
@@ -21,18 +21,7 @@ X, Y = regression.diabetes()
 
 def network():
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(4, 6), nn.ReLU(), bmrs.MultiplicativeNoise(6),
-        nn.Linear(6, 5), nn.ReLU(), bmrs.MultiplicativeNoise(5), nn.Linear(5, 2),
-    )  # fmt: skip
-    model = bmrs.Classifier(net)
-    guide = bmrs.AutoTruncatedLogNormal(model)
-    guide(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
-    with torch.no_grad():
-        for posterior in guide.posteriors:
-            posterior.loc.copy_(torch.linspace(-22, 0, len(posterior.loc)))
-            posterior.log_scale.fill_(0.5)
-    return model, guide
+    return idle_and_needed(log_scale=0.5)[:2]
 
 
 GRIDS = [

@@ -5,30 +5,14 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from idle_and_needed import idle_and_needed
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import reduce
 
 
-def network():
-    net = nn.Sequential(
-        nn.Linear(4, 6), nn.ReLU(), bmrs.MultiplicativeNoise(6),
-        nn.Linear(6, 5), nn.ReLU(), bmrs.MultiplicativeNoise(5), nn.Linear(5, 2),
-    )  # fmt: skip
-    model = bmrs.Classifier(net)
-    guide = bmrs.AutoTruncatedLogNormal(model)
-    batch = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
-    guide(*batch)
-    with torch.no_grad():
-        for posterior in guide.posteriors:
-            posterior.loc.copy_(torch.linspace(-22, 0, len(posterior.loc)))
-            posterior.log_scale.zero_()
-    return model, guide, batch
-
-
 def test_reduced_priors_of_noise_layers_are_the_criterion():
-    model, guide, _ = network()
+    model, guide, _ = idle_and_needed()
     spike = bmrs.TruncatedLogNormal(-20.0, 1e-6)
     by_priors = reduce(model, guide, {"2": spike, "5": spike})
     criterion = reduce(model, guide, bmrs.BMRS_N(prior_log_odds=0.0))
@@ -43,7 +27,7 @@ def test_reduced_priors_of_noise_layers_are_the_criterion():
 
 
 def test_layers_that_are_not_asked_about_stay():
-    model, guide, _ = network()
+    model, guide, _ = idle_and_needed()
     plan = reduce(model, guide, {"2": bmrs.LogUniform(-20.0, -5.5)})
     assert len(plan.kept["5"]) == 5
     assert plan.table[plan.table.layer == "5"].score.isna().all()
@@ -55,20 +39,20 @@ def test_layers_that_are_not_asked_about_stay():
     [bmrs.TruncatedLogNormal(-0.01, 1e-3), bmrs.LogUniform(-20.0, -0.1), bmrs.TruncatedLogNormal(-2.0, 0.1)],
 )
 def test_a_reduced_prior_that_keeps_the_scale_removes_nothing(reduced):
-    model, guide, batch = network()
+    model, guide, batch = idle_and_needed()
     plan = reduce(model, guide, {"2": reduced}, *batch)
     with pytest.raises(ValueError, match="plan has nothing to remove from a network"):
         plan.apply()
 
 
 def test_what_goes_with_mappings_only():
-    model, guide, _ = network()
+    model, guide, _ = idle_and_needed()
     with pytest.raises(ValueError, match="go with a mapping of sites to reduced priors"):
         reduce(model, guide, bmrs.BMRS_N(), prior_log_odds=1.0)
 
 
 def test_searches_of_structures_make_plans_that_apply():
-    model, guide, _ = network()
+    model, guide, _ = idle_and_needed()
     spikes = {"2": bmrs.TruncatedLogNormal(-20.0, 1e-6), "5": bmrs.TruncatedLogNormal(-20.0, 1e-6)}
     greedy = bmrs.greedy_reduction(model, guide, spikes)
     best = bmrs.exhaustive_reduction(model, guide, spikes).plan()
@@ -83,8 +67,8 @@ def test_searches_of_structures_make_plans_that_apply():
     assert float(everything.joint_evidence().log_evidence_change) == pytest.approx(total)
 
 
-def test_structures_keep_the_numbers_of_the_original_network():
-    model, guide, batch = network()
+def test_structures_keep_the_numbers_of_the_original_idle_and_needed():
+    model, guide, batch = idle_and_needed()
     spike = bmrs.TruncatedLogNormal(-20.0, 1e-6)
     first = reduce(model, guide, bmrs.BMRS_N())
     first.shrink(model, guide)
@@ -98,7 +82,7 @@ def test_structures_keep_the_numbers_of_the_original_network():
 
 
 def test_curves_after_a_fit_has_removed():
-    model, guide, _ = network()
+    model, guide, _ = idle_and_needed()
     with torch.no_grad():
         model.net[2].kept[:3] = False
         guide.site_posterior("2").kept[:3] = False
