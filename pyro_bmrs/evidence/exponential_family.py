@@ -39,24 +39,21 @@ from torch.nn.functional import logsigmoid
 
 from pyro_bmrs.evidence.log_evidence_change import register_log_evidence_change, register_reduced_posterior
 
-_Maker = Callable[..., ExponentialFamily]
+
+def _wishart(scale: Tensor, degrees: Tensor) -> Wishart:
+    return Wishart(degrees * 2 + scale.shape[-1] + 1, precision_matrix=-2 * scale, validate_args=False)
+
 
 # The member of a family with the given natural parameters, as torch gives them.
-_FROM_NATURAL: dict[type[ExponentialFamily], _Maker] = {
+_FROM_NATURAL: dict[type[ExponentialFamily], Callable[..., ExponentialFamily]] = {
     Beta: lambda first, second: dist.Beta(first, second, validate_args=False),
     ContinuousBernoulli: lambda logits: dist.ContinuousBernoulli(logits=logits, validate_args=False),
     Dirichlet: lambda concentration: dist.Dirichlet(concentration, validate_args=False),
     Exponential: lambda negative_rate: dist.Exponential(-negative_rate, validate_args=False),
     Gamma: lambda shape, negative_rate: dist.Gamma(shape + 1, -negative_rate, validate_args=False),
     Poisson: lambda log_rate: dist.Poisson(log_rate.exp(), validate_args=False),
+    Wishart: _wishart,
 }
-
-
-def _wishart(scale: Tensor, degrees: Tensor) -> Wishart:
-    return Wishart(degrees * 2 + scale.shape[-1] + 1, precision_matrix=-2 * scale, validate_args=False)
-
-
-_FROM_NATURAL[Wishart] = _wishart
 
 
 def _wishart_domain(scale: Tensor, degrees: Tensor) -> dict[str, tuple[Tensor, float]]:
@@ -137,7 +134,7 @@ def _register(
     convert: Callable[[Any], Any] = lambda member: member,
 ) -> None:
     """The rules of one family, whose members may be of several types."""
-    for types in product((family,), kinds, kinds) if len(kinds) > 1 else [(family,) * 3]:
+    for types in product((family,), kinds, kinds):
 
         @register_log_evidence_change(*types)
         def change(q: Any, p: Any, reduced: Any) -> Tensor:

@@ -73,7 +73,7 @@ def khat_threshold(draws: int) -> float:
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
-def estimate_log_mean(log_weights: Tensor, *, what: str = "the reduced prior") -> ImportanceEstimate:
+def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
     """log of the mean of weights, from their logarithms, with Pareto-smoothed tails.
 
     >>> _ = torch.manual_seed(0)
@@ -84,7 +84,6 @@ def estimate_log_mean(log_weights: Tensor, *, what: str = "the reduced prior") -
 
     Args:
         log_weights: Shape: (draws, *batch).
-        what: what the draws miss where too few carry weight, for the message.
 
     Warns:
         UnreliableEstimateWarning: where k̂ is above min(1 - 1/log10 S, 0.7).
@@ -105,8 +104,8 @@ def estimate_log_mean(log_weights: Tensor, *, what: str = "the reduced prior") -
         where = torch.nonzero(carrying < LEAST_CARRYING).flatten().tolist()
         of = "" if flat.shape[1] == 1 else f" of elements {where[:10]}"
         raise ImportanceError(
-            f"only {least} of {draws} posterior draws carry weight{of}, fewer than {LEAST_CARRYING}: {what} lies "
-            "where the posterior has hardly any mass, or is far narrower. A spike can't be estimated from "
+            f"only {least} of {draws} posterior draws carry weight{of}, fewer than {LEAST_CARRYING}: the reduced "
+            "prior lies where the posterior has hardly any mass, or is far narrower. A spike can't be estimated from "
             "draws: as a point mass (pyro.distributions.Delta) it has a closed form"
         )
     columns = [_smoothed(*column) for column in zip(flat.unbind(-1), carrying.tolist(), strict=True)]

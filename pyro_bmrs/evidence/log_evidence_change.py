@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.evidence.dispatch import TripleDispatch
-from pyro_bmrs.evidence.unwrapping import Triple, batch_shape_of, in_float64, unwrapped
+from pyro_bmrs.evidence.unwrapping import Triple, batch_shape_of, expanded_to, in_float64, unwrapped
 
 _CHANGES, _POSTERIORS = TripleDispatch(), TripleDispatch()
 
@@ -98,13 +98,10 @@ def reduced_posterior(
     """
     triple, wrappings, rule = _find(_POSTERIORS, (posterior, prior, reduced_prior))
     result: Any = rule(*triple)
-    shape = batch_shape_of(triple)
-    result = result if result.batch_shape == shape else result.expand(shape)
+    result = expanded_to(result, batch_shape_of(triple))
     for wrapping in reversed(wrappings):
         result = wrapping.of_distribution(result)
-    shape = batch_shape_of((posterior, prior, reduced_prior))
-    final: Distribution = result if result.batch_shape == shape else result.expand(shape)
-    return final
+    return expanded_to(result, batch_shape_of((posterior, prior, reduced_prior)))
 
 
 def _find(dispatch: TripleDispatch, members: Triple) -> tuple[Triple, list[Any], Callable[..., Any]]:

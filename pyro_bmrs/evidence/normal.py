@@ -192,9 +192,7 @@ def normal_of_vectors(member: Any) -> tuple[Tensor, Tensor] | None:
         return member.v, torch.zeros(
             *member.v.shape, member.v.shape[-1], dtype=member.v.dtype, device=member.v.device
         )
-    if isinstance(member, MultivariateNormal):
-        return member.loc, member.scale_tril
-    if isinstance(member, LowRankMultivariateNormal):
+    if isinstance(member, MultivariateNormal | LowRankMultivariateNormal):
         return member.loc, member.scale_tril
     if isinstance(member, Independent) and member.reinterpreted_batch_ndims == 1:
         base = member.base_dist

@@ -151,12 +151,14 @@ def _widened(change: Tensor, draws: int, shape: torch.Size) -> Tensor:
     return change.reshape(lead + (1,) * missing + change.shape[draws:]).expand(lead + shape)
 
 
-def _expanded(shape: torch.Size) -> Wrapping:
-    def of_distribution(distribution: Any) -> Distribution:
-        same: Distribution = distribution if distribution.batch_shape == shape else distribution.expand(shape)
-        return same
+def expanded_to(distribution: Any, shape: torch.Size) -> Distribution:
+    """The distribution, of a batch shape; itself where it has it."""
+    same: Distribution = distribution if distribution.batch_shape == shape else distribution.expand(shape)
+    return same
 
-    return Wrapping(lambda change, draws: _widened(change, draws, shape), of_distribution)
+
+def _expanded(shape: torch.Size) -> Wrapping:
+    return Wrapping(lambda change, draws: _widened(change, draws, shape), partial(expanded_to, shape=shape))
 
 
 def _strippable(member: Distribution) -> int:

@@ -251,10 +251,8 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
             )
             for name, at in layout.items()
         ]
-    if isinstance(base, MultivariateNormal):
-        return [JointNormalBlock(base.loc, base.scale_tril, None, layout)]
-    if isinstance(base, LowRankMultivariateNormal):
-        return [JointNormalBlock(base.loc, base.cov_factor, base.cov_diag, layout)]
+    if isinstance(base, MultivariateNormal | LowRankMultivariateNormal):
+        return [_joint_block(base, layout)]
     if not sites & set(own):
         return []
     hint = "; guide.laplace_approximation(*args) gives the normal one" if isinstance(base, dist.Delta) else ""
@@ -359,9 +357,15 @@ def _site_block(name: str, posterior: Any) -> Block:
     if not isinstance(base, MultivariateNormal | LowRankMultivariateNormal) or base.batch_shape:
         return SiteBlock(name, posterior)
     layout = {name: UnconstrainedSite(0, len(base.loc), base.event_shape, ComposeTransform([]))}
-    if isinstance(base, MultivariateNormal):
-        return JointNormalBlock(base.loc, base.scale_tril, None, layout)
-    return JointNormalBlock(base.loc, base.cov_factor, base.cov_diag, layout)
+    return _joint_block(base, layout)
+
+
+def _joint_block(
+    law: MultivariateNormal | LowRankMultivariateNormal, layout: Mapping[str, UnconstrainedSite]
+) -> JointNormalBlock:
+    if isinstance(law, MultivariateNormal):
+        return JointNormalBlock(law.loc, law.scale_tril, None, layout)
+    return JointNormalBlock(law.loc, law.cov_factor, law.cov_diag, layout)
 
 
 def differs(first: Trace, second: Trace, site: str) -> bool:
@@ -409,19 +413,3 @@ def check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
         ) from None
     except ValueError:  # a callable without a signature
         return
-
-
-__all__ = [
-    "Block",
-    "JointNormalBlock",
-    "SiteBlock",
-    "UnconstrainedSite",
-    "UnreadablePosteriorError",
-    "check_arguments",
-    "differs",
-    "guide_values",
-    "model_at",
-    "on_support",
-    "parents_of",
-    "read_blocks",
-]  # fmt: skip

@@ -113,23 +113,29 @@ class Averaging:
         if not isinstance(block, JointNormalBlock):
             yield from (site.posterior for _ in range(self.latents.draws))
             return
-        rows = site.coordinates
-        precision = _precision(block)
-        covariance = torch.linalg.inv(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)])
-        for row in self._unconstrained(block) - block.loc:
-            pull = (precision @ row)[rows].unsqueeze(-1)
-            yield site.law(block.loc[rows] + row[rows] - (covariance @ pull).squeeze(-1), covariance)
+        for loc, covariance in self._given_others(block, site.coordinates):
+            yield site.law(loc, covariance)
 
     def _of_coordinates(
         self, block: JointNormalBlock, masks: Mapping[str, Tensor]
     ) -> Iterator[MultivariateChange]:
         """ΔF of the chosen coordinates given all others, and their reduced posterior, at each draw."""
-        precision = _precision(block)
         own = self.latents.group(masks, self._draws[1][0]).coordinates
-        covariance = torch.linalg.inv(precision[own][:, own])
-        for row, priors in zip(self._unconstrained(block) - block.loc, self._draws[1], strict=True):
-            loc = block.loc[own] + row[own] - covariance @ (precision @ row)[own]
-            yield self.latents.group(masks, priors).change(loc, covariance)
+        conditionals = self._given_others(block, own.unsqueeze(0))
+        for (loc, covariance), priors in zip(conditionals, self._draws[1], strict=True):
+            yield self.latents.group(masks, priors).change(loc[0], covariance[0])
+
+    def _given_others(self, block: JointNormalBlock, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mean and covariance of each row of coordinates given all others, at each draw.
+
+        Shapes: (rows, n) → (rows, n), (rows, n, n).
+        """
+        everything = torch.arange(len(block.loc), device=block.loc.device)
+        precision: Tensor = torch.linalg.inv(block.covariance(everything))
+        covariance = torch.linalg.inv(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)])
+        for away in self._unconstrained(block) - block.loc:
+            pull = (precision @ away)[rows].unsqueeze(-1)
+            yield block.loc[rows] + away[rows] - (covariance @ pull).squeeze(-1), covariance
 
     def _unconstrained(self, block: JointNormalBlock) -> Tensor:
         """The draws of a block's sites. Shape: (draws, coordinates)."""
@@ -174,12 +180,6 @@ class Averaging:
             for row, found in zip(unconstrained, self._of_coordinates(block, masks), strict=True):
                 row[own] = found.loc + root_of(found.covariance) @ torch.randn_like(found.loc)
         return block.values(unconstrained)
-
-
-def _precision(block: JointNormalBlock) -> Tensor:
-    everything = torch.arange(len(block.loc), device=block.loc.device)
-    precision: Tensor = torch.linalg.inv(block.covariance(everything))
-    return precision
 
 
 def root_of(covariance: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ from pyro_bmrs.reduction.latent_sites import LatentSite, elementary_law, group_o
 from pyro_bmrs.reduction.latents import Latents
 from pyro_bmrs.reduction.reduce import arguments_of
 
-CURVE_COLUMNS = ["log_evidence_change", "reduced", "chosen", "mixture"]
-
 
 def evidence_curve(
     model: Callable[..., Any],

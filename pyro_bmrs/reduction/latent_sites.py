@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import normal_of_vectors
-from pyro_bmrs.evidence.unwrapping import fixed, flat
+from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
 from pyro_bmrs.inference.guides import elementary, mask_of
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
 
@@ -129,10 +129,10 @@ def latent_site(
 def elementary_law(name: str, given: Any, device: torch.device | None = None) -> Any:
     """A reduced prior as a distribution of single elements; numbers and tensors are points."""
     if isinstance(given, int | float | Tensor) and not isinstance(given, bool):
-        point = torch.as_tensor(given, dtype=torch.float64, device=device)
-        if not bool(torch.isfinite(point).all()):
+        at = torch.as_tensor(given, dtype=torch.float64, device=device)
+        if not bool(torch.isfinite(at).all()):
             raise ValueError(f"criterion must give {name!r} a finite point: got {given}")
-        return dist.Delta(point, validate_args=False)
+        return dist.Delta(at, validate_args=False)
     if not isinstance(given, Distribution):
         raise TypeError(
             f"criterion must give {name!r} a distribution or a number (a point mass): got {type(given).__name__}"
@@ -143,7 +143,7 @@ def elementary_law(name: str, given: Any, device: torch.device | None = None) ->
             raise ValueError(
                 f"criterion must give {name!r} a point of mass one: got log_density {law.log_density}"
             )
-        return dist.Delta(law.v, validate_args=False)
+        return point(law, 0)
     return law
 
 
@@ -157,7 +157,7 @@ def per_element(law: Any, shape: torch.Size, event_dim: int, value_shape: torch.
         shape = shape + value_shape[len(shape) : len(shape) + missing]
     elif missing:
         shape = shape + law.batch_shape[len(law.batch_shape) - missing :]
-    law = law if law.batch_shape == shape else law.expand(shape)
+    law = expanded_to(law, shape)
     return Independent(law, missing) if missing else law
 
 
@@ -165,24 +165,20 @@ def _reshaped(law: Any, shape: torch.Size) -> Any:
     """A distribution of a row of elements as one of the given batch shape."""
     if law.batch_shape == shape:
         return law
-    count = shape.numel()
-
-    def change(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
-            return value.reshape(shape + value.shape[1:])
-        return value
-
-    base = law
     if isinstance(law, TransformedDistribution):
         return type(law)(_reshaped(law.base_dist, shape), law.transforms, validate_args=False)
-    if isinstance(base, dist.Normal):
-        return dist.Normal(change(base.loc), change(base.scale), validate_args=False)
-    if isinstance(base, dist.MultivariateNormal):
-        return dist.MultivariateNormal(
-            change(base.loc), scale_tril=change(base.scale_tril), validate_args=False
-        )
-    assert isinstance(base, Independent)
-    return Independent(_reshaped(base.base_dist, shape), base.reinterpreted_batch_ndims)
+    if isinstance(law, Independent):
+        return Independent(_reshaped(law.base_dist, shape), law.reinterpreted_batch_ndims)
+
+    def reshaped(value: Tensor) -> Tensor:
+        return value.reshape(shape + value.shape[1:])
+
+    if isinstance(law, dist.Normal):
+        return dist.Normal(reshaped(law.loc), reshaped(law.scale), validate_args=False)
+    assert isinstance(law, dist.MultivariateNormal)
+    return dist.MultivariateNormal(
+        reshaped(law.loc), scale_tril=reshaped(law.scale_tril), validate_args=False
+    )
 
 
 def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
@@ -210,9 +206,9 @@ def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
     if not isinstance(site.reduced_prior, dist.Delta):
         raise NotImplementedError(f"the prior of {site.name!r} is not normal where its posterior is")
     # at a point the Jacobian of the transformation turns the prior's density into that of unconstrained values
-    point = site.reduced_prior.v
-    jacobian = transform.inv.log_abs_det_jacobian(point, transform.inv(point))  # type: ignore[no-untyped-call]
-    density = prior.log_prob(point) - jacobian.reshape(*site.shape, -1).sum(-1)
+    value = site.reduced_prior.v
+    jacobian = transform.inv.log_abs_det_jacobian(value, transform.inv(value))  # type: ignore[no-untyped-call]
+    density = prior.log_prob(value) - jacobian.reshape(*site.shape, -1).sum(-1)
     if not bool(torch.isfinite(density[mask]).all()):
         raise ValueError(f"reduced_prior must be a point where the prior of {site.name!r} has a density")
     return GroupReduction(coordinates.flatten(), loc, factor, log_prior_density=density[mask].sum())
@@ -222,10 +218,10 @@ def _unconstrained_normal(law: Any, transform: Any, width: int) -> tuple[Tensor,
     """(mean (*elements, n), factor (*elements, n, n)) of transform⁻¹(θ) for θ of this law, where that is normal."""
     parts = flat([transform])
     if isinstance(law, dist.Delta):
-        point = transform.inv(law.v)
-        if not bool(torch.isfinite(point).all()):
+        value = transform.inv(law.v)
+        if not bool(torch.isfinite(value).all()):
             raise ValueError("reduced_prior must be a point inside the support")
-        loc = point.reshape(*law.batch_shape, width)
+        loc = value.reshape(*law.batch_shape, width)
         return loc, torch.zeros(*loc.shape, width, dtype=loc.dtype, device=loc.device)
     if parts:
         if not isinstance(law, TransformedDistribution) or flat(law.transforms) != parts:

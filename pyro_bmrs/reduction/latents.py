@@ -112,12 +112,12 @@ class Latents:
             blocks = read_blocks(guide, *args, sites=tuple(reduced_priors))
             drawn = guide_values(guide, *args)
             # what a noise layer's prior is, is known without running the network many times
-            constant = noise_layers(model) if isinstance(model, nn.Module) else {}
+            layers = noise_layers(model) if isinstance(model, nn.Module) else {}
             self._example, parents = parents_of(
                 model,
                 drawn,
                 args,
-                [name for name in reduced_priors if name not in constant],
+                [name for name in reduced_priors if name not in layers],
                 draw=lambda: guide_values(guide, *args),
             )
             self.sites: dict[str, LatentSite] = {}
@@ -128,7 +128,8 @@ class Latents:
                 on = parents.get(name, ())
                 self._check_parents(name, on, drawn, dependent_priors)
                 (block,) = [block for block in blocks if name in block.sites]
-                self.sites[name] = latent_site(name, block, node, reduced, on, self._units(name))
+                units = layers[name].units if name in layers else None
+                self.sites[name] = latent_site(name, block, node, reduced, on, units)
 
     @contextmanager
     def looking(self, stream: int = 0) -> Iterator[None]:
@@ -161,11 +162,6 @@ class Latents:
                 f"model has a prior of {site!r} that depends on {', '.join(map(repr, parents))}: pass "
                 "dependent_priors='average' to average over joint draws of the guide, with a standard error"
             )
-
-    def _units(self, site: str) -> Tensor | None:
-        """What the elements of a site are numbered by, where a fit may have taken some out."""
-        layers = noise_layers(self.model) if isinstance(self.model, nn.Module) else {}
-        return layers[site].units if site in layers else None
 
     # --- per element --------------------------------------------------------------------------------
 

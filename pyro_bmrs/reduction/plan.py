@@ -181,12 +181,8 @@ class Reduction:
                 "reduced posterior: this one knows no reduced priors"
             )
         return self._latents, {
-            name: self._removed_elements(name).reshape(site.shape)
-            for name, site in self._latents.sites.items()
+            name: ~self.kept_mask(name).reshape(site.shape) for name, site in self._latents.sites.items()
         }
-
-    def _removed_elements(self, layer: str) -> Tensor:
-        return torch.tensor(self._present(layer).removed.to_numpy())
 
     def summary(self) -> str:
         """A few lines for people: widths, costs once `apply` has measured them, and cautions."""

@@ -136,7 +136,7 @@ def reduce(
     if not callable(model):
         raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
     arguments = arguments_of(guide, model_args)
-    weight = kl_weight if kl_weight is not None else float(getattr(guide, "kl_weight", 1.0))
+    weight = kl_weight if kl_weight is not None else kl_weight_of(guide)
     if not isinstance(criterion, Mapping):
         if groups is not None or prior_log_odds or dependent_priors != "raise":
             raise ValueError(
@@ -154,6 +154,11 @@ def reduce(
             f"{min_kept} and {round_to} for {list(criterion)}"
         )
     return reduce_by_priors(latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=weight)
+
+
+def kl_weight_of(guide: Callable[..., Any]) -> float:
+    """Of the last fit, as it noted in the guide; 1, the ELBO, where nothing is noted."""
+    return float(getattr(guide, "kl_weight", 1.0))
 
 
 def arguments_of(guide: Callable[..., Any], given: tuple[Any, ...]) -> tuple[Any, ...]:

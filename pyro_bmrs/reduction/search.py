@@ -17,7 +17,7 @@ from pyro_bmrs.reduction.bar import bar
 from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, selections
 from pyro_bmrs.reduction.latents import Latents, Selection
 from pyro_bmrs.reduction.plan import Reduction, with_floor
-from pyro_bmrs.reduction.reduce import arguments_of, reduce_by_priors, removes_structures
+from pyro_bmrs.reduction.reduce import arguments_of, kl_weight_of, reduce_by_priors, removes_structures
 
 MOST_GROUPS = 20
 # Madigan & Raftery (1994): models that much less probable than the best are discredited.
@@ -146,14 +146,10 @@ def greedy_reduction(
         NotImplementedError: for sites whose priors depend on other latents, or have no closed form in a joint normal.
         ValueError: for overlapping groups, and as in `reduce`.
     """
+    arguments = arguments_of(guide, model_args)
+    # what depends on other latents is refused by the space, which knows what to do instead
     latents = Latents(
-        model,
-        guide,
-        reduced_priors,
-        arguments_of(guide, model_args),
-        dependent_priors="average",
-        draws=draws,
-        seed=seed,
+        model, guide, reduced_priors, arguments, dependent_priors="average", draws=draws, seed=seed
     )
     space = _Space(latents, groups, prior_log_odds)
     states = [(joint.loc, joint.covariance) for joint in space.joints]
@@ -207,8 +203,7 @@ def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> fl
 
 def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
     """The plan that reduces what is chosen, and nothing else; of a network's structures every layer keeps one."""
-    weight = float(getattr(latents.guide, "kl_weight", 1.0))
-    plan = reduce_by_priors(latents, None, 0.0, kl_weight=weight)
+    plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
     table = plan.table.copy()
     for name, site in latents.sites.items():
         rows = (table.layer == name) & table.present
@@ -361,14 +356,10 @@ def exhaustive_reduction(
         ValueError: for more than 20 groups, and as in `greedy_reduction`.
         NotImplementedError: as in `greedy_reduction`.
     """
+    arguments = arguments_of(guide, model_args)
+    # what depends on other latents is refused by the space, which knows what to do instead
     latents = Latents(
-        model,
-        guide,
-        reduced_priors,
-        arguments_of(guide, model_args),
-        dependent_priors="average",
-        draws=draws,
-        seed=seed,
+        model, guide, reduced_priors, arguments, dependent_priors="average", draws=draws, seed=seed
     )
     space = _Space(latents, groups, prior_log_odds)
     count = len(space.names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from itertools import product
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -77,9 +76,7 @@ def test_dirichlet_categorical(reduced):
 # --- linear regression with known noise ---------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def empty_store():
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("empty_store")
 
 
 X, Y = regression.diabetes()

@@ -26,10 +26,7 @@ from pyro_bmrs.inference.posteriors import JointNormalBlock, SiteBlock, Unreadab
 SITES = ("weights", "scale", "share", "mixing", "table")
 
 
-@pytest.fixture(autouse=True)
-def own_parameters():
-    pyro.clear_param_store()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("empty_store")
 
 
 def model(y):

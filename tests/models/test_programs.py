@@ -18,10 +18,7 @@ regression, sparse, mixture = (
 )
 
 
-@pytest.fixture(autouse=True)
-def empty_store():
-    pyro.clear_param_store()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("empty_store")
 
 
 # --- linear regression ----------------------------------------------------------------------------------

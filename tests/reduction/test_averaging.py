@@ -12,13 +12,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoMultivar
 
 from pyro_bmrs import log_evidence_change, reduce
 
-
-@pytest.fixture(autouse=True)
-def own_parameters():
-    with pyro.settings.context(module_local_params=True):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_parameters")
 
 
 Y0 = torch.tensor(0.0)

@@ -26,12 +26,7 @@ regression = model_file("linear_regression")
 X, Y = regression.diabetes()
 
 
-@pytest.fixture(autouse=True)
-def own_parameters():
-    with pyro.settings.context(module_local_params=True):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_parameters")
 
 
 def brute_force(posterior_draws, log_prior, log_reduced, mask=...):

@@ -19,11 +19,7 @@ NAMES = regression.NAMES
 BY_NAME = {name: {"weights": k} for k, name in enumerate(NAMES)}
 
 
-@pytest.fixture(autouse=True)
-def own_parameters():
-    with pyro.settings.context(module_local_params=True):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_parameters")
 
 
 def exact(models):
