@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -16,6 +17,7 @@ from pyro_bmrs.evidence.unwrapping import batch_shape_of, device_of, in_float64,
 DRAWS = 4000
 # Fewer draws than these can't tell the size of a tail, nor the error of a mean.
 LEAST_CARRYING = 50
+LEAST_DRAWS = 100
 # The share of all weight that the carrying draws hold.
 CARRIED = 0.99
 # Weights that differ by no more than this, relatively, are equal: what is left is rounding.
@@ -93,8 +95,8 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
         ValueError: for a log-weight that is NaN or +inf, or fewer than 100 draws.
     """
     draws = log_weights.shape[0]
-    if draws < 100:
-        raise ValueError(f"draws must be at least 100: got {draws}")
+    if draws < LEAST_DRAWS:
+        raise ValueError(f"draws must be at least {LEAST_DRAWS}: got {draws}")
     if bool((log_weights.isnan() | (log_weights == math.inf)).any()):
         raise ValueError("log_weights must be finite or -inf: got NaN or inf")
     flat = log_weights.detach().double().reshape(draws, -1)
@@ -149,29 +151,70 @@ def _smoothed(log_weights: Tensor, carrying: int) -> tuple[Tensor, float]:
     The law is fitted to the largest min(S/5, 3 √S). Where no more draws than twice as many carry weight, most of what
     it is fitted to weighs nothing, and it would be wrong about the rest: the weights then stay as they are.
     """
-    from arviz_stats.base import array_stats
-
     positive = log_weights > -math.inf
     values = log_weights[positive]
-    if float(values.max() - values.min()) <= EQUAL:
-        return log_weights, -math.inf
-    try:
-        # what ArviZ takes are minus the log-weights, and what it gives is normalised
-        given, khat = array_stats.psislw(-values.cpu().numpy())
-    except ValueError as error:
-        if "same" not in str(error):
-            raise
-        return log_weights, -math.inf  # the largest weights are all equal: there is no tail
-    if math.isnan(khat):  # of discrete laws: the largest weights are few different numbers
-        return log_weights, -math.inf
+    smoothed, khat = _pareto(values)
+    if smoothed is None:
+        return log_weights, khat
     tail = min(len(values) / 5, 3 * len(values) ** 0.5)
     if carrying <= 2 * tail:
         return log_weights, float(khat)
-    smoothed = torch.as_tensor(given).to(values)
     lowest = values.argmin()  # not in the tail, so unchanged but for the normalising
     result = log_weights.clone()
     result[positive] = smoothed + (values[lowest] - smoothed[lowest])
     return result, float(khat)
+
+
+def pareto_khat(log_weights: Tensor) -> float:
+    """k̂ of importance weights: the shape of the generalised Pareto law of the largest min(S/5, 3√S).
+
+    >>> pareto_khat(torch.zeros(1000))  # all weights equal: the draws are of the target itself
+    -inf
+
+    Args:
+        log_weights: in nats, -inf for draws without weight. Shape: (draws,).
+
+    Returns:
+        k̂; below `khat_threshold(draws)` the draws can stand for the target; -inf where the weights are all
+        equal; inf where they are too unequal for a law to be fitted to them.
+
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling" (2024); of variational
+    posteriors Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?" (2018).
+
+    Raises:
+        ValueError: for a log-weight that is NaN or +inf, or fewer than 100 draws.
+    """
+    if log_weights.dim() != 1 or len(log_weights) < LEAST_DRAWS:
+        raise ValueError(
+            f"log_weights must be of at least {LEAST_DRAWS} draws: got shape {tuple(log_weights.shape)}"
+        )
+    if bool((log_weights.isnan() | (log_weights == math.inf)).any()):
+        raise ValueError("log_weights must be finite or -inf: got NaN or inf")
+    weights = log_weights.detach().double()
+    carrying = int(_carrying(weights.unsqueeze(-1)))
+    positive = weights[weights > -math.inf]
+    with np.errstate(all="ignore"):  # where weights underflow
+        khat = _pareto(positive)[1] if len(positive) >= LEAST_CARRYING else math.inf
+    # of weights so unequal that all but a few underflow, the tail looks flat, or light
+    return math.inf if carrying < LEAST_CARRYING and khat <= khat_threshold(len(weights)) else khat
+
+
+def _pareto(log_weights: Tensor) -> tuple[Tensor | None, float]:
+    """Finite log-weights, smoothed and normalised, and their k̂; None and -inf where there is no tail to smooth."""
+    from arviz_stats.base import array_stats
+
+    if float(log_weights.max() - log_weights.min()) <= EQUAL:
+        return None, -math.inf
+    try:
+        # what ArviZ takes are minus the log-weights, and what it gives is normalised
+        given, khat = array_stats.psislw(-log_weights.cpu().numpy())
+    except ValueError as error:
+        if "same" not in str(error):
+            raise
+        return None, -math.inf  # the largest weights are all equal: there is no tail
+    if math.isnan(khat):  # of discrete laws: the largest weights are few different numbers
+        return None, -math.inf
+    return torch.as_tensor(given).to(log_weights), float(khat)
 
 
 def estimate_log_evidence_change(

@@ -127,6 +127,18 @@ class JointNormalBlock:
             for name, at in self.layout.items()
         }
 
+    def log_density(self, unconstrained: Tensor) -> Tensor:
+        """Of the values of the sites, at the unconstrained ones. Shape: (*batch, coordinates) → batch."""
+        coordinates = torch.arange(len(self.loc), device=self.loc.device)
+        normal = MultivariateNormal(self.loc, self.covariance(coordinates), validate_args=False)
+        density: Tensor = normal.log_prob(unconstrained)  # type: ignore[no-untyped-call]
+        batch = unconstrained.shape[:-1]
+        for at in self.layout.values():
+            x = unconstrained[..., at.start : at.start + at.size].reshape(batch + at.shape)
+            jacobian = at.transform.log_abs_det_jacobian(x, at.transform(x))  # type: ignore[no-untyped-call]
+            density = density - jacobian.reshape(*batch, -1).sum(-1)
+        return density
+
 
 Block = SiteBlock | JointNormalBlock
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.util import site_is_subsample
@@ -24,6 +23,7 @@ from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, check_support, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
+from pyro_bmrs.inference.looking import looking
 from pyro_bmrs.inference.posteriors import (
     Block,
     JointNormalBlock,
@@ -32,7 +32,6 @@ from pyro_bmrs.inference.posteriors import (
     parents_of,
     read_blocks,
 )
-from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.reduction.averaging import Averaging, root_of
 from pyro_bmrs.reduction.latent_sites import LatentSite, group_of, latent_site
@@ -131,18 +130,9 @@ class Latents:
                 units = layers[name].units if name in layers else None
                 self.sites[name] = latent_site(name, block, node, reduced, on, units)
 
-    @contextmanager
-    def looking(self, stream: int = 0) -> Iterator[None]:
-        """Looking only: no generator, gradient or parameter store may notice. Other streams, other draws."""
-        store = pyro.get_param_store()
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(),
-            store.scope(store.get_state()),
-            in_mode(self.model, training=False) if isinstance(self.model, nn.Module) else nullcontext(),
-        ):
-            torch.manual_seed(self.seed + stream)
-            yield
+    def looking(self, stream: int = 0) -> AbstractContextManager[None]:
+        """Looking only. Other streams, other draws."""
+        return looking(self.model, self.seed + stream)
 
     def _check_parents(
         self,
