@@ -43,6 +43,7 @@ HISTORY_COLUMNS = (
     "kept",
     "seconds",
 )
+REMOVAL_COLUMNS = ("phase", "epoch", "layer", "unit")
 
 # Okabe and Ito's palette: told apart with any common form of colour blindness, and in grey.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#222222"
@@ -55,6 +56,9 @@ MARGIN = 0.1  # inches
 LARGEST_VECTOR_MAP = 4000
 # A map in which the scores span more than this would show nothing but its extremes on a linear scale.
 LARGEST_LINEAR_SCORE = 10.0
+# Of the epochs in which units went, so many have their number written, and none so close to another (share of
+# the axis) that the two would overlap.
+MOST_REMOVAL_TEXTS, CLOSEST_REMOVAL_TEXTS = 6, 0.04
 
 STYLE: dict[str, Any] = {
     "font.family": ["sans-serif"],
@@ -423,21 +427,24 @@ def plot_scores(plan: Reduction) -> Figure:
     return figure
 
 
-def plot_history(history: pd.DataFrame) -> Figure:
+def plot_history(history: pd.DataFrame, removals: pd.DataFrame | None = None) -> Figure:
     """Draw the training history: losses, accuracy, KL divergence and the number of units left.
 
-    Panels whose column is never finite are left out; the fine-tuning is shaded.
+    Panels whose column is never finite are left out; the fine-tuning is shaded. Where units were removed, a
+    dashed line crosses the panel of units left, and the largest removals have their number beside it.
 
     Args:
         history: a row per epoch, in order: ``phase`` ("fit" or "fine-tune"), ``epoch``, ``loss``,
             ``log_likelihood`` and ``validation_loss`` (nats per example), ``kl`` (nats, whole data set),
             ``validation_accuracy`` (0 to 1), ``kept`` (units left) and ``seconds``.
+        removals: a row per removed unit: ``phase`` ("fit", or "reduce" for what the plan removed after the
+            fit), ``epoch`` (of the fit, after which the unit went), ``layer`` and ``unit``.
 
     Returns:
         A figure 5 inches wide; epochs are counted through both phases, from 1.
 
     Raises:
-        ValueError: the table lacks a column.
+        ValueError: a table lacks a column.
 
     Example:
         >>> import pandas as pd
@@ -454,6 +461,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     require_columns("fit.history", history, HISTORY_COLUMNS)
+    marks = {} if removals is None else _removal_marks(removals, int((history["phase"] == "fit").sum()))
     epoch = np.arange(1, len(history) + 1)
     tuned = (history["phase"] == "fine-tune").to_numpy(dtype=bool)
     panels: list[tuple[str, list[tuple[str, NDArray[np.float64], str, str, str]]]] = [
@@ -499,10 +507,38 @@ def plot_history(history: pd.DataFrame) -> Figure:
                 )
             axes.set_ylabel(label)
             axes.margins(y=0.12)
+            if label == "units left":
+                for index, place in enumerate(marks):
+                    axes.axvline(
+                        place,
+                        color=ORANGE,
+                        linestyle=(0, (4, 2)),
+                        linewidth=1,
+                        zorder=1,
+                        label="units removed" if index == 0 else None,
+                    )
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=label == "units left"))
             axes.yaxis.set_major_formatter(_plain)
         rows[-1].set_xlabel("epoch")
         rows[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        if panels[-1][0] == "units left":
+            left, right = rows[-1].get_xlim()
+            if marks:  # the numbers stand above the curve
+                bottom, top = rows[-1].get_ylim()
+                rows[-1].set_ylim(bottom, top + 0.4 * (top - bottom))
+            for place in _written(marks, CLOSEST_REMOVAL_TEXTS * (right - left)):
+                rows[-1].annotate(
+                    f"−{marks[place]:,}",
+                    (place, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(0, -1),
+                    textcoords="offset points",
+                    rotation=90,
+                    ha="center",
+                    va="top",
+                    fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5},
+                )
         figure.align_ylabels()
         figure.legend(loc="outside upper left", ncols=2, columnspacing=1.5)
     return figure
@@ -531,6 +567,25 @@ def _largest(scores: NDArray[np.float64]) -> float:
     return float(finite.max(initial=0.0)) or 1.0
 
 
+def _removal_marks(removals: pd.DataFrame, epochs: int) -> dict[float, int]:
+    """Where on the axis of epochs units went, in order, and how many; after the fit is between two epochs."""
+    require_columns("removals", removals, REMOVAL_COLUMNS)
+    fitting = (removals["phase"] == "fit").to_numpy(dtype=bool)
+    places, counts = np.unique(
+        np.where(fitting, _floats(removals, "epoch"), epochs + 0.5), return_counts=True
+    )
+    return dict(zip(places.tolist(), counts.tolist(), strict=True))
+
+
+def _written(marks: dict[float, int], closest: float) -> list[float]:
+    """The places of the largest removals, none closer to a larger one than told."""
+    chosen: list[float] = []
+    for place in sorted(marks, key=lambda place: -marks[place]):
+        if len(chosen) < MOST_REMOVAL_TEXTS and all(abs(place - other) >= closest for other in chosen):
+            chosen.append(place)
+    return chosen
+
+
 def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return the half-open ranges in which ``flags`` is true."""
     steps = np.diff(np.concatenate([[False], flags, [False]]).astype(int))
@@ -538,7 +593,7 @@ def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
 
 
-def _decades(lowest: float, highest: float, most: int = 9) -> list[float]:
+def _decades(lowest: float, highest: float, most: int = 7) -> list[float]:
     """Return zero and powers of ten of both signs from lowest to highest, every so many that few are left."""
     largest = math.floor(math.log10(max(-lowest, highest)))
     for every in range(1, largest + 2):
