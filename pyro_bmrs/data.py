@@ -91,6 +91,25 @@ class Dataset:
         scaled = _scale(self.form.read(inputs), self.form, self.image_size)
         return _standardise(scaled, self.mean, self.deviation)
 
+    def foreign(self, other: "Dataset") -> Tensor:
+        """The test inputs of another data set as this one would show them: out-of-distribution inputs.
+
+        They are standardised with this data set's mean and deviation.
+
+        >>> digits = load_data("digits", image_size=16)
+        >>> digits.foreign(load_data("patches", image_size=16)).shape
+        torch.Size([1696, 1, 16, 16])
+
+        Raises:
+            DataError: Their inputs have another shape.
+        """
+        require(
+            other.input_shape == self.input_shape,
+            f"other is {other}, but must have inputs of shape {self.input_shape}, as {self.name} has",
+        )
+        scaled = other.test.tensors[0] * other.deviation + other.mean
+        return _standardise(scaled, self.mean, self.deviation)
+
     def __str__(self) -> str:
         return (
             f"{self.name}: {len(self.train)} train, {len(self.validation)} validation, "
@@ -119,6 +138,8 @@ def load_data(
 
             - `"digits"`: the 1797 images of 8 x 8 pixels that come with scikit-learn. A stratified fifth,
               the same for every `seed`, is the test part.
+            - `"patches"`: 8480 grey squares of 8 x 8 pixels of the two photographs that come with scikit-learn, for
+              each the one it is from: foreign to a network of digits.
             - `"mnist"`, `"fashion-mnist"`, `"cifar10"`: read by torchvision, and downloaded by it where
               they are not under `data_root` yet.
             - a path ending in `.npz`, with `x_train`, `y_train`, `x_test`, `y_test`: images (N, H, W),

@@ -24,6 +24,7 @@ __all__ = [
     "InputForm",
     "RawData",
     "Resize",
+    "is_at_hand",
     "read_inputs",
     "read_source",
     "require",
@@ -33,7 +34,9 @@ __all__ = [
 type Resize = Callable[[Tensor], Tensor]  # (N, C, H, W) -> (N, C, size, size)
 
 _TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-KNOWN_NAMES = "'digits', 'mnist', 'fashion-mnist', 'cifar10', a path ending in .npz, or an image folder"
+KNOWN_NAMES = (
+    "'digits', 'patches', 'mnist', 'fashion-mnist', 'cifar10', a path ending in .npz, or an image folder"
+)
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _CHANNEL_COUNTS = (1, 3, 4)
 
@@ -159,6 +162,8 @@ def read_source(name: str, data_root: str | Path | None = None, resize: Resize |
     """
     if name == "digits":
         return _read_digits()
+    if name == "patches":
+        return _read_patches()
     if name in _TORCHVISION_NAMES:
         return _read_torchvision(name, _resolve_data_root(data_root))
     path = Path(name).expanduser()
@@ -232,6 +237,23 @@ def _read_digits() -> RawData:
     return _split_test(inputs, labels, 10, InputForm((1, 8, 8), "counts"))
 
 
+def _read_patches() -> RawData:
+    """Squares of two photographs, which a network that reads digits has never seen the like of."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise DataError(
+            "name is 'patches', but scikit-learn, which holds the photographs, is missing: pip install scikit-learn"
+        ) from error
+    side, parts = 8, []
+    for photograph in load_sample_images().images:
+        grey = torch.from_numpy(photograph @ np.array([0.299, 0.587, 0.114])).round().to(torch.uint8)
+        squares = grey.unfold(0, side, side).unfold(1, side, side)
+        parts.append(squares.reshape(-1, 1, side, side))
+    labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)])
+    return _split_test(torch.cat(parts), labels, len(parts), InputForm((1, side, side), "bytes"))
+
+
 def _split_test(inputs: Tensor, labels: Tensor, num_classes: int, form: InputForm) -> RawData:
     """Set a stratified fifth aside for the test, the same for every seed."""
     generator = torch.Generator().manual_seed(_TEST_SEED)
@@ -271,6 +293,19 @@ def _read_torchvision(name: str, root: Path) -> RawData:
         num_classes=10,
         form=InputForm(tuple(train_inputs.shape[1:]), "bytes"),
     )
+
+
+def is_at_hand(name: str, data_root: str | Path | None = None) -> bool:
+    """Whether a data set of a known name can be read without a download."""
+    if name not in _TORCHVISION_NAMES:
+        return name in ("digits", "patches")
+    root = _resolve_data_root(data_root)
+    reader = getattr(_import_torchvision_datasets(name), _TORCHVISION_NAMES[name])
+    try:
+        reader(root, train=False, download=False)
+    except Exception:
+        return False
+    return True
 
 
 def _open_torchvision(reader: Any, name: str, root: Path, *, train: bool) -> Any:
