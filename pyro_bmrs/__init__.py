@@ -27,7 +27,10 @@ _HOMES = {
         "WeightNorm", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
     ),
     "fitting": ("Fit", "fit"),
-    "diagnostics": ("compression_curve", "plot_evidence_curve", "plot_models", "plot_reductions", "report"),
+    "diagnostics": (
+        "compression_curve", "load_datatree", "loo", "plot_evidence_curve", "plot_models", "plot_reductions",
+        "report", "save_datatree", "to_datatree",
+    ),
     "data": ("load_data",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -37,11 +40,15 @@ if TYPE_CHECKING:
     from pyro_bmrs.data import load_data
     from pyro_bmrs.diagnostics import (
         compression_curve,
+        load_datatree,
+        loo,
         plot_evidence_curve,
         plot_models,
         plot_reductions,
-        report,
+        save_datatree,
+        to_datatree,
     )
+    from pyro_bmrs.diagnostics.report import report
     from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal, TruncatedNormal
     from pyro_bmrs.evidence import (
         ImportanceError,

@@ -54,7 +54,7 @@ _FIT_SETTINGS = (
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A Python file like those in models/.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
 Data = Annotated[
-    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, a .npz file or an image folder.")
+    str, typer.Option(help="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")]
@@ -71,6 +71,18 @@ LearningRate = Annotated[float | None, typer.Option(parser=_number, help="Of the
 PosteriorRate = Annotated[float | None, typer.Option(parser=_number, help="Of the posterior's parameters.")]
 Draws = Annotated[
     int | None, typer.Option(parser=_whole, help="Values of θ per batch; default 16, 0: one per example.")
+]
+PosteriorDraws = Annotated[
+    int | None,
+    typer.Option(
+        "--draws",
+        parser=_whole,
+        help="Posterior draws for the report's diagnosis, 100 or more; 0: leave it out.",
+    ),
+]
+Foreign = Annotated[
+    str | None,
+    typer.Option(help="A data set that is not this one, to see if the network knows; default one at hand."),
 ]
 Removal = Annotated[
     str | None,
@@ -244,6 +256,8 @@ def run(
     device: Device = "auto",
     devices: Devices = 1,
     logger: LoggerName = None,
+    draws: PosteriorDraws = None,
+    foreign: Foreign = None,
     quiet: Quiet = False,
     require_removed: Annotated[
         float | None,
@@ -260,7 +274,7 @@ def run(
         if least is not None and not 0 <= least <= 1:
             raise ValueError(f"--require-{name} must be a share from 0 to 1: got {least:g}")
     current = _new_run(context.params)
-    if not current.finish():
+    if not current.finish(draws=draws, foreign=foreign):
         print(f"{out} already holds this run, complete")
     _print_outcome(current)
     print(f"report: {out / 'report.html'}")
@@ -338,15 +352,38 @@ def reduce(
 @app.command()
 def report(
     context: typer.Context,
-    folder: RunFolder,
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="A run's folder; of several, a comparison.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The page to write where runs are compared, with .md and .csv beside it.")
+    ] = Path("comparison.html"),
+    draws: PosteriorDraws = None,
+    foreign: Foreign = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Write the report of a reduced run anew."""
-    current = _old_run(context.params)
+    """Write the report of a reduced run anew, or compare several runs."""
+    if len(folders) > 1:
+        for name, value in (("draws", draws), ("foreign", foreign)):
+            if value is not None:
+                raise ValueError(f"--{name} is for the report of one run: got it with {len(folders)}")
+        from pyro_bmrs.comparison import report_runs
+
+        print(f"report: {report_runs(folders, out)}")
+        return
+    current = _old_run({**context.params, "folder": folders[0]})
     current.load_posterior()
-    print(f"report: {current.report()}")
+    print(f"report: {current.report(draws=draws, foreign=foreign)}")
+
+
+@app.command()
+def show(folder: RunFolder) -> None:
+    """Print what came out of a run: sizes, accuracy, widths, k̂ and warnings."""
+    from pyro_bmrs.show import show_run
+
+    show_run(folder)
 
 
 @app.command()
@@ -363,13 +400,13 @@ def predict(
 ) -> None:
     """Predict with the small network of a run."""
     from pyro_bmrs.data import read_inputs
-    from pyro_bmrs.files import write_atomically
+    from pyro_bmrs.files import write_table
 
     raw = None if inputs is None else read_inputs(inputs)
     current = _old_run(context.params)
     x = current.dataset.test[:][0] if raw is None else current.dataset.prepare(raw)
     table = current.predict(x)
-    write_atomically(out, lambda beside: table.to_csv(beside, index=False))
+    write_table(out, table)
     print(f"{len(table)} predictions in {out}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 # One entry in a safetensors file's metadata: several are written in an order that differs from save to save.
@@ -39,6 +40,11 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def write_table(path: Path | str, table: pd.DataFrame) -> Path:
+    """Write a table without its index to a CSV file, atomically."""
+    return write_atomically(path, lambda beside: table.to_csv(beside, index=False))
 
 
 def clear_unfinished(folder: Path, ours: Callable[[str], object]) -> None:

@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from torch import Tensor, nn
 
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.diagnostics import compression_curve, report
-from pyro_bmrs.files import clear_unfinished, refuse_newer, write_atomically
+from pyro_bmrs.data_sources import is_at_hand
+from pyro_bmrs.diagnostics import Diagnosis, compression_curve, diagnose, report
+from pyro_bmrs.diagnostics.diagnosis import DRAWS
+from pyro_bmrs.evidence.importance import LEAST_DRAWS
+from pyro_bmrs.files import clear_unfinished, write_atomically, write_table
 from pyro_bmrs.fitting import Fit, fit
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices
@@ -38,16 +42,12 @@ from pyro_bmrs.recipes import Recipe, Settings, blamed
 from pyro_bmrs.reduction.criteria import parse_criterion
 from pyro_bmrs.reduction.plan import Reduction, check_examples
 from pyro_bmrs.reduction.reduce import reduce
+from pyro_bmrs.run_folder import DIAGNOSIS, FIT_FILES, FORMAT, REDUCE_FILES, REPORT_FILES, VERSION, RunFolder
 
-FORMAT, VERSION = "pyro_bmrs.run", 1
-
-# What each stage leaves. The last of a stage's files is written last: where it is, the stage is done.
-FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "posterior.safetensors")
-REDUCE_FILES = (
-    "evaluation.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.safetensors", "plan.json",
-)  # fmt: skip
 LOGGERS = ("csv", "tensorboard")
-REPORT_FILES = ("curve.csv", "report.html")
+# What is foreign to a data set, of the same form: to see whether a network knows that it does not know.
+FOREIGN = {"digits": "patches", "mnist": "fashion-mnist", "fashion-mnist": "mnist"}
+FOREIGN_EXAMPLES = 500
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +66,16 @@ def _usable_device(name: str) -> torch.device:
     return device
 
 
+def _versions() -> dict[str, str]:
+    """Of what the figures of a run depend on."""
+    packages = {"torch": "torch", "pyro": "pyro-ppl", "arviz": "arviz"}
+    return {
+        "pyro_bmrs": __version__,
+        "python": platform.python_version(),
+        **{name: version(package) for name, package in packages.items()},
+    }
+
+
 def _check_writable(folder: Path) -> None:
     """Said before a fit, not after it; nothing is created."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -73,7 +83,7 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"out must be a folder that can be written to: got {folder}, and {there} is none")
 
 
-class Run:
+class Run(RunFolder):
     """One run folder and what is in it.
 
     Args:
@@ -107,14 +117,15 @@ class Run:
         progress: bool = True,
         overwrite: bool = False,
     ) -> None:
-        self.folder, self.progress, self.overwrite = Path(folder), progress, overwrite
+        super().__init__(folder)
+        self.progress, self.overwrite = progress, overwrite
         check_devices(None, devices, "32")
         if logger not in (None, *LOGGERS):
             raise ValueError(f"logger must be one of {LOGGERS} or None: got {logger!r}")
         if logger == "tensorboard" and not find_spec("tensorboard"):
             raise ValueError("logger tensorboard needs the package: pip install pyro-bmrs[tensorboard]")
-        self.devices, self.logger = devices, logger
-        stored = None if overwrite else self._stored_settings()
+        self.devices, self.logger, self.data_root = devices, logger, data_root
+        stored = None if overwrite else self.stored_settings()
         if recipe is None or settings is None:
             if stored is None:
                 raise ValueError(f"run must be a folder with a settings.json: {self.folder} has none")
@@ -155,59 +166,17 @@ class Run:
         """The recipe's network as it was before the fit, of which nothing has been taken out."""
         return self.recipe.network(self.dataset, self.settings.network or {}, self.settings.seed)
 
-    def _stored_settings(self) -> dict[str, Any] | None:
-        """settings (Settings), fit (the part of them the posterior was fitted with), recipe (its name)."""
-        path = self.folder / "settings.json"
-        if not path.exists():
-            return None
-        try:
-            document = json.loads(path.read_text())
-            version = int(document["version"]) if document["format"] == FORMAT else None
-        except (ValueError, KeyError, TypeError):
-            version = None
-        if version is None:
-            raise ValueError(f"{path} is not the settings file of a run, or is damaged")
-        refuse_newer(path, "run", version, VERSION)
-        try:
-            return {
-                "settings": Settings(**document["settings"]),
-                "fit": dict(document["fit"]),
-                "recipe": str(document["recipe"]),
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
-
-    def has(self, *names: str) -> bool:
-        """Whether the folder holds these files."""
-        return all((self.folder / name).exists() for name in names)
-
-    def _need(self, *names: str) -> None:
-        for name in names:
-            if not self.has(name):
-                stage = "fit" if name in FIT_FILES else "reduce"
-                raise ValueError(f"run {self.folder} has no {name}: call `pyro-bmrs {stage}` first")
-
     def _clear(self, *names: str) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
+    def _clear_reduction(self) -> None:
+        """What belongs to the reduction that the folder holds; the last file of a stage goes first."""
+        shutil.rmtree(self.folder / DIAGNOSIS, ignore_errors=True)
+        self._clear(*reversed(REPORT_FILES), *reversed(REDUCE_FILES))
+
     def _clear_unfinished(self) -> None:
         clear_unfinished(self.folder, {*FIT_FILES, *REDUCE_FILES, *REPORT_FILES}.__contains__)
-
-    def _write_table(self, name: str, table: pd.DataFrame) -> None:
-        write_atomically(self.folder / name, lambda beside: table.to_csv(beside, index=False))
-
-    def _read_table(self, name: str, *columns: str) -> pd.DataFrame:
-        """A table of the folder that has at least these columns."""
-        self._need(name)
-        try:
-            table = pd.read_csv(self.folder / name, dtype={"layer": str})
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name} is damaged: {error}") from error
-        missing = [column for column in columns if column not in table]
-        if missing:
-            raise ValueError(f"{self.folder / name} is damaged: it has no column {', '.join(missing)}")
-        return table
 
     def _write_settings(self) -> None:
         document = {
@@ -216,11 +185,7 @@ class Run:
             "settings": asdict(self.settings),
             "fit": self.fitted_with,
             "recipe": self.recipe.name,
-            "versions": {
-                "pyro_bmrs": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": _versions(),
         }
         write_atomically(
             self.folder / "settings.json", lambda beside: beside.write_text(json.dumps(document, indent=1))
@@ -228,14 +193,15 @@ class Run:
 
     # the stages -------------------------------------------------------------------------------------
 
-    def finish(self) -> bool:
-        """Do what is not done yet of all stages; returns whether there was anything."""
+    def finish(self, *, draws: int | None = None, foreign: str | None = None) -> bool:
+        """Do what is not done yet of all stages; returns whether there was anything. Arguments as of `report`."""
+        self._check_diagnosis(draws, foreign)
         if self.complete() and not self.overwrite:
             return False
         self.fit()
         if not self.reduced():
             self.reduce()
-        self.report()
+        self.report(draws=draws, foreign=foreign)
         return True
 
     def fit(self) -> Fit | None:
@@ -270,12 +236,13 @@ class Run:
         self.fitted_with = settings.of_fit()
         copied = self.folder / "recipe.py"
         # the posterior is what says that the folder holds a fit: it goes first and comes last
-        self._clear("posterior.safetensors", *REPORT_FILES, *reversed(REDUCE_FILES))
+        self._clear("posterior.safetensors")
+        self._clear_reduction()
         self._write_settings()
         if self.recipe.path.resolve() != copied.resolve():
             write_atomically(copied, lambda beside: shutil.copyfile(self.recipe.path, beside))
-        self._write_table("history.csv", result.history)
-        self._write_table("removals.csv", result.removals.assign(phase="fit")[_REMOVAL_COLUMNS])
+        write_table(self.folder / "history.csv", result.history)
+        write_table(self.folder / "removals.csv", result.removals.assign(phase="fit")[_REMOVAL_COLUMNS])
         save_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
         self.overwrite = False
         return result
@@ -348,7 +315,7 @@ class Run:
                 ("shrunk in the fit, E[θ]", *fitted, parameters(self.network)),
             ]
         rows.append(("reduced", *evaluate(model, test), parameters(small)))
-        history = self._read_table("history.csv", "phase", "epoch")
+        history = self.read_table("history.csv", "phase", "epoch")
         history = history[history.phase == "fit"]
         removals = self._removals(plan, len(history))
         if settings.fine_tune:
@@ -369,12 +336,12 @@ class Run:
             rows.append(("fine-tuned", *evaluate(model, test), parameters(small)))
         columns = ["network", "negative_log_likelihood", "accuracy", "parameters"]
         # never files of two reductions side by side
-        self._clear(*REPORT_FILES, *reversed(REDUCE_FILES))
+        self._clear_reduction()
         self._write_settings()
-        self._write_table("history.csv", history)
-        self._write_table("removals.csv", removals)
-        self._write_table("evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
-        self._write_table("structures.csv", plan.table)
+        write_table(self.folder / "history.csv", history)
+        write_table(self.folder / "removals.csv", removals)
+        write_table(self.folder / "evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
+        write_table(self.folder / "structures.csv", plan.table)
         small.cpu()  # so that the program can be loaded where there is no accelerator
         save_weights(small, self.folder / "small.safetensors")
         export_program(small, test[:2][0], self.folder / "small.pt2")
@@ -403,7 +370,7 @@ class Run:
 
     def _removals(self, plan: Reduction, epochs: int) -> pd.DataFrame:
         """A row per removed structure: those of the fit as it noted them, then those of this reduction."""
-        noted = self._read_table("removals.csv", *_REMOVAL_COLUMNS)
+        noted = self.read_table("removals.csv", *_REMOVAL_COLUMNS)
         noted = noted[noted.phase == "fit"]
         known = set(zip(noted.layer, noted.unit, strict=True))
         gone = plan.table[plan.table.removed].assign(phase="reduce", epoch=epochs)
@@ -411,56 +378,83 @@ class Run:
         gone = gone.loc[new, _REMOVAL_COLUMNS]
         return gone if noted.empty else pd.concat([noted, gone], ignore_index=True)
 
-    def report(self) -> Path:
-        """Draw the accuracy-against-parameters line and write report.html."""
+    def report(self, *, draws: int | None = None, foreign: str | None = None) -> Path:
+        """Measure what the folder does not hold yet, and write report.html and report.md.
+
+        Args:
+            draws: of the posterior, for the diagnosis, at least 100; 0: leave it out; None: as the folder has it,
+                or the default.
+            foreign: name of the data set to be told from the test examples; None: as the folder has it, or one
+                that is at hand.
+        """
         self._need("plan.json")
+        self._check_diagnosis(draws, foreign)
         self._clear_unfinished()
-        history = self._read_table("history.csv", "phase", "epoch")
-        evaluation = self._read_table("evaluation.csv", "network", "parameters", "accuracy")
+        history = self.read_table("history.csv", "phase", "epoch")
+        removals = self.read_table("removals.csv", *_REMOVAL_COLUMNS)
+        evaluation = self.read_table("evaluation.csv", "network", "parameters", "accuracy")
         plan = Reduction.load(self.folder / "plan.json").bound_to(self.network, self._example)
         if self.has("curve.csv"):
-            curve = self._read_table("curve.csv")
+            curve = self.read_table("curve.csv")
         else:
             curve = compression_curve(self.model, plan, self.dataset.validation)
-            self._write_table("curve.csv", curve)
+            write_table(self.folder / "curve.csv", curve)
         epochs = int((history.phase == "fit").sum())
         return report(
-            Fit(history, pd.DataFrame(), asdict(self.settings), best_epoch=epochs), plan,
+            Fit(history, removals[removals.phase == "fit"], asdict(self.settings), best_epoch=epochs), plan,
             self.folder / "report.html", curve=curve, evaluation=evaluation,
-            settings={"recipe": self.recipe.name, "data": str(self.dataset), "pyro_bmrs": __version__,
-                      "torch": torch.__version__},
+            diagnosis=None if draws == 0 else self._diagnosis(plan, draws, foreign),
+            settings={"recipe": self.recipe.name, "data": str(self.dataset), **_versions()},
         )  # fmt: skip
+
+    def _diagnosis(self, plan: Reduction, draws: int | None, foreign: str | None) -> Diagnosis:
+        """The folder's diagnosis, made anew where there is none, or another is asked for."""
+        found = self.diagnosis()
+        asked = {"draws": draws, "out_of_distribution": foreign}
+        if found and all(value in (None, found.facts.get(name)) for name, value in asked.items()):
+            return found
+        # the small network may have been fine-tuned, or not
+        tuned = self._model_of(self.small_network()) if self.settings.fine_tune else None
+        data = self.dataset
+        found = diagnose(
+            self.model, self.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
+            out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=self.settings.seed,
+        )  # fmt: skip
+        found.save(self.folder / DIAGNOSIS)
+        return found
+
+    def _check_diagnosis(self, draws: int | None, foreign: str | None) -> None:
+        if draws is not None and draws != 0 and draws < LEAST_DRAWS:
+            raise ValueError(f"draws must be at least {LEAST_DRAWS}, or 0 for no diagnosis: got {draws}")
+        if foreign is not None:
+            self._foreign(foreign)
+
+    def _foreign(self, name: str | None) -> dict[str, Tensor]:
+        """Inputs of another data set, by its name; none where none is known, or none is at hand."""
+        asked = name or FOREIGN.get(self.settings.data)
+        if asked is None or (name is None and not is_at_hand(asked, self.data_root)):
+            return {}
+        shape = self.dataset.input_shape
+        size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
+        try:
+            other = load_data(asked, data_root=self.data_root, image_size=size)
+            return {asked: self.dataset.foreign(other)[:FOREIGN_EXAMPLES]}
+        except DataError as error:
+            raise ValueError(f"foreign {asked!r} can't be used: {error}") from error
 
     def _example(self) -> Tensor:
         x: Tensor = self.dataset.train[: self.settings.batch_size][0].to(self.device)
         return x
 
-    def evaluation(self) -> pd.DataFrame:
-        """How the networks do on the test examples, a row each, the final one last."""
-        return self._read_table(
-            "evaluation.csv", "network", "negative_log_likelihood", "accuracy", "parameters"
-        )
-
-    def outcome(self) -> dict[str, float]:
-        """removed (fraction of parameters) and accuracy (test, 0 to 1) of the final network."""
-        table = self.evaluation()
-        removed = 1 - table.parameters.iloc[-1] / table.parameters.iloc[0]
-        return {"removed": float(removed), "accuracy": float(table.accuracy.iloc[-1])}
-
     def reduced(self) -> bool:
         """Whether the folder holds the reduction by these very settings."""
-        stored = self._stored_settings()
+        stored = self.stored_settings()
         done = self.has(*FIT_FILES, *REDUCE_FILES)
         return done and stored is not None and stored["settings"] == self.settings
 
     def complete(self) -> bool:
         """Whether every stage has been done with these very settings."""
         return self.reduced() and self.has(*REPORT_FILES)
-
-    def plan(self) -> Reduction:
-        """The folder's plan."""
-        self._need("plan.json")
-        return Reduction.load(self.folder / "plan.json")
 
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""

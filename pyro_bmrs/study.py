@@ -23,7 +23,7 @@ import yaml
 from pyro_bmrs.fitting.devices import PRECISIONS
 from pyro_bmrs.fitting.loop import SCHEDULES
 from pyro_bmrs.recipes import Recipe, Settings
-from pyro_bmrs.runs import FIT_FILES
+from pyro_bmrs.run_folder import FIT_FILES
 
 # The axes of a study: the key in its file, and the setting that the key's values are given to.
 _AXES = {"data": "data", "kl_weights": "kl_weight", "criteria": "criterion", "seeds": "seed"}

@@ -27,7 +27,8 @@ from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.recipes import Recipe
-from pyro_bmrs.runs import FIT_FILES, Interrupted, Run
+from pyro_bmrs.run_folder import FIT_FILES
+from pyro_bmrs.runs import Interrupted, Run
 from pyro_bmrs.study import Cell, Study, has_fit, one_line
 
 type Row = dict[str, Any]
@@ -92,7 +93,7 @@ def _finish(
                 _copy_fit(cell.fit, cell.folder)
             recipe = Recipe.read(cell.recipe)
             run = Run(cell.folder, recipe, cell.settings, data_root=data_root, device=device, progress=False)
-            worked = run.finish()
+            worked = run.finish(draws=0)  # `pyro-bmrs report` makes the diagnosis of the cells that matter
             return _done(cell, run, _seconds_since(start) if worked else math.nan)
     except caught as error:
         told = f"{type(error).__name__}: {one_line(error)}"

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from pyro_bmrs import runs, sweep
 from pyro_bmrs.recipes import Settings
-from pyro_bmrs.runs import FIT_FILES, Run
+from pyro_bmrs.run_folder import FIT_FILES
+from pyro_bmrs.runs import Run
 from pyro_bmrs.study import Study
 from pyro_bmrs.sweep import run_study
 

@@ -43,9 +43,9 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
     full = plan.parameters_before()
     device = next(model.parameters()).device
     rows = []
-    for threshold in sorted(thresholds, reverse=True):
+    falling = sorted(thresholds, reverse=True)
+    for threshold, left in zip(falling, plan.parameters_at(falling), strict=True):
         variant = plan if threshold == 0.0 else plan.at(threshold)
-        left = variant.parameters_left()
         scales = {site: scale.to(device).float() for site, scale in variant.scales().items()}
         result = evaluate(model, data, scales)
         rows.append(

@@ -1,25 +1,25 @@
 """One HTML file that says what a run removed, how clear each case was, and what it cost.
 
-Everything is inline (figures as SVG, a few lines of style and script): the file can be mailed, printed and
+Everything is inline (figures as SVG, some lines of style and script): the file can be mailed, printed and
 opened without a network. It holds no date and no random name, so the same run gives the same bytes.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
+from pyro_bmrs.diagnostics.page import encoded, environment, svg
 from pyro_bmrs.diagnostics.plots import (
     CURVE_COLUMNS,
     HISTORY_COLUMNS,
+    REMOVAL_COLUMNS,
     TABLE_COLUMNS,
     evidence_label,
     plot_compression_curve,
@@ -29,24 +29,40 @@ from pyro_bmrs.diagnostics.plots import (
     require_columns,
     score_label,
 )
+from pyro_bmrs.diagnostics.posterior_plots import (
+    plot_criteria,
+    plot_entropy,
+    plot_forest,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_widths,
+)
+from pyro_bmrs.diagnostics.report_text import (
+    EVALUATION_COLUMNS,
+    WIDTH_COLUMNS,
+    finite,
+    khat_text,
+    methods,
+    posterior_warnings,
+    rows_of,
+    verdict,
+    warnings_of,
+)
+from pyro_bmrs.diagnostics.what_if import slider
 from pyro_bmrs.files import write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
+    from pyro_bmrs.diagnostics.diagnosis import Diagnosis
     from pyro_bmrs.fitting import Fit
     from pyro_bmrs.reduction import Reduction
 
-WIDTH_COLUMNS = ("layer", "before", "after")
 COST_COLUMNS = ("before", "after")
-EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
 
 MOST_ROWS = 5000
 SHOWN_ROWS = 2000
-# Scores this close to zero (criterion's unit) were decided by next to nothing.
-NARROW = 0.1
 
 _COUNTS = ("parameters", "multiply_accumulates")
 _COST_NAMES = {
@@ -68,25 +84,28 @@ def report(
     *,
     curve: pd.DataFrame | None = None,
     evaluation: pd.DataFrame | None = None,
+    diagnosis: Diagnosis | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a self-contained HTML page about one run.
+    """Write a self-contained HTML page about one run, and beside it the essentials as Markdown.
 
-    The page is complete or not there: it is written beside ``out`` and moved into place at the end.
+    Either file is complete or not there: it is written beside ``out`` and moved into place at the end.
 
     Args:
-        fit: the fit, for its ``history`` and ``settings``; None leaves the training out.
+        fit: the fit, for its ``history``, ``removals`` and ``settings``; None leaves the training out.
         plan: the reduction, for its ``table``, ``widths()``, ``costs``, ``criterion`` and ``kl_weight``.
-        out: the file to write; its folder is made if need be.
+        out: the HTML file to write; its folder is made if need be. The Markdown has the same name with ``.md``.
         curve: None, or accuracy against parameters, with the columns ``parameters_removed`` (0 to 1),
             ``accuracy`` (0 to 1), ``score_threshold`` and ``is_plan`` (the criterion's own stopping point).
         evaluation: None, or a row per network and split, in the order of the work, with the columns
             ``network``, ``split``, ``accuracy`` (0 to 1), ``negative_log_likelihood`` (nats per example) and
             ``parameters``.
+        diagnosis: None, or what ``diagnose`` found: k̂, predictions before and after, the curves of other criteria,
+            and what other prior log-odds would remove.
         settings: None, or more to print: recipe, data, versions, …
 
     Returns:
-        The path of the file written.
+        The path of the HTML file.
 
     Raises:
         ValueError: a table lacks a column, or ``plan.table`` has no rows. An existing file stays untouched.
@@ -108,8 +127,9 @@ def report(
         ...     "50.0 % of 2 units removed" in path.read_text(encoding="utf-8")
         True
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+    out = Path(out)
+    if out.suffix == ".md":
+        raise ValueError(f"out must not end in .md, which is for the Markdown beside it: got {out}")
     widths = plan.widths()
     require_columns("plan.table", plan.table, TABLE_COLUMNS)
     require_columns("plan.widths()", widths, WIDTH_COLUMNS)
@@ -122,131 +142,178 @@ def report(
     if evaluation is not None:
         require_columns("evaluation", evaluation, EVALUATION_COLUMNS)
 
-    environment = Environment(
-        loader=PackageLoader("pyro_bmrs.diagnostics"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=_number, percent=_percent)
     history = None if fit is None or fit.history.empty else fit.history
+    curves = None if diagnosis is None else diagnosis.curves
+    if curve is None and curves is not None:
+        curve = curves[curves["criterion"] == curves["criterion"].iloc[0]]
     units = _shown_units(plan.table)
-    page = environment.get_template("report.html.j2").render(
-        verdict=_verdict(history, plan, curve, evaluation),
-        warnings=_warnings(plan, widths),
+    shown_widths = widths.assign(removed=1 - widths["after"] / widths["before"].where(widths["before"] > 0))
+    content = dict(
+        title="Reduction report",
+        verdict=verdict(history, plan, curve, evaluation),
+        warnings=[*warnings_of(plan, widths), *posterior_warnings(diagnosis)],
         criterion=str(plan.criterion),
         costs=_costs(plan.costs),
-        widths=_rows(widths, WIDTH_COLUMNS),
+        widths=rows_of(shown_widths, (*WIDTH_COLUMNS, "removed")),
         widths_total=(int(widths["before"].sum()), int(widths["after"].sum())),
-        evaluation=None if evaluation is None else _rows(evaluation, EVALUATION_COLUMNS),
-        structures=_svg("structures", lambda: plot_structures(plan)),
-        curve=None if curve is None else _svg("curve", lambda: plot_compression_curve(curve)),
-        scores=_svg("scores", lambda: plot_scores(plan)),
-        history=None if history is None else _svg("history", lambda: plot_history(history)),
-        units=_rows(units, TABLE_COLUMNS),
+        evaluation=None if evaluation is None else rows_of(evaluation, EVALUATION_COLUMNS),
+        figures=_figures(fit, history, plan, widths, curve, diagnosis),
+        what_if=None
+        if diagnosis is None or diagnosis.what_if is None
+        else slider(plan, diagnosis.what_if, curve),
+        posterior=_posterior(diagnosis),
+        quality=None
+        if diagnosis is None or diagnosis.quality is None
+        else diagnosis.quality.to_dict("records"),
+        foreign="" if diagnosis is None else diagnosis.facts.get("out_of_distribution") or "",
+        units=_unit_rows(units, diagnosis),
+        unit_columns=_unit_columns(plan, diagnosis),
         units_total=len(plan.table),
-        evidence_label=evidence_label(plan.kl_weight),
-        score_label=score_label(plan),
-        settings=_settings(fit, plan, settings),
+        methods=methods(fit, plan, diagnosis, settings),
+        settings=_settings(fit, plan, settings, diagnosis),
+        notes=[] if diagnosis is None else diagnosis.notes,
     )
-    # A lone surrogate in a user's text has no UTF-8; a question mark is better than no report.
-    return write_atomically(Path(out), lambda beside: beside.write_bytes(page.encode("utf-8", "replace")))
+    content["contents"] = _contents(content)
+    page = environment(html=True).get_template("report.html.j2").render(content)
+    text = environment(html=False).get_template("report.md.j2").render(content)
+    write_atomically(out.with_suffix(".md"), lambda beside: beside.write_bytes(encoded(text)))
+    return write_atomically(out, lambda beside: beside.write_bytes(encoded(page)))
 
 
-def _svg(name: str, draw: Callable[[], Figure]) -> Markup:
-    """Draw a figure as an SVG element whose identifiers are unique in the page."""
-    from markupsafe import Markup
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"pyro_bmrs {name}"}), warnings.catch_warnings():
-        # Letters that matplotlib's own font lacks are drawn by the reader's browser.
-        warnings.filterwarnings("ignore", message="Glyph")
-        # No metadata: it would hold the date, and addresses.
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        draw().savefig(buffer, format="svg", dpi=200, metadata=nothing)
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-
-    def prefixed(tag: re.Match[str]) -> str:
-        return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0])
-
-    # Only within tags: in the text "<" and ">" are escaped, so no layer's name can look like one.
-    return Markup(re.sub(r"<[^>]*>", prefixed, drawing))
+def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The sections that the page has, by anchor."""
+    figures = content["figures"]
+    sections = [
+        ("before-after", "before and after", True),
+        ("structures", "map", True),
+        ("decision", "scores", True),
+        ("what-if", "what if", content["what_if"]),
+        ("posterior", "posterior", content["posterior"]),
+        ("forest", "by layer", figures.get("forest")),
+        ("predictions", "predictions", content["quality"]),
+        ("history", "training", figures.get("history")),
+        ("units", "every unit", True),
+        ("methods", "methods", True),
+        ("settings", "settings", True),
+    ]
+    return [(anchor, name) for anchor, name, there in sections if there]
 
 
-def _verdict(
+def _figures(
+    fit: Fit | None,
     history: pd.DataFrame | None,
     plan: Reduction,
+    widths: pd.DataFrame,
     curve: pd.DataFrame | None,
-    evaluation: pd.DataFrame | None,
-) -> str:
-    """Say in one sentence how much went and what is left of the accuracy."""
-    removed = f"{_percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} units removed"
-    if plan.costs is not None and "parameters" in plan.costs.index:
-        before = _finite(plan.costs["before"]["parameters"])
-        after = _finite(plan.costs["after"]["parameters"])
-        if before and after is not None:
-            removed = f"{_percent(1 - after / before)} of {before:,.0f} parameters removed"
-
-    stops = None if curve is None else curve[curve["is_plan"].astype(bool)]
-    if evaluation is not None and len(evaluation):
-        splits = evaluation["split"].astype(str)
-        split = "test" if (splits == "test").any() else splits.iloc[-1]
-        rows = _rows(evaluation[splits == split], EVALUATION_COLUMNS)
-        rows = [row for row in rows if _finite(row["accuracy"]) is not None]
-        if rows:
-            first, last = rows[0], rows[-1]
-            accuracy = f"{split} accuracy {_percent(last['accuracy'])} ({last['network']})"
-            if len(rows) > 1:
-                accuracy += f", from {_percent(first['accuracy'])} ({first['network']})"
-            return f"{removed}; {accuracy}."
+    diagnosis: Diagnosis | None,
+) -> dict[str, Markup | None]:
+    """The drawings by name; None for what there is nothing to draw of."""
+    found = diagnosis.tables() if diagnosis is not None else {}
+    drawn: dict[str, Callable[[], Figure] | None] = {
+        "structures": lambda: plot_structures(plan),
+        "scores": lambda: plot_scores(plan),
+        "widths": lambda: plot_widths(widths),
+        "forest": (lambda: plot_forest(plan)) if np.isfinite(plan.table["loc"].astype(float)).any() else None,
+        "curve": None,
+        "history": None,
+        "reliability": None,
+        "risk": None,
+        "entropy": None,
+    }
+    if "curves" in found:
+        drawn["curve"] = lambda: plot_criteria(found["curves"])
+    elif curve is not None:
+        drawn["curve"] = lambda: plot_compression_curve(curve)
     if history is not None:
-        measured = history["validation_accuracy"].dropna()
-        if len(measured):
-            return f"{removed}; validation accuracy {_percent(measured.iloc[-1])} after the last epoch."
-    if stops is not None and len(stops) and _finite(stops["accuracy"].iloc[0]) is not None:
-        return f"{removed}; accuracy {_percent(stops['accuracy'].iloc[0])}."
-    return f"{removed}."
+        drawn["history"] = lambda: plot_history(history, _removals(fit, plan))
+    if "reliability" in found:
+        drawn["reliability"] = lambda: plot_reliability(_chosen(found["reliability"]))
+        drawn["risk"] = lambda: plot_risk_coverage(_chosen(found["risk_coverage"]))
+    if "entropy" in found and found["entropy"]["data"].nunique() > 1:
+        drawn["entropy"] = lambda: plot_entropy(found["entropy"])
+    return {name: None if draw is None else svg(name, draw) for name, draw in drawn.items()}
 
 
-def _warnings(plan: Reduction, widths: pd.DataFrame) -> list[str]:
-    found = []
-    if plan.kl_weight != 1:
-        found.append(
-            f"The posterior was fitted with a KL weight of w = {_number(plan.kl_weight)}, so "
-            "ΔF is the evidence of the tempered model p(y|θ)^(1/w), not of the model itself."
+def _chosen(table: pd.DataFrame) -> pd.DataFrame:
+    """Before and after, by draws where there are any: more lines than these hide each other."""
+    by_draws = (table["prediction"] == "draws") | (table["network"] == "fine-tuned")
+    return table[by_draws] if (table["prediction"] == "draws").any() else table
+
+
+def _removals(fit: Fit | None, plan: Reduction) -> pd.DataFrame | None:
+    """What went in the fit, as it noted it, and by this plan after the fit's last epoch."""
+    if fit is None or "removed_in_fit" not in plan.table:
+        return None
+    noted = fit.removals
+    in_fit = noted.assign(phase="fit")
+    epochs = int((fit.history["phase"] == "fit").sum())
+    now = plan.table[plan.table["removed"] & ~plan.table["removed_in_fit"]].assign(
+        phase="reduce", epoch=epochs
+    )
+    parts = [part[list(REMOVAL_COLUMNS)] for part in (in_fit, now) if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _posterior(diagnosis: Diagnosis | None) -> dict[str, Any] | None:
+    if diagnosis is None or diagnosis.khat is None or diagnosis.elbo is None:
+        return None
+    rows = []
+    for row in diagnosis.khat.to_dict("records"):
+        verdict = "reliable" if row["reliable"] else "not reliable"
+        if row["khat"] == -math.inf:
+            verdict = "exact: all weights are equal"
+        rows.append({**row, "shown": khat_text(row["khat"]), "verdict": verdict})
+    return {
+        "khat": rows,
+        "elbo": diagnosis.elbo.to_dict("records"),
+        "loo": None if diagnosis.loo is None else diagnosis.loo.to_dict("records")[0],
+        "facts": diagnosis.facts,
+    }
+
+
+def _unit_columns(plan: Reduction, diagnosis: Diagnosis | None) -> list[tuple[str, str, str]]:
+    columns = [
+        ("layer", "layer", "text"),
+        ("unit", "unit", ".0f"),
+        ("decision", "decision", "text"),
+        ("loc", "loc of log θ", ".4g"),
+        ("scale", "scale of log θ", ".4g"),
+        ("mean", "E[θ]", ".4g"),
+        ("snr", "SNR", ".4g"),
+    ]
+    if diagnosis is not None and diagnosis.contraction is not None:
+        columns.append(("contraction", "contraction against the prior (nats)", ".4g"))
+    return [
+        *columns,
+        ("score", score_label(plan), ".4g"),
+        ("log_evidence_change", evidence_label(plan.kl_weight), ".4g"),
+    ]
+
+
+def _unit_rows(units: pd.DataFrame, diagnosis: Diagnosis | None) -> list[dict[str, Any]]:
+    """The table's rows with contraction, and the decision in words."""
+    contraction: dict[tuple[str, int], float] = {}
+    if diagnosis is not None and diagnosis.contraction is not None:
+        found = diagnosis.contraction
+        contraction = dict(
+            zip(zip(found["site"], found["unit"], strict=True), found["contraction"], strict=True)
         )
-    table = plan.table
-    removed = table["removed"].astype(bool)
-    for row in _rows(widths, WIDTH_COLUMNS):
-        if row["after"] == 1:
-            held = bool(((table["layer"] == row["layer"]) & ~removed & (table["score"] >= 0)).any())
-            found.append(
-                f"Layer {row['layer']} is at its floor of 1 unit (of {row['before']:,})"
-                + (
-                    "; its last unit has a score of 0 or more and stays only because of the floor."
-                    if held
-                    else "."
-                )
-            )
-    narrow = int((removed & (table["score"].abs() <= NARROW)).sum())
-    if narrow:
-        found.append(
-            f"{narrow:,} of {int(removed.sum()):,} removed units have a score within {NARROW} of zero: "
-            "a small change of the criterion or the seed would have kept them."
-        )
-    unknown = int((~np.isfinite(table["score"].to_numpy(dtype=float, na_value=np.nan))).sum())
-    if unknown:
-        found.append(f"{unknown:,} of {len(table):,} units: the score is not a finite number.")
-    return found
+    in_fit = units["removed_in_fit"] if "removed_in_fit" in units else pd.Series(False, units.index)
+    rows = rows_of(units.assign(removed_in_fit=in_fit), (*TABLE_COLUMNS, "removed_in_fit"))
+    for row in rows:
+        row["gone"] = bool(row["removed"])
+        row["contraction"] = contraction.get((row["layer"], row["unit"]), math.nan)
+        if row["removed"]:
+            row["decision"] = "removed in the fit" if row["removed_in_fit"] else "removed"
+        else:
+            row["decision"] = "kept by the floor" if (finite(row["score"]) or -1.0) >= 0 else "kept"
+    return rows
 
 
 def _costs(costs: pd.DataFrame | None) -> list[dict[str, Any]]:
     rows = []
     for name, row in () if costs is None else costs.iterrows():
-        before, after = _finite(row["before"]), _finite(row["after"])
+        before, after = finite(row["before"]), finite(row["after"])
         if before is None and after is None:
             continue  # it would have taken too long to measure
         if "bytes" in str(name):
@@ -274,12 +341,13 @@ def _shown_units(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(
-    fit: Fit | None, plan: Reduction, settings: Mapping[str, Any] | None
+    fit: Fit | None, plan: Reduction, settings: Mapping[str, Any] | None, diagnosis: Diagnosis | None
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     groups: list[tuple[str, Mapping[str, Any]]] = [
         ("Run", settings or {}),
         ("Fit", {} if fit is None else fit.settings),
         ("Reduction", {"criterion": plan.criterion, "kl_weight": plan.kl_weight}),
+        ("Diagnosis", {} if diagnosis is None else diagnosis.facts),
     ]
     return [(title, list(_flat(values))) for title, values in groups if values]
 
@@ -292,34 +360,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", f"{value:.6g}" if math.isfinite(value) else "–"
         else:
             yield f"{prefix}{name}", "–" if value is None else str(value)
-
-
-def _rows(table: pd.DataFrame, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    chosen = [table[column].tolist() for column in columns]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*chosen, strict=True)]
-
-
-def _finite(value: object) -> float | None:
-    """Return a number, or None for anything that is not a finite one (None, NaN, pandas.NA, a text)."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _number(value: object, pattern: str = ".4g") -> str:
-    number = _finite(value)
-    return "–" if number is None else format(number, pattern)
-
-
-def _percent(value: object, decimals: int = 1) -> str:
-    """Print a fraction in per cent, with more decimals where rounding would claim all or nothing."""
-    number = _finite(value)
-    if number is None:
-        return "–"
-    text = f"{100 * number:.{decimals}f}"
-    while float(text) in (0.0, 100.0) and 100 * number not in (0.0, 100.0) and decimals < 6:
-        decimals += 1
-        text = f"{100 * number:.{decimals}f}"
-    return f"{text} %"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,9 +270,16 @@ class Reduction:
 
     def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
         """Number of parameters that `apply` would leave, counted without cutting."""
-        network, example_input = self._bound(network, example_input)
-        cuts = gone(network, structure_groups(network, example_input).values(), self._kept_masks())
-        return cuts.parameters_left(network)
+        return self._parameters_of([self], *self._bound(network, example_input))[0]
+
+    def parameters_at(self, thresholds: Sequence[float]) -> list[int]:
+        """Number of parameters that the plans `at` these thresholds would leave, counted without cutting."""
+        return self._parameters_of([self.at(threshold) for threshold in thresholds], *self._bound(None, None))
+
+    @staticmethod
+    def _parameters_of(plans: Sequence[Reduction], network: nn.Module, example_input: Inputs) -> list[int]:
+        groups = structure_groups(network, example_input).values()
+        return [gone(network, groups, plan._kept_masks()).parameters_left(network) for plan in plans]
 
     def parameters_before(self, network: nn.Module | None = None) -> int:
         """Number of parameters of the original network, whatever a fit has taken out since."""

@@ -22,6 +22,7 @@ from pyro_bmrs.diagnostics.plots import (
     plot_structures,
 )
 from pyro_bmrs.diagnostics.report import report
+from pyro_bmrs.diagnostics.report_text import EVALUATION_COLUMNS, WIDTH_COLUMNS, percent
 
 # The package's attribute of this name is the function.
 report_module = sys.modules["pyro_bmrs.diagnostics.report"]
@@ -169,7 +170,7 @@ def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
     identifiers = [attributes.get("id") for _, attributes in Page(page).tags]
     for section in ("warnings", "before-after", "structures", "decision", "history", "units", "settings"):
         assert section in identifiers
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
     assert "15.63×" in page
     assert "versions.torch" in page
 
@@ -177,7 +178,7 @@ def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
 def test_leaves_out_what_is_not_given(tmp_path: Path) -> None:
     plan = make_plan(costs=False)
     page = write(tmp_path / "report.html", plan, fit=None, curve=None, evaluation=None, settings=None)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4
     assert 'id="history"' not in page
     share = plan.table["removed"].mean()
     assert f"{100 * share:.1f} % of 226 units removed." in page
@@ -195,7 +196,7 @@ def test_verdict_falls_back_to_validation_and_then_to_the_curve(tmp_path: Path) 
     [(0.5, "50.0 %"), (1.0, "100.0 %"), (0.99999, "99.999 %"), (0.0004, "0.04 %"), (float("nan"), "–")],
 )
 def test_rounding_never_claims_all_or_nothing(fraction: float, text: str) -> None:
-    assert report_module._percent(fraction) == text
+    assert percent(fraction) == text
 
 
 def test_users_text_is_escaped(tmp_path: Path) -> None:
@@ -209,6 +210,27 @@ def test_users_text_is_escaped(tmp_path: Path) -> None:
     # Three times at the least: in the table of widths, in the figure and in the table of units.
     assert sum(HOSTILE in text for text in parsed.texts) >= 3
     assert [tag for tag, _ in parsed.tags].count("script") == 1
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    # of Markdown too: no tag, and no cell of a table more than its columns
+    assert "<script>" not in re.sub(r"\\\\.", "", text)
+    rows = [line for line in text.splitlines() if line.startswith("|") and "alert" in line]
+    assert rows
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} <= {5, 6}
+
+
+def test_markdown_says_the_essentials(tmp_path: Path) -> None:
+    write(tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "93.6 % of 61,706 parameters removed" in text
+    assert "| conv1 | 6 |" in text
+    assert "## Methods, to paste" in text
+    assert "| parameters | 61,706 | 3,949 | 93.6 % |" in text
+
+
+def test_the_markdown_can_not_be_the_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"out must not end in \.md"):
+        write(tmp_path / "report.md")
+    assert not list(tmp_path.iterdir())
 
 
 def test_loads_nothing_from_outside(tmp_path: Path) -> None:
@@ -243,7 +265,7 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     page = write(tmp_path / "large.html", large)
     assert len(page.encode()) < 2_000_000
     assert "2,000 of 20,004 units with a score closest to 0; all of them are in structures.csv" in page
-    assert page[page.index("<tbody>", page.index('class="units"')) :].count("<tr") == 2000
+    assert page[page.index("<tbody>", page.index('data-name="units"')) :].count("<tr") == 2000
 
 
 def test_large_tables_show_the_closest_scores() -> None:
@@ -283,11 +305,11 @@ def without_column(name: str, column: str) -> dict[str, object]:
     ("name", "column", "needed"),
     [
         ("plan.table", "score", plots.TABLE_COLUMNS),
-        ("plan.widths()", "after", report_module.WIDTH_COLUMNS),
+        ("plan.widths()", "after", WIDTH_COLUMNS),
         ("plan.costs", "before", report_module.COST_COLUMNS),
         ("fit.history", "kept", plots.HISTORY_COLUMNS),
         ("curve", "is_plan", plots.CURVE_COLUMNS),
-        ("evaluation", "split", report_module.EVALUATION_COLUMNS),
+        ("evaluation", "split", EVALUATION_COLUMNS),
     ],
 )
 def test_missing_column_raises_and_leaves_the_file_untouched(
@@ -326,7 +348,10 @@ def test_plan_without_units_raises(tmp_path: Path) -> None:
 
 def test_makes_the_folder(tmp_path: Path) -> None:
     write(tmp_path / "run" / "one" / "report.html")
-    assert [entry.name for entry in (tmp_path / "run" / "one").iterdir()] == ["report.html"]
+    assert sorted(entry.name for entry in (tmp_path / "run" / "one").iterdir()) == [
+        "report.html",
+        "report.md",
+    ]
 
 
 def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:

@@ -1,0 +1,345 @@
+"""All that a report shows beside the plan: the posterior's checks, and predictions before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from pyro_bmrs.diagnostics.arviz_io import loo, to_datatree
+from pyro_bmrs.diagnostics.calibration import Predictions, predictions, quality, reliability, risk_coverage
+from pyro_bmrs.diagnostics.curve import compression_curve
+from pyro_bmrs.diagnostics.joint_draws import draw_posterior
+from pyro_bmrs.diagnostics.posterior_checks import check_posterior
+from pyro_bmrs.diagnostics.what_if import what_if
+from pyro_bmrs.files import refuse_newer, write_atomically, write_table
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.looking import looking
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.reduction.criteria import BMRS_N, BMRS_U, SNR, Criterion, ExpectedScale, Random, WeightNorm
+from pyro_bmrs.reduction.reduce import NonFiniteScoreError, reduce
+
+if TYPE_CHECKING:
+    from pyro_bmrs.reduction import Reduction
+
+FORMAT, VERSION = "pyro_bmrs.diagnosis", 1
+
+DRAWS = 200
+# Examples that k̂ and the criteria's curves are made from: they pass through the network once for each draw, or point.
+EXAMPLES = 500
+CURVE_EXAMPLES = 5000
+
+CRITERIA: dict[str, Criterion] = {
+    "BMRS_N": BMRS_N(),
+    "BMRS_U-8": BMRS_U(bits=8),
+    "BMRS_U-4": BMRS_U(bits=4),
+    "SNR": SNR(),
+    "E[θ]": ExpectedScale(),
+    "weight norm": WeightNorm(),
+    "random": Random(),
+}
+
+
+@dataclass
+class Diagnosis:
+    """What was believed and what was lost, as tables; None where it could not be told, and `notes` say why.
+
+    Attributes:
+        khat, elbo, contraction: as of `PosteriorChecks`.
+        loo: elpd_loo and its standard_error, in nats, corrected for the approximate posterior.
+        quality: a row per network ("full", "reduced", "fine-tuned") and prediction ("draws" of the posterior, or
+            "E[θ]"): examples, accuracy, negative_log_likelihood, brier, expected_calibration_error, entropy with its
+            aleatoric and epistemic parts (nats), out_of_distribution_auroc, area_under_risk_coverage.
+        reliability, risk_coverage: as the functions of that name, with network and prediction.
+        entropy: of the reduced network's predictive, by draws: a row per example, data ("test" or the name of the
+            out-of-distribution data) and entropy in nats.
+        curves: of each criterion on the same posterior, as `compression_curve` with a column criterion.
+        what_if: as the function of that name.
+        facts: draws, seed, examples and dataset_size of the checks, kl_weight, name of the out-of-distribution data.
+        notes: what was left out, and why.
+    """
+
+    khat: pd.DataFrame | None = None
+    elbo: pd.DataFrame | None = None
+    contraction: pd.DataFrame | None = None
+    loo: pd.DataFrame | None = None
+    quality: pd.DataFrame | None = None
+    reliability: pd.DataFrame | None = None
+    risk_coverage: pd.DataFrame | None = None
+    entropy: pd.DataFrame | None = None
+    curves: pd.DataFrame | None = None
+    what_if: pd.DataFrame | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Those that are there, by name."""
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: table for name, table in found.items() if isinstance(table, pd.DataFrame)}
+
+    def save(self, folder: Path | str) -> Path:
+        """Write a CSV per table, and diagnosis.json last; returns the folder."""
+        folder = Path(folder)
+        document = dict(
+            format=FORMAT, version=VERSION, tables=list(self.tables()), facts=self.facts, notes=self.notes
+        )
+        (folder / "diagnosis.json").unlink(missing_ok=True)
+        for name, table in self.tables().items():
+            write_table(folder / f"{name}.csv", table)
+        write_atomically(
+            folder / "diagnosis.json", lambda beside: beside.write_text(json.dumps(document, indent=1))
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Diagnosis:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the folder holds no diagnosis, a damaged one, or one of a newer version.
+        """
+        path = Path(folder) / "diagnosis.json"
+        names = {entry.name for entry in fields(cls)} - {"facts", "notes"}
+        try:
+            document = json.loads(path.read_text())
+            if document["format"] != FORMAT:
+                raise ValueError(f"its format is {document['format']!r}")
+            refuse_newer(path, "diagnosis", document["version"], VERSION)
+            if not set(document["tables"]) <= names:
+                raise ValueError(f"its tables are {document['tables']}")
+            tables = {
+                # names of layers and networks stay text, even such as "1"
+                name: pd.read_csv(path.parent / f"{name}.csv", dtype=dict.fromkeys(_TEXT, str))
+                for name in document["tables"]
+            }
+            return cls(**tables, facts=dict(document["facts"]), notes=list(document["notes"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ValueError) and "newer" in str(error):
+                raise
+            raise ValueError(f"folder must hold a diagnosis: {path} is none, or damaged ({error})") from None
+
+
+_TEXT = ("site", "part", "model", "network", "prediction", "data", "criterion")
+
+
+def diagnose(
+    model: nn.Module,
+    guide: Callable[..., Any],
+    plan: Reduction,
+    train: Data,
+    test: Data,
+    *,
+    validation: Data | None = None,
+    fine_tuned: nn.Module | None = None,
+    out_of_distribution: Mapping[str, Tensor] | None = None,
+    criteria: Mapping[str, Criterion] | None = None,
+    draws: int = DRAWS,
+    examples: int | None = EXAMPLES,
+    seed: int = 0,
+    batch_size: int = 1000,
+) -> Diagnosis:
+    """Check the posterior, and compare predictions before and after the reduction.
+
+    >>> diagnosis = bmrs.diagnose(model, guide, plan, train, test)  # doctest: +SKIP
+    >>> bmrs.report(fit, plan, "report.html", diagnosis=diagnosis)  # doctest: +SKIP
+
+    Args:
+        model, guide: as they were reduced.
+        plan: of `reduce`, with its network.
+        train: that the posterior was fitted to: for k̂, the ELBO and leave-one-out.
+        test: held out: for the predictions.
+        validation: for the curves of the criteria; None: test.
+        fine_tuned: the Pyro model round the small network, in its final state; None: there is none.
+        out_of_distribution: inputs by the name of their data set, to be told from the test inputs by entropy.
+        criteria: by name, whose curves to draw beside the plan's own; default the paper's. {} draws only the plan's.
+        draws: S, of the posterior, at least 100.
+        examples: of the training data that k̂ is made from, the first ones; None: all.
+        seed: of the draws.
+        batch_size: examples that the network sees at once.
+
+    Returns:
+        The tables. What can't be told, such as the accuracy of a regression, is None, and `notes` say why.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, before anything is computed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    if examples is not None and (type(examples) is not int or examples < 1):
+        raise ValueError(f"examples must be a positive integer or None: got {examples!r}")
+    device = next(model.parameters()).device
+    size = Batches(train, batch_size, device, "train").size
+    foreign = dict(out_of_distribution or {})
+    if len(foreign) > 1:
+        raise ValueError(f"out_of_distribution must be of one data set: got {list(foreign)}")
+    checks = check_posterior(
+        model, guide, first_of(train, examples or size), draws=draws, seed=seed, kl_weight=plan.kl_weight,
+        dataset_size=size, batch_size=batch_size,
+    )  # fmt: skip
+    found = Diagnosis(
+        facts=dict(
+            draws=draws, seed=seed, examples=checks.examples, dataset_size=size, kl_weight=plan.kl_weight,
+            out_of_distribution=next(iter(foreign), None),
+        )
+    )  # fmt: skip
+    found.khat, found.contraction = checks.khat, checks.contraction
+    found.elbo = checks.elbo.reset_index(names="model")
+    if not len(found.contraction):
+        found.contraction = None
+        found.notes.append("contraction: the guide does not show a posterior of each site")
+    _leave_one_out(found, model, guide, train, batch_size)
+    found.what_if = what_if(plan)
+    _predict(found, model, guide, plan, test, fine_tuned, foreign, batch_size)
+    curve_data = first_of(test if validation is None else validation, CURVE_EXAMPLES)
+    found.curves = criterion_curves(model, guide, plan, curve_data, criteria, found.notes)
+    return found
+
+
+def _leave_one_out(
+    found: Diagnosis, model: nn.Module, guide: Callable[..., Any], train: Data, batch_size: int
+) -> None:
+    """Fill in `loo` where the correction for the approximate posterior holds."""
+    assert found.khat is not None
+    joint = found.khat.iloc[0]
+    if found.facts["examples"] < found.facts["dataset_size"]:
+        found.notes.append("leave-one-out: needs all training examples, and only some were looked at")
+    elif found.facts["kl_weight"] != 1:
+        found.notes.append(
+            "leave-one-out: at another KL weight than 1 the draws are not of the model's own posterior"
+        )
+    elif not joint.reliable:
+        found.notes.append(
+            f"leave-one-out: k̂ of all latents is {joint.khat:.2f}: the draws can't be reweighted to the exact posterior"
+        )
+    else:
+        tree = to_datatree(
+            model,
+            guide,
+            train,
+            found.facts["draws"],
+            found.facts["seed"],
+            batch_size=batch_size,
+            constant_data=False,
+        )
+        estimate = loo(tree)
+        found.loo = pd.DataFrame([dict(elpd_loo=float(estimate.elpd), standard_error=float(estimate.se))])
+
+
+def _predict(
+    found: Diagnosis,
+    model: nn.Module,
+    guide: Callable[..., Any],
+    plan: Reduction,
+    test: Data,
+    fine_tuned: nn.Module | None,
+    foreign: Mapping[str, Tensor],
+    batch_size: int,
+) -> None:
+    """Fill in the tables of predictive quality."""
+    layers = noise_layers(model)
+    with looking(model, found.facts["seed"]):
+        first = next(iter(Batches(test, batch_size, next(model.parameters()).device, "test")))
+        values = draw_posterior(guide, first, found.facts["draws"]).values
+    others = sorted(set(values[0]) - set(layers))
+    if others:
+        found.notes.append(f"predictions: the model has latents beside its noise layers: {', '.join(others)}")
+        return
+    drawn = {name: torch.stack([draw[name] for draw in values]) * layers[name].kept for name in layers}
+    means = {name: value.float() for name, value in plan.scales().items()}
+    full = getattr(guide, "mean", lambda: {name: draws.mean(0) for name, draws in drawn.items()})()
+    kept = {name: plan.kept_mask(name).to(draws.device) for name, draws in drawn.items()}
+    device = next(model.parameters()).device
+    variants: list[tuple[str, str, nn.Module, Mapping[str, Tensor]]] = [
+        ("full", "draws", model, drawn),
+        ("full", "E[θ]", model, full),
+        ("reduced", "draws", model, {name: draws * kept[name] for name, draws in drawn.items()}),
+        ("reduced", "E[θ]", model, {name: value.to(device) for name, value in means.items()}),
+    ]
+    if fine_tuned is not None:
+        variants.append(("fine-tuned", "E[θ]", fine_tuned, {}))
+    rows, bins, coverages, entropies = [], [], [], []
+    for network, prediction, program, scales in variants:
+        try:
+            inside = predictions(program, test, scales, batch_size=batch_size)
+        except TypeError as error:
+            found.notes.append(f"predictions: {error}")
+            return
+        outside = {
+            name: predictions(program, _unlabelled(inputs), scales, batch_size=batch_size)
+            for name, inputs in foreign.items()
+        }
+        names = dict(network=network, prediction=prediction)
+        rows.append({**names, **quality(inside, next(iter(outside.values()), None))})
+        bins.append(reliability(inside).assign(**names))
+        coverages.append(risk_coverage(inside).assign(**names))
+        if names == dict(network="reduced", prediction="draws"):
+            entropies = [_entropies(name, seen) for name, seen in {"test": inside, **outside}.items()]
+    found.quality = pd.DataFrame(rows)
+    found.reliability = pd.concat(bins, ignore_index=True)
+    found.risk_coverage = pd.concat(coverages, ignore_index=True)
+    found.entropy = pd.concat(entropies, ignore_index=True)
+
+
+def _unlabelled(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs, torch.full((len(inputs),), -1)
+
+
+def _entropies(name: str, seen: Predictions) -> pd.DataFrame:
+    return pd.DataFrame({"data": name, "entropy": seen.entropy})
+
+
+def criterion_curves(
+    model: nn.Module,
+    guide: Callable[..., Any],
+    plan: Reduction,
+    data: Data,
+    criteria: Mapping[str, Criterion] | None = None,
+    notes: list[str] | None = None,
+) -> pd.DataFrame:
+    """Accuracy against parameters removed of several criteria on one posterior, without fine-tuning.
+
+    Args:
+        model, guide, plan: as of `diagnose`; the plan's own curve comes first, under the criterion's own name.
+        data: of examples that were not used for the fit.
+        criteria: by name; default the paper's.
+        notes: takes a line for each criterion that can't score these structures.
+
+    Returns:
+        As `compression_curve`, with a column criterion. `is_plan` marks where each criterion stops by itself; random
+        removal has no such point.
+    """
+    own = plan.criterion.split("(")[0]
+    curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
+    for name, criterion in (CRITERIA if criteria is None else criteria).items():
+        if str(criterion) == plan.criterion:
+            continue
+        try:
+            other = reduce(model, guide, criterion, min_kept=plan.min_kept, round_to=plan.round_to)
+        except (NonFiniteScoreError, ValueError) as error:
+            if notes is not None:
+                notes.append(f"curve of {name}: {error}")
+            continue
+        curve = compression_curve(model, other, data).assign(criterion=name)
+        curves.append(curve.assign(is_plan=False) if isinstance(criterion, Random) else curve)
+    return pd.concat(curves, ignore_index=True)
+
+
+def first_of(data: Data, count: int) -> Data:
+    """The first examples of data; a loader as it is, which decides itself what it shows."""
+    if isinstance(data, DataLoader):
+        return data
+    if isinstance(data, tuple):
+        return data[0][:count], data[1][:count]
+    if isinstance(data, Dataset) and hasattr(data, "__len__") and len(data) > count:
+        tensors = getattr(data, "tensors", None)
+        if tensors is not None and len(tensors) == 2:
+            return tensors[0][:count], tensors[1][:count]
+        return Subset(data, range(count))
+    return data

@@ -1,0 +1,205 @@
+"""What a report says in words: the verdict, the warnings, the methods; and how its numbers are written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from pyro_bmrs.diagnostics.what_if import own_log_odds
+
+if TYPE_CHECKING:
+    from pyro_bmrs.diagnostics.diagnosis import Diagnosis
+    from pyro_bmrs.fitting import Fit
+    from pyro_bmrs.reduction import Reduction
+
+EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
+WIDTH_COLUMNS = ("layer", "before", "after")
+# Scores this close to zero (criterion's unit) were decided by next to nothing.
+NARROW = 0.1
+
+
+def khat_text(khat: float) -> str:
+    """k̂ in two digits; in words where it is no finite number.
+
+    >>> khat_text(0.456), khat_text(float("-inf")), khat_text(float("inf"))
+    ('0.46', '−∞', 'above any')
+    """
+    if math.isnan(khat):
+        return "–"
+    if math.isinf(khat):
+        return "above any" if khat > 0 else "−∞"
+    return f"{khat:.2f}".replace("-", "−")
+
+
+def posterior_warnings(diagnosis: Diagnosis | None) -> list[str]:
+    if diagnosis is None or diagnosis.khat is None:
+        return []
+    parts = diagnosis.khat.iloc[1:] if len(diagnosis.khat) > 1 else diagnosis.khat
+    high = parts[~parts["reliable"].astype(bool) & parts["khat"].notna()]
+    if high.empty:
+        return []
+    named = ", ".join(f"{row['part']} ({khat_text(row['khat'])})" for row in high.to_dict("records"))
+    return [
+        f"Pareto k̂ is above its threshold of {number(parts['threshold'].iloc[0], '.2f')} for {named}: there the "
+        "posterior is a rough approximation, and its spread is not to be taken at its word."
+    ]
+
+
+def methods(
+    fit: Fit | None, plan: Reduction, diagnosis: Diagnosis | None, settings: Mapping[str, Any] | None
+) -> str:
+    """A paragraph for a paper, of nothing but what was done."""
+    known = {**(fit.settings if fit is not None else {}), **(settings or {})}
+    table, widths = plan.table, plan.widths()
+    log_odds = own_log_odds(plan)
+    text = [
+        "Each structure (neuron, filter or head) carried a multiplicative latent scale θ with a log-uniform prior; its "
+        "posterior was a truncated log-normal, fitted together with the weights by stochastic variational inference "
+        "(pyro_bmrs on Pyro and PyTorch)"
+    ]
+    if "epochs" in known:
+        text[0] += f", for {known['epochs']} epochs"
+        text[0] += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
+    text[0] += f" with the KL divergence weighted by {plan.kl_weight:g}"
+    text[0] += f", seed {known['seed']}." if "seed" in known else "."
+    if plan.kl_weight != 1:
+        text.append(
+            f"Changes in evidence are therefore those of the model with likelihood p(y|θ)^(1/{plan.kl_weight:g})."
+        )
+    if math.isfinite(log_odds):
+        text.append(
+            f"Structures were removed where the change in log-evidence under the reduced prior of {plan.criterion} "
+            f"and prior log-odds of {log_odds:.4g} nats together were at least 0 (Bayesian model reduction; Wright, "
+            "Igel and Selvan, NeurIPS 2024)."
+        )
+    else:
+        text.append(f"Structures were removed where the score of {plan.criterion} was at least 0.")
+    text.append(
+        f"Of {len(table):,} structures {int((~table['removed'].astype(bool)).sum()):,} were kept ("
+        + ", ".join(f"{row.after} of {row.before} in {row.layer}" for row in widths.itertuples())
+        + "); the others were cut out of the network, with θ = E[θ] folded into the weights that read what was kept."
+    )
+    if diagnosis is not None and diagnosis.quality is not None:
+        text.append(
+            f"Predictions were averaged over {diagnosis.facts['draws']} draws of the posterior, or made with E[θ]; "
+            "expected calibration error is of the top label in 15 bins (Guo et al., 2017), the split of the predictive "
+            "entropy that of Depeweg et al. (2018)."
+        )
+    if diagnosis is not None and diagnosis.khat is not None:
+        text.append("The approximation was checked by Pareto k̂ (Yao et al., 2018; Vehtari et al., 2024).")
+    return " ".join(text)
+
+
+def markdown(value: object) -> str:
+    """A text in Markdown, on one line, without meaning anything there."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", text)
+
+
+def plain_number(value: object) -> str:
+    """A number with all its digits, to sort by and to write to CSV; nothing for what is none."""
+    number = finite(value)
+    return "" if number is None else f"{number:.10g}"
+
+
+def verdict(
+    history: pd.DataFrame | None,
+    plan: Reduction,
+    curve: pd.DataFrame | None,
+    evaluation: pd.DataFrame | None,
+) -> str:
+    """Say in one sentence how much went and what is left of the accuracy."""
+    removed = f"{percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} units removed"
+    if plan.costs is not None and "parameters" in plan.costs.index:
+        before = finite(plan.costs["before"]["parameters"])
+        after = finite(plan.costs["after"]["parameters"])
+        if before and after is not None:
+            removed = f"{percent(1 - after / before)} of {before:,.0f} parameters removed"
+
+    stops = None if curve is None else curve[curve["is_plan"].astype(bool)]
+    if evaluation is not None and len(evaluation):
+        splits = evaluation["split"].astype(str)
+        split = "test" if (splits == "test").any() else splits.iloc[-1]
+        rows = rows_of(evaluation[splits == split], EVALUATION_COLUMNS)
+        rows = [row for row in rows if finite(row["accuracy"]) is not None]
+        if rows:
+            first, last = rows[0], rows[-1]
+            accuracy = f"{split} accuracy {percent(last['accuracy'])} ({last['network']})"
+            if len(rows) > 1:
+                accuracy += f", from {percent(first['accuracy'])} ({first['network']})"
+            return f"{removed}; {accuracy}."
+    if history is not None:
+        measured = history["validation_accuracy"].dropna()
+        if len(measured):
+            return f"{removed}; validation accuracy {percent(measured.iloc[-1])} after the last epoch."
+    if stops is not None and len(stops) and finite(stops["accuracy"].iloc[0]) is not None:
+        return f"{removed}; accuracy {percent(stops['accuracy'].iloc[0])}."
+    return f"{removed}."
+
+
+def warnings_of(plan: Reduction, widths: pd.DataFrame) -> list[str]:
+    found = []
+    if plan.kl_weight != 1:
+        found.append(
+            f"The posterior was fitted with a KL weight of w = {number(plan.kl_weight)}, so "
+            "ΔF is the evidence of the tempered model p(y|θ)^(1/w), not of the model itself."
+        )
+    table = plan.table
+    removed = table["removed"].astype(bool)
+    for row in rows_of(widths, WIDTH_COLUMNS):
+        if row["after"] == 1:
+            held = bool(((table["layer"] == row["layer"]) & ~removed & (table["score"] >= 0)).any())
+            found.append(
+                f"Layer {row['layer']} is at its floor of 1 unit (of {row['before']:,})"
+                + (
+                    "; its last unit has a score of 0 or more and stays only because of the floor."
+                    if held
+                    else "."
+                )
+            )
+    narrow = int((removed & (table["score"].abs() <= NARROW)).sum())
+    if narrow:
+        found.append(
+            f"{narrow:,} of {int(removed.sum()):,} removed units have a score within {NARROW} of zero: "
+            "a small change of the criterion or the seed would have kept them."
+        )
+    unknown = int((~np.isfinite(table["score"].to_numpy(dtype=float, na_value=np.nan))).sum())
+    if unknown:
+        found.append(f"{unknown:,} of {len(table):,} units: the score is not a finite number.")
+    return found
+
+
+def finite(value: object) -> float | None:
+    """Return a number, or None for anything that is not a finite one (None, NaN, pandas.NA, a text)."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def number(value: object, pattern: str = ".4g") -> str:
+    number = finite(value)
+    return "–" if number is None else format(number, pattern)
+
+
+def percent(value: object, decimals: int = 1) -> str:
+    """Print a fraction in per cent, with more decimals where rounding would claim all or nothing."""
+    number = finite(value)
+    if number is None:
+        return "–"
+    text = f"{100 * number:.{decimals}f}"
+    while float(text) in (0.0, 100.0) and 100 * number not in (0.0, 100.0) and decimals < 6:
+        decimals += 1
+        text = f"{100 * number:.{decimals}f}"
+    return f"{text} %"
+
+
+def rows_of(table: pd.DataFrame, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    chosen = [table[column].tolist() for column in columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*chosen, strict=True)]

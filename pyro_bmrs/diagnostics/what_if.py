@@ -1,0 +1,159 @@
+"""What another prior log-odds would remove: each structure's own threshold, and the parameters left at each."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pyro_bmrs.reduction.plan import least_kept
+
+if TYPE_CHECKING:
+    from pyro_bmrs.reduction import Reduction
+
+# More thresholds than these are not told apart on a slider, and each costs a look at the dependency graph.
+MOST_THRESHOLDS = 300
+# Of a layer with more units the slider shows the count alone.
+MOST_CELLS = 2000
+
+
+def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
+    """The score at and below which a threshold removes each structure, floors and rounding included.
+
+    `plan.at(t)` removes structure i where t ≤ leaving_thresholds(plan)[i]: a structure's own score, unless it is
+    among those that its layer keeps whatever the threshold (-inf), has to leave together with others so that the
+    number of channels stays a multiple of `round_to`, or was removed by the fit (inf).
+
+    Returns:
+        In the order of the table. Shape: (structures,), in the criterion's unit.
+    """
+    table = plan.table
+    leaving = np.full(len(table), -math.inf)
+    score = table["score"].to_numpy(dtype=float)
+    gone = table["removed_in_fit"].to_numpy(dtype=bool)
+    layers = table["layer"].to_numpy()
+    for layer in plan.layers:
+        least, multiple = least_kept(plan.min_kept, plan.round_to, plan.channels.get(layer, 1))
+        rows = np.flatnonzero((layers == layer) & ~gone)
+        rows = rows[np.argsort(score[rows], kind="stable")]
+        for rank, row in enumerate(rows):
+            # stays as long as the first of its multiple does, which stays as long as its score is below
+            first = rank // multiple * multiple
+            if first >= least:
+                leaving[row] = score[rows[first]]
+    leaving[gone] = math.inf
+    return leaving
+
+
+def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
+    """Structures and parameters left at every threshold at which something changes.
+
+    Args:
+        plan: with a network to count the parameters of, as `reduce` makes it.
+        most: thresholds; of more, so many spread evenly over them, the plan's own always among them.
+
+    Returns:
+        A row per threshold, falling: score_threshold (removed at or above it), prior_log_odds (in nats: what the
+        criterion would have to be given instead of its own to stop there; NaN without evidence), structures and
+        parameters left.
+
+    Raises:
+        ValueError: if most < 2, or the plan holds no network.
+    """
+    if type(most) is not int or most < 2:
+        raise ValueError(f"most must be an integer of at least 2: got {most!r}")
+    leaving = leaving_thresholds(plan)
+    changes = np.unique(leaving[np.isfinite(leaving)])[::-1]
+    if len(changes) > most:
+        changes = changes[np.unique(np.linspace(0, len(changes) - 1, most).round().astype(int))]
+    thresholds = [math.inf, *sorted({*changes.tolist(), 0.0}, reverse=True)]
+    return pd.DataFrame(
+        {
+            "score_threshold": thresholds,
+            "prior_log_odds": [own_log_odds(plan) - threshold for threshold in thresholds],
+            "structures": [int((leaving < threshold).sum()) for threshold in thresholds],
+            "parameters": plan.parameters_at(thresholds),
+        }
+    )
+
+
+def own_log_odds(plan: Reduction) -> float:
+    """The prior log-odds of a plan's criterion in nats, score less ΔF; NaN for a criterion without evidence."""
+    difference = (plan.table["score"] - plan.table["log_evidence_change"]).to_numpy(dtype=float)
+    finite = difference[np.isfinite(difference)]
+    return float(np.median(finite)) if len(finite) else math.nan
+
+
+def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -> dict[str, Any] | None:
+    """What the page's slider needs: each unit's own threshold, parameters at every change, accuracy on a grid.
+
+    Args:
+        plan: the plan.
+        changes: of `what_if`.
+        curve: of `compression_curve`; None or without accuracies: none is shown.
+
+    Returns:
+        evidence (whether the slider is one of prior log-odds, not of a threshold on the score), own (where the plan
+        stands) and json, safe inside a script element; None for a plan without structures that could go.
+    """
+    from markupsafe import Markup
+
+    leaving = leaving_thresholds(plan)
+    own = own_log_odds(plan)
+    evidence = math.isfinite(own)
+    values = leaving[np.isfinite(leaving)]
+    if not len(values):
+        return None
+    asked = own - values if evidence else values
+    margin = max(0.1, 0.02 * float(np.abs(asked).max()))
+    decided = own if evidence else 0.0
+    layers = []
+    for layer in plan.layers:
+        rows = (plan.table["layer"] == layer).to_numpy()
+        layers.append(
+            {
+                "name": layer,
+                "units": plan.table["unit"][rows].tolist(),
+                "leaving": [
+                    float(value) if math.isfinite(value) else ("gone" if value > 0 else None)
+                    for value in leaving[rows]
+                ],
+            }
+        )
+    grid = curve if curve is not None and np.isfinite(curve["accuracy"].astype(float)).any() else None
+    data = {
+        "evidence": evidence,
+        "own": decided,
+        "lowest": min(float(asked.min()) - margin, decided),
+        "highest": max(float(asked.max()) + margin, decided),
+        "most": MOST_CELLS,
+        "exact": len(changes) <= MOST_THRESHOLDS,
+        "before": int(changes["parameters"].max()),
+        "layers": layers,
+        "parameters": [
+            {"threshold": threshold if math.isfinite(threshold) else None, "parameters": left}
+            for threshold, left in _falling(changes, "score_threshold", "parameters")
+        ],
+        "accuracy": [
+            {
+                "threshold": threshold if math.isfinite(threshold) else None,
+                "accuracy": accuracy,
+                "removed": removed,
+            }
+            for threshold, accuracy, removed in (
+                [] if grid is None else _falling(grid, "score_threshold", "accuracy", "parameters_removed")
+            )
+        ],
+    }
+    # inside a script element only "<" could end it
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return {"evidence": evidence, "own": decided, "json": Markup(text)}
+
+
+def _falling(table: pd.DataFrame, by: str, *columns: str) -> list[list[float]]:
+    rows: list[list[float]] = table.sort_values(by, ascending=False)[[by, *columns]].to_numpy(float).tolist()
+    return rows
