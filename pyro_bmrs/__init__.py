@@ -28,8 +28,8 @@ _HOMES = {
     ),
     "fitting": ("Fit", "fit"),
     "diagnostics": (
-        "compression_curve", "load_datatree", "loo", "plot_evidence_curve", "plot_models", "plot_reductions",
-        "report", "save_datatree", "to_datatree",
+        "Diagnosis", "check_posterior", "compression_curve", "diagnose", "load_datatree", "loo",
+        "plot_evidence_curve", "plot_models", "plot_reductions", "report", "save_datatree", "to_datatree",
     ),
     "data": ("load_data",),
 }  # fmt: skip
@@ -39,7 +39,10 @@ __all__ = sorted([*_HOME_OF, "__version__"])
 if TYPE_CHECKING:
     from pyro_bmrs.data import load_data
     from pyro_bmrs.diagnostics import (
+        Diagnosis,
+        check_posterior,
         compression_curve,
+        diagnose,
         load_datatree,
         loo,
         plot_evidence_curve,

@@ -356,8 +356,11 @@ def report(
         list[Path], typer.Argument(metavar="DIR...", help="A run's folder; of several, a comparison.")
     ],
     out: Annotated[
-        Path, typer.Option(help="The page to write where runs are compared, with .md and .csv beside it.")
-    ] = Path("comparison.html"),
+        Path | None,
+        typer.Option(
+            help="The page to write where runs are compared, with .md and .csv beside it; default comparison.html."
+        ),
+    ] = None,
     draws: PosteriorDraws = None,
     foreign: Foreign = None,
     data_root: DataRoot = None,
@@ -371,8 +374,10 @@ def report(
                 raise ValueError(f"--{name} is for the report of one run: got it with {len(folders)}")
         from pyro_bmrs.comparison import report_runs
 
-        print(f"report: {report_runs(folders, out)}")
+        print(f"report: {report_runs(folders, out or Path('comparison.html'))}")
         return
+    if out is not None:
+        raise ValueError(f"--out is for comparisons, the report of one run is in its folder: got {out}")
     current = _old_run({**context.params, "folder": folders[0]})
     current.load_posterior()
     print(f"report: {current.report(draws=draws, foreign=foreign)}")

@@ -12,7 +12,6 @@ import pandas as pd
 
 from pyro_bmrs.diagnostics.page import encoded, environment, svg
 from pyro_bmrs.diagnostics.posterior_plots import plot_criteria, plot_runs
-from pyro_bmrs.diagnostics.report_text import khat_text
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.run_folder import RunFolder
 
@@ -99,12 +98,15 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         raise ValueError(f"out must end in .html: got {os.fspath(out)}")
     table = compare_runs(folders)
     runs = [RunFolder(folder) for folder in folders]
-    rows = [{**row, "khat_shown": khat_text(row["khat"])} for row in table.to_dict("records")]
+    # by number: a run may be called like another column
+    columns = [(f"run {index}", name, "text") for index, name in enumerate(table.run)]
     curves = [
         run.read_table("curve.csv").assign(criterion=name)
         for name, run in zip(table.run, runs, strict=True)
         if run.has("curve.csv")
     ]
+    # regressions have losses, and no accuracy to draw
+    curves = [curve for curve in curves if curve.accuracy.notna().any()]
     shown = pd.concat(curves[:MOST_CURVES], ignore_index=True) if curves else None
     best = table.iloc[int(table.accuracy.argmax())] if table.accuracy.notna().any() else None
     content = dict(
@@ -112,11 +114,11 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         verdict=f"{len(table)} runs"
         + ("" if best is None else f"; the most accurate, {best.run}, has {100 * best.accuracy:.2f} % with "
            f"{100 * best.removed:.1f} % of its parameters removed"),
-        rows=rows,
-        names=table.run.tolist(),
-        differing=_differing(table.run.tolist(), runs),
-        widths=_widths(table.run.tolist(), runs),
-        scatter=svg("runs", lambda: plot_runs(table)),
+        rows=table.to_dict("records"),
+        columns=columns,
+        differing=_differing([key for key, _, _ in columns], runs),
+        widths=_widths([key for key, _, _ in columns], runs),
+        scatter=None if best is None else svg("runs", lambda: plot_runs(table)),
         curves=None if shown is None else svg("curves", lambda: plot_criteria(shown)),
         curves_left_out=max(0, len(curves) - MOST_CURVES),
     )  # fmt: skip
@@ -127,7 +129,7 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
     return write_atomically(out, lambda beside: beside.write_bytes(encoded(page)))
 
 
-def _differing(names: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def _differing(columns: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A row per setting that is not the same in all runs, with a column per run."""
     settings = []
     for run in runs:
@@ -135,18 +137,19 @@ def _differing(names: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str
         assert stored is not None
         settings.append({"recipe": stored["recipe"], **asdict(stored["settings"])})
     return [
-        {"setting": key, **{name: str(chosen[key]) for name, chosen in zip(names, settings, strict=True)}}
+        {"setting": key, **{name: str(chosen[key]) for name, chosen in zip(columns, settings, strict=True)}}
         for key in settings[0]
         if len({str(chosen[key]) for chosen in settings}) > 1
     ]
 
 
-def _widths(names: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def _widths(columns: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A row per layer of any run, with a column per run."""
     found: dict[str, dict[str, str]] = {}
-    for name, run in zip(names, runs, strict=True):
+    for name, run in zip(columns, runs, strict=True):
         for row in run.plan().widths().itertuples():
             found.setdefault(str(row.layer), {})[name] = f"{row.before} → {row.after}"
     return [
-        {"layer": layer, **{name: widths.get(name, "–") for name in names}} for layer, widths in found.items()
+        {"layer": layer, **{name: widths.get(name, "–") for name in columns}}
+        for layer, widths in found.items()
     ]

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,16 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
 def write_table(path: Path | str, table: pd.DataFrame) -> Path:
     """Write a table without its index to a CSV file, atomically."""
     return write_atomically(path, lambda beside: table.to_csv(beside, index=False))
+
+
+def read_table(path: Path | str, text: Collection[str]) -> pd.DataFrame:
+    """Read what `write_table` wrote; the columns named in `text` stay text, also "1", and "NA", which is a name too."""
+    import pandas as pd
+
+    numbers = [column for column in pd.read_csv(path, nrows=0).columns if column not in text]
+    return pd.read_csv(
+        path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=dict.fromkeys(numbers, "")
+    )
 
 
 def clear_unfinished(folder: Path, ours: Callable[[str], object]) -> None:

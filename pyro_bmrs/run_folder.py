@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pyro_bmrs.diagnostics import Diagnosis
-from pyro_bmrs.files import refuse_newer
+from pyro_bmrs.files import read_table, refuse_newer
 from pyro_bmrs.recipes import Settings
 from pyro_bmrs.reduction.plan import Reduction
 
@@ -70,7 +70,7 @@ class RunFolder:
         """A table of the folder that has at least these columns."""
         self._need(name)
         try:
-            table = pd.read_csv(self.folder / name, dtype={"layer": str})
+            table = read_table(self.folder / name, ("layer", "network", "criterion"))
         except ValueError as error:
             raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         missing = [column for column in columns if column not in table]

@@ -95,7 +95,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """The first column is text, the others are numbers."""
     table = Table()
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

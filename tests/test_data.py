@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 import pyro_bmrs.data
 import pyro_bmrs.data_sources
 from pyro_bmrs.data import DataError, Dataset, load_data, read_inputs
+from pyro_bmrs.data_sources import is_at_hand
 
 REAL_ROOT = Path(os.environ.get("PYRO_BMRS_DATA") or "~/.cache/pyro_bmrs").expanduser()
 
@@ -983,3 +984,30 @@ def test_pickled_inputs_are_not_run(tmp_path, saved):
 def test_public_names():
     assert pyro_bmrs.data.__all__ == ["DataError", "Dataset", "load_data", "read_inputs"]
     assert Dataset.__dataclass_params__.frozen
+
+
+def test_patches_are_squares_of_two_photographs():
+    patches = load_data("patches")
+    assert (patches.input_shape, patches.num_classes) == ((1, 8, 8), 2)
+    parts = (patches.train, patches.validation, patches.test)
+    assert sum(map(len, parts)) == 2 * (427 // 8) * (640 // 8)
+    assert patches.form.values == "bytes"
+
+
+def test_foreign_inputs_are_shown_as_ones_own_would_be():
+    digits, patches = load_data("digits"), load_data("patches")
+    shown = digits.foreign(patches)
+    raw = patches.test.tensors[0] * patches.deviation + patches.mean  # in [0, 1]
+    torch.testing.assert_close(shown * digits.deviation + digits.mean, raw)
+
+
+def test_foreign_inputs_of_another_shape_are_refused():
+    with pytest.raises(DataError, match=r"other is patches.* must have inputs of shape \(1, 12, 12\)"):
+        load_data("digits", image_size=12).foreign(load_data("patches"))
+
+
+def test_what_can_be_read_without_a_download(tmp_path):
+    assert is_at_hand("digits")
+    assert is_at_hand("patches", tmp_path)
+    assert not is_at_hand("mnist", tmp_path)
+    assert not is_at_hand("a/path.npz", tmp_path)

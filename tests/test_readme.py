@@ -27,6 +27,10 @@ def test_the_ten_lines_make_a_smaller_network_that_predicts(capsys):
     with torch.no_grad():
         assert float((small.eval()(x).argmax(1) == y).float().mean()) > 0.9
     assert "BMRS_N" in capsys.readouterr().out
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    assert "all latents" in capsys.readouterr().out
+    assert names["diagnosis"].quality.network.tolist() == ["full", "full", "reduced", "reduced"]
+    assert dict(names["tree"].posterior["3"].sizes) == {"chain": 1, "draw": 200, "3_unit": 100}
 
 
 def test_any_network_gets_its_noise_inserted(capsys):
@@ -57,7 +61,7 @@ def test_the_small_network_loads_in_all_three_ways(tmp_path, monkeypatch):
         wanted = small(x)
     for ending in ("logits = small(x)", "module()(x)", "x.numpy()})[0]"):
         names = {"make_network": make_network, "x": x}
-        exec(compile(BLOCKS[2].partition(ending)[0] + ending, "README.md", "exec"), names)
+        exec(compile(BLOCKS[3].partition(ending)[0] + ending, "README.md", "exec"), names)
         torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, atol=1e-5, rtol=0)
 
 
@@ -65,7 +69,7 @@ def test_evidence_for_any_pyro_model(capsys):
     pyro.clear_param_store()
     torch.manual_seed(0)
     names = {}
-    exec(compile(BLOCKS[3], "README.md", "exec"), names)
+    exec(compile(BLOCKS[4], "README.md", "exec"), names)
     assert names["plan"].kept == {"weights": [0, 2]}
     assert names["predictive"](names["x"])["y"].shape == (100, 200)
     assert "16 models; the most probable reduce:" in capsys.readouterr().out
@@ -82,6 +86,25 @@ def test_the_page_on_evidence(tmp_path, monkeypatch, capsys):
     assert names["plan"].kept == {"weights": [1, 2, 3, 4, 8]}
     assert (tmp_path / "curve.svg").stat().st_size > 10_000
     assert "1,024 models" in capsys.readouterr().out
+
+
+def test_the_page_on_diagnostics(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    torch.manual_seed(0)
+    for block in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "diagnostics.md").read_text(), flags=re.DOTALL
+    ):
+        exec(compile(block, "diagnostics.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.html",
+        "report.md",
+        "diagnosis",
+        "posterior.nc",
+    }
+    assert (tmp_path / "diagnosis" / "quality.csv").exists()
+    assert names["diagnosis"].quality.out_of_distribution_auroc.min() > 0.7
+    assert "all latents" in capsys.readouterr().out
 
 
 def test_linked_files_exist():

@@ -183,7 +183,7 @@ def fits(monkeypatch):
 
     monkeypatch.setattr(Run, "fit", counted)
     for stage in ("reduce", "report"):
-        monkeypatch.setattr(Run, stage, lambda _: None)
+        monkeypatch.setattr(Run, stage, lambda *_, **__: None)
     monkeypatch.setattr(sweep, "_done", lambda cell, *_: sweep._row(cell, "done", removed=0.0, accuracy=0.0))
     return made
 

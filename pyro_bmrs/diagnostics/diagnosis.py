@@ -11,19 +11,37 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyro_bmrs.diagnostics.arviz_io import loo, to_datatree
 from pyro_bmrs.diagnostics.calibration import Predictions, predictions, quality, reliability, risk_coverage
 from pyro_bmrs.diagnostics.curve import compression_curve
 from pyro_bmrs.diagnostics.joint_draws import draw_posterior
+from pyro_bmrs.diagnostics.plots import require_columns
 from pyro_bmrs.diagnostics.posterior_checks import check_posterior
+from pyro_bmrs.diagnostics.posterior_plots import (
+    CRITERIA_COLUMNS,
+    ENTROPY_COLUMNS,
+    RELIABILITY_COLUMNS,
+    RISK_COLUMNS,
+)
 from pyro_bmrs.diagnostics.what_if import what_if
-from pyro_bmrs.files import refuse_newer, write_atomically, write_table
+from pyro_bmrs.evidence.importance import LEAST_DRAWS
+from pyro_bmrs.files import NewerFileError, read_table, refuse_newer, write_atomically, write_table
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.looking import looking
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.reduction.criteria import BMRS_N, BMRS_U, SNR, Criterion, ExpectedScale, Random, WeightNorm
+from pyro_bmrs.reduction.criteria import (
+    BMRS_N,
+    BMRS_U,
+    SNR,
+    Criterion,
+    ExpectedScale,
+    Random,
+    WeightNorm,
+    check_criterion,
+)
 from pyro_bmrs.reduction.reduce import NonFiniteScoreError, reduce
 
 if TYPE_CHECKING:
@@ -106,27 +124,44 @@ class Diagnosis:
             ValueError: if the folder holds no diagnosis, a damaged one, or one of a newer version.
         """
         path = Path(folder) / "diagnosis.json"
-        names = {entry.name for entry in fields(cls)} - {"facts", "notes"}
         try:
             document = json.loads(path.read_text())
             if document["format"] != FORMAT:
                 raise ValueError(f"its format is {document['format']!r}")
             refuse_newer(path, "diagnosis", document["version"], VERSION)
-            if not set(document["tables"]) <= names:
+            if not set(document["tables"]) <= set(_COLUMNS):
                 raise ValueError(f"its tables are {document['tables']}")
-            tables = {
-                # names of layers and networks stay text, even such as "1"
-                name: pd.read_csv(path.parent / f"{name}.csv", dtype=dict.fromkeys(_TEXT, str))
-                for name in document["tables"]
-            }
+            if not set(_FACTS) <= set(document["facts"]):
+                raise ValueError(f"its facts are {document['facts']}")
+            tables = {name: read_table(path.parent / f"{name}.csv", _TEXT) for name in document["tables"]}
+            for name, table in tables.items():
+                require_columns(f"{name}.csv", table, _COLUMNS[name])
             return cls(**tables, facts=dict(document["facts"]), notes=list(document["notes"]))
+        except NewerFileError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ValueError) and "newer" in str(error):
-                raise
             raise ValueError(f"folder must hold a diagnosis: {path} is none, or damaged ({error})") from None
 
 
 _TEXT = ("site", "part", "model", "network", "prediction", "data", "criterion")
+# What readers look for in each table, and among the facts.
+_COLUMNS = {
+    "khat": ("part", "latents", "khat", "threshold", "reliable"),
+    "elbo": ("model", "elbo", "standard_error"),
+    "contraction": ("site", "unit", "contraction"),
+    "loo": ("elpd_loo", "standard_error"),
+    "quality": (
+        "network", "prediction", "examples", "accuracy", "negative_log_likelihood", "brier",
+        "expected_calibration_error", "entropy", "aleatoric", "epistemic", "out_of_distribution_auroc",
+        "area_under_risk_coverage",
+    ),
+    "reliability": RELIABILITY_COLUMNS,
+    "risk_coverage": RISK_COLUMNS,
+    "entropy": ENTROPY_COLUMNS,
+    "curves": CRITERIA_COLUMNS,
+    "what_if": ("score_threshold", "prior_log_odds", "structures", "parameters"),
+}  # fmt: skip
+_FACTS = ("draws", "seed", "examples", "dataset_size", "kl_weight", "out_of_distribution")
 
 
 def diagnose(
@@ -170,17 +205,21 @@ def diagnose(
     Raises:
         TypeError, ValueError: for a bad argument, before anything is computed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
-    if examples is not None and (type(examples) is not int or examples < 1):
-        raise ValueError(f"examples must be a positive integer or None: got {examples!r}")
+    for name, value, least in (
+        ("draws", draws, LEAST_DRAWS), ("seed", seed, 0), ("batch_size", batch_size, 1),
+        ("examples", 1 if examples is None else examples, 1),
+    ):  # fmt: skip
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}: got {value!r}")
+    _check_programs(model, guide, plan, fine_tuned, criteria)
     device = next(model.parameters()).device
-    size = Batches(train, batch_size, device, "train").size
-    foreign = dict(out_of_distribution or {})
-    if len(foreign) > 1:
-        raise ValueError(f"out_of_distribution must be of one data set: got {list(foreign)}")
+    size = _batches("train", train, batch_size, device).size
+    if validation is not None:
+        _batches("validation", validation, batch_size, device)
+    foreign = _foreign(out_of_distribution, _batches("test", test, batch_size, device))
+    looked_at = first_of(train, examples or size)
     checks = check_posterior(
-        model, guide, first_of(train, examples or size), draws=draws, seed=seed, kl_weight=plan.kl_weight,
+        model, guide, looked_at, draws=draws, seed=seed, kl_weight=plan.kl_weight,
         dataset_size=size, batch_size=batch_size,
     )  # fmt: skip
     found = Diagnosis(
@@ -194,12 +233,88 @@ def diagnose(
     if not len(found.contraction):
         found.contraction = None
         found.notes.append("contraction: the guide does not show a posterior of each site")
-    _leave_one_out(found, model, guide, train, batch_size)
+    _leave_one_out(found, model, guide, looked_at, batch_size)
     found.what_if = what_if(plan)
-    _predict(found, model, guide, plan, test, fine_tuned, foreign, batch_size)
-    curve_data = first_of(test if validation is None else validation, CURVE_EXAMPLES)
-    found.curves = criterion_curves(model, guide, plan, curve_data, criteria, found.notes)
+    if _predict(found, model, guide, plan, test, fine_tuned, foreign, batch_size):
+        curve_data = first_of(test if validation is None else validation, CURVE_EXAMPLES)
+        found.curves = criterion_curves(model, guide, plan, curve_data, criteria, found.notes)
     return found
+
+
+def _check_programs(
+    model: object,
+    guide: object,
+    plan: object,
+    fine_tuned: object,
+    criteria: object,
+) -> None:
+    """Refuse what is of the wrong kind, and a plan of another model."""
+    from pyro_bmrs.reduction import Reduction
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    if not callable(guide):
+        raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
+    if not isinstance(plan, Reduction):
+        raise TypeError(f"plan must be a Reduction: got {type(plan).__name__}")
+    if not isinstance(fine_tuned, nn.Module | None):
+        raise TypeError(f"fine_tuned must be a Pyro model or None: got {type(fine_tuned).__name__}")
+    if not isinstance(criteria, Mapping | None):
+        raise TypeError(f"criteria must be a mapping from names: got {type(criteria).__name__}")
+    for name, criterion in (criteria or {}).items():
+        if not isinstance(name, str):
+            raise TypeError(f"criteria must have names that are text: got {name!r}")
+        try:
+            check_criterion(criterion)
+        except TypeError as error:
+            raise TypeError(f"criteria must hold criteria: {name!r} is none; {error}") from None
+    widths = {site: layer.features for site, layer in noise_layers(model).items()}
+    planned = {layer: len(plan.kept_mask(layer)) for layer in plan.layers}
+    if planned != widths:
+        raise ValueError(f"plan must be of the model's noise layers {widths}: got one of {planned}")
+    try:
+        plan.parameters_before()
+    except ValueError as error:
+        raise ValueError(f"plan must have its network, to count parameters: {error}") from None
+
+
+def _batches(name: str, data: object, batch_size: int, device: torch.device) -> Batches:
+    """The batches of data that are of a kind that has any."""
+    if not isinstance(data, tuple | Dataset | DataLoader):
+        raise TypeError(
+            f"{name} must be (x, y) tensors, a Dataset or a DataLoader: got {type(data).__name__}"
+        )
+    return Batches(data, batch_size, device, name)
+
+
+def _foreign(given: object, test: Batches) -> dict[str, Tensor]:
+    """The out-of-distribution inputs by name, of the shape of the test inputs."""
+    name = "out_of_distribution"
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping from the name of a data set to inputs: got {type(given).__name__}"
+        )
+    if len(given) > 1:
+        raise ValueError(f"{name} must be of one data set: got {list(given)}")
+    for key, inputs in given.items():
+        if not isinstance(key, str) or not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor by a name that is text: got {type(inputs).__name__} by {key!r}"
+            )
+        if key == "test":
+            raise ValueError(f"{name} must have another name than the test examples: got {key!r}")
+        x = _first(test)[0]
+        if not len(inputs) or (isinstance(x, Tensor) and inputs.shape[1:] != x.shape[1:]):
+            raise ValueError(f"{name} must be inputs like those of test: got shape {tuple(inputs.shape)}")
+    return dict(given)
+
+
+def _first(batches: Batches) -> tuple[Any, Any]:
+    """The first batch; what a loader draws for it is drawn again."""
+    with torch.random.fork_rng():
+        return batches.first()
 
 
 def _leave_one_out(
@@ -241,16 +356,18 @@ def _predict(
     fine_tuned: nn.Module | None,
     foreign: Mapping[str, Tensor],
     batch_size: int,
-) -> None:
-    """Fill in the tables of predictive quality."""
+) -> bool:
+    """Fill in the tables of predictive quality; False where noise layers' θ alone make no prediction."""
     layers = noise_layers(model)
     with looking(model, found.facts["seed"]):
-        first = next(iter(Batches(test, batch_size, next(model.parameters()).device, "test")))
+        first = _first(Batches(test, batch_size, next(model.parameters()).device, "test"))
         values = draw_posterior(guide, first, found.facts["draws"]).values
     others = sorted(set(values[0]) - set(layers))
     if others:
-        found.notes.append(f"predictions: the model has latents beside its noise layers: {', '.join(others)}")
-        return
+        found.notes.append(
+            f"predictions and curves: the model has latents beside its noise layers: {', '.join(others)}"
+        )
+        return False
     drawn = {name: torch.stack([draw[name] for draw in values]) * layers[name].kept for name in layers}
     means = {name: value.float() for name, value in plan.scales().items()}
     full = getattr(guide, "mean", lambda: {name: draws.mean(0) for name, draws in drawn.items()})()
@@ -270,7 +387,7 @@ def _predict(
             inside = predictions(program, test, scales, batch_size=batch_size)
         except TypeError as error:
             found.notes.append(f"predictions: {error}")
-            return
+            return True
         outside = {
             name: predictions(program, _unlabelled(inputs), scales, batch_size=batch_size)
             for name, inputs in foreign.items()
@@ -285,6 +402,7 @@ def _predict(
     found.reliability = pd.concat(bins, ignore_index=True)
     found.risk_coverage = pd.concat(coverages, ignore_index=True)
     found.entropy = pd.concat(entropies, ignore_index=True)
+    return True
 
 
 def _unlabelled(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,11 +435,17 @@ def criterion_curves(
     """
     own = plan.criterion.split("(")[0]
     curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
+    # another guide than this one remembers no arguments to be called with
+    remembers, device = isinstance(guide, AutoTruncatedLogNormal), next(model.parameters()).device
+    arguments = () if remembers else _first(Batches(data, 1000, device, "data"))
     for name, criterion in (CRITERIA if criteria is None else criteria).items():
         if str(criterion) == plan.criterion:
             continue
         try:
-            other = reduce(model, guide, criterion, min_kept=plan.min_kept, round_to=plan.round_to)
+            with looking(model, 0):
+                other = reduce(
+                    model, guide, criterion, *arguments, min_kept=plan.min_kept, round_to=plan.round_to
+                )
         except (NonFiniteScoreError, ValueError) as error:
             if notes is not None:
                 notes.append(f"curve of {name}: {error}")
@@ -331,15 +455,10 @@ def criterion_curves(
     return pd.concat(curves, ignore_index=True)
 
 
-def first_of(data: Data, count: int) -> Data:
-    """The first examples of data; a loader as it is, which decides itself what it shows."""
+def first_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
+    """The first examples of data, as pairs; a loader as it is, which decides itself what it shows."""
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, tuple):
-        return data[0][:count], data[1][:count]
-    if isinstance(data, Dataset) and hasattr(data, "__len__") and len(data) > count:
-        tensors = getattr(data, "tensors", None)
-        if tensors is not None and len(tensors) == 2:
-            return tensors[0][:count], tensors[1][:count]
-        return Subset(data, range(count))
-    return data
+        data = TensorDataset(*data)
+    return data if len(data) <= count else Subset(data, range(count))  # type: ignore[arg-type]

@@ -147,6 +147,13 @@ def element_log_prob(site: Mapping[str, Any]) -> Tensor:
     return torch.where(_over_elements(mask, site, value), value, 0.0)
 
 
+def _scaled(terms: Tensor, site: Mapping[str, Any]) -> Tensor:
+    """Densities of elements with the scale of their plates, a number or one for each of a batch."""
+    scale = site["scale"]
+    many = isinstance(scale, Tensor) and scale.dim() > 0
+    return terms * (_over_elements(scale, site, terms) if many else scale)
+
+
 def _over_elements(part: Any, site: Mapping[str, Any], value: Tensor) -> Tensor:
     """What a site says of its batch, such as a mask, in the shape of the densities of its elements."""
     whole = torch.as_tensor(part, device=value.device)
@@ -209,12 +216,11 @@ def log_densities(
                     continue
                 terms = element_log_prob(site).double()
                 # batches stand for themselves; a model that is called once says what it stands for
-                if not data.batched:
-                    terms = terms * _over_elements(site["scale"], site, terms)
+                total = float((terms if data.batched else _scaled(terms, site)).sum())
                 if name in trace.observation_nodes:
-                    log_likelihood[draw] += terms.sum().cpu()
+                    log_likelihood[draw] += total
                 elif start == 0:
-                    log_prior[draw] += terms.sum().cpu()
+                    log_prior[draw] += total
             visit(draw, start, arguments, trace)
             advance(1)
         start += size

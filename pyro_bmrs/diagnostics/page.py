@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyro_bmrs.diagnostics.report_text import markdown, number, percent, plain_number
+from pyro_bmrs.diagnostics.report_text import khat_text, khat_value, markdown, number, percent, plain_number
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,7 +37,8 @@ def environment(*, html: bool) -> Environment:
         percent=percent,
         plain=plain_number,
         md=markdown,
-        as_column=lambda name: (name, name, "text"),
+        khat=khat_text,
+        khat_value=khat_value,
     )
     return made
 

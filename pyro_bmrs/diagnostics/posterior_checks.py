@@ -179,13 +179,14 @@ class _Checking:
         return []
 
     def result(self, examples: int, size: int) -> PosteriorChecks:
-        parts = self.blocks if len(self.blocks) > 1 else []
+        blocks = self.blocks if len(self.blocks) > 1 else []
+        # drawn before the data pass by: a loader draws from the same generator
+        parts = [(block, *self._draws_of(block)) for block in blocks]
         with bar("k̂ of the posterior", (1 + len(parts)) * self.draws * len(self.data)) as advance:
             densities = log_densities(self.data, self.posterior.values, self._visit, advance)
             rows = [self._khat("all latents", self.names, densities, self.log_q)]
             centre = self._centre() if parts else {}
-            for block in parts:
-                values, log_q = self._draws_of(block)
+            for block, values, log_q in parts:
                 inside = [{**centre, **chosen} for chosen in values]
                 rows.append(
                     self._khat(

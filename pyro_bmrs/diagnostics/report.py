@@ -220,9 +220,10 @@ def _figures(
         "risk": None,
         "entropy": None,
     }
-    if "curves" in found:
+    # a regression has losses, and no accuracy to draw
+    if "curves" in found and found["curves"]["accuracy"].notna().any():
         drawn["curve"] = lambda: plot_criteria(found["curves"])
-    elif curve is not None:
+    elif curve is not None and curve["accuracy"].notna().any():
         drawn["curve"] = lambda: plot_compression_curve(curve)
     if history is not None:
         drawn["history"] = lambda: plot_history(history, _removals(fit, plan))
@@ -282,7 +283,7 @@ def _unit_columns(plan: Reduction, diagnosis: Diagnosis | None) -> list[tuple[st
         ("snr", "SNR", ".4g"),
     ]
     if diagnosis is not None and diagnosis.contraction is not None:
-        columns.append(("contraction", "contraction against the prior (nats)", ".4g"))
+        columns.append(("contraction", "contraction (nats)", ".4g"))
     return [
         *columns,
         ("score", score_label(plan), ".4g"),
@@ -303,10 +304,11 @@ def _unit_rows(units: pd.DataFrame, diagnosis: Diagnosis | None) -> list[dict[st
     for row in rows:
         row["gone"] = bool(row["removed"])
         row["contraction"] = contraction.get((row["layer"], row["unit"]), math.nan)
+        score = finite(row["score"])
         if row["removed"]:
             row["decision"] = "removed in the fit" if row["removed_in_fit"] else "removed"
         else:
-            row["decision"] = "kept by the floor" if (finite(row["score"]) or -1.0) >= 0 else "kept"
+            row["decision"] = "kept" if score is None or score < 0 else "kept by the floor"
     return rows
 
 

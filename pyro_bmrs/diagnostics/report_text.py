@@ -36,6 +36,17 @@ def khat_text(khat: float) -> str:
     return f"{khat:.2f}".replace("-", "−")
 
 
+def khat_value(khat: float) -> str:
+    """k̂ with all its digits, as scripts read it, infinities too; nothing for NaN.
+
+    >>> khat_value(0.456), khat_value(float("-inf")), khat_value(float("nan"))
+    ('0.456', '-Infinity', '')
+    """
+    if math.isinf(khat):
+        return "Infinity" if khat > 0 else "-Infinity"
+    return plain_number(khat)
+
+
 def posterior_warnings(diagnosis: Diagnosis | None) -> list[str]:
     if diagnosis is None or diagnosis.khat is None:
         return []
@@ -129,16 +140,16 @@ def verdict(
         rows = [row for row in rows if finite(row["accuracy"]) is not None]
         if rows:
             first, last = rows[0], rows[-1]
-            accuracy = f"{split} accuracy {percent(last['accuracy'])} ({last['network']})"
+            accuracy = f"{split} accuracy {percent(last['accuracy'], 2)} ({last['network']})"
             if len(rows) > 1:
-                accuracy += f", from {percent(first['accuracy'])} ({first['network']})"
+                accuracy += f", from {percent(first['accuracy'], 2)} ({first['network']})"
             return f"{removed}; {accuracy}."
     if history is not None:
         measured = history["validation_accuracy"].dropna()
         if len(measured):
-            return f"{removed}; validation accuracy {percent(measured.iloc[-1])} after the last epoch."
+            return f"{removed}; validation accuracy {percent(measured.iloc[-1], 2)} after the last epoch."
     if stops is not None and len(stops) and finite(stops["accuracy"].iloc[0]) is not None:
-        return f"{removed}; accuracy {percent(stops['accuracy'].iloc[0])}."
+        return f"{removed}; accuracy {percent(stops['accuracy'].iloc[0], 2)}."
     return f"{removed}."
 
 

@@ -124,15 +124,18 @@ def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -
                 ],
             }
         )
-    grid = curve if curve is not None and np.isfinite(curve["accuracy"].astype(float)).any() else None
+    shown = ["score_threshold", "accuracy", "parameters_removed"]
+    grid = pd.DataFrame(columns=shown) if curve is None else curve[shown].astype(float).dropna()
+    # with the two that `what_if` adds, if it has left out none
+    every = {math.inf, 0.0, *values.tolist()}
     data = {
         "evidence": evidence,
         "own": decided,
         "lowest": min(float(asked.min()) - margin, decided),
         "highest": max(float(asked.max()) + margin, decided),
         "most": MOST_CELLS,
-        "exact": len(changes) <= MOST_THRESHOLDS,
-        "before": int(changes["parameters"].max()),
+        "exact": len(changes) == len(every),
+        "before": _parameters_before(plan, changes),
         "layers": layers,
         "parameters": [
             {"threshold": threshold if math.isfinite(threshold) else None, "parameters": left}
@@ -144,14 +147,22 @@ def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -
                 "accuracy": accuracy,
                 "removed": removed,
             }
-            for threshold, accuracy, removed in (
-                [] if grid is None else _falling(grid, "score_threshold", "accuracy", "parameters_removed")
-            )
+            for threshold, accuracy, removed in _falling(grid, *shown)
         ],
     }
     # inside a script element only "<" could end it
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return {"evidence": evidence, "own": decided, "json": Markup(text)}
+
+
+def _parameters_before(plan: Reduction, changes: pd.DataFrame) -> int:
+    """Of the original network; of what a fit has left of it where the plan, read from disk, knows no other."""
+    if plan.costs is not None and "parameters" in plan.costs.index:
+        return int(plan.costs["before"]["parameters"])
+    try:
+        return plan.parameters_before()
+    except ValueError:
+        return int(changes["parameters"].max())
 
 
 def _falling(table: pd.DataFrame, by: str, *columns: str) -> list[list[float]]:

@@ -163,8 +163,8 @@ class Page(html.parser.HTMLParser):
 def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
     page = write(tmp_path / "report.html")
     verdict = (
-        "93.6 % of 61,706 parameters removed; test accuracy 98.9 % (fine-tuned), "
-        "from 99.1 % (full, posterior mean)."
+        "93.6 % of 61,706 parameters removed; test accuracy 98.86 % (fine-tuned), "
+        "from 99.11 % (full, posterior mean)."
     )
     assert verdict in page
     identifiers = [attributes.get("id") for _, attributes in Page(page).tags]
@@ -186,9 +186,9 @@ def test_leaves_out_what_is_not_given(tmp_path: Path) -> None:
 
 def test_verdict_falls_back_to_validation_and_then_to_the_curve(tmp_path: Path) -> None:
     page = write(tmp_path / "report.html", evaluation=None)
-    assert "93.6 % of 61,706 parameters removed; validation accuracy 99.0 % after the last epoch." in page
+    assert "93.6 % of 61,706 parameters removed; validation accuracy 99.00 % after the last epoch." in page
     page = write(tmp_path / "report.html", evaluation=None, fit=None)
-    assert re.search(r"parameters removed; accuracy \d\d\.\d %\.", page)
+    assert re.search(r"parameters removed; accuracy \d\d\.\d\d %\.", page)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_numbers_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
     texts = [text.strip().lower() for text in Page(page).texts]
     assert not {"nan", "inf", "-inf", "none", "<na>"} & set(texts)
     assert texts.count("–") >= 5
-    assert "test accuracy 98.0 % (reduced)" in page
+    assert "test accuracy 98.00 % (reduced)" in page
     assert "1 of 226 units: the score is not a finite number" in page
 
 
