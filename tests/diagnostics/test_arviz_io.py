@@ -217,6 +217,15 @@ def test_a_loader_that_leaves_out_or_shuffles():
     )
 
 
+def test_batches_stand_for_themselves():
+    """A model that speaks for 600 examples whenever it is called says of these 150 what they say."""
+    model, guide = lenet()
+    model.dataset_size = 600
+    for batch_size in (150, 64):
+        tree = bmrs.to_datatree(model, guide, digits(), draws=30, seed=4, batch_size=batch_size)
+        same_but_for_drawing_data(lenet_tree(), tree)
+
+
 class Often(torch.utils.data.Sampler):
     """Batches of examples that come twice."""
 
@@ -540,6 +549,7 @@ def test_masked_observations_say_nothing(kind, events):
     total = first_chain(tree.log_prior["level"]) + (full * shown).flatten(1).sum(1)
     torch.testing.assert_close(first_chain(tree.sample_stats.log_p), total)
     assert tree.observed_data.y.shape == shape
+    assert tree.log_likelihood.y.dims == (*SAMPLE, "points", *(["y_dim_1"] if events else []))
 
 
 class PerPixel(nn.Module):

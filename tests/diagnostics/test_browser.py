@@ -226,6 +226,18 @@ def test_a_comparison_shows_users_text_as_text(watch, compared):
     assert heads == ["layer", *names]
 
 
+def test_a_score_of_exactly_0_goes_unless_the_floor_keeps_it(watch, tmp_path):
+    plan = make_plan({"at 0": [0.0, 5.0], "below": [-1.0, 0.0], "above": [1.0, 2.0]})
+    watched = watch(written(tmp_path, plan))
+    decisions = [[row[0], *row[2:3]] for row in cells(watched, "units")]
+    assert decisions == [
+        ["at 0", "kept by the floor"], ["at 0", "removed"],
+        ["below", "kept"], ["below", "removed"],
+        ["above", "kept by the floor"], ["above", "removed"],
+    ]  # fmt: skip
+    assert watched.text("#what-if-units") == "3 of 6"
+
+
 # --- the slider ----------------------------------------------------------------------------------------
 
 
@@ -326,8 +338,10 @@ def test_the_slider_moves_by_keyboard(slider):
 def test_the_number_box_and_the_slider_are_in_step(slider):
     score = slider.given.plan.table.score.dropna()
     values = [0, slider.own, 0.25, -0.5, *(slider.own - score.quantile([0.1, 0.4, 0.7]) + 1e-3), 1e9, -1e9]
+    if not slider.evidence:  # then a threshold can be given exactly
+        values += score.tolist()[::4]
     for value in values:
-        text = f"{value:.9g}"
+        text = repr(float(value))
         slider.box.fill(text)
         assert slider.position() == pytest.approx(slider.place(value), abs=0.51)
         slider.check(float(text))
