@@ -197,7 +197,11 @@ class Run(RunFolder):
         """Do what is not done yet of all stages; returns whether there was anything. Arguments as of `report`."""
         self._check_diagnosis(draws, foreign)
         if self.complete() and not self.overwrite:
-            return False
+            if not self._asks_anew(draws, foreign):
+                return False
+            self.load_posterior()
+            self.report(draws=draws, foreign=foreign)
+            return True
         self.fit()
         if not self.reduced():
             self.reduce()
@@ -410,22 +414,37 @@ class Run(RunFolder):
     def _diagnosis(self, plan: Reduction, draws: int | None, foreign: str | None) -> Diagnosis:
         """The folder's diagnosis, made anew where there is none, or another is asked for."""
         found = self.diagnosis()
-        asked = {"draws": draws, "out_of_distribution": foreign}
-        if found and all(value in (None, found.facts.get(name)) for name, value in asked.items()):
+        if found is not None and not self._asks_anew(draws, foreign):
             return found
+        if found is not None:  # what is not asked for stays as it is
+            draws, foreign = draws or found.facts["draws"], foreign or found.facts["out_of_distribution"]
         # the small network may have been fine-tuned, or not
         tuned = self._model_of(self.small_network()) if self.settings.fine_tune else None
         data = self.dataset
-        found = diagnose(
-            self.model, self.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
-            out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=self.settings.seed,
-        )  # fmt: skip
+        try:
+            found = diagnose(
+                self.model, self.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
+                out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=self.settings.seed,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted in the diagnosis; fit and reduction stand, and the same command makes it anew"
+            ) from None
         found.save(self.folder / DIAGNOSIS)
         return found
+
+    def _asks_anew(self, draws: int | None, foreign: str | None) -> bool:
+        """Whether the folder has another diagnosis than is asked for, or none where one is."""
+        found = self.diagnosis()
+        facts = {} if found is None else found.facts
+        asked = {"draws": draws or None, "out_of_distribution": foreign}
+        return any(value not in (None, facts.get(name)) for name, value in asked.items())
 
     def _check_diagnosis(self, draws: int | None, foreign: str | None) -> None:
         if draws is not None and draws != 0 and draws < LEAST_DRAWS:
             raise ValueError(f"draws must be at least {LEAST_DRAWS}, or 0 for no diagnosis: got {draws}")
+        if foreign == self.settings.data:
+            raise ValueError(f"foreign must be another data set than the run's own: got {foreign!r}")
         if foreign is not None:
             self._foreign(foreign)
 

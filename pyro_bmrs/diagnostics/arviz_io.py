@@ -1,4 +1,7 @@
-"""Draws of a variational posterior as the tree that ArviZ reads: the one file that knows ArviZ's data and tools."""
+"""Draws of a variational posterior as the tree that ArviZ reads: the one file that knows ArviZ.
+
+(But for the smoothing of importance weights, which evidence/importance.py takes from arviz-stats.)
+"""
 
 from __future__ import annotations
 
@@ -247,7 +250,8 @@ def _tree(found: JointDraws, attributes: dict[str, Any]) -> DataTree:
 def _file_names(sites: Iterable[str]) -> dict[str, str]:
     """Names that a tree and a NetCDF file allow, all different."""
     names: dict[str, str] = {}
-    for site in dict.fromkeys(sites):
+    # those that can keep their names do
+    for site in sorted(dict.fromkeys(sites), key=lambda site: "/" in site):
         name = site.replace("/", ".")
         while name in names.values() or name in _OF_DRAWS:
             name += "_"

@@ -72,7 +72,8 @@ class Diagnosis:
     Attributes:
         khat, elbo, contraction: as of `PosteriorChecks`.
         loo: elpd_loo and its standard_error, in nats, corrected for the approximate posterior.
-        quality: a row per network ("full", "reduced", "fine-tuned") and prediction ("draws" of the posterior, or
+        quality: a row per network ("full" or "shrunk in the fit", "reduced", "fine-tuned") and
+            prediction ("draws" of the posterior, or
             "E[θ]"): examples, accuracy, negative_log_likelihood, brier, expected_calibration_error, entropy with its
             aleatoric and epistemic parts (nats), out_of_distribution_auroc, area_under_risk_coverage.
         reliability, risk_coverage: as the functions of that name, with network and prediction.
@@ -131,7 +132,7 @@ class Diagnosis:
             refuse_newer(path, "diagnosis", document["version"], VERSION)
             if not set(document["tables"]) <= set(_COLUMNS):
                 raise ValueError(f"its tables are {document['tables']}")
-            if not set(_FACTS) <= set(document["facts"]):
+            if not set(FACTS) - {"curves_of"} <= set(document["facts"]):  # a later fact
                 raise ValueError(f"its facts are {document['facts']}")
             tables = {name: read_table(path.parent / f"{name}.csv", _TEXT) for name in document["tables"]}
             for name, table in tables.items():
@@ -161,7 +162,9 @@ _COLUMNS = {
     "curves": CRITERIA_COLUMNS,
     "what_if": ("score_threshold", "prior_log_odds", "structures", "parameters"),
 }  # fmt: skip
-_FACTS = ("draws", "seed", "examples", "dataset_size", "kl_weight", "out_of_distribution")
+FACTS = (
+    "draws", "seed", "examples", "dataset_size", "kl_weight", "out_of_distribution", "curves_of",
+)  # fmt: skip
 
 
 def diagnose(
@@ -226,13 +229,14 @@ def diagnose(
         facts=dict(
             draws=draws, seed=seed, examples=checks.examples, dataset_size=size, kl_weight=plan.kl_weight,
             out_of_distribution=next(iter(foreign), None),
+            curves_of="test" if validation is None else "validation",
         )
     )  # fmt: skip
     found.khat, found.contraction = checks.khat, checks.contraction
     found.elbo = checks.elbo.reset_index(names="model")
     if not len(found.contraction):
         found.contraction = None
-        found.notes.append("contraction: the guide does not show a posterior of each site")
+        found.notes.append("k̂ by part and contraction: the guide does not show a posterior of each site")
     _leave_one_out(found, model, guide, looked_at, batch_size)
     found.what_if = what_if(plan)
     if _predict(found, model, guide, plan, test, fine_tuned, foreign, batch_size):
@@ -370,12 +374,16 @@ def _predict(
         return False
     drawn = {name: torch.stack([draw[name] for draw in values]) * layers[name].kept for name in layers}
     means = {name: value.float() for name, value in plan.scales().items()}
-    full = getattr(guide, "mean", lambda: {name: draws.mean(0) for name, draws in drawn.items()})()
+    full = {name: draws.mean(0) for name, draws in drawn.items()}
+    if isinstance(guide, AutoTruncatedLogNormal):
+        full = guide.mean()  # not of draws
+    # of a network that shrank while it was fitted, the full one was never fitted to its end
+    before = "full" if plan.table.present.all() else "shrunk in the fit"
     kept = {name: plan.kept_mask(name).to(draws.device) for name, draws in drawn.items()}
     device = next(model.parameters()).device
     variants: list[tuple[str, str, nn.Module, Mapping[str, Tensor]]] = [
-        ("full", "draws", model, drawn),
-        ("full", "E[θ]", model, full),
+        (before, "draws", model, drawn),
+        (before, "E[θ]", model, full),
         ("reduced", "draws", model, {name: draws * kept[name] for name, draws in drawn.items()}),
         ("reduced", "E[θ]", model, {name: value.to(device) for name, value in means.items()}),
     ]

@@ -104,9 +104,12 @@ class PosteriorDraws:
 
 def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws: int) -> PosteriorDraws:
     """Draw all latents jointly; to be called while `looking`."""
-    values, densities, points = [], [], True
+    values: list[dict[str, Tensor]] = []
+    densities, points = [], True
     for _ in range(draws):
         trace = poutine.trace(guide).get_trace(*arguments)
+        if not values:
+            _check_scales("guide", trace)
         trace.compute_log_prob()
         densities.append(sum(site["log_prob_sum"].double() for site in _samples(trace)))
         laws = [site["fn"] for site in _samples(trace) if not site_is_subsample(site)]
@@ -129,6 +132,27 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
     return PosteriorDraws(
         values, None if unknown else torch.stack([torch.as_tensor(density) for density in densities])
     )
+
+
+def _check_scales(name: str, trace: Trace) -> None:
+    """Refuse what would make a weight of two densities that don't belong together."""
+    for site, node in trace.nodes.items():
+        if node["type"] != "sample":
+            continue
+        if site_is_subsample(node):
+            if (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
+                raise ValueError(
+                    f"{name} must not choose other examples in each call: its plate {site!r} takes "
+                    f"{node['fn'].subsample_size} of {node['fn'].size}. Give the plate all of them, or always the same"
+                )
+            continue
+        whole = all(frame.full_size in (None, frame.size) for frame in node["cond_indep_stack"])
+        scale = torch.as_tensor(node["scale"])
+        if not node["is_observed"] and whole and bool(((scale - 1).abs() > 1e-6).any()):
+            raise ValueError(
+                f"{name} must have its latents' own densities: {site!r} is scaled by {float(scale.flatten()[0]):g}. "
+                "Leave out poutine.scale; a KL weight is told by kl_weight"
+            )
 
 
 def _samples(trace: Trace) -> list[dict[str, Any]]:
@@ -237,6 +261,7 @@ def _other_size(data: DataOfModel, found: int) -> ValueError:
 
 
 def _check_latents(trace: Trace, values: Values) -> None:
+    _check_scales("model", trace)
     latents = [name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)]
     unknown = [name for name in latents if name not in values]
     if unknown:
@@ -436,7 +461,7 @@ def dims_of(site: Mapping[str, Any]) -> tuple[str | None, ...]:
 def draw_prior(
     model: Callable[..., Any], arguments: tuple[Any, ...], names: Collection[str], draws: int
 ) -> dict[str, Array]:
-    """Draws of latents from the prior; none where it is improper. To be called while `looking`."""
+    """Draws of latents from the prior; none where they can't be drawn. To be called while `looking`."""
     layers = noise_layers(model) if isinstance(model, nn.Module) else {}
     if set(names) <= set(layers):  # known without running the network
         return {name: _host(layers[name].prior().sample((draws,)) * layers[name].kept) for name in names}
@@ -444,7 +469,11 @@ def draw_prior(
     try:
         traces = (poutine.trace(unconditioned).get_trace(*arguments) for _ in range(draws))
         drawn = [[trace.nodes[name]["value"] for name in names] for trace in traces]
-    except NotImplementedError:
+    except (
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ):  # what it draws may be nothing the likelihood takes
         return {}
     stacked = {
         name: torch.stack(list(column)) for name, column in zip(names, zip(*drawn, strict=True), strict=True)

@@ -48,7 +48,7 @@ class PosteriorChecks:
             others: part (its sites), latents (how many numbers), khat (-inf: all weights equal, the posterior is
             exact; inf: too unequal for a number), threshold, reliable (khat ≤ threshold).
         elbo: rows "model" and, where the KL weight w is not 1, "tempered", for p(y|θ)^(1/w): columns elbo and
-            standard_error, in nats, for the whole data set.
+            standard_error, in nats, for the whole data set; of draws, and of examples where only some are looked at.
         contraction: a row per latent number, or event: site, unit (a noise layer's as in the original network),
             contraction, KL(posterior ‖ prior) in nats: what the data said about it; 0: nothing. With
             standard_error, 0 for a closed form. What a fit has removed is NaN.
@@ -70,6 +70,8 @@ class PosteriorChecks:
             f"k̂ of {row.part}: {row.khat:.2f}, {'fine' if row.reliable else f'above {row.threshold:.2f}'}"
             for row in self.khat.itertuples()
         ]
+        if not self.kl_weight:
+            lines = ["k̂: nan, as at a KL weight of 0 there is no posterior to compare with"]
         lines += [
             f"ELBO of the {row.model}: {row.elbo:.2f} ± {row.standard_error:.2g} nats"
             for row in self.elbo.reset_index(names="model").itertuples()
@@ -171,6 +173,8 @@ class _Checking:
         self.blocks = self._blocks()
         self.log_prior: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.example: Trace | None = None
+        self.per_example: list[Tensor] = []
+        self._seen = 0
 
     def _blocks(self) -> list[Block]:
         """The independent parts of the posterior; none where the guide does not show them."""
@@ -207,11 +211,23 @@ class _Checking:
         )
 
     def _visit(self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace) -> None:
+        if self.data.batched and self.scale != 1:
+            self._add_examples(trace)
         if start:
             return
         self.example = self.example or trace
         for name, found in self.log_prior.items():
             found.append(element_log_prob(trace.nodes[name]).double().cpu())
+
+    def _add_examples(self, trace: Trace) -> None:
+        """Gather the mean over draws of each example's log-likelihood; batches come draw after draw."""
+        parts = [element_log_prob(trace.nodes[name]).double() for name in trace.observation_nodes]
+        sums = [part.flatten(1).sum(1) if part.dim() > 1 else part for part in parts]
+        examples = torch.stack(sums).sum(0).cpu() / self.draws
+        if self._seen % self.draws == 0:
+            self.per_example.append(torch.zeros_like(examples))
+        self.per_example[-1] += examples
+        self._seen += 1
 
     def _log_weights(self, densities: LogDensities, log_q: Tensor, kl_weight: float) -> Tensor:
         return densities.log_prior + densities.log_likelihood * (self.scale / kl_weight) - log_q.cpu()
@@ -238,14 +254,23 @@ class _Checking:
         weights = {"model": 1.0}
         if self.kl_weight not in (0.0, 1.0):
             weights["tempered"] = self.kl_weight
-        terms = {name: self._log_weights(densities, self.log_q, weight) for name, weight in weights.items()}
-        return pd.DataFrame(
-            {
-                "elbo": [float(term.mean()) for term in terms.values()],
-                "standard_error": [float(term.std()) / math.sqrt(self.draws) for term in terms.values()],
-            },
-            index=list(terms),
-        )
+        rows = {}
+        for name, weight in weights.items():
+            term = self._log_weights(densities, self.log_q, weight)
+            of_draws = float(term.std()) / math.sqrt(self.draws)
+            error = math.hypot(of_draws, self._error_of_sampling() / weight)
+            rows[name] = {"elbo": float(term.mean()), "standard_error": error}
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def _error_of_sampling(self) -> float:
+        """Standard error of the log-likelihood of all N examples, told from n of them: N sd √((1 - n/N)/n)."""
+        if not self.per_example:
+            return 0.0
+        found = torch.cat(self.per_example)
+        size = self.scale * len(found)
+        if len(found) < 2:
+            return math.nan
+        return size * float(found.std()) * math.sqrt((1 - len(found) / size) / len(found))
 
     # --- one part at a time -------------------------------------------------------------------------
 

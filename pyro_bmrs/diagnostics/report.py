@@ -128,6 +128,10 @@ def report(
         True
     """
     out = Path(out)
+    if diagnosis is not None and not hasattr(diagnosis, "tables"):
+        raise TypeError(f"diagnosis must be what diagnose found, or None: got {type(diagnosis).__name__}")
+    if out.is_dir():
+        raise ValueError(f"out must be a file to write: got the folder {out}")
     if out.suffix == ".md":
         raise ValueError(f"out must not end in .md, which is for the Markdown beside it: got {out}")
     widths = plan.widths()
@@ -165,8 +169,9 @@ def report(
         quality=None
         if diagnosis is None or diagnosis.quality is None
         else diagnosis.quality.to_dict("records"),
+        facts=_facts(diagnosis),
         foreign="" if diagnosis is None else diagnosis.facts.get("out_of_distribution") or "",
-        units=_unit_rows(units, diagnosis),
+        units=_unit_rows(units, plan, diagnosis),
         unit_columns=_unit_columns(plan, diagnosis),
         units_total=len(plan.table),
         methods=methods(fit, plan, diagnosis, settings),
@@ -261,6 +266,8 @@ def _posterior(diagnosis: Diagnosis | None) -> dict[str, Any] | None:
     rows = []
     for row in diagnosis.khat.to_dict("records"):
         verdict = "reliable" if row["reliable"] else "not reliable"
+        if math.isnan(row["khat"]):
+            verdict = "no posterior to compare with"
         if row["khat"] == -math.inf:
             verdict = "exact: all weights are equal"
         rows.append({**row, "shown": khat_text(row["khat"]), "verdict": verdict})
@@ -268,8 +275,14 @@ def _posterior(diagnosis: Diagnosis | None) -> dict[str, Any] | None:
         "khat": rows,
         "elbo": diagnosis.elbo.to_dict("records"),
         "loo": None if diagnosis.loo is None else diagnosis.loo.to_dict("records")[0],
-        "facts": diagnosis.facts,
     }
+
+
+def _facts(diagnosis: Diagnosis | None) -> dict[str, Any]:
+    """What the tables are of; None for what is not known of a diagnosis that was put together by hand."""
+    from pyro_bmrs.diagnostics.diagnosis import FACTS
+
+    return {**dict.fromkeys(FACTS), **({} if diagnosis is None else diagnosis.facts)}
 
 
 def _unit_columns(plan: Reduction, diagnosis: Diagnosis | None) -> list[tuple[str, str, str]]:
@@ -291,7 +304,7 @@ def _unit_columns(plan: Reduction, diagnosis: Diagnosis | None) -> list[tuple[st
     ]
 
 
-def _unit_rows(units: pd.DataFrame, diagnosis: Diagnosis | None) -> list[dict[str, Any]]:
+def _unit_rows(units: pd.DataFrame, plan: Reduction, diagnosis: Diagnosis | None) -> list[dict[str, Any]]:
     """The table's rows with contraction, and the decision in words."""
     contraction: dict[tuple[str, int], float] = {}
     if diagnosis is not None and diagnosis.contraction is not None:
@@ -300,6 +313,7 @@ def _unit_rows(units: pd.DataFrame, diagnosis: Diagnosis | None) -> list[dict[st
             zip(zip(found["site"], found["unit"], strict=True), found["contraction"], strict=True)
         )
     in_fit = units["removed_in_fit"] if "removed_in_fit" in units else pd.Series(False, units.index)
+    held = "kept by the floor" if getattr(plan, "round_to", None) is None else "kept by floor or rounding"
     rows = rows_of(units.assign(removed_in_fit=in_fit), (*TABLE_COLUMNS, "removed_in_fit"))
     for row in rows:
         row["gone"] = bool(row["removed"])
@@ -308,7 +322,7 @@ def _unit_rows(units: pd.DataFrame, diagnosis: Diagnosis | None) -> list[dict[st
         if row["removed"]:
             row["decision"] = "removed in the fit" if row["removed_in_fit"] else "removed"
         else:
-            row["decision"] = "kept" if score is None or score < 0 else "kept by the floor"
+            row["decision"] = "kept" if score is None or score < 0 else held
     return rows
 
 

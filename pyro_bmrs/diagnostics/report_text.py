@@ -50,13 +50,23 @@ def khat_value(khat: float) -> str:
 def posterior_warnings(diagnosis: Diagnosis | None) -> list[str]:
     if diagnosis is None or diagnosis.khat is None:
         return []
-    parts = diagnosis.khat.iloc[1:] if len(diagnosis.khat) > 1 else diagnosis.khat
-    high = parts[~parts["reliable"].astype(bool) & parts["khat"].notna()]
+    joint, parts = diagnosis.khat.iloc[:1], diagnosis.khat.iloc[1:]
+    high = pd.concat(
+        [table[~table["reliable"].astype(bool) & table["khat"].notna()] for table in (parts, joint)]
+    )
     if high.empty:
         return []
+    if len(parts) and high.index.tolist() == [0]:
+        return [
+            f"Pareto k̂ of all latents together is {khat_text(joint['khat'].iloc[0])}, above its threshold of "
+            f"{number(joint['threshold'].iloc[0], '.2f')}, though each part alone is fine: many small errors "
+            "add up, or parts depend on each other, which the posterior leaves out."
+        ]
+    if len(parts):
+        high = high[high.index > 0]
     named = ", ".join(f"{row['part']} ({khat_text(row['khat'])})" for row in high.to_dict("records"))
     return [
-        f"Pareto k̂ is above its threshold of {number(parts['threshold'].iloc[0], '.2f')} for {named}: there the "
+        f"Pareto k̂ is above its threshold of {number(joint['threshold'].iloc[0], '.2f')} for {named}: there the "
         "posterior is a rough approximation, and its spread is not to be taken at its word."
     ]
 
@@ -68,38 +78,50 @@ def methods(
     known = {**(fit.settings if fit is not None else {}), **(settings or {})}
     table, widths = plan.table, plan.widths()
     log_odds = own_log_odds(plan)
-    text = [
-        "Each structure (neuron, filter or head) carried a multiplicative latent scale θ with a log-uniform prior; its "
-        "posterior was a truncated log-normal, fitted together with the weights by stochastic variational inference "
-        "(pyro_bmrs on Pyro and PyTorch)"
-    ]
-    if "epochs" in known:
-        text[0] += f", for {known['epochs']} epochs"
-        text[0] += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
-    text[0] += f" with the KL divergence weighted by {plan.kl_weight:g}"
-    text[0] += f", seed {known['seed']}." if "seed" in known else "."
-    if plan.kl_weight != 1:
+    history = fit.history if fit is not None else None
+    first = (
+        "Each structure (neuron, filter or head) carried a multiplicative latent scale θ; its posterior, of truncated "
+        "log-normals, was fitted together with the weights by stochastic variational inference (pyro_bmrs on Pyro and "
+        "PyTorch)"
+    )
+    if history is not None and len(history):
+        first += f", for {int((history['phase'] == 'fit').sum())} epochs"
+        first += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
+    first += f" with the KL divergence weighted by {plan.kl_weight:g}"
+    first += f", seed {known['seed']}." if "seed" in known else "."
+    text = [first]
+    if plan.kl_weight not in (0, 1):
         text.append(
             f"Changes in evidence are therefore those of the model with likelihood p(y|θ)^(1/{plan.kl_weight:g})."
         )
     if math.isfinite(log_odds):
-        text.append(
+        rule = (
             f"Structures were removed where the change in log-evidence under the reduced prior of {plan.criterion} "
             f"and prior log-odds of {log_odds:.4g} nats together were at least 0 (Bayesian model reduction; Wright, "
-            "Igel and Selvan, NeurIPS 2024)."
+            "Igel and Selvan, NeurIPS 2024)"
         )
     else:
-        text.append(f"Structures were removed where the score of {plan.criterion} was at least 0.")
+        rule = f"Structures were removed where the score of {plan.criterion} was at least 0"
+    least, multiple = getattr(plan, "min_kept", 1), getattr(plan, "round_to", None)
+    rule += f", but for {least} that every layer keeps at least" if least else ""
+    rule += f", and those that make channels a multiple of {multiple}" if multiple else ""
+    text.append(f"{rule}.")
+    in_fit = int(table["removed_in_fit"].sum()) if "removed_in_fit" in table else 0
+    if in_fit:
+        text.append(f"{in_fit:,} of them were removed during the fit, after an epoch, by the same rule then.")
     text.append(
         f"Of {len(table):,} structures {int((~table['removed'].astype(bool)).sum()):,} were kept ("
         + ", ".join(f"{row.after} of {row.before} in {row.layer}" for row in widths.itertuples())
         + "); the others were cut out of the network, with θ = E[θ] folded into the weights that read what was kept."
     )
+    tuned = 0 if history is None else int((history["phase"] == "fine-tune").sum())
+    if tuned:
+        text.append(f"The smaller network was then fine-tuned for {tuned} epochs by maximum likelihood.")
     if diagnosis is not None and diagnosis.quality is not None:
         text.append(
-            f"Predictions were averaged over {diagnosis.facts['draws']} draws of the posterior, or made with E[θ]; "
-            "expected calibration error is of the top label in 15 bins (Guo et al., 2017), the split of the predictive "
-            "entropy that of Depeweg et al. (2018)."
+            f"Predictions were averaged over {diagnosis.facts.get('draws', 'some')} draws of the posterior, or made "
+            "with E[θ]; expected calibration error is of the top label in 15 bins (Guo et al., 2017), the split of "
+            "the predictive entropy that of Depeweg et al. (2018)."
         )
     if diagnosis is not None and diagnosis.khat is not None:
         text.append("The approximation was checked by Pareto k̂ (Yao et al., 2018; Vehtari et al., 2024).")
@@ -155,7 +177,9 @@ def verdict(
 
 def warnings_of(plan: Reduction, widths: pd.DataFrame) -> list[str]:
     found = []
-    if plan.kl_weight != 1:
+    if plan.kl_weight == 0:
+        found.append("At a KL weight of 0 nothing held the posterior to its prior: ΔF has no meaning.")
+    elif plan.kl_weight != 1:
         found.append(
             f"The posterior was fitted with a KL weight of w = {number(plan.kl_weight)}, so "
             "ΔF is the evidence of the tempered model p(y|θ)^(1/w), not of the model itself."
@@ -163,8 +187,8 @@ def warnings_of(plan: Reduction, widths: pd.DataFrame) -> list[str]:
     table = plan.table
     removed = table["removed"].astype(bool)
     for row in rows_of(widths, WIDTH_COLUMNS):
+        held = int(((table["layer"] == row["layer"]) & ~removed & (table["score"] >= 0)).sum())
         if row["after"] == 1:
-            held = bool(((table["layer"] == row["layer"]) & ~removed & (table["score"] >= 0)).any())
             found.append(
                 f"Layer {row['layer']} is at its floor of 1 unit (of {row['before']:,})"
                 + (
@@ -172,6 +196,11 @@ def warnings_of(plan: Reduction, widths: pd.DataFrame) -> list[str]:
                     if held
                     else "."
                 )
+            )
+        elif held:
+            found.append(
+                f"Layer {row['layer']} keeps {held:,} of its {row['after']:,} units only because of its floor or of "
+                "rounding: their score is 0 or more."
             )
     narrow = int((removed & (table["score"].abs() <= NARROW)).sum())
     if narrow:

@@ -368,8 +368,9 @@ def test_a_threshold_for_criteria_without_evidence(watch, run, by_hand):
 
 def cells(watched, name):
     """The rows that are seen, as texts."""
-    rows = watched.page.locator(f"table[data-name={name}] tbody tr:visible").all()
-    return [[cell.strip() for cell in row.locator("td").all_text_contents()] for row in rows]
+    return watched.page.locator(f"table[data-name={name}] tbody tr:visible").evaluate_all(
+        "rows => rows.map(row => [...row.cells].map(cell => cell.textContent.trim()))"
+    )
 
 
 def values(watched, name):

@@ -118,7 +118,8 @@ def test_the_posterior_is_checked_as_by_hand(fitted, found):
     assert found.elbo.model.tolist() == ["model"]
     same(found.elbo.drop(columns="model"), checks.elbo)
     assert found.facts == dict(
-        draws=DRAWS, seed=SEED, examples=EXAMPLES, dataset_size=80, kl_weight=1.0, out_of_distribution="far away"
+        draws=DRAWS, seed=SEED, examples=EXAMPLES, dataset_size=80, kl_weight=1.0,
+        out_of_distribution="far away", curves_of="validation",
     )  # fmt: skip
 
 
@@ -360,7 +361,7 @@ def test_a_guide_that_does_not_show_its_parts(empty_store):
     assert found.contraction is None
     # every criterion has its curve, though this guide remembers nothing that it was called with
     assert found.curves.criterion.unique().tolist() == ["ExpectedScale (this plan)", *CRITERIA]
-    assert "contraction: the guide does not show a posterior of each site" in found.notes
+    assert "k̂ by part and contraction: the guide does not show a posterior of each site" in found.notes
     assert found.khat.part.tolist() == ["all latents"]
     # without E[θ] of its own, the mean of the draws
     means = {
