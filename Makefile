@@ -29,7 +29,7 @@ help:
 	@touch $@
 
 demo: .venv/installed
-	.venv/bin/pyro-bmrs run models/lenet5.py --data digits --out runs/demo --require-removed 0.60 --require-accuracy 0.95
+	.venv/bin/pyro-bmrs run models/lenet5.py --data digits --out runs/demo --draws 100 --require-removed 0.60 --require-accuracy 0.95
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import call
-from diagnosed import DRAWS, RECIPE, finished_run
+from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
 from pyro_bmrs import comparison, runs
 from pyro_bmrs.comparison import compare_runs, report_runs
@@ -375,6 +375,7 @@ WRONG = [
     ("report RUN --draws many", "--draws", "'many'"),
     ("report RUN --foreign nonsense", "foreign", "'nonsense'"),
     ("report RUN --foreign coloured.npz", "foreign", "coloured.npz", "(1, 8, 8)"),
+    ("report RUN --foreign digits", "foreign", "own", "'digits'"),
     ("report FITTED", "fitted", "plan.json", "pyro-bmrs reduce"),
     ("report DAMAGED", "diagnosis", "damaged"),
     ("run tiny_recipe.py --out new --draws 5", "draws", "5"),
@@ -611,18 +612,41 @@ def test_no_draws_need_no_diagnosis(other, tmp_path, diagnosing):
     assert not sections(copy) & OF_DIAGNOSIS
 
 
-def test_what_else_is_asked_for_is_made_anew(copied, diagnosing):
-    asked, draws, foreign = diagnosing(copied), 120, ["digits"]
-    assert call("report", copied, "--quiet", "--draws", draws, "--foreign", *foreign) == 0
-    (made,) = asked
-    assert (made["draws"], made["foreign"]) == (draws, foreign)
-    assert made["seed"] == 0
-    assert made["fine_tuned"] is not None
-    facts = Diagnosis.load(copied / "diagnosis").facts
-    assert (facts["draws"], facts["out_of_distribution"]) == (draws, foreign[0])
-    # and kept
-    assert call("report", copied, "--quiet") == 0
-    assert len(asked) == 1
+def test_what_else_is_asked_for_is_made_anew_and_the_rest_stays(copied, diagnosing, tmp_path):
+    generator = np.random.default_rng(0)
+    grey = tmp_path / "grey.npz"
+    np.savez(
+        grey,
+        **{f"x_{part}": generator.random((6, 8, 8), dtype=np.float32) for part in ("train", "test")},
+        **{f"y_{part}": np.arange(6) % 2 for part in ("train", "test")},
+    )
+    asked = diagnosing(copied)
+    for options, expected in (
+        (["--draws", 120], (120, "patches")),
+        (["--foreign", grey], (120, str(grey))),
+    ):
+        assert call("report", copied, "--quiet", *options) == 0
+        made = asked.pop()
+        assert (made["draws"], *made["foreign"]) == expected
+        assert made["seed"] == 0
+        assert made["fine_tuned"] is not None
+        facts = Diagnosis.load(copied / "diagnosis").facts
+        assert (facts["draws"], facts["out_of_distribution"]) == expected
+        assert asked == []
+    assert "grey.npz" in (copied / "report.html").read_text()
+
+
+def test_a_complete_run_is_asked_for_more_draws(copied, diagnosing, capsys):
+    asked, before = diagnosing(copied), snapshot(copied)
+    line = ["run", copied / "recipe.py", "--out", copied, *RUN_OPTIONS]
+    assert call(*line, "--draws", DRAWS) == 0
+    assert "already holds this run" in capsys.readouterr().out
+    assert snapshot(copied) == before
+    assert call(*line, "--draws", 150) == 0
+    assert "already holds this run" not in capsys.readouterr().out
+    assert [made["draws"] for made in asked] == [150]
+    changed = {name for name, stamp in snapshot(copied).items() if stamp != before.get(name)}
+    assert {name for name in changed if not name.startswith("diagnosis/")} == {"report.html", "report.md"}
 
 
 def test_more_draws_are_really_drawn(copied):

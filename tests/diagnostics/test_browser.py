@@ -34,6 +34,7 @@ HOSTILE = [
     "&lt;b&gt; 名🎉 & <b>, </b>",
     "line\nbreak \u2028 </style><style>body { display: none }",
 ]
+ATTACKING_FACT = '\\"; window.hacked = 7; //\n</script>\\'
 ATTACKING_FOLDER = "<img src=x onerror='window.hacked = 6'>"
 # of elements with text of their own: colour and opaque background, as a list of [text, colour, background]
 COLOURS = """() => {
@@ -78,7 +79,12 @@ def run(tmp_path_factory):
     folder = finished_run(tmp_path_factory.getbasetemp())
     current = Run(folder, progress=False)
     plan = current.plan().bound_to(current.network, current._example)
-    return SimpleNamespace(page=folder / "report.html", plan=plan, curve=pd.read_csv(folder / "curve.csv"))
+    return SimpleNamespace(
+        page=folder / "report.html",
+        plan=plan,
+        curve=pd.read_csv(folder / "curve.csv"),
+        curves_of="validation",
+    )
 
 
 def written(folder, plan, **changes):
@@ -98,18 +104,21 @@ def by_hand(tmp_path_factory):
         scores[layer][unit] = math.nan
     plan = make_plan(scores, gone=gone, log_odds=None, min_kept=2, round_to=2)
     page = written(tmp_path_factory.mktemp("by hand"), plan)
-    return SimpleNamespace(page=page, plan=plan, curve=make_curve(plan))
+    return SimpleNamespace(page=page, plan=plan, curve=make_curve(plan), curves_of=None)
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """A page in which every text that a user could have chosen is an attack."""
     plan = make_plan(random_scores(dict.fromkeys(HOSTILE, 5)), criterion=HOSTILE[0])
+    diagnosis = make_diagnosis(plan, foreign=HOSTILE[3], names=(HOSTILE[4], HOSTILE[5]), notes=HOSTILE)
+    diagnosis.facts["curves_of"] = ATTACKING_FACT
     page = written(
         tmp_path_factory.mktemp("hostile"),
         plan,
         evaluation=make_evaluation(names=(HOSTILE[1], HOSTILE[2]), split=HOSTILE[0]),
-        diagnosis=make_diagnosis(plan, foreign=HOSTILE[3], names=(HOSTILE[4], HOSTILE[5]), notes=HOSTILE),
+        diagnosis=diagnosis,
+        curve=make_curve(plan),
         settings={**dict(zip(HOSTILE, reversed(HOSTILE), strict=True)), "inner": {HOSTILE[1]: HOSTILE}},
     )
     return SimpleNamespace(page=page, plan=plan)
@@ -208,6 +217,11 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     assert HOSTILE[0] in watched.page.title()
     assert watched.page.locator(".cells i").first.get_attribute("title") == f"{HOSTILE[0]} 0"
     assert HOSTILE[0] in watched.text("#methods .methods")
+    assert watched.text("#what-if-accuracy-note").startswith(f"{ATTACKING_FACT} accuracy without fine-tuning")
+    assert (
+        watched.text("#what-if-units")
+        == f"{(~hostile.plan.table.removed).sum()} of {len(hostile.plan.table)}"
+    )
     # the figures' letters are text too
     drawn = "".join(watched.texts("svg text"))
     assert "<" in drawn
@@ -289,7 +303,8 @@ class Slider:
         curve = self.given.curve
         row = curve[curve.score_threshold >= threshold].sort_values("score_threshold").iloc[0]
         assert self.watched.text("#what-if-accuracy") == f"{100 * row.accuracy:.2f} %"
-        note = f"accuracy without fine-tuning, measured at {100 * row.parameters_removed:.1f} % removed"
+        of = f"{self.given.curves_of} " if self.given.curves_of else ""
+        note = f"{of}accuracy without fine-tuning, measured at {100 * row.parameters_removed:.1f} % removed"
         assert self.watched.text("#what-if-accuracy-note") == note
         return int(widths.after.sum())
 

@@ -27,6 +27,7 @@ from pyro_bmrs.diagnostics.calibration import predictions, quality, reliability,
 from pyro_bmrs.diagnostics.diagnosis import CRITERIA, first_of
 from pyro_bmrs.diagnostics.posterior_checks import check_posterior
 from pyro_bmrs.diagnostics.what_if import what_if
+from pyro_bmrs.files import NewerFileError
 
 DRAWS, SEED, EXAMPLES = 100, 3, 50
 
@@ -221,6 +222,20 @@ def test_the_plans_floors_and_multiples_hold_for_the_other_criteria_too(fitted):
     assert least["SNR"] == least.iloc[0]
 
 
+def test_a_network_that_shrank_in_the_fit_is_not_called_full(empty_store, tmp_path):
+    model, train = Classifier(network()), data(30, 0)
+    guide = HalfDead(model)
+    guide(*train)
+    bmrs.reduce(model, guide, bmrs.BMRS_N()).shrink(model, guide)
+    plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
+    found = diagnose(model, guide, plan, train, train, draws=DRAWS, criteria={})
+    assert found.quality.network.tolist() == ["shrunk in the fit"] * 2 + ["reduced"] * 2
+    # numbered as the original network numbers them
+    assert found.contraction[found.contraction.site == "4"].unit.tolist() == [0, 2, 4, 6]
+    page = report(None, plan, tmp_path / "report.html", diagnosis=found).read_text()
+    assert page.count("removed in the fit") >= plan.table.removed_in_fit.sum() == 7
+
+
 def test_what_is_far_away_is_told_apart(found):
     assert found.quality.out_of_distribution_auroc.between(0, 1).all()
     assert found.quality.out_of_distribution_auroc.nunique() > 1
@@ -357,7 +372,9 @@ def test_a_guide_that_does_not_show_its_parts(empty_store):
     model, train = Classifier(network()), data(30, 0)
     guide = Dependent(model, train)
     plan = bmrs.reduce(model, guide, bmrs.ExpectedScale(threshold=0.5), *train)
+    before = torch.get_rng_state()
     found = diagnose(model, guide, plan, train, train, draws=DRAWS)
+    assert torch.equal(torch.get_rng_state(), before)  # though the guide draws whenever it is read
     assert found.contraction is None
     # every criterion has its curve, though this guide remembers nothing that it was called with
     assert found.curves.criterion.unique().tolist() == ["ExpectedScale (this plan)", *CRITERIA]
@@ -684,7 +701,9 @@ def test_a_newer_version_is_refused(tmp_path):
     folder = tmp_path / "folder"
     make_diagnosis(make_plan(random_scores({"a": 4}))).save(folder)
     edited(folder, lambda document: document.update(version=2))
-    with pytest.raises(ValueError, match=r"newer pyro_bmrs \(diagnosis version 2, this one reads up to 1\)"):
+    with pytest.raises(
+        NewerFileError, match=r"newer pyro_bmrs \(diagnosis version 2, this one reads up to 1\)"
+    ):
         Diagnosis.load(folder)
 
 

@@ -34,6 +34,7 @@ class Spread(AutoTruncatedLogNormal):
 def guide(model):
     return Spread(model)
 """
+RUN_OPTIONS = ("--epochs", 8, "--learning-rate", 0.02, "--quiet")
 DRAWS = 100
 
 
@@ -46,8 +47,7 @@ def finished_run(base):
     recipe = base / "spread.py"
     recipe.write_text(f"import torch\n{RECIPE.read_text()}{SPREAD}")
     folder = base / "finished" / "spread"
-    options = ["--epochs", 8, "--learning-rate", 0.02, "--draws", DRAWS, "--quiet"]
-    assert call("run", recipe, "--out", folder, *options) == 0
+    assert call("run", recipe, "--out", folder, *RUN_OPTIONS, "--draws", DRAWS) == 0
     return folder
 
 
