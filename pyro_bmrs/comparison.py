@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from pyro_bmrs.diagnostics.page import encoded, environment, svg
+from pyro_bmrs.diagnostics.page import svg, write_page
 from pyro_bmrs.diagnostics.posterior_plots import plot_criteria, plot_runs
-from pyro_bmrs.files import write_atomically, write_table
+from pyro_bmrs.files import write_table
 from pyro_bmrs.run_folder import RunFolder
 
 # More lines than these can't be told apart.
@@ -59,9 +59,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _row(name: str, run: RunFolder) -> dict[str, Any]:
-    stored = run.stored_settings()
-    if stored is None:
-        raise ValueError(f"run must be a folder with a settings.json: {run.folder} has none")
+    stored = run.needed_settings()
     settings, evaluation, diagnosis = stored["settings"], run.evaluation(), run.diagnosis()
     final = evaluation.iloc[-1]
     row = dict(
@@ -122,20 +120,15 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         curves=None if shown is None else svg("curves", lambda: plot_criteria(shown)),
         curves_left_out=max(0, len(curves) - MOST_CURVES),
     )  # fmt: skip
-    page = environment(html=True).get_template("comparison.html.j2").render(content)
-    text = environment(html=False).get_template("comparison.md.j2").render(content)
+    write_page(out, "comparison", content)
     write_table(out.with_suffix(".csv"), table)
-    write_atomically(out.with_suffix(".md"), lambda beside: beside.write_bytes(encoded(text)))
-    return write_atomically(out, lambda beside: beside.write_bytes(encoded(page)))
+    return out
 
 
 def _differing(columns: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A row per setting that is not the same in all runs, with a column per run."""
-    settings = []
-    for run in runs:
-        stored = run.stored_settings()
-        assert stored is not None
-        settings.append({"recipe": stored["recipe"], **asdict(stored["settings"])})
+    stored = [run.needed_settings() for run in runs]
+    settings = [{"recipe": found["recipe"], **asdict(found["settings"])} for found in stored]
     return [
         {"setting": key, **{name: str(chosen[key]) for name, chosen in zip(columns, settings, strict=True)}}
         for key in settings[0]

@@ -56,6 +56,13 @@ class RunFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
 
+    def needed_settings(self) -> dict[str, Any]:
+        """As `stored_settings`; raises ValueError where there are none."""
+        stored = self.stored_settings()
+        if stored is None:
+            raise ValueError(f"run must be a folder with a settings.json: {self.folder} has none")
+        return stored
+
     def has(self, *names: str) -> bool:
         """Whether the folder holds these files."""
         return all((self.folder / name).exists() for name in names)

@@ -76,6 +76,13 @@ def _versions() -> dict[str, str]:
     }
 
 
+def _asks_anew(found: Diagnosis | None, draws: int | None, foreign: str | None) -> bool:
+    """Whether there is another diagnosis than is asked for, or none where one is."""
+    facts = {} if found is None else found.facts
+    asked = {"draws": draws or None, "out_of_distribution": foreign}
+    return any(value not in (None, facts.get(name)) for name, value in asked.items())
+
+
 def _check_writable(folder: Path) -> None:
     """Said before a fit, not after it; nothing is created."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -125,6 +132,7 @@ class Run(RunFolder):
         if logger == "tensorboard" and not find_spec("tensorboard"):
             raise ValueError("logger tensorboard needs the package: pip install pyro-bmrs[tensorboard]")
         self.devices, self.logger, self.data_root = devices, logger, data_root
+        self._foreign_inputs: dict[str, Tensor] = {}
         stored = None if overwrite else self.stored_settings()
         if recipe is None or settings is None:
             if stored is None:
@@ -197,7 +205,7 @@ class Run(RunFolder):
         """Do what is not done yet of all stages; returns whether there was anything. Arguments as of `report`."""
         self._check_diagnosis(draws, foreign)
         if self.complete() and not self.overwrite:
-            if not self._asks_anew(draws, foreign):
+            if not _asks_anew(self.diagnosis(), draws, foreign):
                 return False
             self.load_posterior()
             self.report(draws=draws, foreign=foreign)
@@ -414,9 +422,10 @@ class Run(RunFolder):
     def _diagnosis(self, plan: Reduction, draws: int | None, foreign: str | None) -> Diagnosis:
         """The folder's diagnosis, made anew where there is none, or another is asked for."""
         found = self.diagnosis()
-        if found is not None and not self._asks_anew(draws, foreign):
-            return found
-        if found is not None:  # what is not asked for stays as it is
+        if found is not None:
+            if not _asks_anew(found, draws, foreign):
+                return found
+            # what is not asked for stays as it is
             draws, foreign = draws or found.facts["draws"], foreign or found.facts["out_of_distribution"]
         # the small network may have been fine-tuned, or not
         tuned = self._model_of(self.small_network()) if self.settings.fine_tune else None
@@ -433,13 +442,6 @@ class Run(RunFolder):
         found.save(self.folder / DIAGNOSIS)
         return found
 
-    def _asks_anew(self, draws: int | None, foreign: str | None) -> bool:
-        """Whether the folder has another diagnosis than is asked for, or none where one is."""
-        found = self.diagnosis()
-        facts = {} if found is None else found.facts
-        asked = {"draws": draws or None, "out_of_distribution": foreign}
-        return any(value not in (None, facts.get(name)) for name, value in asked.items())
-
     def _check_diagnosis(self, draws: int | None, foreign: str | None) -> None:
         if draws is not None and draws != 0 and draws < LEAST_DRAWS:
             raise ValueError(f"draws must be at least {LEAST_DRAWS}, or 0 for no diagnosis: got {draws}")
@@ -453,11 +455,14 @@ class Run(RunFolder):
         asked = name or FOREIGN.get(self.settings.data)
         if asked is None or (name is None and not is_at_hand(asked, self.data_root)):
             return {}
+        if asked in self._foreign_inputs:  # looked at before a fit, and used after it
+            return {asked: self._foreign_inputs[asked]}
         shape = self.dataset.input_shape
         size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
         try:
             other = load_data(asked, data_root=self.data_root, image_size=size)
-            return {asked: self.dataset.foreign(other)[:FOREIGN_EXAMPLES]}
+            self._foreign_inputs[asked] = self.dataset.foreign(other)[:FOREIGN_EXAMPLES]
+            return {asked: self._foreign_inputs[asked]}
         except DataError as error:
             raise ValueError(f"foreign {asked!r} can't be used: {error}") from error
 

@@ -32,9 +32,7 @@ def show_run(folder: Path | str, console: Console | None = None) -> None:
         ValueError: if the folder holds no reduced run.
     """
     run, console = RunFolder(folder), console or Console()
-    stored = run.stored_settings()
-    if stored is None:
-        raise ValueError(f"run must be a folder with a settings.json: {run.folder} has none")
+    stored = run.needed_settings()
     evaluation, plan, diagnosis = run.evaluation(), run.plan(), run.diagnosis()
     settings, widths = stored["settings"], plan.widths()
     # what a user named is text, with no markup in it

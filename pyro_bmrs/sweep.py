@@ -24,7 +24,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.files import write_atomically
+from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.recipes import Recipe
 from pyro_bmrs.run_folder import FIT_FILES
@@ -249,8 +249,7 @@ class _Results:
         return table.astype({"parameters_before": "Int64", "parameters_after": "Int64"})
 
     def write(self) -> None:
-        table = self.table()
-        write_atomically(self.path, lambda beside: table.to_csv(beside, index=False))
+        write_table(self.path, self.table())
 
 
 class _Progress:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from pyro_bmrs.diagnostics.joint_draws import DataOfModel, JointDraws, joint_draws
+from pyro_bmrs.diagnostics.joint_draws import DataOfModel, JointDraws, check_whole, joint_draws
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.inference.batches import Data
@@ -91,9 +91,8 @@ def to_datatree(
         ValueError: for a bad number, arguments that the model does not take, a guide that lacks a latent of the model,
             or latents of single examples in data that come in batches.
     """
-    for name, value, least in (("draws", draws, 1), ("seed", seed, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}: got {value!r}")
+    check_whole("draws", draws, 1)
+    check_whole("seed", seed, 0)
     if not callable(guide):
         raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
     of_model = DataOfModel(model, data, batch_size)
@@ -265,7 +264,7 @@ def _dimension_names(
     """The names of each variable's dimensions, without chain and draw: of the sites, and of the inputs."""
     sizes: dict[str, int] = {}
     dims: dict[str, list[str]] = {}
-    shapes = {**{site: array.shape[1:] for site, array in found.values.items()}}
+    shapes = {site: array.shape[1:] for site, array in found.values.items()}
     shapes |= {site: array.shape for site, array in found.observed.items()}
     for site, shape in shapes.items():
         chosen = []

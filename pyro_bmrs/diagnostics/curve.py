@@ -44,8 +44,8 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
     device = next(model.parameters()).device
     rows = []
     falling = sorted(thresholds, reverse=True)
-    for threshold, left in zip(falling, plan.parameters_at(falling), strict=True):
-        variant = plan if threshold == 0.0 else plan.at(threshold)
+    variants = [plan if threshold == 0.0 else plan.at(threshold) for threshold in falling]
+    for threshold, variant, left in zip(falling, variants, plan.parameters_of(variants), strict=True):
         scales = {site: scale.to(device).float() for site, scale in variant.scales().items()}
         result = evaluate(model, data, scales)
         rows.append(

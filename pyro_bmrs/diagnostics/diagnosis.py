@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from pyro_bmrs.diagnostics.arviz_io import loo, to_datatree
 from pyro_bmrs.diagnostics.calibration import Predictions, predictions, quality, reliability, risk_coverage
 from pyro_bmrs.diagnostics.curve import compression_curve
-from pyro_bmrs.diagnostics.joint_draws import draw_posterior
+from pyro_bmrs.diagnostics.joint_draws import check_whole, draw_posterior
 from pyro_bmrs.diagnostics.plots import require_columns
 from pyro_bmrs.diagnostics.posterior_checks import check_posterior
 from pyro_bmrs.diagnostics.posterior_plots import (
@@ -208,12 +208,11 @@ def diagnose(
     Raises:
         TypeError, ValueError: for a bad argument, before anything is computed.
     """
-    for name, value, least in (
-        ("draws", draws, LEAST_DRAWS), ("seed", seed, 0), ("batch_size", batch_size, 1),
-        ("examples", 1 if examples is None else examples, 1),
-    ):  # fmt: skip
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}: got {value!r}")
+    check_whole("draws", draws, LEAST_DRAWS)
+    check_whole("seed", seed, 0)
+    check_whole("batch_size", batch_size, 1)
+    if examples is not None:
+        check_whole("examples", examples, 1)
     _check_programs(model, guide, plan, fine_tuned, criteria)
     device = next(model.parameters()).device
     size = _batches("train", train, batch_size, device).size

@@ -36,6 +36,12 @@ Array = NDArray[Any]
 Values = Mapping[str, Tensor]
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ValueError, naming the argument, unless it is an integer of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}: got {value!r}")
+
+
 class DataOfModel:
     """A model's data as the arguments that it is called with, whole or in batches of examples.
 
@@ -198,21 +204,22 @@ class LogDensities:
     log_likelihood: Tensor
 
 
-# Of a draw's number, where its batch starts in the data, the batch's arguments, and the model's trace.
-Visitor = Callable[[int, int, tuple[Any, ...], Trace], None]
+# Of a draw's number, where its batch starts in the data, the batch's arguments, the model's trace, and the log
+# density of each element of each site, float64.
+Visitor = Callable[[int, int, tuple[Any, ...], Trace, Mapping[str, Tensor]], None]
 
 
 def log_densities(
     data: DataOfModel,
     values: Sequence[Values],
-    visit: Visitor = lambda draw, start, arguments, trace: None,
+    visit: Visitor = lambda draw, start, arguments, trace, terms: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> LogDensities:
     """log p(θ) and log p(y | θ) at values of all latents; to be called while `looking`.
 
     Args:
         values: of all latents, for each draw.
-        visit: is shown the model's trace at each draw, for each batch.
+        visit: is shown the model's trace and its densities at each draw, for each batch.
         advance: is told of each batch and draw that is done.
 
     Raises:
@@ -235,17 +242,19 @@ def log_densities(
             if draw == 0:
                 _check_latents(trace, chosen)
                 _check_local(data, trace, size)
-            for name, site in trace.nodes.items():
-                if site["type"] != "sample" or site_is_subsample(site):
-                    continue
-                terms = element_log_prob(site).double()
+            terms = {
+                name: element_log_prob(site).double()
+                for name, site in trace.nodes.items()
+                if site["type"] == "sample" and not site_is_subsample(site)
+            }
+            for name, own in terms.items():
                 # batches stand for themselves; a model that is called once says what it stands for
-                total = float((terms if data.batched else _scaled(terms, site)).sum())
+                total = float((own if data.batched else _scaled(own, trace.nodes[name])).sum())
                 if name in trace.observation_nodes:
                     log_likelihood[draw] += total
                 elif start == 0:
                     log_prior[draw] += total
-            visit(draw, start, arguments, trace)
+            visit(draw, start, arguments, trace, terms)
             advance(1)
         start += size
     if start != data.size:
@@ -366,7 +375,9 @@ class _Collector:
         self.data, self.posterior, self.result = data, posterior, JointDraws()
         self.draws = len(posterior.values)
 
-    def visit(self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace) -> None:
+    def visit(
+        self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace, terms: Mapping[str, Tensor]
+    ) -> None:
         sites, result = trace.nodes, self.result
         # a factor has a density and no value
         observed = [name for name in trace.observation_nodes if not isinstance(sites[name]["fn"], dist.Unit)]
@@ -374,10 +385,10 @@ class _Collector:
             result.dims = {name: dims_of(sites[name]) for name in (*self.posterior.values[0], *observed)}
         if start == 0:
             for name in self.posterior.values[0]:
-                self._store(result.log_prior, name, draw, element_log_prob(sites[name]).double())
+                self._store(result.log_prior, name, draw, terms[name])
         if draw == 0:
             if self.data.batched:
-                _check_examples({name: sites[name] for name in observed}, len(arguments[1]))
+                _check_examples({name: (sites[name], terms[name]) for name in observed}, len(arguments[1]))
             for name in observed:
                 whole = sites[name]["value"].expand(shape_of(sites[name]))
                 self._store(result.observed, name, None, whole, start)
@@ -392,7 +403,7 @@ class _Collector:
             sites_anew = model_at(unconditioned, self.posterior.values[draw], *arguments).nodes
         for name in observed:
             anew = sites_anew[name]["value"] if len(observed) > 1 else sites[name]["fn"].sample()
-            self._store(result.log_likelihood, name, draw, element_log_prob(sites[name]).double(), start)
+            self._store(result.log_likelihood, name, draw, terms[name], start)
             self._store(result.predicted, name, draw, anew, start)
 
     def _store(
@@ -428,9 +439,9 @@ def _named(model: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, T
     return {name: value for name, value in zip(names, arguments, strict=False) if isinstance(value, Tensor)}
 
 
-def _check_examples(observed: Mapping[str, Mapping[str, Any]], examples: int) -> None:
-    for name, site in observed.items():
-        for what, shape in (("values", shape_of(site)), ("densities", element_log_prob(site).shape)):
+def _check_examples(observed: Mapping[str, tuple[Mapping[str, Any], Tensor]], examples: int) -> None:
+    for name, (site, terms) in observed.items():
+        for what, shape in (("values", shape_of(site)), ("densities", terms.shape)):
             if shape[:1] != (examples,):
                 raise ValueError(
                     "data must be a tuple of whole arguments where what is observed does not count examples in its "
@@ -469,11 +480,7 @@ def draw_prior(
     try:
         traces = (poutine.trace(unconditioned).get_trace(*arguments) for _ in range(draws))
         drawn = [[trace.nodes[name]["value"] for name in names] for trace in traces]
-    except (
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-    ):  # what it draws may be nothing the likelihood takes
+    except (RuntimeError, ValueError):  # NotImplementedError too; or the likelihood takes no such draws
         return {}
     stacked = {
         name: torch.stack(list(column)) for name, column in zip(names, zip(*drawn, strict=True), strict=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pyro_bmrs.diagnostics.report_text import khat_text, khat_value, markdown, number, percent, plain_number
+from pyro_bmrs.files import write_atomically
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -16,12 +18,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def encoded(text: str) -> bytes:
-    """As UTF-8; a lone surrogate in a user's text has none, and a question mark is better than no report."""
-    return text.encode("utf-8", "replace")
+def write_page(out: Path, template: str, content: Mapping[str, Any]) -> Path:
+    """Fill in a template, and write the HTML to `out` and the Markdown beside it; neither before both are made.
+
+    Args:
+        template: its name, without .html.j2 and .md.j2.
+    """
+    texts = {
+        path: _environment(html=kind == "html").get_template(f"{template}.{kind}.j2").render(content)
+        for path, kind in ((out.with_suffix(".md"), "md"), (out, "html"))
+    }
+    for path, text in texts.items():
+        # a lone surrogate in a user's text has no UTF-8, and a question mark is better than no report
+        encoded = text.encode("utf-8", "replace")
+        write_atomically(path, lambda beside, encoded=encoded: beside.write_bytes(encoded))  # type: ignore[misc]
+    return out
 
 
-def environment(*, html: bool) -> Environment:
+def _environment(*, html: bool) -> Environment:
     """The templates of this room, escaping for HTML, or with the filter ``md`` for Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

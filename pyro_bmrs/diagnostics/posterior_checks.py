@@ -20,8 +20,8 @@ from pyro_bmrs.diagnostics.joint_draws import (
     DataOfModel,
     LogDensities,
     Values,
+    check_whole,
     draw_posterior,
-    element_log_prob,
     log_densities,
 )
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
@@ -126,10 +126,8 @@ def check_posterior(
     Source: Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?" (2018); Vehtari et al., "Pareto smoothed
     importance sampling" (2024).
     """
-    if type(draws) is not int or draws < LEAST_DRAWS:
-        raise ValueError(f"draws must be an integer of at least {LEAST_DRAWS}: got {draws!r}")
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0: got {seed!r}")
+    check_whole("draws", draws, LEAST_DRAWS)
+    check_whole("seed", seed, 0)
     if not callable(guide):
         raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
     weight = kl_weight_of(guide) if kl_weight is None else kl_weight
@@ -210,18 +208,19 @@ class _Checking:
             kl_weight=self.kl_weight,
         )
 
-    def _visit(self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace) -> None:
+    def _visit(
+        self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace, terms: Mapping[str, Tensor]
+    ) -> None:
         if self.data.batched and self.scale != 1:
-            self._add_examples(trace)
+            self._add_examples([terms[name] for name in trace.observation_nodes])
         if start:
             return
         self.example = self.example or trace
         for name, found in self.log_prior.items():
-            found.append(element_log_prob(trace.nodes[name]).double().cpu())
+            found.append(terms[name].cpu())
 
-    def _add_examples(self, trace: Trace) -> None:
+    def _add_examples(self, parts: Sequence[Tensor]) -> None:
         """Gather the mean over draws of each example's log-likelihood; batches come draw after draw."""
-        parts = [element_log_prob(trace.nodes[name]).double() for name in trace.observation_nodes]
         sums = [part.flatten(1).sum(1) if part.dim() > 1 else part for part in parts]
         examples = torch.stack(sums).sum(0).cpu() / self.draws
         if self._seen % self.draws == 0:

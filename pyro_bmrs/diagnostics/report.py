@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_bmrs.diagnostics.page import encoded, environment, svg
+from pyro_bmrs.diagnostics.diagnosis import FACTS, Diagnosis
+from pyro_bmrs.diagnostics.page import svg, write_page
 from pyro_bmrs.diagnostics.plots import (
     CURVE_COLUMNS,
     HISTORY_COLUMNS,
@@ -49,13 +50,11 @@ from pyro_bmrs.diagnostics.report_text import (
     warnings_of,
 )
 from pyro_bmrs.diagnostics.what_if import slider
-from pyro_bmrs.files import write_atomically
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.diagnostics.diagnosis import Diagnosis
     from pyro_bmrs.fitting import Fit
     from pyro_bmrs.reduction import Reduction
 
@@ -179,10 +178,7 @@ def report(
         notes=[] if diagnosis is None else diagnosis.notes,
     )
     content["contents"] = _contents(content)
-    page = environment(html=True).get_template("report.html.j2").render(content)
-    text = environment(html=False).get_template("report.md.j2").render(content)
-    write_atomically(out.with_suffix(".md"), lambda beside: beside.write_bytes(encoded(text)))
-    return write_atomically(out, lambda beside: beside.write_bytes(encoded(page)))
+    return write_page(out, "report", content)
 
 
 def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -250,8 +246,7 @@ def _removals(fit: Fit | None, plan: Reduction) -> pd.DataFrame | None:
     """What went in the fit, as it noted it, and by this plan after the fit's last epoch."""
     if fit is None or "removed_in_fit" not in plan.table:
         return None
-    noted = fit.removals
-    in_fit = noted.assign(phase="fit")
+    in_fit = fit.removals.assign(phase="fit")
     epochs = int((fit.history["phase"] == "fit").sum())
     now = plan.table[plan.table["removed"] & ~plan.table["removed_in_fit"]].assign(
         phase="reduce", epoch=epochs
@@ -280,8 +275,6 @@ def _posterior(diagnosis: Diagnosis | None) -> dict[str, Any] | None:
 
 def _facts(diagnosis: Diagnosis | None) -> dict[str, Any]:
     """What the tables are of; None for what is not known of a diagnosis that was put together by hand."""
-    from pyro_bmrs.diagnostics.diagnosis import FACTS
-
     return {**dict.fromkeys(FACTS), **({} if diagnosis is None else diagnosis.facts)}
 
 

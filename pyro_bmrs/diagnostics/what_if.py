@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pyro_bmrs.diagnostics.joint_draws import check_whole
 from pyro_bmrs.reduction.plan import least_kept
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
     Raises:
         ValueError: if most < 2, or the plan holds no network.
     """
-    if type(most) is not int or most < 2:
-        raise ValueError(f"most must be an integer of at least 2: got {most!r}")
+    check_whole("most", most, 2)
     leaving = leaving_thresholds(plan)
     changes = np.unique(leaving[np.isfinite(leaving)])[::-1]
     if len(changes) > most:
@@ -74,7 +74,7 @@ def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "score_threshold": thresholds,
-            "prior_log_odds": [own_log_odds(plan) - threshold for threshold in thresholds],
+            "prior_log_odds": own_log_odds(plan) - np.array(thresholds),
             "structures": [int((leaving < threshold).sum()) for threshold in thresholds],
             "parameters": plan.parameters_at(thresholds),
         }

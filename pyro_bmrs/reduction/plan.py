@@ -274,7 +274,11 @@ class Reduction:
 
     def parameters_at(self, thresholds: Sequence[float]) -> list[int]:
         """Number of parameters that the plans `at` these thresholds would leave, counted without cutting."""
-        return self._parameters_of([self.at(threshold) for threshold in thresholds], *self._bound(None, None))
+        return self.parameters_of([self.at(threshold) for threshold in thresholds])
+
+    def parameters_of(self, plans: Sequence[Reduction]) -> list[int]:
+        """Number of parameters that other plans for this one's network would leave, counted without cutting."""
+        return self._parameters_of(plans, *self._bound(None, None))
 
     @staticmethod
     def _parameters_of(plans: Sequence[Reduction], network: nn.Module, example_input: Inputs) -> list[int]:
