@@ -28,7 +28,7 @@ from pyro_bmrs.data_sources import is_at_hand
 from pyro_bmrs.diagnostics import Diagnosis, compression_curve, diagnose, report
 from pyro_bmrs.diagnostics.diagnosis import DRAWS
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.files import clear_unfinished, write_atomically, write_table
+from pyro_bmrs.files import NewerFileError, clear_unfinished, write_atomically, write_table
 from pyro_bmrs.fitting import Fit, fit
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices
@@ -205,7 +205,7 @@ class Run(RunFolder):
         """Do what is not done yet of all stages; returns whether there was anything. Arguments as of `report`."""
         self._check_diagnosis(draws, foreign)
         if self.complete() and not self.overwrite:
-            if not _asks_anew(self.diagnosis(), draws, foreign):
+            if not _asks_anew(self._stored_diagnosis(draws), draws, foreign):
                 return False
             self.load_posterior()
             self.report(draws=draws, foreign=foreign)
@@ -421,7 +421,7 @@ class Run(RunFolder):
 
     def _diagnosis(self, plan: Reduction, draws: int | None, foreign: str | None) -> Diagnosis:
         """The folder's diagnosis, made anew where there is none, or another is asked for."""
-        found = self.diagnosis()
+        found = self._stored_diagnosis(draws)
         if found is not None:
             if not _asks_anew(found, draws, foreign):
                 return found
@@ -441,6 +441,17 @@ class Run(RunFolder):
             ) from None
         found.save(self.folder / DIAGNOSIS)
         return found
+
+    def _stored_diagnosis(self, draws: int | None) -> Diagnosis | None:
+        """The folder's diagnosis; a damaged one is no obstacle where `draws` asks for one anew."""
+        try:
+            return self.diagnosis()
+        except NewerFileError:
+            raise
+        except ValueError:
+            if not draws:
+                raise
+            return None
 
     def _check_diagnosis(self, draws: int | None, foreign: str | None) -> None:
         if draws is not None and draws != 0 and draws < LEAST_DRAWS:

@@ -649,6 +649,16 @@ def test_a_complete_run_is_asked_for_more_draws(copied, diagnosing, capsys):
     assert {name for name in changed if not name.startswith("diagnosis/")} == {"report.html", "report.md"}
 
 
+def test_a_damaged_diagnosis_is_made_anew_when_draws_are_asked_for(copied, diagnosing, capsys):
+    asked = diagnosing(copied)
+    (copied / "diagnosis" / "quality.csv").write_text("")
+    assert call("report", copied, "--quiet") == 2
+    assert "--draws" in capsys.readouterr().err
+    assert call("report", copied, "--quiet", "--draws", 110) == 0
+    assert [made["draws"] for made in asked] == [110]
+    assert Diagnosis.load(copied / "diagnosis").facts["draws"] == 110
+
+
 def test_more_draws_are_really_drawn(copied):
     before = Diagnosis.load(copied / "diagnosis")
     assert call("report", copied, "--quiet", "--draws", 150) == 0

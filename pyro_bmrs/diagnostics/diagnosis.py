@@ -22,6 +22,7 @@ from pyro_bmrs.diagnostics.posterior_checks import check_posterior
 from pyro_bmrs.diagnostics.posterior_plots import (
     CRITERIA_COLUMNS,
     ENTROPY_COLUMNS,
+    MOST_CRITERIA,
     RELIABILITY_COLUMNS,
     RISK_COLUMNS,
 )
@@ -141,7 +142,10 @@ class Diagnosis:
         except NewerFileError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"folder must hold a diagnosis: {path} is none, or damaged ({error})") from None
+            raise ValueError(
+                f"folder must hold a diagnosis: {path} is none, or damaged ({error}); that of a run is made anew by "
+                "pyro-bmrs report RUN --draws"
+            ) from None
 
 
 _TEXT = ("site", "part", "model", "network", "prediction", "data", "criterion")
@@ -264,6 +268,9 @@ def _check_programs(
         raise TypeError(f"fine_tuned must be a Pyro model or None: got {type(fine_tuned).__name__}")
     if not isinstance(criteria, Mapping | None):
         raise TypeError(f"criteria must be a mapping from names: got {type(criteria).__name__}")
+    most = MOST_CRITERIA - 1  # of a figure, beside the plan's own
+    if len(criteria or {}) > most:
+        raise ValueError(f"criteria must be at most {most}: got {len(criteria or {})}")
     for name, criterion in (criteria or {}).items():
         if not isinstance(name, str):
             raise TypeError(f"criteria must have names that are text: got {name!r}")

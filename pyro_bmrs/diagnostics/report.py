@@ -127,6 +127,8 @@ def report(
         True
     """
     out = Path(out)
+    if not hasattr(plan, "widths"):
+        raise TypeError(f"plan must be what reduce returned: got {type(plan).__name__}")
     if diagnosis is not None and not hasattr(diagnosis, "tables"):
         raise TypeError(f"diagnosis must be what diagnose found, or None: got {type(diagnosis).__name__}")
     if out.is_dir():

@@ -569,6 +569,7 @@ BAD = {
         ({"SNR": "SNR"}, TypeError),
         ({"SNR": bmrs.SNR}, TypeError),
         ({3: bmrs.SNR()}, TypeError),
+        ({f"SNR {bar}": bmrs.SNR(threshold=bar) for bar in range(1, 9)}, ValueError),
     ],
     "draws": [
         (99, ValueError),

@@ -338,6 +338,13 @@ def test_a_failed_write_leaves_the_file_untouched(tmp_path: Path, monkeypatch: p
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
+@pytest.mark.parametrize("plan", [None, "plan.json"])
+def test_what_is_no_plan_raises(plan: object, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"plan must be what reduce returned: got (NoneType|str)"):
+        report(None, plan, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
 def test_plan_without_units_raises(tmp_path: Path) -> None:
     plan = make_plan()
     plan.table = plan.table.iloc[:0]
