@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_bmrs.diagnostics.report_text import khat_text, khat_value, markdown, number, percent, plain_number
+from pyro_bmrs.diagnostics.report_text import (
+    khat_text,
+    khat_value,
+    markdown,
+    number,
+    percent,
+    plain_number,
+    with_error,
+)
 from pyro_bmrs.files import write_atomically
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def _environment(*, html: bool) -> Environment:
         md=markdown,
         khat=khat_text,
         khat_value=khat_value,
+        with_error=with_error,
     )
     return made
 

@@ -24,6 +24,7 @@ from pyro_bmrs.diagnostics.joint_draws import (
     draw_posterior,
     log_densities,
 )
+from pyro_bmrs.diagnostics.report_text import with_error
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.inference.batches import Data
 from pyro_bmrs.inference.guides import elementary
@@ -73,7 +74,7 @@ class PosteriorChecks:
         if not self.kl_weight:
             lines = ["k̂: nan, as at a KL weight of 0 there is no posterior to compare with"]
         lines += [
-            f"ELBO of the {row.model}: {row.elbo:.2f} ± {row.standard_error:.2g} nats"
+            f"ELBO of the {row.model}: {with_error(row.elbo, row.standard_error)} nats"
             for row in self.elbo.reset_index(names="model").itertuples()
         ]
         return "\n".join(lines)

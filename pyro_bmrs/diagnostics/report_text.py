@@ -228,6 +228,20 @@ def number(value: object, pattern: str = ".4g") -> str:
     return "–" if number is None else format(number, pattern)
 
 
+def with_error(value: object, error: object) -> str:
+    """A number with its standard error: two digits of it, or all before the point, at most four behind it.
+
+    >>> with_error(-2716.96, 553.1), with_error(-128.146, 5.44), with_error(1.5, 0.0), with_error(1.5, None)
+    ('-2,717 ± 553', '-128.1 ± 5.4', '1.5000 ± 0.0000', '1.5000 ± –')
+    """
+    number, deviation = finite(value), finite(error)
+    if number is None:
+        return "–"
+    decimals = min(max(0, 1 - math.floor(math.log10(deviation))), 4) if deviation else 4
+    told = "–" if deviation is None else f"{deviation:,.{decimals}f}"
+    return f"{number:,.{decimals}f} ± {told}"
+
+
 def percent(value: object, decimals: int = 1) -> str:
     """Print a fraction in per cent, with more decimals where rounding would claim all or nothing."""
     number = finite(value)
