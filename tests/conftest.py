@@ -1,8 +1,14 @@
 """What all tests share."""
 
+import signal
+
 import pyro
 import pytest
 import torch
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and stops.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,0 +1,151 @@
+"""What to do for someone who has never heard of KL weights: two ways that need none, each tried on every cell.
+
+    OMP_NUM_THREADS=1 python analysis/honest_default.py models/lenet5.py mnist [--seeds 0] [--data-root FOLDER]
+
+- `price`: the ELBO itself (w = 1), and prior log-odds that make a unit pay for the n parameters it brings, n/2 log N
+  nats: what they cost under Laplace's or Schwarz's approximation of the evidence.
+- `path`: one fit along weights that rise from 1, reduced after each stage; the chosen stage is the smallest network
+  whose validation log-likelihood is within one standard error of the best stage's.
+
+Both have the epochs of the recipe's fit and of its fine-tuning. Writes a row per way and seed to honest_default.csv,
+and every stage of the paths to paths.csv, in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from compression_curves import Rows
+from peers import measured, tune, widths_of
+from torch import Tensor, nn
+
+import pyro_bmrs as bmrs
+from pyro_bmrs.data import Dataset, load_data
+from pyro_bmrs.diagnostics import predictions
+from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.recipes import Recipe, Settings
+from pyro_bmrs.reduction.criteria import Layers, Scores
+
+STAGES, LAST = 12, 1000.0
+
+
+@dataclass(frozen=True)
+class PricedEvidence:
+    """BMRS_N with the prior log-odds of a layer's units at half their parameters times log N, in nats."""
+
+    unit: ClassVar[str] = "nats"
+    log_odds: Mapping[str, float]
+
+    def __call__(self, layers: Layers) -> Scores:
+        changes = bmrs.BMRS_N(prior_log_odds=0.0).log_evidence_change(layers)
+        return {name: change + self.log_odds[name] for name, change in changes.items()}
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Removes the first unit of one layer and nothing else: to count what leaves with it."""
+
+    unit: ClassVar[str] = "none"
+    layer: str
+
+    def __call__(self, layers: Layers) -> Scores:
+        scores = {
+            name: torch.full(layer.kept.shape, -1.0, dtype=torch.float64) for name, layer in layers.items()
+        }
+        scores[self.layer][0] = 1.0
+        return scores
+
+
+def prices(model: nn.Module, guide: Any, examples: int) -> dict[str, float]:
+    """½ n log N by layer, n the parameters that leave with a unit of the full network."""
+    found = {}
+    for layer in noise_layers(model):
+        plan = bmrs.reduce(model, guide, OneOf(layer))
+        found[layer] = 0.5 * (plan.parameters_before() - plan.parameters_left()) * math.log(examples)
+    return found
+
+
+def fitted(
+    recipe: Recipe, settings: Settings, data: Dataset, weights: list[float], epochs: int, **options: Any
+) -> Any:
+    """(weight, model, guide) after each stage of so many epochs at that weight."""
+    model = recipe.model(recipe.network(data, settings.network or {}, settings.seed))
+    guide = recipe.guide(model)
+    for stage, weight in enumerate(weights):
+        bmrs.fit(
+            model, guide, data.train, data.validation, epochs=epochs, batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate, posterior_learning_rate=settings.posterior_learning_rate,
+            kl_weight=weight, seed=100 * settings.seed + stage, progress=False, **options,
+        )  # fmt: skip
+        yield weight, model, guide
+
+
+def by_price(recipe: Recipe, settings: Settings, data: Dataset) -> nn.Module:
+    ((_, model, guide),) = fitted(recipe, settings, data, [1.0], settings.epochs, schedule="cosine")
+    log_odds = prices(model, guide, len(data.train))
+    print({layer: round(price, 1) for layer, price in log_odds.items()}, flush=True)
+    return bmrs.reduce(model, guide, PricedEvidence(log_odds)).apply(measure=False)
+
+
+def by_path(recipe: Recipe, settings: Settings, data: Dataset, stages: Rows) -> nn.Module:
+    weights = [float(weight) for weight in np.geomspace(1.0, LAST, STAGES)]
+    found: list[tuple[float, float, int, nn.Module]] = []
+    epochs = max(1, settings.epochs // STAGES)
+    for weight, model, guide in fitted(recipe, settings, data, weights, epochs, warm_up=0.0, keep_best=False):
+        small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
+        none: Mapping[str, Tensor] = {}
+        scored = predictions(bmrs.Classifier(small), data.validation, none)
+        losses = -np.log(scored.probability[np.arange(len(scored.label)), scored.label].clip(1e-300))
+        loss, error = losses.mean(), losses.std() / len(losses) ** 0.5
+        found.append((loss, error, parameters(small), copy.deepcopy(small)))
+        stages.add(
+            recipe.name, settings.data, settings.seed, weight, parameters=parameters(small), validation_loss=loss,
+            standard_error=error, validation_accuracy=float((scored.predicted == scored.label).mean()),
+        )  # fmt: skip
+    best = min(found, key=lambda stage: stage[0])
+    good = [stage for stage in found if stage[0] <= best[0] + best[1]]
+    return min(good, key=lambda stage: stage[2])[3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "honest_default")
+    parser.add_argument("--data-root", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = Recipe.read(given.recipe)
+    rows = Rows(given.out / "honest_default.csv", ("recipe", "data", "seed", "way"))
+    stages = Rows(given.out / "paths.csv", ("recipe", "data", "seed", "kl_weight"))
+    for seed in given.seeds:
+        settings = Settings.of(recipe, given.data, {"seed": seed})
+        data = load_data(given.data, data_root=given.data_root, image_size=settings.image_size, seed=seed)
+        before = parameters(bmrs.without_noise(recipe.network(data, settings.network or {}, seed)))
+        for way in ("path", "price"):
+            if rows.has(given.recipe.name, given.data, seed, way):
+                continue
+            small = (
+                by_path(recipe, settings, data, stages) if way == "path" else by_price(recipe, settings, data)
+            )
+            untuned = measured(small, data)["accuracy"]
+            tune(small, settings, data, settings.fine_tune)
+            size = parameters(small)
+            rows.add(
+                given.recipe.name, given.data, seed, way, parameters=size, removed=1 - size / before,
+                widths="-".join(map(str, widths_of(small))), **measured(small, data), accuracy_before_tuning=untuned,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
