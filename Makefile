@@ -11,7 +11,7 @@ help:
 	@echo 'make test      the quick tests'
 	@echo 'make test-all  every test, those that take minutes or need the real data sets too'
 	@echo 'make lint      ruff and mypy'
-	@echo 'make docs      the API pages, into build/docs'
+	@echo 'make docs      the documentation as a site, into build/docs'
 
 .venv/installed: pyproject.toml
 	@test -x .venv/bin/pip || { \
@@ -43,4 +43,4 @@ lint: .venv/installed
 	.venv/bin/mypy
 
 docs: .venv/installed
-	.venv/bin/python -m pdoc -o build/docs $(addprefix pyro_bmrs.,distributions evidence networks inference reduction diagnostics data recipes runs study sweep cli)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict

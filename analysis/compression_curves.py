@@ -247,7 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--runs", type=Path, help="folder of the runs; default the study's")
-    parser.add_argument("--out", type=Path, help="default analysis/results/<name of the study>")
+    parser.add_argument(
+        "--out", type=Path, help="default analysis/results/compression_curves/<name of the study>"
+    )
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--methods", nargs="*", default=[*METHODS], choices=[*METHODS], metavar="METHOD")
     parser.add_argument(
@@ -257,7 +259,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     study = Study.read(given.study, out=given.runs)
-    out = given.out or Path(__file__).parent / "results" / given.study.stem
+    out = given.out or Path(__file__).parent / "results" / "compression_curves" / given.study.stem
     peers = Rows(out / "peers.csv", ("seed", "kl_weight", "method"))
     criteria = Rows(out / "criteria.csv", ("criterion", "share"))
     if not given.draw_only:

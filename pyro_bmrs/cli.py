@@ -51,7 +51,13 @@ _FIT_SETTINGS = (
     "draws_per_batch", "removal", "schedule", "gradient_clip", "accumulate", "patience", "precision", "limit",
 )  # fmt: skip
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A Python file like those in models/.")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A Python file (`pyro-bmrs new` writes one), or lenet5, lenet5_caffe, mlp, resnet, vit.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
 Data = Annotated[
     str, typer.Option(help="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.")
@@ -151,8 +157,9 @@ def _commands(
 def _new_run(given: dict[str, Any]) -> Run:
     from pyro_bmrs.recipes import Recipe, Settings
     from pyro_bmrs.runs import Run
+    from pyro_bmrs.shipped import find_recipe
 
-    recipe = Recipe.read(given["recipe"])
+    recipe = Recipe.read(find_recipe(given["recipe"]))
     overrides = {name: given[name] for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
     current = Run(
         given["out"], recipe, Settings.of(recipe, given["data"], overrides), data_root=given["data_root"],
@@ -223,6 +230,17 @@ def _print_cells(study: Study) -> None:
 
 # The commands take their options from the context by name: each appears once in a signature, for its help
 # and type, and `_new_run` and `_old_run` pick what they need.
+
+
+@app.command()
+def new(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write, such as mine.py.")],
+) -> None:
+    """Write a commented recipe to start from."""
+    from pyro_bmrs.shipped import write_starter
+
+    write_starter(recipe)
+    print(f"{recipe} is there; try: pyro-bmrs run {recipe} --data digits --out runs/{recipe.stem}")
 
 
 @app.command()
@@ -405,8 +423,9 @@ def predict(
 ) -> None:
     """Predict with the small network of a run."""
     from pyro_bmrs.data import read_inputs
-    from pyro_bmrs.files import write_table
+    from pyro_bmrs.files import check_file, write_table
 
+    check_file("out", out)
     raw = None if inputs is None else read_inputs(inputs)
     current = _old_run(context.params)
     x = current.dataset.test[:][0] if raw is None else current.dataset.prepare(raw)
@@ -481,7 +500,7 @@ def _guarded(arguments: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort) as error:
         print(f"pyro-bmrs: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
         if os.environ.get("PYRO_BMRS_DEBUG"):
             raise
         message = str(error) or type(error).__name__

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pyro_bmrs.diagnostics.page import svg, write_page
 from pyro_bmrs.diagnostics.posterior_plots import plot_criteria, plot_runs
-from pyro_bmrs.files import write_table
+from pyro_bmrs.files import check_file, write_table
 from pyro_bmrs.run_folder import RunFolder
 
 # More lines than these can't be told apart.
@@ -89,11 +89,12 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         The path of the HTML file.
 
     Raises:
-        ValueError: as `compare_runs`, or if out does not end in .html.
+        ValueError: as `compare_runs`, or if out does not end in .html, or can't be written.
     """
     out = Path(out)
     if out.suffix != ".html":
         raise ValueError(f"out must end in .html: got {os.fspath(out)}")
+    check_file("out", out)
     table = compare_runs(folders)
     runs = [RunFolder(folder) for folder in folders]
     # by number: a run may be called like another column

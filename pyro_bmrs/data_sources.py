@@ -368,12 +368,22 @@ def _read_npz(path: Path) -> RawData:
     )
 
 
+# Kilobytes of a compressed file can stand for more than any memory holds.
+_MOST_BYTES = 2**33
+
+
 def _load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     require(path.is_file(), f"name is '{path}', but there is no such file")
     try:
         archive = np.load(path, allow_pickle=False)
         require(isinstance(archive, NpzFile), f"name is '{path}', but it is one array, not an .npz archive")
         with archive:
+            unpacked = sum(member.file_size for member in archive.zip.infolist())
+            require(
+                unpacked <= _MOST_BYTES,
+                f"name is '{path}', whose arrays have {unpacked:,} bytes, but {_MOST_BYTES:,} are the most "
+                "that is read",
+            )
             missing = [key for key in _NPZ_KEYS if key not in archive]
             require(
                 not missing,

@@ -6,9 +6,15 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +28,42 @@ _BESIDE = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}(?P<suffix>\.[^.]+)")
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
+# A plan of a network with a million structures has fewer bytes of JSON.
+MOST_TEXT = 2**26
+
+
+def _not_writable(folder: Path) -> Path | None:
+    """The folder, or where it would have to be made, if nothing can be written there."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise ValueError, naming the argument, unless files can be written to `folder`; nothing is created."""
+    there = _not_writable(folder)
+    if there is not None:
+        raise ValueError(f"{name} must be a folder that can be written to: got {folder}, and {there} is none")
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise ValueError, naming the argument, unless a file can be written to `path`; nothing is created."""
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file to write: got the folder {path}")
+    there = _not_writable(path.parent)
+    if there is not None:
+        raise ValueError(
+            f"{name} must be in a folder that can be written to: got {path}, and {there} is none"
+        )
+
+
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file beside `path`, then rename it: `path` is whole or untouched, never half."""
+    """Let `write` fill a file beside `path`, then rename it: `path` is whole or untouched, never half.
+
+    Raises:
+        ValueError: if no file can be written to `path`.
+    """
     path = Path(path)
+    check_file("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -40,6 +79,72 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+class FolderInUseError(ValueError):
+    """Another process works in a folder."""
+
+
+@contextmanager
+def held(name: str, folder: Path) -> Iterator[None]:
+    """A context in which no other process that asks is let into `folder`, which is made where it is missing.
+
+    The folder itself is locked, so that nothing lies in it that could be left behind; the system lets go of it
+    with the process, however that ends.
+
+    Args:
+        name: the argument that gave the folder, for the message.
+
+    Raises:
+        FolderInUseError: if another process, or another context of this one, has it.
+        ValueError: if it can't be written to.
+    """
+    check_folder(name, folder)
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(name, folder):
+            yield
+    finally:
+        with suppress(OSError):  # what was refused at once leaves no empty folders
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def _locked(name: str, folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(
+                f"{name} must be a folder that no other process works in: got {folder}, which one does; wait for "
+                "it, stop it, or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file of at most `MOST_TEXT` bytes.
+
+    Raises:
+        ValueError: if it is larger, or no UTF-8.
+        OSError: if it can't be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST_TEXT + 1)  # not what the folder says of its size: a device has none
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"it has more than {MOST_TEXT:,} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def write_table(path: Path | str, table: pd.DataFrame) -> Path:
@@ -102,8 +207,14 @@ class NewerFileError(ValueError):
     """A file was written by a newer version of this package."""
 
 
-def refuse_newer(path: Path | str, kind: str, version: int, newest: int) -> None:
-    """Raise NewerFileError if a file of this kind is of a version above the newest that is read here."""
+def refuse_newer(path: Path | str, kind: str, version: object, newest: int) -> None:
+    """Raise NewerFileError if a file of this kind is of a version above the newest that is read here.
+
+    Raises:
+        ValueError: if the version is no number.
+    """
+    if type(version) is not int:
+        raise ValueError(f"{path} must have a {kind} version that is a whole number: got {version!r}")
     if version > newest:
         raise NewerFileError(
             f"{path} was written by a newer pyro_bmrs ({kind} version {version}, this one reads up to {newest}): "

@@ -24,7 +24,9 @@ def blamed(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{what} fails with {type(error).__name__}: {error}") from error
+        # Pyro adds a table of all sites, which is no part of one line
+        reason = str(error).partition("Trace Shapes:")[0].strip()
+        raise ValueError(f"{what} fails with {type(error).__name__}: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pyro_bmrs.diagnostics import Diagnosis
-from pyro_bmrs.files import read_table, refuse_newer
+from pyro_bmrs.files import read_table, read_text, refuse_newer
 from pyro_bmrs.recipes import Settings
 from pyro_bmrs.reduction.plan import Reduction
 
@@ -40,9 +40,9 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(read_text(path))
             version = int(document["version"]) if document["format"] == FORMAT else None
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             version = None
         if version is None:
             raise ValueError(f"{path} is not the settings file of a run, or is damaged")
@@ -78,7 +78,7 @@ class RunFolder:
         self._need(name)
         try:
             table = read_table(self.folder / name, ("layer", "network", "criterion"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         missing = [column for column in columns if column not in table]
         if missing:
@@ -87,9 +87,15 @@ class RunFolder:
 
     def evaluation(self) -> pd.DataFrame:
         """How the networks do on the test examples, a row each, the final one last."""
-        return self.read_table(
-            "evaluation.csv", "network", "negative_log_likelihood", "accuracy", "parameters"
-        )
+        numbers = ("negative_log_likelihood", "accuracy", "parameters")
+        table = self.read_table("evaluation.csv", "network", *numbers)
+        path = self.folder / "evaluation.csv"
+        if table.empty:
+            raise ValueError(f"{path} is damaged: it has no rows")
+        for name in numbers:
+            if not pd.api.types.is_numeric_dtype(table[name]):
+                raise ValueError(f"{path} is damaged: {name} must be numbers, got {table[name].iloc[0]!r}")
+        return table
 
     def outcome(self) -> dict[str, float]:
         """removed (fraction of parameters) and accuracy (test, 0 to 1) of the final network."""

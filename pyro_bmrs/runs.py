@@ -6,15 +6,15 @@ import copy
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import wraps
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate
 
 import pandas as pd
 import pyro
@@ -28,7 +28,15 @@ from pyro_bmrs.data_sources import is_at_hand
 from pyro_bmrs.diagnostics import Diagnosis, compression_curve, diagnose, report
 from pyro_bmrs.diagnostics.diagnosis import DRAWS
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.files import NewerFileError, clear_unfinished, write_atomically, write_table
+from pyro_bmrs.files import (
+    NewerFileError,
+    check_file,
+    check_folder,
+    clear_unfinished,
+    held,
+    write_atomically,
+    write_table,
+)
 from pyro_bmrs.fitting import Fit, fit
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices
@@ -36,6 +44,7 @@ from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference import Classifier, evaluate, recalibrate
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
+from pyro_bmrs.networks.inputs import check_finite
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.recipes import Recipe, Settings, blamed
@@ -85,9 +94,27 @@ def _asks_anew(found: Diagnosis | None, draws: int | None, foreign: str | None) 
 
 def _check_writable(folder: Path) -> None:
     """Said before a fit, not after it; nothing is created."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"out must be a folder that can be written to: got {folder}, and {there} is none")
+    check_folder("out", folder)
+
+
+def _alone[**Arguments, Result](
+    stage: Callable[Concatenate[Run, Arguments], Result],
+) -> Callable[Concatenate[Run, Arguments], Result]:
+    """A stage of a run during which no other process works in its folder; stages call one another."""
+
+    @wraps(stage)
+    def alone(run: Run, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        if run.is_held:
+            return stage(run, *arguments, **options)
+        _check_writable(run.folder)
+        with held("out", run.folder):
+            run.is_held = True
+            try:
+                return stage(run, *arguments, **options)
+            finally:
+                run.is_held = False
+
+    return alone
 
 
 class Run(RunFolder):
@@ -125,7 +152,7 @@ class Run(RunFolder):
         overwrite: bool = False,
     ) -> None:
         super().__init__(folder)
-        self.progress, self.overwrite = progress, overwrite
+        self.progress, self.overwrite, self.is_held = progress, overwrite, False
         check_devices(None, devices, "32")
         if logger not in (None, *LOGGERS):
             raise ValueError(f"logger must be one of {LOGGERS} or None: got {logger!r}")
@@ -201,6 +228,7 @@ class Run(RunFolder):
 
     # the stages -------------------------------------------------------------------------------------
 
+    @_alone
     def finish(self, *, draws: int | None = None, foreign: str | None = None) -> bool:
         """Do what is not done yet of all stages; returns whether there was anything. Arguments as of `report`."""
         self._check_diagnosis(draws, foreign)
@@ -216,6 +244,7 @@ class Run(RunFolder):
         self.report(draws=draws, foreign=foreign)
         return True
 
+    @_alone
     def fit(self) -> Fit | None:
         """Fit the posterior and write it, unless the folder has it. Returns the fit if one was made.
 
@@ -225,7 +254,6 @@ class Run(RunFolder):
             self.load_posterior()
             return None
         settings = self.settings
-        _check_writable(self.folder)
         self._clear_unfinished()
         self._check_shrinkable()
         result = fit(
@@ -274,6 +302,7 @@ class Run(RunFolder):
 
     def _check_shrinkable(self) -> None:
         """Call the model once and shrink its network once, so that a bad recipe is refused before the fit."""
+        check_finite(f"recipe {self.recipe.path}: network", self.network)
         example = self._example()
         with torch.random.fork_rng(), blamed(f"recipe {self.recipe.path}: its model"):
             self._traced(copy.deepcopy(self.model)).compute_log_prob()
@@ -302,10 +331,10 @@ class Run(RunFolder):
         self.guide.to(self.device)
         load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
 
+    @_alone
     def reduce(self) -> tuple[Reduction, nn.Module]:
         """Reduce, apply, fine-tune, evaluate, and write plan, tables and the small network."""
         settings = self.settings
-        _check_writable(self.folder)
         self._clear_unfinished()
         criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
         plan = reduce(
@@ -390,6 +419,7 @@ class Run(RunFolder):
         gone = gone.loc[new, _REMOVAL_COLUMNS]
         return gone if noted.empty else pd.concat([noted, gone], ignore_index=True)
 
+    @_alone
     def report(self, *, draws: int | None = None, foreign: str | None = None) -> Path:
         """Measure what the folder does not hold yet, and write report.html and report.md.
 
@@ -501,6 +531,7 @@ class Run(RunFolder):
         kinds = {".onnx": export_onnx, ".pt2": export_program}
         if path.suffix not in kinds:
             raise ValueError(f"out must end in {' or '.join(kinds)}: got {path}")
+        check_file("out", path)
         small = self.small_network().cpu()
         return kinds[path.suffix](small, self.dataset.test[:4][0], path)
 

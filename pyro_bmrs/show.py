@@ -15,6 +15,7 @@ from pyro_bmrs.diagnostics.report_text import (
     number,
     percent,
     posterior_warnings,
+    removal_warnings,
     verdict,
     warnings_of,
 )
@@ -82,7 +83,8 @@ def show_run(folder: Path | str, console: Console | None = None) -> None:
                 ],
             )
         )
-    for warning in [*warnings_of(plan, widths), *posterior_warnings(diagnosis)]:
+    warnings = [*removal_warnings(evaluation), *warnings_of(plan, widths), *posterior_warnings(diagnosis)]
+    for warning in warnings:
         console.print(Text(f"! {warning}", style="yellow"))
     report = run.folder / "report.html"
     if report.exists():

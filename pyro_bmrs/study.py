@@ -20,10 +20,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from pyro_bmrs.files import read_text
 from pyro_bmrs.fitting.devices import PRECISIONS
 from pyro_bmrs.fitting.loop import SCHEDULES
 from pyro_bmrs.recipes import Recipe, Settings
 from pyro_bmrs.run_folder import FIT_FILES
+from pyro_bmrs.shipped import find_recipe
 
 # The axes of a study: the key in its file, and the setting that the key's values are given to.
 _AXES = {"data": "data", "kl_weights": "kl_weight", "criteria": "criterion", "seeds": "seed"}
@@ -182,7 +184,7 @@ class Study:
             _check_type(f"settings: {name}", value, _SETTING_TYPES[name])
         cells = []
         for given in recipes:
-            recipe = Recipe.read(os.path.normpath(place / given))
+            recipe = Recipe.read(os.path.normpath(find_recipe(given, place)))
             for data, *values in product(*axes):
                 varied = dict(zip([*_AXES.values()][1:], values, strict=True))
                 # null is a value here, where the recipe says otherwise
@@ -194,9 +196,12 @@ class Study:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
+        # a few lines of them stand for more than any memory holds
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError("must have no aliases (*name)")
         document, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"can't be read ({error})") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"is not YAML ({error})") from error

@@ -24,7 +24,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.files import write_atomically, write_table
+from pyro_bmrs.files import held, write_atomically, write_table
 from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.recipes import Recipe
 from pyro_bmrs.run_folder import FIT_FILES
@@ -312,10 +312,15 @@ def run_study(
 
     Raises:
         ValueError: if a data set can't be read, the backend is not installed or too small for `jobs`, or
-            results.csv is none of a study's; before any work.
+            results.csv is none of a study's, or another process works in `out`; before any work.
         OSError: if `out` can't be written to.
         Interrupted: on Ctrl-C. What is finished stands; the same call goes on.
     """
+    with held("out", study.out):
+        return _run_study(study, data_root, device, progress)
+
+
+def _run_study(study: Study, data_root: Path | str | None, device: str, progress: bool) -> pd.DataFrame:
     # a worker that is told to end is one cell that failed; in the caller's own process it is the caller's Ctrl-C
     caught = (Exception, SystemExit) if study.jobs == 1 else (BaseException,)
     finish = partial(

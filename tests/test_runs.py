@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from pyro_bmrs import runs
 from pyro_bmrs.data import load_data
+from pyro_bmrs.files import held
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.recipes import Recipe, Settings
 from pyro_bmrs.runs import Run
@@ -324,6 +325,47 @@ def start(folder, *arguments):
 
 
 LONG = ("--epochs", "100000")
+
+
+def test_a_second_process_is_not_let_into_the_folder_before_the_first_has_ended(tmp_path, capsys):
+    folder = tmp_path / "run"
+    process = start(folder)
+    try:
+        for line in (
+            ("run", RECIPE, "--out", folder, *LONG),
+            ("run", RECIPE, "--out", folder, "--overwrite"),
+        ):
+            assert call(*line, "--quiet") == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert f"out must be a folder that no other process works in: got {folder}" in error
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    with held("out", folder):  # a killed process keeps nothing locked
+        pass
+    assert names(folder) == {"checkpoints"}
+
+
+def test_a_held_folder_is_refused_by_every_stage_and_untouched(copied, capsys):
+    before = {name: path.read_bytes() for name, path in files(copied).items()}
+    with held("out", copied):
+        for line in (("run", RECIPE, "--out"), ("fit", RECIPE, "--out"), ("reduce",), ("report",)):
+            assert call(*line, copied, "--quiet") == 2
+            assert "no other process works in" in capsys.readouterr().err
+        assert call("show", copied) == 0  # reading is free
+        capsys.readouterr()
+    assert {name: path.read_bytes() for name, path in files(copied).items()} == before
+
+
+def test_what_is_refused_leaves_no_empty_folders(tmp_path):
+    with pytest.raises(KeyError), held("out", tmp_path / "a" / "b"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with held("out", tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,6 +21,7 @@ from command_line import call
 from safetensors.torch import load_file
 
 from pyro_bmrs import runs, sweep
+from pyro_bmrs.files import held
 from pyro_bmrs.recipes import Settings
 from pyro_bmrs.run_folder import FIT_FILES
 from pyro_bmrs.runs import Run
@@ -302,6 +303,18 @@ def test_ctrl_c_in_a_terminal_is_one_line(place):
     assert error.count("\n") == 1
     assert "0 of 2 cells done" in error
     assert list(results().status) == ["waiting"] * 2
+
+
+def test_a_second_sweep_is_not_let_into_the_folder(place, capsys):
+    study = write_study(seeds=0, criteria="SNR")
+    assert call("sweep", study, "--quiet") == 0
+    before = Path("out/results.csv").read_bytes()
+    capsys.readouterr()
+    with held("out", Path("out")):
+        assert call("sweep", write_study(seeds=[0, 1]), "--quiet") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out must be a folder that no other process works in: got out" in line
+    assert Path("out/results.csv").read_bytes() == before
 
 
 def test_ctrl_c_in_the_callers_own_process_is_no_failure_of_a_cell(place, monkeypatch, capsys):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -123,6 +124,8 @@ def load_datatree(path: str | os.PathLike[str]) -> DataTree:
     import xarray
 
     path = _netcdf_path(path)
+    if not path.is_file():
+        raise ValueError(f"path must be a NetCDF file written by save_datatree: there is no file {path}")
     try:
         with xarray.open_datatree(path, engine=_ENGINE) as tree:
             return tree.load()
@@ -166,6 +169,8 @@ def loo(tree: DataTree, *, var_name: str | None = None) -> ELPDData:
         raise ValueError(f"var_name must be one of the observed sites {sites}: got {var_name!r}")
     log_p, log_q = (tree["sample_stats"][name] for name in ("log_p", "log_q"))
     weights = torch.as_tensor(np.ascontiguousarray((log_p - log_q).to_numpy().ravel()))
+    if bool((weights.isnan() | (weights == math.inf)).any()):
+        raise ValueError("tree must have log_p - log_q that is finite, or -inf: got NaN or inf")
     if len(weights) < LEAST_DRAWS:
         raise ValueError(f"tree must have at least {LEAST_DRAWS} draws: got {len(weights)}")
     khat, most = pareto_khat(weights), khat_threshold(len(weights))

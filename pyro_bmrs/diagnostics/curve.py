@@ -30,9 +30,12 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
         ValueError: if points < 2, or the plan was loaded from disk and holds no network.
     """
     from pyro_bmrs.inference.evaluate import evaluate
+    from pyro_bmrs.reduction import Reduction
 
-    if points < 2:
-        raise ValueError(f"points must be at least 2: got {points}")
+    if not isinstance(plan, Reduction):
+        raise TypeError(f"plan must be a Reduction: got {type(plan).__name__}")
+    if not isinstance(points, int) or points < 2:
+        raise ValueError(f"points must be at least 2: got {points!r}")
     rows_left = plan.table[plan.table.present]
     scores = rows_left.score.sort_values(ascending=False, ignore_index=True)
     total, own = len(scores), int(rows_left.removed.sum())

@@ -28,7 +28,15 @@ from pyro_bmrs.diagnostics.posterior_plots import (
 )
 from pyro_bmrs.diagnostics.what_if import what_if
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.files import NewerFileError, read_table, refuse_newer, write_atomically, write_table
+from pyro_bmrs.files import (
+    NewerFileError,
+    check_folder,
+    read_table,
+    read_text,
+    refuse_newer,
+    write_atomically,
+    write_table,
+)
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.looking import looking
@@ -107,6 +115,7 @@ class Diagnosis:
     def save(self, folder: Path | str) -> Path:
         """Write a CSV per table, and diagnosis.json last; returns the folder."""
         folder = Path(folder)
+        check_folder("folder", folder)
         document = dict(
             format=FORMAT, version=VERSION, tables=list(self.tables()), facts=self.facts, notes=self.notes
         )
@@ -127,7 +136,9 @@ class Diagnosis:
         """
         path = Path(folder) / "diagnosis.json"
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(read_text(path))
+            if not isinstance(document, dict):
+                raise ValueError("it holds no dictionary")
             if document["format"] != FORMAT:
                 raise ValueError(f"its format is {document['format']!r}")
             refuse_newer(path, "diagnosis", document["version"], VERSION)

@@ -85,7 +85,17 @@ def plot_reductions(
         values: where the densities are drawn. Shape: (points,).
     """
     from pyro_bmrs.evidence import log_evidence_change, reduced_posterior
+    from pyro_bmrs.evidence.unwrapping import batch_shape_of, check_distributions
 
+    if not reduced_priors:
+        raise ValueError("reduced_priors must have at least one: got {}")
+    for name, reduced in reduced_priors.items():
+        check_distributions((posterior, prior, reduced))
+        shape = batch_shape_of((posterior, prior, reduced))
+        if shape.numel() != 1:
+            raise ValueError(
+                f"posterior and priors must be of one element: got shape {tuple(shape)} for {name!r}"
+            )
     figure = new_figure(2.5 * len(reduced_priors) + 0.3)
     panels = np.atleast_1d(figure.subplots(len(reduced_priors), sharex=True))
     x = values.double()
@@ -115,6 +125,10 @@ def plot_models(posterior: ModelPosterior, *, count: int = 12) -> Figure:
         posterior: what `exhaustive_reduction` returned.
         count: models shown, at most.
     """
+    if not hasattr(posterior, "table"):
+        raise TypeError(
+            f"posterior must be what exhaustive_reduction returned: got {type(posterior).__name__}"
+        )
     table = posterior.table(count)
     groups = posterior.groups
     figure = new_figure(0.28 * len(groups) + 2.0)

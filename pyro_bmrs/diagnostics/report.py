@@ -45,11 +45,13 @@ from pyro_bmrs.diagnostics.report_text import (
     khat_text,
     methods,
     posterior_warnings,
+    removal_warnings,
     rows_of,
     verdict,
     warnings_of,
 )
 from pyro_bmrs.diagnostics.what_if import slider
+from pyro_bmrs.files import check_file
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -131,8 +133,7 @@ def report(
         raise TypeError(f"plan must be what reduce returned: got {type(plan).__name__}")
     if diagnosis is not None and not hasattr(diagnosis, "tables"):
         raise TypeError(f"diagnosis must be what diagnose found, or None: got {type(diagnosis).__name__}")
-    if out.is_dir():
-        raise ValueError(f"out must be a file to write: got the folder {out}")
+    check_file("out", out)
     if out.suffix == ".md":
         raise ValueError(f"out must not end in .md, which is for the Markdown beside it: got {out}")
     widths = plan.widths()
@@ -156,7 +157,7 @@ def report(
     content = dict(
         title="Reduction report",
         verdict=verdict(history, plan, curve, evaluation),
-        warnings=[*warnings_of(plan, widths), *posterior_warnings(diagnosis)],
+        warnings=[*removal_warnings(evaluation), *warnings_of(plan, widths), *posterior_warnings(diagnosis)],
         criterion=str(plan.criterion),
         costs=_costs(plan.costs),
         widths=rows_of(shown_widths, (*WIDTH_COLUMNS, "removed")),

@@ -21,6 +21,8 @@ EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood",
 WIDTH_COLUMNS = ("layer", "before", "after")
 # Scores this close to zero (criterion's unit) were decided by next to nothing.
 NARROW = 0.1
+# Removing what has no evidence should cost next to nothing: more than this (nats per example) is no detail.
+COSTLY = 0.25
 
 
 def khat_text(khat: float) -> str:
@@ -212,6 +214,30 @@ def warnings_of(plan: Reduction, widths: pd.DataFrame) -> list[str]:
     if unknown:
         found.append(f"{unknown:,} of {len(table):,} units: the score is not a finite number.")
     return found
+
+
+def removal_warnings(evaluation: pd.DataFrame | None) -> list[str]:
+    """What to say where the network that was cut predicts far worse than the one that was fitted.
+
+    Each structure is judged alone, with the others as they are. Of hundreds of idle ones each can be done without
+    and all of them not: noise that is independent averages out, so that together they carry what none has to.
+    """
+    if evaluation is None:
+        return []
+    rows = evaluation.drop_duplicates("network").set_index("network")
+    before = next((name for name in ("full, E[θ]", "shrunk in the fit, E[θ]") if name in rows.index), None)
+    if before is None or "reduced" not in rows.index:
+        return []
+    cost = rows["negative_log_likelihood"]["reduced"] - rows["negative_log_likelihood"][before]
+    if not cost > COSTLY:
+        return []
+    accuracy = rows["accuracy"]
+    return [
+        f"Cutting out what was removed cost {number(cost, '.2f')} nats per example (test accuracy "
+        f"{percent(accuracy[before])} → {percent(accuracy['reduced'])}): units that are idle one by one carried "
+        'something together. Remove after each epoch (removal "epoch"), so that the fit can answer, or lower the '
+        "KL weight."
+    ]
 
 
 def finite(value: object) -> float | None:

@@ -9,9 +9,8 @@ from pyro.distributions import TransformedDistribution, Uniform
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
-from torch.distributions.utils import broadcast_all
 
-from pyro_bmrs.distributions.support import check_bounds, exponential_interval, slack
+from pyro_bmrs.distributions.support import broadcast, check_bounds, exponential_interval, slack
 
 
 class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is untyped
@@ -46,7 +45,7 @@ class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is unty
     ) -> None:
         validate = self._validate_args if validate_args is None else validate_args
         check_bounds(log_low, log_high, ("log_low", "log_high"), validate=validate)
-        low, high = broadcast_all(log_low, log_high)
+        low, high = broadcast(log_low=log_low, log_high=log_high)
         # the base's own check would refuse a closed upper end
         super().__init__(Uniform(low, high, validate_args=False), ExpTransform(), validate_args=validate_args)
 

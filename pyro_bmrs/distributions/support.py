@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions.utils import broadcast_all
 
 # One rounding to float32 moves θ by 2⁻²⁴ of itself and log θ by 2⁻²⁴ of its size; four times that is
 # still far below any difference a posterior can express.
@@ -52,10 +54,32 @@ def exponential_interval(low: Tensor, high: Tensor) -> ClosedInterval:
     return ClosedInterval(lower, upper, lower * width, upper * width)
 
 
+def check_numbers(**given: object) -> None:
+    """Raise TypeError, naming the argument, for what is neither a number nor a tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor | Real):
+            raise TypeError(f"{name} must be a number or a tensor: got {value!r}")
+
+
+def broadcast(**given: Tensor | float) -> tuple[Tensor, ...]:
+    """The parameters of a distribution as tensors of one shape.
+
+    Raises:
+        TypeError, ValueError: naming them, where they are no numbers, or there is no such shape.
+    """
+    check_numbers(**given)
+    try:
+        return tuple(broadcast_all(*given.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(torch.as_tensor(value).shape)}" for name, value in given.items())
+        raise ValueError(f"{', '.join(given)} must have shapes that broadcast: got {shapes}") from None
+
+
 def check_bounds(
     low: Tensor | float, high: Tensor | float, names: tuple[str, str], *, validate: bool
 ) -> None:
     """Raise unless low < high, both finite: numbers always, tensors if `validate` (it costs a sync)."""
+    check_numbers(**dict(zip(names, (low, high), strict=True)))
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = torch.as_tensor(low), torch.as_tensor(high)
         if not validate or low.is_meta or high.is_meta:

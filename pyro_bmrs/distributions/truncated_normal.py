@@ -8,10 +8,15 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Uniform, constraints, register_kl
-from torch.distributions.utils import broadcast_all
 
 from pyro_bmrs.distributions import tail_arithmetic
-from pyro_bmrs.distributions.support import ClosedInterval, check_bounds, slack, without_expansion
+from pyro_bmrs.distributions.support import (
+    ClosedInterval,
+    broadcast,
+    check_bounds,
+    slack,
+    without_expansion,
+)
 
 
 class TruncatedNormal(TorchDistribution):  # type: ignore[misc]  # Pyro is untyped
@@ -55,7 +60,7 @@ class TruncatedNormal(TorchDistribution):  # type: ignore[misc]  # Pyro is untyp
     ) -> None:
         validate = self._validate_args if validate_args is None else validate_args
         check_bounds(low, high, ("low", "high"), validate=validate)
-        self.loc, self.scale, self.low, self.high = broadcast_all(loc, scale, low, high)
+        self.loc, self.scale, self.low, self.high = broadcast(loc=loc, scale=scale, low=low, high=high)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property

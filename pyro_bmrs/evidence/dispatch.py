@@ -24,6 +24,9 @@ class TripleDispatch:
         reduced_prior: type[Distribution],
     ) -> Callable[[Rule], Rule]:
         """Decorator: the rule for a triple of types."""
+        for name, kind in (("posterior", posterior), ("prior", prior), ("reduced_prior", reduced_prior)):
+            if not isinstance(kind, type) or not issubclass(kind, Distribution):
+                raise TypeError(f"{name} must be a type of distribution: got {kind!r}")
 
         def decorate(rule: Rule) -> Rule:
             self.rules[posterior, prior, reduced_prior] = rule

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.evidence.unwrapping import batch_shape_of, device_of, in_float64, log_density, unwrapped
+from pyro_bmrs.evidence.unwrapping import (
+    batch_shape_of,
+    check_distributions,
+    device_of,
+    in_float64,
+    log_density,
+    unwrapped,
+)
 
 DRAWS = 4000
 # Fewer draws than these can't tell the size of a tail, nor the error of a mean.
@@ -246,6 +253,9 @@ def estimate_log_evidence_change(
     """
     if not isinstance(draws, int):
         raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer: got {seed!r}")
+    check_distributions((posterior, prior, reduced_prior))
     wide = (in_float64(posterior), in_float64(prior), in_float64(reduced_prior))
     # elements that are hidden don't count, and each element is drawn
     triple, wrappings = unwrapped(*wide, stop=lambda found: True)

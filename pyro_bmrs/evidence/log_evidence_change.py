@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.evidence.dispatch import TripleDispatch
-from pyro_bmrs.evidence.unwrapping import Triple, batch_shape_of, expanded_to, in_float64, unwrapped
+from pyro_bmrs.evidence.unwrapping import (
+    Triple,
+    batch_shape_of,
+    check_distributions,
+    expanded_to,
+    in_float64,
+    unwrapped,
+)
 
 _CHANGES, _POSTERIORS = TripleDispatch(), TripleDispatch()
 
@@ -105,6 +112,7 @@ def reduced_posterior(
 
 
 def _find(dispatch: TripleDispatch, members: Triple) -> tuple[Triple, list[Any], Callable[..., Any]]:
+    check_distributions(members)
     q, p, reduced = (in_float64(member) for member in members)
     triple, wrappings = unwrapped(q, p, reduced, stop=lambda found: dispatch.find(found) is not None)
     rule = dispatch.find(triple)

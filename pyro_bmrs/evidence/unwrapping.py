@@ -41,6 +41,13 @@ class Wrapping:
     of_distribution: Callable[[Any], Distribution]
 
 
+def check_distributions(triple: Triple) -> None:
+    """Raise TypeError, naming the argument, for what is no distribution."""
+    for name, member in zip(NAMES, triple, strict=True):
+        if not isinstance(member, Distribution):
+            raise TypeError(f"{name} must be a distribution: got {type(member).__name__}")
+
+
 def unwrapped(
     posterior: Distribution, prior: Distribution, reduced_prior: Distribution, stop: Callable[[Triple], bool]
 ) -> tuple[Triple, list[Wrapping]]:

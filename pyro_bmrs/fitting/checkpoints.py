@@ -51,6 +51,25 @@ class Progress:
     finished: bool = False
 
 
+# What a checkpoint's header must hold of a `Progress`.
+_COUNTS, _LISTS = ("epoch", "batch", "best_epoch"), {"steps": list, "history": dict, "removals": dict}
+
+
+def _progress(entries: Mapping[str, Any]) -> Progress:
+    """A checkpoint's progress; raises ValueError or TypeError if it is none."""
+    progress = Progress(**entries)
+    good = all(type(getattr(progress, name)) is int and getattr(progress, name) >= 0 for name in _COUNTS)
+    for name, kind in _LISTS.items():
+        rows = getattr(progress, name)
+        good &= isinstance(rows, list) and all(isinstance(row, kind) for row in rows)
+    good = good and all(
+        len(step) == 3 and all(type(value) in (int, float) for value in step) for step in progress.steps
+    )
+    if not (good and type(progress.best_score) in (int, float) and type(progress.finished) is bool):
+        raise ValueError("its progress is damaged")
+    return progress
+
+
 class Checkpoints:
     """The checkpoints of one fit in a folder.
 
@@ -116,7 +135,7 @@ class Checkpoints:
         for path in self._paths():
             try:
                 header, tensors = self._read(path)
-                progress = Progress(**header["progress"])
+                progress = _progress(header["progress"])
             except NewerFileError:
                 raise
             except (ValueError, TypeError, KeyError) as error:
@@ -142,7 +161,13 @@ class Checkpoints:
         header, tensors = read_tensors(path)
         if header.get("format") != FORMAT:
             raise ValueError("it is no checkpoint of a fit")
-        refuse_newer(path, "checkpoint", header["version"], VERSION)
+        version = header.get("version")
+        if type(version) is not int:
+            raise ValueError(f"its version is {version!r}")
+        refuse_newer(path, "checkpoint", version, VERSION)
+        for name in ("settings", "progress"):
+            if not isinstance(header.get(name), dict):
+                raise ValueError(f"its {name} are no dictionary")
         return header, tensors
 
     def _check_same_fit(self, path: Path, settings: Mapping[str, Any]) -> None:

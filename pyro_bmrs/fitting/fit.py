@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices, open_fabric, started_by_torchrun
 from pyro_bmrs.fitting.loop import SCHEDULES, Loop, Task, isolated
@@ -274,8 +275,7 @@ def _check_surroundings(checkpoints: object, label: object, logger: object) -> N
     if checkpoints is not None:
         if not isinstance(checkpoints, str | Path):
             raise TypeError(f"checkpoints must be a folder or None: got {checkpoints!r}")
-        if Path(checkpoints).exists() and not Path(checkpoints).is_dir():
-            raise ValueError(f"checkpoints must be a folder: got the file {checkpoints}")
+        check_folder("checkpoints", Path(checkpoints))
     if not isinstance(label, str):
         raise TypeError(f"label must be text: got {label!r}")
     for one in logger if isinstance(logger, list) else [logger]:

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_bmrs.files import held
 from pyro_bmrs.fitting.checkpoints import Checkpoints, Progress
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.fitting.posterior_file import restore, state_of
@@ -183,6 +184,8 @@ class Loop:
         show = self.task.progress and self.fabric.is_global_zero
         with ExitStack() as stack:
             stack.enter_context(self._frozen())
+            if self.checkpoints is not None and self.fabric.is_global_zero:
+                stack.enter_context(held("checkpoints", self.checkpoints.folder))
             stop = stack.enter_context(StopRequest())
             resumed = self._resume()
             if self.guide is not None:

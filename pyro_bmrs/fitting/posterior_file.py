@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,19 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
         raise ValueError(f"path must be a posterior written by save_posterior: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"path must be a posterior written by save_posterior: {path} is none")
-    refuse_newer(path, "posterior", header["version"], VERSION)
+    refuse_newer(path, "posterior", header.get("version"), VERSION)
     if header["version"] < VERSION:
         raise ValueError(f"{path} was written by an older pyro_bmrs, of which no release was made: fit again")
+    weight = header.get("kl_weight")
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ValueError(
+            f"path must be a posterior written by save_posterior: {path} has kl_weight {weight!r}"
+        )
     try:
         restore(model, guide, tensors)
     except ValueError as error:
         raise ValueError(f"{path} belongs to another network: {error}") from None
-    guide.kl_weight = header["kl_weight"]
+    guide.kl_weight = weight
 
 
 def state_of(model: nn.Module, guide: Callable[..., Any] | None) -> dict[str, Tensor]:

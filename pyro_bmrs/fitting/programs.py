@@ -12,6 +12,7 @@ from torch import nn
 
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.inputs import check_finite
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.reduction.criteria import Criterion
@@ -23,6 +24,7 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, criterion
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     if guide is not None and not callable(guide):
         raise TypeError(f"guide must be a Pyro guide or None: got {type(guide).__name__}")
+    check_finite("model", model)
     sites = list(noise_layers(model))
     if guide is None and sites:
         raise ValueError(f"guide must be given for a model with noise layers {sites}")

@@ -55,9 +55,15 @@ class Batches:
     def __init__(
         self, data: Data, batch_size: int, device: torch.device, name: str, *, rank: int = 0, world: int = 1
     ) -> None:
+        given: object = data
+        mistyped = isinstance(given, str)
+        if isinstance(given, tuple):
+            mistyped = len(given) != 2 or not all(isinstance(part, Tensor) for part in given)
+        elif isinstance(given, list):  # one of pairs is as good as a Dataset
+            mistyped = len(given) > 0 and all(isinstance(part, Tensor) for part in given)
+        if mistyped:
+            raise TypeError(f"{name} must be (x, y) tensors, a Dataset or a DataLoader: got {_kind(given)}")
         if isinstance(data, tuple):
-            if len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
-                raise TypeError(f"{name} must be (x, y) tensors, a Dataset or a DataLoader")
             if len(data[0]) != len(data[1]):
                 raise ValueError(
                     f"{name} must have as many labels as examples: got {len(data[0])} and {len(data[1])}"
@@ -139,3 +145,10 @@ class Batches:
                 raise TypeError(f"{self.name} must give batches (x, y): got {type(batch).__name__}")
             x, y = batch
             yield to_device(x, self.device), to_device(y, self.device)
+
+
+def _kind(value: object) -> str:
+    """The type of a value, and of what is in it."""
+    if not isinstance(value, tuple | list):
+        return type(value).__name__
+    return f"a {type(value).__name__} of {', '.join(type(part).__name__ for part in value) or 'nothing'}"

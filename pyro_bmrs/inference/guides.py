@@ -151,8 +151,12 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         init_scale: float = math.exp(-5.0),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be positive: got {init_scale}")
+        if not callable(model):
+            raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
+        if not math.isfinite(init_loc):
+            raise ValueError(f"init_loc must be finite: got {init_loc}")
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale must be positive and finite: got {init_scale}")
         if isinstance(model, nn.Module):
             name_sites(model)
         super().__init__(model, create_plates=create_plates)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
-from typing import Any
+from numbers import Real
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pyro_bmrs.networks import name_sites
-from pyro_bmrs.networks.inputs import call
+from pyro_bmrs.networks.inputs import call, check_module
 
 # Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
 _serial = count(1)
@@ -23,14 +25,19 @@ _serial = count(1)
 class _Likelihood(nn.Module):
     """The part that all likelihoods share: the network, the plates and the scaling to the data set."""
 
+    finder: ClassVar[str]  # the argument that finds the tensor in the network's output
+
     def __init__(
         self, net: nn.Module, output: Callable[[Any], Tensor] | None, dataset_size: int | None
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module: got {type(net).__name__}")
-        if dataset_size is not None and dataset_size < 1:
-            raise ValueError(f"dataset_size must be a positive integer or None: got {dataset_size}")
+        check_module("net", net)
+        if output is not None and not callable(output):
+            raise TypeError(
+                f"{self.finder} must be a function of the network's output, or None: got {output!r}"
+            )
+        if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
+            raise ValueError(f"dataset_size must be a positive integer or None: got {dataset_size!r}")
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
         self.store_name = f"{type(self).__name__}_{next(_serial)}"
@@ -88,6 +95,8 @@ class Classifier(_Likelihood):
         ignore_index: label of positions that do not count, -100 as in torch.
     """
 
+    finder = "logits"
+
     def __init__(
         self,
         net: nn.Module,
@@ -98,6 +107,9 @@ class Classifier(_Likelihood):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(net, logits, dataset_size)
+        for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer: got {value!r}")
         self.class_dim, self.ignore_index = class_dim, ignore_index
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
@@ -116,7 +128,13 @@ class Classifier(_Likelihood):
 
     def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The logits as (batch, *positions, classes), checked against the labels."""
+        if not -output.dim() <= self.class_dim < output.dim():
+            raise ValueError(
+                f"class_dim must be a dimension of the logits, of shape {tuple(output.shape)}: got {self.class_dim}"
+            )
         logits = _single(output).movedim(self.class_dim, -1)
+        if y is not None and y.is_floating_point():
+            raise ValueError(f"y must hold numbers of classes, integers: got {y.dtype}")
         if y is not None and y.shape != logits.shape[:-1]:
             raise ValueError(
                 f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
@@ -126,9 +144,16 @@ class Classifier(_Likelihood):
 
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
         logits = self._class_last(self.predict(x), y)
-        return -cross_entropy(
-            logits.flatten(0, -2), y.flatten(), ignore_index=self.ignore_index, reduction="sum"
-        )
+        try:
+            return -cross_entropy(
+                logits.flatten(0, -2), y.flatten(), ignore_index=self.ignore_index, reduction="sum"
+            )
+        except IndexError:  # looked at only then: on an accelerator every look waits for it
+            given = y[y != self.ignore_index]
+            raise ValueError(
+                f"y must hold labels of the {logits.shape[-1]} classes, 0 to {logits.shape[-1] - 1}: got "
+                f"{int(given.min())} to {int(given.max())}"
+            ) from None
 
 
 class Regressor(_Likelihood):
@@ -141,6 +166,8 @@ class Regressor(_Likelihood):
         dataset_size: as in `Classifier`.
     """
 
+    finder = "mean"
+
     def __init__(
         self,
         net: nn.Module,
@@ -150,8 +177,8 @@ class Regressor(_Likelihood):
         dataset_size: int | None = None,
     ) -> None:
         super().__init__(net, mean, dataset_size)
-        if scale is not None and not scale > 0:
-            raise ValueError(f"scale must be positive or None: got {scale}")
+        if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
+            raise ValueError(f"scale must be positive or None, and finite: got {scale!r}")
         log_scale = torch.tensor(float(scale or 1.0)).log()
         if scale is None:
             self.log_scale: Tensor = nn.Parameter(log_scale)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.inference.batches import Batches, Data
-from pyro_bmrs.networks.inputs import call
+from pyro_bmrs.networks.inputs import call, check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
@@ -39,13 +39,17 @@ def recalibrate[Network: nn.Module](
         seed: of the choice of examples.
 
     Raises:
-        ValueError: if the network has noise layers, or examples or batch_size is below 2.
+        ValueError: if the network has noise layers, examples or batch_size is below 2, or statistics come out that
+            are not finite; they are then what they were.
     """
+    check_module("network", network)
     if noise_layers(network):
         raise ValueError("network must have no noise layers: apply the reduction first")
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 2:
             raise ValueError(f"{name} must be an integer of at least 2: got {value!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer: got {seed!r}")
     layers = [
         module
         for module in network.modules()
@@ -72,6 +76,11 @@ def recalibrate[Network: nn.Module](
                 seen += len(y)
                 if seen >= examples:
                     break
+        for buffer in (buffer for layer in layers for buffer in layer.buffers()):
+            if not bool(buffer.isfinite().all()):
+                raise ValueError(
+                    "data must give finite activations: a running mean or variance is NaN or inf"
+                )
     except BaseException:
         for layer, state in zip(layers, before, strict=True):
             layer.load_state_dict(state, strict=False)

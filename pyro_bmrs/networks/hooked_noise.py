@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from pyro_bmrs.networks.attention import join_attention
 from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup
-from pyro_bmrs.networks.inputs import batch_size
+from pyro_bmrs.networks.inputs import batch_size, check_module
 from pyro_bmrs.networks.noise import LARGE, MultiplicativeNoise, draws_per_batch_allowed, noise_layers, scaled
 
 NAME = "structure_noise"
@@ -232,6 +232,7 @@ def without_noise(module: nn.Module) -> nn.Module:
 
     Attention that was given separate projections is torch's own again, unless heads have been removed.
     """
+    check_module("module", module)
     without_hooked_noise(module)
     join_attention(module)
     for path, layer in list(module.named_modules()):

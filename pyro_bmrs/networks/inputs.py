@@ -7,11 +7,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # A tensor; a tuple: positional arguments; a mapping: keyword arguments (of a network whose forward takes no
 # such keywords: one dictionary).
 Inputs = Any
+
+
+def check_module(name: str, module: object) -> None:
+    """Raise TypeError, naming the argument, unless it is a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module: got {type(module).__name__}")
+
+
+def check_finite(name: str, module: nn.Module) -> None:
+    """Raise ValueError, naming the argument, if a parameter holds NaN or inf: nothing could be compared then."""
+    bad = [
+        path
+        for path, parameter in module.named_parameters()
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all())
+    ]
+    if bad:
+        raise ValueError(
+            f"{name} must have finite parameters: got NaN or inf in {', '.join(map(repr, bad[:10]))}"
+        )
 
 
 def call(network: nn.Module, inputs: Inputs) -> Any:

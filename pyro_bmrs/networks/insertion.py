@@ -14,7 +14,16 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.dependency_graph import StructureError, has_own_parameters
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
-from pyro_bmrs.networks.inputs import Inputs, batch_size, call, map_tensors, repeated, tensors_of
+from pyro_bmrs.networks.inputs import (
+    Inputs,
+    batch_size,
+    call,
+    check_finite,
+    check_module,
+    map_tensors,
+    repeated,
+    tensors_of,
+)
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import Structures, find_structures
 from pyro_bmrs.networks.surgery import EqualityError, difference, remove_structures
@@ -57,6 +66,8 @@ def structures(
             `leave_out` matches nothing.
     """
     _check(network, example_input)
+    if not isinstance(leave_out, str | Sequence):
+        raise TypeError(f"leave_out must be a path, a pattern, or a sequence of them: got {leave_out!r}")
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
     separate = copy.deepcopy(network)
     separate_attention(separate)
@@ -96,6 +107,7 @@ def insert_noise[Network: nn.Module](
         StructureError, ValueError: as `structures` does; and if nothing can be removed, with the reasons.
     """
     found = structures(network, example_input, leave_out=leave_out)
+    check_finite("network", network)
     if not found.groups:
         reasons = "; ".join(f"{refused.path}: {refused.reason}" for refused in found.refused)
         raise StructureError(
@@ -156,13 +168,14 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
 
 
 def _check(network: nn.Module, example_input: Inputs) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network must be a torch.nn.Module: got {type(network).__name__}")
+    check_module("network", network)
     if next(network.parameters(), None) is None:
         raise ValueError(f"network must have parameters: {type(network).__name__} has none")
     if noise_layers(network):
         raise ValueError(f"network must have no noise layers yet: it has {sorted(noise_layers(network))}")
-    batch_size(example_input)
+    if not batch_size(example_input):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(example_input))
+        raise ValueError(f"example_input must hold at least one example: got shape {shapes}")
     looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
     with torch.random.fork_rng():
         try:

@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
+from pyro_bmrs.networks.inputs import check_module
 
 # From so many numbers on it is worth some microseconds to make fewer tensors of them.
 LARGE = 2**16
@@ -78,8 +79,10 @@ class MultiplicativeNoise(nn.Module):
 
     def __init__(self, features: int, *, dim: int = 1, log_low: float = -20.0, log_high: float = 0.0) -> None:
         super().__init__()
-        if not isinstance(features, int) or features < 1:
+        if not isinstance(features, int) or isinstance(features, bool) or features < 1:
             raise ValueError(f"features must be a positive integer: got {features!r}")
+        if not isinstance(dim, int):
+            raise ValueError(f"dim must be an integer: got {dim!r}")
         if dim == 0:
             raise ValueError("dim must not be 0, which counts examples: got 0")
         LogUniform(log_low, log_high)  # checks the bounds
@@ -116,7 +119,8 @@ class MultiplicativeNoise(nn.Module):
         return theta * self.kept
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.site is not None and (x.dim() < 2 or x.shape[self.dim] != self.features):
+        there = x.dim() >= 2 and -x.dim() <= self.dim < x.dim()
+        if self.site is not None and (not there or x.shape[self.dim] != self.features):
             raise ValueError(
                 f"input of noise layer {self.site!r} must have {self.features} structures in dimension "
                 f"{self.dim}: got shape {tuple(x.shape)}"
@@ -216,8 +220,10 @@ def name_sites(module: nn.Module) -> None:
     """Name the site of each unnamed noise layer below `module` after the layer's path in it.
 
     Raises:
+        TypeError: if `module` is none.
         ValueError: if two different layers end up with one name.
     """
+    check_module("module", module)
     seen: dict[str, nn.Module] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, MultiplicativeNoise):

@@ -15,7 +15,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_noise
-from pyro_bmrs.networks.inputs import Inputs, as_double, call, first_examples, map_tensors, tensors_of
+from pyro_bmrs.networks.inputs import (
+    Inputs,
+    as_double,
+    call,
+    check_finite,
+    first_examples,
+    map_tensors,
+    tensors_of,
+)
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 
@@ -178,7 +186,7 @@ def remove_structures(
 
     Raises:
         EqualityError: if its outputs on `example_input` are not those of the reduced model.
-        ValueError: if sites don't match, a layer would lose all its structures, or a scale is not finite.
+        ValueError: if sites don't match, a layer would lose all its structures, or a scale or parameter is not finite.
     """
     layers = noise_layers(network)
     for name, given in (("kept", kept), ("scales", scales)):
@@ -194,6 +202,7 @@ def remove_structures(
             raise ValueError(f"kept[{site!r}] must keep at least one of {layer.features} structures")
         if not bool(torch.isfinite(scales[site]).all()):
             raise ValueError(f"scales[{site!r}] must be finite")
+    check_finite("network", network)
 
     device = next(network.parameters()).device
     dtypes = {name: tensor.dtype for name, tensor in _floating(network)}

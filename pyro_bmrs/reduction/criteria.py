@@ -137,9 +137,10 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801 the paper's name
     prior_log_odds: float = field(default=RELEASED_LOG_ODDS)
 
     def __post_init__(self) -> None:
-        _check("scale", self.scale, self.scale > 0, "positive")
-        _check("prior_log_odds", self.prior_log_odds, math.isfinite(self.prior_log_odds), "finite")
-        _check("loc", self.loc, self.loc is None or math.isfinite(self.loc), "finite or None")
+        _check("scale", self.scale, lambda scale: scale > 0, "positive")
+        _check("scale", self.scale, math.isfinite, "finite")
+        _check("prior_log_odds", self.prior_log_odds, math.isfinite, "finite")
+        _check("loc", self.loc, lambda loc: loc is None or math.isfinite(loc), "finite or None")
 
     def reduced_prior(
         self, prior: LogUniform | TruncatedLogNormal, **parameters: Tensor
@@ -169,10 +170,12 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
     prior_log_odds: float = PAPER_LOG_ODDS
 
     def __post_init__(self) -> None:
-        _check("bits", self.bits, math.isfinite(self.bits), "finite")
-        valid = self.floor_bits is None or self.floor_bits > self.bits
-        _check("floor_bits", self.floor_bits, valid, f"above bits={self.bits}, or None")
-        _check("prior_log_odds", self.prior_log_odds, math.isfinite(self.prior_log_odds), "finite")
+        _check("bits", self.bits, math.isfinite, "finite")
+        _check(
+            "floor_bits", self.floor_bits, lambda floor: floor is None or floor > self.bits,
+            f"above bits={self.bits}, or None",
+        )  # fmt: skip
+        _check("prior_log_odds", self.prior_log_odds, math.isfinite, "finite")
 
     def reduced_prior(self, prior: LogUniform | TruncatedLogNormal, **parameters: Tensor) -> LogUniform:
         low = prior.log_low.double()
@@ -219,7 +222,8 @@ class SNR:
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("threshold", self.threshold, self.threshold > 0, "positive")
+        _check("threshold", self.threshold, lambda bar: bar > 0, "positive")
+        _check("threshold", self.threshold, math.isfinite, "finite")
 
     def __call__(self, layers: Layers) -> Scores:
         snr = joined([layer.posterior for layer in layers.values()]).snr
@@ -234,7 +238,7 @@ class ExpectedScale:
     threshold: float = 0.1
 
     def __post_init__(self) -> None:
-        _check("threshold", self.threshold, 0 < self.threshold < 1, "between 0 and 1")
+        _check("threshold", self.threshold, lambda bar: 0 < bar < 1, "between 0 and 1")
 
     def __call__(self, layers: Layers) -> Scores:
         mean = joined([layer.posterior for layer in layers.values()]).mean
@@ -253,7 +257,7 @@ class WeightNorm:
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("fraction", self.fraction, 0 <= self.fraction <= 1, "in [0, 1]")
+        _check("fraction", self.fraction, lambda share: 0 <= share <= 1, "in [0, 1]")
 
     def __call__(self, layers: Layers) -> Scores:
         norms = {name: layer.weight_norm().double() for name, layer in layers.items()}
@@ -270,8 +274,8 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("fraction", self.fraction, 0 <= self.fraction <= 1, "in [0, 1]")
-        _check("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer of 0 or more")
+        _check("fraction", self.fraction, lambda share: 0 <= share <= 1, "in [0, 1]")
+        _check("seed", self.seed, lambda seed: isinstance(seed, int) and seed >= 0, "an integer of 0 or more")
 
     def __call__(self, layers: Layers) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
@@ -310,8 +314,12 @@ def check_criterion(criterion: object) -> None:
         )
 
 
-def _check(name: str, value: object, valid: bool, allowed: str) -> None:
-    if not valid:
+def _check(name: str, value: object, allows: Callable[[Any], bool], allowed: str) -> None:
+    try:
+        good = allows(value)
+    except TypeError:  # text, say, is no number to compare
+        good = False
+    if not good:
         raise ValueError(f"{name} must be {allowed}: got {value!r}")
 
 

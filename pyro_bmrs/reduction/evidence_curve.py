@@ -77,7 +77,10 @@ def evidence_curve(
             f"{sorted(values_of) or 'none'}"
         )
     ((name, given),) = values_of.items()
-    values = torch.as_tensor(given, dtype=torch.float64).flatten()
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64).flatten()
+    except (TypeError, ValueError):
+        values = torch.empty(0)
     if not len(values) or not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} must be finite values, at least one: got {given!r}")
     log_odds = prior_log_odds

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_bmrs.files import refuse_newer, write_atomically
+from pyro_bmrs.files import check_file, read_text, refuse_newer, write_atomically
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates
@@ -23,9 +23,9 @@ from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.groups import gone
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, first_examples
+from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
 from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import at_one
+from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.reduction.shrink import earlier_cuts, original_network, shrink
@@ -137,6 +137,8 @@ class Reduction:
 
     def at(self, threshold: float) -> Reduction:
         """The plan that removes where score ≥ threshold, and what the fit had removed before."""
+        if math.isnan(threshold):
+            raise ValueError("threshold must be a number: got nan")
         frames = []
         for layer, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
@@ -246,6 +248,7 @@ class Reduction:
                 message has the largest difference.
         """
         network, example_input = self._bound(network, example_input)
+        self._check_layers(network)
         examples = first_examples(example_input, check_examples(network, example_input))
         surgery = remove_structures(network, self._kept_masks(), self.scales(), examples, tolerance=tolerance)
         self.cuts = earlier_cuts(network).then(surgery.cuts)
@@ -267,6 +270,13 @@ class Reduction:
                 raise ValueError("example_input must be given: a batch of inputs of the network")
             example_input = self._find_input()
         return network, example_input
+
+    def _check_layers(self, network: nn.Module) -> None:
+        """Raise ValueError for a network that is not the one that was reduced."""
+        planned = {layer: len(self._present(layer)) for layer in self.layers}
+        found = {site: layer.features for site, layer in noise_layers(network).items()}
+        if found != planned:
+            raise ValueError(f"network must have the noise layers of the plan, {planned}: got {found}")
 
     def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
         """Number of parameters that `apply` would leave, counted without cutting."""
@@ -316,9 +326,10 @@ class Reduction:
         if weights is not None:
             try:
                 small.load_state_dict(load_weights(weights))
-            except (SafetensorError, RuntimeError) as error:
+            except (OSError, SafetensorError, RuntimeError) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"weights {weights} are damaged, or not of this plan: {reason}") from error
+            check_finite(f"weights {weights}", small)
         return small.eval()
 
     def shrink(
@@ -360,6 +371,7 @@ class Reduction:
         from safetensors.torch import save_file
 
         path = _json_path(path)
+        check_file("path", path)  # before its numbers are beside it
         numeric = [name for name in self.table.columns if name not in ("layer", "kl_weight")]
         columns = {name: torch.tensor(self.table[name].to_numpy()) for name in numeric}
         sizes = {layer: int((self.table.layer == layer).sum()) for layer in self.layers}
@@ -384,8 +396,12 @@ class Reduction:
 
         path = _json_path(path)
         try:
-            document = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            document = json.loads(read_text(path))
+        except OSError as error:
+            raise ValueError(
+                f"path must be a plan written by Reduction.save: {path} can't be read ({error})"
+            ) from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"path must be a plan written by Reduction.save: {path} is no JSON ({error})"
             ) from None
@@ -398,6 +414,9 @@ class Reduction:
             columns = load_file(path.with_suffix(".safetensors"))
             if document["version"] == 1:  # when no fit took structures out
                 columns["present"] = torch.ones_like(columns["removed"])
+            missing = [name for name in COLUMNS if name not in (*columns, "layer", "kl_weight")]
+            if missing:
+                raise ValueError(f"its numbers lack {', '.join(missing)}")
             _check_document(document, len(columns["unit"]))
             layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
             table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
@@ -416,7 +435,7 @@ class Reduction:
                 sites=_frame(document.get("sites")),
                 groups=_frame(document.get("groups")),
             )
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"path must be a whole plan with its .safetensors beside it: {path}: {error}"
             ) from None
@@ -516,7 +535,14 @@ def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
     looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
     with in_mode(looked_at, training=False), at_one(looked_at):
-        one = multiply_accumulates(looked_at, example_input)
+        try:
+            one = multiply_accumulates(looked_at, example_input)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"example_input must be what network can be called with: {type(network).__name__} fails with "
+                f"{type(error).__name__}: {reason}"
+            ) from error
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
 
 

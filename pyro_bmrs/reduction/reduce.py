@@ -135,6 +135,10 @@ def reduce(
         raise ValueError(f"round_to must be a positive integer or None: got {round_to!r}")
     if not callable(model):
         raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
+    if not callable(guide):
+        raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
+    if kl_weight is not None and not 0 <= kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be finite and not negative, or None: got {kl_weight!r}")
     arguments = arguments_of(guide, model_args)
     weight = kl_weight if kl_weight is not None else kl_weight_of(guide)
     if not isinstance(criterion, Mapping):
@@ -234,6 +238,9 @@ def _reduce_structures(
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     posterior = read_posterior(guide, *arguments)
     layers = noise_layers(model)
+    for site in layers:
+        if site not in posterior:
+            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
     originals = {site: _original(guide, site, layer, posterior) for site, layer in layers.items()}
     network = network_of(model)
 
@@ -339,8 +346,12 @@ def _original(
     layer: MultiplicativeNoise,
     posterior: Mapping[str, TruncatedLogNormal],
 ) -> _Original:
-    if site not in posterior:
-        raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+    given = posterior[site].batch_shape
+    if given != layer.kept.shape:
+        raise ValueError(
+            f"guide must have a posterior of the {layer.features} structures of {site!r}: it has one of shape "
+            f"{tuple(given)}"
+        )
     all_present = torch.ones_like(layer.kept)
     gone_units = layer.units[:0]
     if isinstance(guide, AutoTruncatedLogNormal):

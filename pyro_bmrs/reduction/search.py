@@ -263,6 +263,8 @@ class ModelPosterior:
 
     def table(self, count: int = 10) -> pd.DataFrame:
         """The most probable models: columns model, reduced, log_evidence_change (nats), probability."""
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"count must be a positive integer: got {count!r}")
         top = self.log_probability.topk(min(count, len(self.log_evidence_change))).indices
         return self._rows(top)
 

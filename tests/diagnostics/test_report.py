@@ -22,7 +22,7 @@ from pyro_bmrs.diagnostics.plots import (
     plot_structures,
 )
 from pyro_bmrs.diagnostics.report import report
-from pyro_bmrs.diagnostics.report_text import EVALUATION_COLUMNS, WIDTH_COLUMNS, percent
+from pyro_bmrs.diagnostics.report_text import EVALUATION_COLUMNS, WIDTH_COLUMNS, percent, removal_warnings
 
 # The package's attribute of this name is the function.
 report_module = sys.modules["pyro_bmrs.diagnostics.report"]
@@ -336,6 +336,19 @@ def test_a_failed_write_leaves_the_file_untouched(tmp_path: Path, monkeypatch: p
         write(path)
     assert path.read_text(encoding="utf-8") == "earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("full", ["full, E[θ]", "shrunk in the fit, E[θ]"])
+@pytest.mark.parametrize(("loss", "told"), [(0.35, False), (2.1, True)])
+def test_a_removal_that_costs_much_is_a_warning(full: str, loss: float, told: bool) -> None:
+    rows = [(full, 0.11, 0.98), ("reduced", loss, 0.15), ("fine-tuned", 1.5, 0.37)]
+    evaluation = pd.DataFrame(rows, columns=["network", "negative_log_likelihood", "accuracy"])
+    found = removal_warnings(evaluation)
+    assert len(found) == told
+    if told:
+        assert "cost 1.99 nats per example (test accuracy 98.0 % → 15.0 %)" in found[0]
+    assert removal_warnings(evaluation.iloc[:1]) == removal_warnings(evaluation.iloc[1:]) == []
+    assert removal_warnings(None) == []
 
 
 @pytest.mark.parametrize("plan", [None, "plan.json"])

@@ -16,7 +16,7 @@ from torch import nn
 from two_processes import data
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.files import NewerFileError, read_tensors, write_tensors
+from pyro_bmrs.files import FolderInUseError, NewerFileError, held, read_tensors, write_tensors
 from pyro_bmrs.fitting.loop import Loop
 from pyro_bmrs.fitting.objective import Objective
 
@@ -38,6 +38,16 @@ def test_other_data_of_the_same_size_are_another_fit(tmp_path):
         bmrs.fit(*made(), data(200, 1), checkpoints=tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match=r"holds another fit .*validation_examples 0 → 100"):
         bmrs.fit(*made(), data(200, 0), data(100, 1), checkpoints=tmp_path, **OPTIONS)
+
+
+def test_checkpoints_that_another_process_writes_are_refused(tmp_path):
+    with (
+        held("checkpoints", tmp_path),
+        pytest.raises(FolderInUseError, match="checkpoints must be a folder that no"),
+    ):
+        bmrs.fit(*made(), data(200, 0), checkpoints=tmp_path, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+    bmrs.fit(*made(), data(200, 0), checkpoints=tmp_path, **OPTIONS)
 
 
 class Half:
