@@ -197,12 +197,13 @@ class Study:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't be read ({error})") from error
+    try:
         # a few lines of them stand for more than any memory holds
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise ValueError("must have no aliases (*name)")
         document, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"can't be read ({error})") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"is not YAML ({error})") from error
     if not isinstance(document, dict) or node is None:

@@ -425,7 +425,7 @@ def test_saved_and_loaded(tmp_path):
         (dict(criterion={}), ValueError, "at least one site"),
         (dict(criterion={"bias": 0.0}), ValueError, "none of .'bias'"),
         (dict(criterion={"weights": math.nan}), ValueError, "'weights' a finite point: got nan"),
-        (dict(guide=None), TypeError, "guide must be a Pyro program: got NoneType"),
+        (dict(guide=None), TypeError, "guide must be a Pyro guide: got NoneType"),
         (dict(criterion={"weights": "zero"}), TypeError, "a distribution or a number.*got str"),
         (dict(criterion={"weights": dist.Normal(torch.zeros(4), 1.0)}), ValueError, r"broadcasts to its shape \(10,\)"),
         (dict(criterion={"weights": dist.Delta(torch.zeros(10), log_density=1.0)}), ValueError, "point of mass one"),

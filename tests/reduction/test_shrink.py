@@ -413,7 +413,7 @@ def test_a_second_time_is_refused():
     before = fit.snapshot()
     with pytest.raises(ValueError, match="model must have the structures of the plan"):
         plan.shrink(fit.model, fit.guide, fit.optimizer)
-    with pytest.raises(ValueError, match="must have shape"):
+    with pytest.raises(ValueError, match="network must have the noise layers of the plan"):
         plan.apply(measure=False)
     assert same(fit.snapshot(), before)
 
