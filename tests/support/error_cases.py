@@ -1939,7 +1939,10 @@ COMMANDS = [
     command("sweep study.yaml", "the data are gone", r"data 'own\.npz' can't be used: ", without("own.npz")),
     bad_study("no YAML", r"is not YAML \((?P<library>.*)\)$", write("study.yaml", "recipes: [")),
     bad_study("empty", r"must be a mapping of keys to values: got NoneType$", write("study.yaml")),
-    bad_study("bytes that are no text", r"can't be read \(it is no UTF-8 text \((?P<library>.*)\)\)$", instead("study.yaml", SMALL)),
+    bad_study(
+        "bytes that are no text", r"can't be read \(it is no UTF-8 text \((?P<library>.*)\)\)$",
+        instead("study.yaml", SMALL),
+    ),
     bad_study(
         "a key given twice", r"keys must be given once: got 'seeds' twice$",
         write("study.yaml", "seeds: [0]\nseeds: [1]"),
