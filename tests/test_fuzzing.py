@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fuzzing import attempt, prepared, temporary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -130,3 +131,20 @@ def test_names_of_layers_in_a_plan_are_no_paths(layer, formats, tmp_path):
     with pytest.raises(ValueError, match=r"path must be a whole plan with its \.safetensors beside it"):
         Reduction.load(tmp_path / "plan.json")
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "plan.json"}
+
+
+@pytest.mark.parametrize("entry", ["guide.posteriors.0.gone_units", "model.net.2.units"])
+@pytest.mark.parametrize("broken", ["missing", "a number", "a table"])
+def test_a_posteriors_numbers_of_structures_are_looked_at(entry, broken, formats, tmp_path):
+    """Found by fuzzing: an AssertionError without the first, and torch's own for a number."""
+    path = tmp_path / "posterior.safetensors"
+    path.write_bytes(formats["posterior.safetensors"].valid)
+    header, tensors = files.read_tensors(path)
+    shapes = {"a number": (), "a table": (2, 3)}
+    if broken == "missing":
+        del tensors[entry]
+    else:
+        tensors[entry] = torch.zeros(shapes[broken], dtype=torch.int64)
+    files.write_tensors(path, tensors, header)
+    with pytest.raises(ValueError, match="belongs to another network"):
+        formats["posterior.safetensors"].read(path.read_bytes())

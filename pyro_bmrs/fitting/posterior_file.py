@@ -93,10 +93,11 @@ def _shrink_to(model: nn.Module, guide: Callable[..., Any] | None, state: Mappin
     kept: dict[str, Tensor] = {}
     for path, layer in model.named_modules():
         saved = state.get(f"model.{path}.units")
-        if not isinstance(layer, MultiplicativeNoise) or saved is None or layer.site not in gone:
+        if not isinstance(layer, MultiplicativeNoise) or layer.site not in gone:
             continue
         before, since = gone[layer.site]
-        assert before is not None
+        if saved is None or before is None or before.dim() != 1 or saved.dim() != 1:
+            raise ValueError(f"its numbers of the structures of layer {layer.site!r} are damaged, or missing")
         structures = len(saved) + len(before), len(layer.units) + len(since)
         if structures[0] != structures[1]:
             raise ValueError(
