@@ -40,6 +40,7 @@ from pyro_bmrs.study import Cell, Study
 from pyro_bmrs.sweep import run_study
 
 OURS, FULL, SCRATCH = "BMRS_N", "not reduced", "same widths from scratch"
+ALL = (OURS, FULL, SCRATCH, *METHODS)
 # Shares of the parameters to remove by the ranking of each criterion, and epochs of fine-tuning for each point.
 SHARES = (0.5, 0.75, 0.88, 0.95, 0.98)
 SHORT = 3
@@ -88,10 +89,9 @@ def figures_of(net: nn.Module, run: Run) -> dict[str, Any]:
 
 
 def compare_with_peers(cell: Cell, rows: Rows, methods: list[str], data_root: Path | None) -> None:
-    """A row for the reduction of this cell, and one for each peer of the same size."""
+    """A row for each method: the reduction of this cell, and what is to be compared with it."""
     seed, weight = cell.settings.seed, cell.settings.kl_weight
-    wanted = [OURS, FULL, SCRATCH, *methods]
-    missing = [method for method in wanted if not rows.has(seed, None if method == FULL else weight, method)]
+    missing = [method for method in methods if not rows.has(seed, None if method == FULL else weight, method)]
     if not missing:
         return
     run = opened(cell, data_root)
@@ -251,7 +251,7 @@ def main() -> None:
         "--out", type=Path, help="default analysis/results/compression_curves/<name of the study>"
     )
     parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--methods", nargs="*", default=[*METHODS], choices=[*METHODS], metavar="METHOD")
+    parser.add_argument("--methods", nargs="*", default=ALL, choices=ALL, metavar="METHOD")
     parser.add_argument(
         "--criteria-at", type=float, metavar="KL_WEIGHT", help="default: no curves of criteria"
     )

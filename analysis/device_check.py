@@ -27,6 +27,7 @@ from pyro_bmrs.data import load_data
 from pyro_bmrs.distributions.packed import draw_with_kl, uniforms
 from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.objective import Objective
+from pyro_bmrs.inference.guides import bounded
 from pyro_bmrs.recipes import Recipe
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -60,7 +61,7 @@ def arithmetic(device: torch.device, checks: Checks) -> None:
         parameters = [t.to(place).requires_grad_() for t in (loc, log_scale)]
         low, high = (torch.full((units,), bound, device=place) for bound in (-20.0, 0.0))
         kept = torch.ones(units, dtype=torch.bool, device=place)
-        theta, kl = draw_with_kl(parameters[0], parameters[1].exp(), low, high, kept, u.to(place))
+        theta, kl = draw_with_kl(*bounded(*parameters, low, high), low, high, kept, u.to(place))
         gradients = torch.autograd.grad(theta.sum() + 1e-3 * kl, parameters)
         q = bmrs.TruncatedLogNormal(loc.double().to(place), log_scale.double().exp().to(place))
         reduced = bmrs.BMRS_N().reduced_prior(bmrs.LogUniform(low.double(), high.double()))

@@ -8,7 +8,7 @@ import math
 
 from torch import nn
 
-from pyro_bmrs import MultiplicativeNoise
+from pyro_bmrs import InputSelection, MultiplicativeNoise
 
 # One entry per data set, "default" for all others; options of the command line go before it.
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix.
@@ -57,12 +57,21 @@ SETTINGS = {
 
 
 def network(
-    input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, ...] = (100,) * 3
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    widths: tuple[int, ...] = (100,) * 3,
+    select_inputs: bool = False,
 ) -> nn.Sequential:
-    """Hidden layers of the given widths; the noise stands after each tanh, where the next layer reads it."""
+    """Hidden layers of the given widths; the noise stands after each tanh, where the next layer reads it.
+
+    With `select_inputs` every pixel is a structure too.
+    """
     layers = nn.Sequential()
     layers.add_module("flatten", nn.Flatten())
     inputs = math.prod(input_shape)
+    if select_inputs:
+        layers.add_module("selection", InputSelection(inputs))
+        layers.add_module("inputs", MultiplicativeNoise(inputs))
     for number, width in enumerate(widths, start=1):
         layers.add_module(f"linear{number}", nn.Linear(inputs, width))
         layers.add_module(f"tanh{number}", nn.Tanh())

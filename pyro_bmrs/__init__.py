@@ -20,7 +20,9 @@ _HOMES = {
         "ImportanceError", "ImportanceEstimate", "estimate_log_evidence_change", "log_evidence_change",
         "reduced_posterior", "register_log_evidence_change", "register_reduced_posterior",
     ),
-    "networks": ("MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise"),
+    "networks": (
+        "InputSelection", "MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise",
+    ),
     "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
     "reduction": (
         "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "ModelPosterior", "Random", "ReducedPosterior", "Reduction",
@@ -64,7 +66,14 @@ if TYPE_CHECKING:
     )
     from pyro_bmrs.fitting import Fit, fit
     from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
-    from pyro_bmrs.networks import MultiplicativeNoise, insert_noise, name_sites, structures, without_noise
+    from pyro_bmrs.networks import (
+        InputSelection,
+        MultiplicativeNoise,
+        insert_noise,
+        name_sites,
+        structures,
+        without_noise,
+    )
     from pyro_bmrs.reduction import (
         BMRS_N,
         BMRS_U,

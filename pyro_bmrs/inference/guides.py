@@ -51,9 +51,13 @@ PER_UNIT = ("loc", "log_scale", "log_low", "log_high", "kept")
 
 
 def bounded(loc: Tensor, log_scale: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
-    """(loc, scale) of the law that the parameters of a posterior stand for, inside the box of finite values."""
+    """(loc, scale) of the law that the parameters of a posterior stand for, inside the box of finite values.
+
+    The exponential is taken in float64 and rounded: in float32 each device has its own, and a posterior would
+    have another evidence where it is moved to.
+    """
     loc = torch.clamp(loc, log_low - LOC_MARGIN, log_high + LOC_MARGIN)
-    return loc, log_scale.clamp(*LOG_SCALE_BOUNDS).exp()
+    return loc, log_scale.clamp(*LOG_SCALE_BOUNDS).double().exp().to(log_scale.dtype)
 
 
 class SitePosterior(nn.Module):

@@ -4,9 +4,10 @@ from pyro_bmrs.networks.dependency_graph import StructureError
 from pyro_bmrs.networks.hooked_noise import network_of, without_noise
 from pyro_bmrs.networks.insertion import insert_noise, structures
 from pyro_bmrs.networks.noise import MultiplicativeNoise, name_sites, noise_layers
+from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.surgery import EqualityError
 
 __all__ = [
-    "EqualityError", "MultiplicativeNoise", "StructureError", "insert_noise", "name_sites", "network_of",
-    "noise_layers", "structures", "without_noise",
+    "EqualityError", "InputSelection", "MultiplicativeNoise", "StructureError", "insert_noise", "name_sites",
+    "network_of", "noise_layers", "structures", "without_noise",
 ]  # fmt: skip

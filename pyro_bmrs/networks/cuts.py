@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pyro_bmrs.networks.selection import InputSelection
+
 ROWS, COLUMNS = "rows", "columns"
 # Names under which attention modules keep their number of query heads, the number of key and value heads, and
 # the width of all query heads together.
@@ -46,6 +48,8 @@ def channels(module: nn.Module, side: str) -> int | None:
         return int(module.num_features)
     if isinstance(module, nn.PReLU):
         return module.num_parameters
+    if isinstance(module, InputSelection):
+        return module.features
     return None
 
 
@@ -53,6 +57,8 @@ def channel_dimension(module: nn.Module) -> int:
     """Dimension of a module's input and output that counts channels, from the end."""
     if isinstance(module, _ConvNd):
         return -1 - len(module.kernel_size)
+    if isinstance(module, InputSelection):
+        return module.dim
     return -1
 
 
@@ -67,6 +73,8 @@ def selections(module: nn.Module, side: str) -> list[tuple[str, int]]:
         found = [("weight", 1)]
     elif isinstance(module, nn.PReLU):
         found = [("weight", 0)]
+    elif isinstance(module, InputSelection):
+        found = [("index", 0)]
     else:
         found = [(name, 0) for name in ("weight", "bias", "running_mean", "running_var")]
     return [(name, dim) for name, dim in found if getattr(module, name, None) is not None]
@@ -83,6 +91,8 @@ def _attributes(module: nn.Module, side: str, count: int) -> dict[str, int]:
         return {"embedding_dim": count}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": count}
+    if isinstance(module, InputSelection):
+        return {"features": count}
     return {"num_features": count}
 
 

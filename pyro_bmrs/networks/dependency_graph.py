@@ -28,6 +28,7 @@ from pyro_bmrs.networks.cuts import (
 from pyro_bmrs.networks.groups import Member, StructureGroup
 from pyro_bmrs.networks.inputs import Inputs, call, first_examples, map_tensors, tensors_of
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
+from pyro_bmrs.networks.selection import InputSelection
 
 # Names under which attention modules keep the size of a head.
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
@@ -57,6 +58,12 @@ class DependencyGraph:
 
             get_in_channels = get_out_channels
 
+        class SelectionPruner(NoisePruner):
+            """Makes a selection of inputs a node too, where channels begin: what it gives is not what it gets."""
+
+            def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+                return layer
+
         # the graph is read off autograd: parameters must require gradients, and ours may be frozen
         self.network = network.requires_grad_(True).eval()
         self.noise = noise_layers(network)
@@ -85,7 +92,10 @@ class DependencyGraph:
                     example_inputs=example,
                     forward_fn=call,
                     output_transform=self._outputs,
-                    customized_pruners={MultiplicativeNoise: NoisePruner()} if self.noise else None,
+                    customized_pruners={
+                        MultiplicativeNoise: NoisePruner(),
+                        InputSelection: SelectionPruner(),
+                    },
                     verbose=False,
                 )
         except Exception as error:
@@ -191,10 +201,10 @@ class DependencyGraph:
         return 1 if len(shape) != 3 else 2
 
     def producers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Linear and convolution layers that the graph has found, in the order of the network."""
+        """Linear and convolution layers and selected inputs that the graph has found, in the order of the network."""
         for path, module in self.network.named_modules():
             if (
-                isinstance(module, nn.Linear | _ConvNd)
+                isinstance(module, nn.Linear | _ConvNd | InputSelection)
                 and module in self.nodes
                 and not is_depthwise(module)
                 and channels(module, ROWS) is not None
@@ -275,7 +285,11 @@ class Reach:
                 or _is_shared(node.module)
             ):
                 continue
-            if has_own_parameters(node.module) or channels(node.module, side) is not None:
+            if (
+                has_own_parameters(node.module)
+                or channels(node.module, side) is not None
+                or isinstance(node.module, InputSelection)  # of what the network makes: refused below
+            ):
                 yield node.module, path, side, pairs
 
     def _parameters(self) -> Iterator[tuple[nn.Module, str]]:
@@ -385,9 +399,12 @@ class Reach:
             role = "consumer" if side == COLUMNS else _row_role(module)
             found = sorted({(index, unit_of[root]) for index, root in pairs if root is not None})
             members.append(_member(path, role, found))
-        kind = "filters" if any(
-            isinstance(module, _ConvNd) and side == ROWS for module, _, side, _ in self._modules()
-        ) else "units"  # fmt: skip
+        made_by = [module for module, _, side, _ in self._modules() if side == ROWS]
+        kind = "units"
+        if any(isinstance(module, InputSelection) for module in made_by):
+            kind = "inputs"
+        elif any(isinstance(module, _ConvNd) for module in made_by):
+            kind = "filters"
         share = len(self.roots) // count
         return StructureGroup(name, count, _ordered(members), share, kind)
 
@@ -452,7 +469,9 @@ def _is_shared(module: nn.Module) -> bool:
 
 
 def _row_role(module: nn.Module) -> str:
-    producer = isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and not is_depthwise(module)
+    producer = isinstance(module, nn.Linear | nn.Embedding | _ConvNd | InputSelection) and not is_depthwise(
+        module
+    )
     return "producer" if producer else "between"
 
 

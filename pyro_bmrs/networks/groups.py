@@ -44,7 +44,7 @@ class StructureGroup:
         features: number of structures.
         members: what makes, carries and reads them.
         channels: channels that one structure has where it is made: 1, or the size of a head.
-        kind: "units" (of linear layers), "filters" (of convolutions) or "heads".
+        kind: "units" (of linear layers), "filters" (of convolutions), "heads", or "inputs" (of the network).
         attributes: numbers that modules keep about their structures: by module path and name, how much of
             it one structure accounts for.
     """

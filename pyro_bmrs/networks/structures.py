@@ -230,7 +230,7 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
         missing = "makes" if layer not in graph.nodes or not group.producers else "behind it reads"
         raise StructureError(
             f"noise layer {site!r} can't be removed from: no linear or convolution layer {missing} its "
-            "structures; put it between two such layers"
+            "structures; put it between two such layers, or behind an InputSelection"
         )
     if group.features != layer.features:
         raise StructureError(

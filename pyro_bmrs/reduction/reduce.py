@@ -374,11 +374,15 @@ def _original(
 
 
 def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
-    """Root mean square of the weights that make each structure, over all layers that produce it."""
+    """Root mean square of the weights that make each structure, over all layers that produce it.
+
+    Of the network's inputs, which nothing makes, that of the weights that read them.
+    """
     squares = torch.zeros(group.features, dtype=torch.float64)
     counts = torch.zeros_like(squares)
-    for member in group.producers:
-        rows = weight_of(network, member).detach().double().cpu().flatten(1).square()
+    for member in group.consumers if group.kind == "inputs" else group.producers:
+        weight = weight_of(network, member).detach().double().cpu()
+        rows = (weight.transpose(0, 1) if group.kind == "inputs" else weight).flatten(1).square()
         squares.index_add_(0, member.units, rows.sum(1)[member.indices])
         counts.index_add_(0, member.units, torch.full_like(member.units, rows.shape[1], dtype=torch.float64))
     return (squares / counts).sqrt()

@@ -30,11 +30,12 @@ def shrink(
     """Take structures out of model, guide and optimizer, in place: see `Reduction.shrink`.
 
     Args:
-        kept: per site a bool tensor (features,).
+        kept: per site a bool tensor (features,), on any device.
         example_input: of the model's network, for the equality check.
     """
     if not isinstance(guide, AutoTruncatedLogNormal):
         raise TypeError(f"guide must be an AutoTruncatedLogNormal: got {type(guide).__name__}")
+    kept = {site: mask.cpu() for site, mask in kept.items()}
     network = network_of(model)
     layers = noise_layers(network)
     sizes = {site: layer.features for site, layer in layers.items()}

@@ -349,6 +349,31 @@ def test_a_plan_that_removes_nothing_changes_nothing(family):
     assert same(fit.snapshot(), before)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor of some other device, which may meet tensors of the CPU only after `cpu` or `to`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():  # asking for dim() would come back to here
+            tensors = [value for value in args if isinstance(value, torch.Tensor) and value.dim()]
+        if any(not isinstance(value, cls) for value in tensors):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        leaves = function in (torch.Tensor.cpu, torch.Tensor.to)
+        return result.as_subclass(torch.Tensor) if leaves else result
+
+
+def test_masks_may_be_on_another_device_than_what_is_made_to_check_them(family):
+    fit = Fitted(family)
+    shrink = importlib.import_module("pyro_bmrs.reduction.shrink").shrink
+    kept = {site: torch.arange(count) > 0 for site, count in fit.sizes.items()}
+    there = {site: mask.as_subclass(Elsewhere) for site, mask in kept.items()}
+    shrink(fit.model, fit.guide, there, fit.optimizer, fit.x)
+    assert {site: layer.features for site, layer in noise_layers(fit.net).items()} == {
+        site: count - 1 for site, count in fit.sizes.items()
+    }
+
+
 def test_one_layer_alone_and_no_optimizer(family):
     fit = Fitted(family)
     plan = fit.reduce()

@@ -520,6 +520,18 @@ EVIDENCE = [
 
 NETWORKS = [
     function(
+        "InputSelection", "features is 0", lambda: bmrs.InputSelection(0), ValueError,
+        r"^features must be a positive integer: got 0$",
+    ),
+    function(
+        "InputSelection", "dim counts examples", lambda: bmrs.InputSelection(8, dim=0), ValueError,
+        r"^dim must be an integer other than 0, which counts examples: got 0$",
+    ),
+    function(
+        "InputSelection", "input of another width", lambda: bmrs.InputSelection(8)(torch.zeros(4, 7)), ValueError,
+        r"^input must have 8 features in dimension 1: got shape \(4, 7\)$",
+    ),
+    function(
         "MultiplicativeNoise", "features is 0", lambda: bmrs.MultiplicativeNoise(0), ValueError,
         r"^features must be a positive integer: got 0$",
     ),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.structures import StructureError
 
 EXAMPLES = 32
@@ -74,6 +75,34 @@ def tanh_mlp() -> tuple[nn.Module, Inputs]:
     return nn.Sequential(
         nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)
     ), images(12)
+
+
+def selecting_mlp() -> tuple[nn.Module, Inputs]:
+    return nn.Sequential(
+        nn.Flatten(), InputSelection(15), nn.Linear(15, 8), nn.Tanh(), nn.Linear(8, 4)
+    ), images(3, 5)  # fmt: skip
+
+
+class SelectingConvolutions(nn.Module):
+    """Two branches that read the same selected channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = InputSelection(5)
+        self.wide = nn.Conv2d(5, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(5, 6, 1)
+        self.output = nn.Linear(14, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.channels(x)
+        both = torch.cat([torch.tanh(self.wide(x)), torch.relu(self.narrow(x))], dim=1)
+        return self.output(both.mean((2, 3)))
+
+
+def selection_inside() -> tuple[nn.Module, Inputs]:
+    return nn.Sequential(
+        nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), InputSelection(8), nn.Linear(8, 4)
+    ), images(12)  # fmt: skip
 
 
 def lenet5() -> tuple[nn.Module, Inputs]:
@@ -263,6 +292,14 @@ FAMILIES = [
     Family(
         "MLP with tanh", "linear layers, an activation that is not homogeneous", tanh_mlp,
         2, {"units": 36}, {"5": OUTPUT},
+    ),
+    Family(
+        "MLP that selects its inputs", "`InputSelection`: one structure per input feature", selecting_mlp,
+        2, {"inputs": 15, "units": 8}, {"4": OUTPUT},
+    ),
+    Family(
+        "Convolutions that select their input channels", "`InputSelection` of channels, read by two convolutions",
+        lambda: (SelectingConvolutions(), images(5, 8, 8)), 3, {"inputs": 5, "filters": 14}, {"output": OUTPUT},
     ),
     Family(
         "LeNet5", "convolutions, pooling, flatten", lenet5,
@@ -484,6 +521,11 @@ UNSUPPORTED = [
         "ShuffleNetV2 (torchvision)", shufflenet, StructureError,
         "network can't be traced: the dependency graph fails with ZeroDivisionError",
         f"Channels are split and shuffled. {_NO_GRAPH}.",
+    ),
+    Unsupported(
+        "`InputSelection` behind layers with parameters", selection_inside, StructureError,
+        "'4', a InputSelection, is no layer that can be cut",
+        "It selects what a network is given, not what it makes: there units need none.", ("4",),
     ),
     Unsupported(
         "LSTM behind convolutions", lambda: (Recurrent(), images(3, 12)), StructureError,

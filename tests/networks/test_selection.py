@@ -1,0 +1,90 @@
+"""Input features as structures: what a network need not read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pyro_bmrs as bmrs
+
+MODELS = Path(__file__).parents[2] / "models"
+
+NEEDED = [2, 5]
+
+
+def examples(count=600):
+    """Ten features, of which two say the class and one is constant."""
+    x = torch.randn(count, 10, generator=torch.Generator().manual_seed(0))
+    x[:, 7] = 0.0
+    return x, (x[:, 2] * x[:, 5] > 0).long()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        bmrs.InputSelection(10), bmrs.MultiplicativeNoise(10),
+        nn.Linear(10, 16), nn.Tanh(), bmrs.MultiplicativeNoise(16), nn.Linear(16, 2),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["end", "epoch"])
+def small(request):
+    """A network that was reduced at the end of the fit, or in it."""
+    data = examples()
+    model = bmrs.Classifier(network())
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    bmrs.fit(
+        model, guide, data, epochs=60, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2,
+        kl_weight=2.0, removal=request.param, criterion=bmrs.BMRS_N(), seed=1, progress=False,
+    )  # fmt: skip
+    return bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
+
+
+def test_the_features_that_say_nothing_go(small):
+    assert small[0].index.tolist() == NEEDED
+    assert small[2].weight.shape[1] == 2
+    x, y = examples(200)
+    assert (small(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_the_small_network_takes_the_whole_input_and_ignores_the_rest(small):
+    x, _ = examples(20)
+    changed = x.clone()
+    changed[:, [i for i in range(10) if i not in NEEDED]] = 1e3
+    assert torch.equal(small(x), small(changed))
+    with pytest.raises(ValueError, match="input must have 10 features in dimension 1: got shape"):
+        small(x[:, NEEDED])
+
+
+def test_it_is_exported_and_saved(small, tmp_path):
+    from pyro_bmrs.networks.export import export_program, load_weights, save_weights
+
+    x, _ = examples(7)
+    program = torch.export.load(export_program(small, x, tmp_path / "small.pt2")).module()
+    assert torch.allclose(program(x), small(x))
+    assert load_weights(save_weights(small, tmp_path / "small.safetensors"))["0.index"].tolist() == NEEDED
+
+
+def test_the_norm_of_a_feature_is_that_of_the_weights_that_read_it():
+    x, y = examples(10)
+    net = network()
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(x, y)
+    plan = bmrs.reduce(model, guide, bmrs.WeightNorm())
+    scores = torch.tensor(plan.table[plan.table.layer == "1"].score.to_numpy())  # the bar less the norm
+    norms = net[2].weight.detach().double().square().mean(0).sqrt()
+    assert torch.allclose(scores[0] - scores, norms - norms[0], atol=1e-12)
+
+
+def test_the_mlp_recipe_selects_its_inputs():
+    from pyro_bmrs.recipes import Recipe
+
+    class Shape:
+        input_shape, num_classes = (1, 4, 4), 3
+
+    recipe = Recipe.read(MODELS / "mlp.py")
+    net = recipe.network(Shape, {"widths": (5,), "select_inputs": True}, 0)
+    found = bmrs.structures(bmrs.without_noise(net), torch.randn(16, 1, 4, 4))
+    assert {group.kind: group.features for group in found} == {"inputs": 16, "units": 5}
