@@ -31,7 +31,6 @@ from pyro_bmrs.evidence.importance import LEAST_DRAWS
 from pyro_bmrs.files import (
     NewerFileError,
     check_file,
-    check_folder,
     clear_unfinished,
     held,
     write_atomically,
@@ -92,11 +91,6 @@ def _asks_anew(found: Diagnosis | None, draws: int | None, foreign: str | None) 
     return any(value not in (None, facts.get(name)) for name, value in asked.items())
 
 
-def _check_writable(folder: Path) -> None:
-    """Said before a fit, not after it; nothing is created."""
-    check_folder("out", folder)
-
-
 def _alone[**Arguments, Result](
     stage: Callable[Concatenate[Run, Arguments], Result],
 ) -> Callable[Concatenate[Run, Arguments], Result]:
@@ -106,7 +100,6 @@ def _alone[**Arguments, Result](
     def alone(run: Run, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         if run.is_held:
             return stage(run, *arguments, **options)
-        _check_writable(run.folder)
         with held("out", run.folder):
             run.is_held = True
             try:
@@ -496,16 +489,15 @@ class Run(RunFolder):
         asked = name or FOREIGN.get(self.settings.data)
         if asked is None or (name is None and not is_at_hand(asked, self.data_root)):
             return {}
-        if asked in self._foreign_inputs:  # looked at before a fit, and used after it
-            return {asked: self._foreign_inputs[asked]}
-        shape = self.dataset.input_shape
-        size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
-        try:
-            other = load_data(asked, data_root=self.data_root, image_size=size)
-            self._foreign_inputs[asked] = self.dataset.foreign(other)[:FOREIGN_EXAMPLES]
-            return {asked: self._foreign_inputs[asked]}
-        except DataError as error:
-            raise ValueError(f"foreign {asked!r} can't be used: {error}") from error
+        if asked not in self._foreign_inputs:  # looked at before a fit, and used after it
+            shape = self.dataset.input_shape
+            size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
+            try:
+                other = load_data(asked, data_root=self.data_root, image_size=size)
+                self._foreign_inputs[asked] = self.dataset.foreign(other)[:FOREIGN_EXAMPLES]
+            except DataError as error:
+                raise ValueError(f"foreign {asked!r} can't be used: {error}") from error
+        return {asked: self._foreign_inputs[asked]}
 
     def _example(self) -> Tensor:
         x: Tensor = self.dataset.train[: self.settings.batch_size][0].to(self.device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.likelihoods import Classifier
+from pyro_bmrs.networks.inputs import check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import FixedScales, noise_layers
 
@@ -146,8 +147,7 @@ def predictions(
             label is not among the classes, or all are to be ignored; if batch_size < 1.
         ArithmeticError: if logits have no softmax, for NaN or +∞ among them, with the number of examples.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    check_module("model", model)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer: got {batch_size!r}")
     device = next(model.parameters()).device

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.inputs import check_finite
+from pyro_bmrs.networks.inputs import check_finite, check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.reduction.criteria import Criterion
@@ -20,8 +20,7 @@ from pyro_bmrs.reduction.criteria import Criterion
 
 def check_programs(model: nn.Module, guide: Callable[..., Any] | None, criterion: Criterion | None) -> None:
     """Raise, naming the argument, unless a fit can be made of these."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    check_module("model", model)
     if guide is not None and not callable(guide):
         raise TypeError(f"guide must be a Pyro guide or None: got {type(guide).__name__}")
     check_finite("model", model)

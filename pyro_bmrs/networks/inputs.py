@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -19,6 +20,19 @@ def check_module(name: str, module: object) -> None:
     """Raise TypeError, naming the argument, unless it is a module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module: got {type(module).__name__}")
+
+
+@contextmanager
+def blamed_on_input(network: nn.Module) -> Iterator[None]:
+    """Turns any error of a call of the network into a ValueError of one line about example_input."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"example_input must be what network can be called with: {type(network).__name__} fails with "
+            f"{type(error).__name__}: {reason}"
+        ) from error
 
 
 def check_finite(name: str, module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
     Inputs,
     batch_size,
+    blamed_on_input,
     call,
     check_finite,
     check_module,
@@ -178,14 +179,8 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
         raise ValueError(f"example_input must hold at least one example: got shape {shapes}")
     looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
     with torch.random.fork_rng():
-        try:
+        with blamed_on_input(network):
             used = _modules_called(looked_at.eval(), example_input)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"example_input must be what network can be called with: {type(network).__name__} fails with "
-                f"{type(error).__name__}: {reason}"
-            ) from error
         try:
             trained = _modules_called(looked_at.train(), repeated(example_input, 2))
         except Exception:  # as BatchNorm does with one value per channel: nothing can be said

@@ -23,7 +23,7 @@ from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.groups import gone
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
+from pyro_bmrs.networks.inputs import Inputs, blamed_on_input, check_finite, first_examples
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
@@ -534,15 +534,8 @@ def _full(network: nn.Module) -> nn.Module:
 def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
     looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
-    with in_mode(looked_at, training=False), at_one(looked_at):
-        try:
-            one = multiply_accumulates(looked_at, example_input)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"example_input must be what network can be called with: {type(network).__name__} fails with "
-                f"{type(error).__name__}: {reason}"
-            ) from error
+    with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
+        one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
 
 
