@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -61,6 +62,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
 
     Raises:
         ValueError: if no file can be written to `path`.
+        OSError: naming `path`, if the disk or a quota is full; what was there is as it was.
     """
     path = Path(path)
     check_file("path", path)
@@ -76,9 +78,30 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
         with beside.open("rb") as file:
             os.fsync(file.fileno())  # a rename may reach the disk before what it renames
         beside.replace(path)
+    except Exception as error:
+        reason = _lack_of_space(error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"{path} can't be written: {reason}; nothing else is lost, and what is done need not be done again "
+            "once there is room"
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _lack_of_space(error: Exception) -> str | None:
+    """Words for an error of writing that a full disk or a quota explains, whoever raised it; else None."""
+    number = getattr(error, "errno", None)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if number in full:
+        return os.strerror(number)
+    # safetensors and torch write by themselves, and pass on the words or less
+    for words in (*map(os.strerror, full), "PytorchStreamWriter failed", "unexpected pos"):
+        if words in str(error):
+            return words if words in map(os.strerror, full) else os.strerror(errno.ENOSPC)
+    return None
 
 
 class FolderInUseError(ValueError):

@@ -1,0 +1,93 @@
+"""A full disk, or a quota: an error that names the file, nothing half-written, and a run that goes on later."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyro_bmrs.files import read_tensors, write_atomically
+
+TESTS = Path(__file__).parent
+ARGUMENTS = ["--data", "digits", "--epochs", "3", "--fine-tune", "2", "--device", "cpu", "--quiet"]
+# of a run, byte for byte
+IDENTICAL = (
+    "posterior.safetensors",
+    "small.safetensors",
+    "plan.safetensors",
+    "structures.csv",
+    "evaluation.csv",
+)
+
+
+def run(folder, limit=None):
+    """`pyro-bmrs run` in a new process that can write no file of more than so many bytes; its status and output."""
+
+    def within_quota():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pyro_bmrs.cli", "run", str(TESTS / "tiny_recipe.py"), "--out", str(folder), *ARGUMENTS],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=None if limit is None else within_quota,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def untroubled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untroubled") / "run"
+    assert run(folder)[0] == 0
+    return folder
+
+
+# in the fit, in the diagnosis, in the report
+@pytest.mark.parametrize(
+    ("limit", "where"), [(4_000, "epoch-0001"), (25_000, "diagnosis"), (120_000, "report")]
+)
+def test_a_quota_stops_a_run_and_nothing_is_lost(limit, where, untroubled, tmp_path):
+    folder = tmp_path / "run"
+    status, told = run(folder, limit)
+    (line,) = [line for line in told.splitlines() if line.startswith("pyro-bmrs: error: ")]
+    assert status == 2
+    assert "can't be written: File too large" in line
+    assert where in line
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+    for path in folder.rglob("*.safetensors"):
+        read_tensors(path)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("posterior.safetensors")}
+    assert run(folder)[0] == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "fitted anew"
+    for name in IDENTICAL:
+        assert (folder / name).read_bytes() == (untroubled / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+     ValueError("Error while serializing: I/O error: No space left on device (os error 28)")],
+    ids=["the system's", "torch's", "safetensors'"],
+)  # fmt: skip
+def test_whoever_writes_the_file_is_named_and_what_was_there_stays(error, tmp_path):
+    path = tmp_path / "small.pt2"
+    path.write_text("before")
+
+    def full(beside):
+        beside.write_text("half")
+        raise error
+
+    with pytest.raises(
+        OSError, match=r"small\.pt2 can't be written: No space left on device; nothing else is lost"
+    ):
+        write_atomically(path, full)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_are_their_own(tmp_path):
+    with pytest.raises(ValueError, match="^not a matter of room$"):
+        write_atomically(
+            tmp_path / "a", lambda beside: (_ for _ in ()).throw(ValueError("not a matter of room"))
+        )
