@@ -87,7 +87,7 @@ def test_whoever_writes_the_file_is_named_and_what_was_there_stays(error, tmp_pa
 
 
 def test_other_errors_are_their_own(tmp_path):
-    with pytest.raises(ValueError, match="^not a matter of room$"):
+    with pytest.raises(ValueError, match=r"^not a matter of room$"):
         write_atomically(
             tmp_path / "a", lambda beside: (_ for _ in ()).throw(ValueError("not a matter of room"))
         )
