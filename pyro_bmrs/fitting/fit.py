@@ -180,6 +180,7 @@ def fit(
 
     Raises:
         ValueError, TypeError: for a bad argument, before any work is done.
+        RuntimeError: if one of several processes is killed.
         FloatingPointError: if the loss stops being finite; the best parameters so far are put back (of several
             processes only in these: the caller's model is then as it was).
     """
@@ -259,10 +260,16 @@ def _run(fabric: Fabric, parcel: _Parcel, elsewhere: bool) -> tuple[Fit, bytes]:
 @contextmanager
 def _own_errors() -> Iterator[None]:
     """An error of one of the processes as what it was there, where it is one that `fit` raises."""
-    from torch.multiprocessing.spawn import ProcessRaisedException
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
     try:
         yield
+    except ProcessExitedException as error:
+        ended = error.signal_name or f"exit status {error.exit_code}"
+        raise RuntimeError(
+            f"one of the processes of the fit was ended by {ended} (from outside, or for want of memory); the others "
+            "are stopped too. With checkpoints, the same call goes on from the last of them"
+        ) from error
     except ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]
         for kind in (FloatingPointError, ValueError, TypeError):

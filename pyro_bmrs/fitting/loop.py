@@ -390,9 +390,11 @@ class Loop:
         """The last step of an epoch has no loss behind it that would tell."""
         for module in (self.model, self.guide):
             for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-                if not bool(torch.isfinite(parameter).all()):
+                bad = torch.nonzero(~torch.isfinite(parameter))
+                if len(bad):
+                    place = ", ".join(map(str, bad[0].tolist()))
                     raise FloatingPointError(
-                        f"parameter {name} is not finite after epoch {epoch}; the parameters of epoch "
+                        f"parameter {name}[{place}] is not finite after epoch {epoch}; the parameters of epoch "
                         f"{self.state.best_epoch} are back in place. Lower learning_rate"
                     )
 

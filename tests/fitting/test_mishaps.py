@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,25 +223,65 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_stops_all_processes_of_a_fit_and_returns(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    folder = tmp_path / "checkpoints"
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "support")
-    }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, script, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            if len(list(folder.glob("epoch-*"))) > 1:
+class TwoProcesses:
+    """A fit in two processes that goes on for ever, with its checkpoints."""
+
+    def __init__(self, folder):
+        self.checkpoints = folder / "checkpoints"
+        (folder / "script.py").write_text(SCRIPT)
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "support")
+        }  # fmt: skip
+        before = self.epochs()
+        self.process = subprocess.Popen(
+            [sys.executable, folder / "script.py", self.checkpoints], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        for _ in range(1200):
+            if self.epochs() > before + 1:
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, error[-3000:]
+
+    def epochs(self):
+        return max((int(path.stem.split("-")[1]) for path in self.checkpoints.glob("epoch-*")), default=0)
+
+    def end(self):
+        try:
+            out, error = self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
+        return self.process.returncode, out, error
+
+    def children(self):
+        """The processes that compute, by pid."""
+        listed = subprocess.run(
+            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
+        ).stdout.splitlines()  # fmt: skip
+        return [int(line.split()[0]) for line in listed if "spawn_main" in line]
+
+
+def test_ctrl_c_stops_all_processes_of_a_fit_and_returns(tmp_path):
+    fit = TwoProcesses(tmp_path)
+    fit.process.send_signal(signal.SIGINT)
+    status, out, error = fit.end()
+    assert status == 0, error[-3000:]
     assert out.startswith("interrupted")
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+def test_one_of_the_processes_dies_and_the_fit_says_so_and_can_go_on(tmp_path):
+    fit = TwoProcesses(tmp_path)
+    first, second = fit.children()
+    os.kill(second, signal.SIGKILL)
+    status, _, error = fit.end()
+    assert status == 1
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("RuntimeError: one of the processes of the fit was ended by SIGKILL")
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)  # nobody is left that waits for it
+    done = fit.epochs()
+    again = TwoProcesses(tmp_path)
+    again.process.send_signal(signal.SIGINT)
+    status, out, error = again.end()
+    assert status == 0, error[-3000:]
+    assert int(out.split()[1]) > done
