@@ -1,8 +1,10 @@
 """What is imported when: the package and --help must cost nothing."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,15 @@ def test_every_public_name_resolves(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'pyro_bmrs' has no attribute 'nothing'"):
         _ = pyro_bmrs.nothing
+
+
+def test_no_module_asks_what_time_it_is():
+    """A clock that jumps can upset nothing: durations come from clocks that only go forward."""
+    asks = re.compile(r"\btime\.(time|time_ns|ctime|localtime)\(|\bdatetime\.|\bdate\.today\(")
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in Path(pyro_bmrs.__file__).parent.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if asks.search(line)
+    ]
+    assert not found

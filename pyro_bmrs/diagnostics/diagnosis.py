@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -277,6 +278,11 @@ def _check_programs(
         raise TypeError(f"plan must be a Reduction: got {type(plan).__name__}")
     if not isinstance(fine_tuned, nn.Module | None):
         raise TypeError(f"fine_tuned must be a Pyro model or None: got {type(fine_tuned).__name__}")
+    if fine_tuned is not None and not _takes_two(fine_tuned):
+        raise ValueError(
+            "fine_tuned must be a Pyro model of (x, y), such as Classifier(network): got "
+            f"{type(fine_tuned).__name__}, which takes one argument"
+        )
     if not isinstance(criteria, Mapping | None):
         raise TypeError(f"criteria must be a mapping from names: got {type(criteria).__name__}")
     most = MOST_CRITERIA - 1  # of a figure, beside the plan's own
@@ -297,6 +303,15 @@ def _check_programs(
         plan.parameters_before()
     except ValueError as error:
         raise ValueError(f"plan must have its network, to count parameters: {error}") from None
+
+
+def _takes_two(module: nn.Module) -> bool:
+    """Whether a module can be called with inputs and targets, as a Pyro model is and a network is not."""
+    try:
+        inspect.signature(module.forward).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _batches(name: str, data: object, batch_size: int, device: torch.device) -> Batches:

@@ -1214,6 +1214,10 @@ DIAGNOSTICS = [
         r"^plan must be a Reduction: got NoneType$",
     ),
     function(
+        "diagnose", "fine_tuned is a network, no model", lambda: diagnose(fine_tuned=nn.Linear(6, 2)), ValueError,
+        r"^fine_tuned must be a Pyro model of \(x, y\), such as Classifier\(network\): got Linear, which takes one argument$",
+    ),
+    function(
         "diagnose", "test without examples", lambda: diagnose(test=(X[:0], Y[:0])), ValueError,
         r"^test must not be empty$",
     ),
