@@ -14,7 +14,6 @@ Writes to `--out`: reductions.csv, the study's table; peers.csv, a row per netwo
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from matplotlib.figure import Figure
 from peers import METHODS, measured, pruned, trained, tune, widths_of
 from safetensors.torch import load_file
 from torch import nn
+from trials import Rows, figures
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.diagnostics.diagnosis import CRITERIA
@@ -46,28 +46,6 @@ SHARES = (0.5, 0.75, 0.88, 0.95, 0.98)
 SHORT = 3
 
 
-class Rows:
-    """A CSV that grows by a row at a time; what it has need not be done again."""
-
-    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
-        self.path, self.keys = path, keys
-        self.table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(keys))
-
-    def has(self, *values: object) -> bool:
-        same = pd.Series(True, index=self.table.index)
-        for key, value in zip(self.keys, values, strict=True):
-            same &= self.table[key].isna() if value is None else self.table[key] == value
-        return bool(same.any())
-
-    def add(self, *values: object, **measured: Any) -> None:
-        row = pd.DataFrame([dict(zip(self.keys, values, strict=True)) | measured])
-        self.table = row if self.table.empty else pd.concat([self.table, row], ignore_index=True)
-        write_table(self.path, self.table)
-        print(
-            ", ".join(f"{name} {value}" for name, value in row.iloc[0].items()), file=sys.stderr, flush=True
-        )
-
-
 # what is made --------------------------------------------------------------------------------------------
 
 
@@ -79,13 +57,7 @@ def opened(cell: Cell, data_root: Path | None) -> Run:
 
 
 def figures_of(net: nn.Module, run: Run) -> dict[str, Any]:
-    size = parameters(net)
-    return {
-        "parameters": size,
-        "removed": 1 - size / run.parameters_before,
-        "widths": "-".join(map(str, widths_of(net))),
-        **measured(net, run.dataset),
-    }
+    return figures(net, run.dataset, run.parameters_before)
 
 
 def compare_with_peers(cell: Cell, rows: Rows, methods: list[str], data_root: Path | None) -> None:

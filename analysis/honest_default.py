@@ -13,26 +13,22 @@ and every stage of the paths to paths.csv, in `--out`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from compression_curves import Rows
-from peers import measured, tune, widths_of
+from peers import measured, tune
 from torch import Tensor, nn
+from trials import Rows, Trial, figures, parser_of_trials, trials
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.data import Dataset, load_data
 from pyro_bmrs.diagnostics import predictions
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.recipes import Recipe, Settings
 from pyro_bmrs.reduction.criteria import Layers, Scores
 
 STAGES, LAST = 12, 1000.0
@@ -74,42 +70,38 @@ def prices(model: nn.Module, guide: Any, examples: int) -> dict[str, float]:
     return found
 
 
-def fitted(
-    recipe: Recipe, settings: Settings, data: Dataset, weights: list[float], epochs: int, **options: Any
-) -> Any:
+def fitted(trial: Trial, weights: list[float], epochs: int, **options: Any) -> Any:
     """(weight, model, guide) after each stage of so many epochs at that weight."""
-    model = recipe.model(recipe.network(data, settings.network or {}, settings.seed))
-    guide = recipe.guide(model)
+    model, guide = trial.start()
     for stage, weight in enumerate(weights):
-        bmrs.fit(
-            model, guide, data.train, data.validation, epochs=epochs, batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate, posterior_learning_rate=settings.posterior_learning_rate,
-            kl_weight=weight, seed=100 * settings.seed + stage, progress=False, **options,
-        )  # fmt: skip
+        seed = 100 * trial.settings.seed + stage
+        trial.fit(model, guide, epochs=epochs, kl_weight=weight, seed=seed, **options)
         yield weight, model, guide
 
 
-def by_price(recipe: Recipe, settings: Settings, data: Dataset) -> nn.Module:
-    ((_, model, guide),) = fitted(recipe, settings, data, [1.0], settings.epochs, schedule="cosine")
-    log_odds = prices(model, guide, len(data.train))
+def by_price(trial: Trial) -> nn.Module:
+    ((_, model, guide),) = fitted(trial, [1.0], trial.settings.epochs)
+    log_odds = prices(model, guide, len(trial.data.train))
     print({layer: round(price, 1) for layer, price in log_odds.items()}, flush=True)
     return bmrs.reduce(model, guide, PricedEvidence(log_odds)).apply(measure=False)
 
 
-def by_path(recipe: Recipe, settings: Settings, data: Dataset, stages: Rows) -> nn.Module:
+def by_path(trial: Trial, stages: Rows) -> nn.Module:
     weights = [float(weight) for weight in np.geomspace(1.0, LAST, STAGES)]
     found: list[tuple[float, float, int, nn.Module]] = []
-    epochs = max(1, settings.epochs // STAGES)
-    for weight, model, guide in fitted(recipe, settings, data, weights, epochs, warm_up=0.0, keep_best=False):
+    epochs = max(1, trial.settings.epochs // STAGES)
+    options = {"schedule": "constant", "warm_up": 0.0, "keep_best": False}
+    for weight, model, guide in fitted(trial, weights, epochs, **options):
         small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
         none: Mapping[str, Tensor] = {}
-        scored = predictions(bmrs.Classifier(small), data.validation, none)
+        scored = predictions(bmrs.Classifier(small), trial.data.validation, none)
         losses = -np.log(scored.probability[np.arange(len(scored.label)), scored.label].clip(1e-300))
         loss, error = losses.mean(), losses.std() / len(losses) ** 0.5
         found.append((loss, error, parameters(small), copy.deepcopy(small)))
         stages.add(
-            recipe.name, settings.data, settings.seed, weight, parameters=parameters(small), validation_loss=loss,
-            standard_error=error, validation_accuracy=float((scored.predicted == scored.label).mean()),
+            trial.recipe.name, trial.settings.data, trial.settings.seed, weight, parameters=parameters(small),
+            validation_loss=loss, standard_error=error,
+            validation_accuracy=float((scored.predicted == scored.label).mean()),
         )  # fmt: skip
     best = min(found, key=lambda stage: stage[0])
     good = [stage for stage in found if stage[0] <= best[0] + best[1]]
@@ -117,34 +109,18 @@ def by_path(recipe: Recipe, settings: Settings, data: Dataset, stages: Rows) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "honest_default")
-    parser.add_argument("--data-root", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    recipe = Recipe.read(given.recipe)
+    given = parser_of_trials(__doc__, "honest_default").parse_args()
     rows = Rows(given.out / "honest_default.csv", ("recipe", "data", "seed", "way"))
     stages = Rows(given.out / "paths.csv", ("recipe", "data", "seed", "kl_weight"))
-    for seed in given.seeds:
-        settings = Settings.of(recipe, given.data, {"seed": seed})
-        data = load_data(given.data, data_root=given.data_root, image_size=settings.image_size, seed=seed)
-        before = parameters(bmrs.without_noise(recipe.network(data, settings.network or {}, seed)))
+    for trial in trials(given):
         for way in ("path", "price"):
-            if rows.has(given.recipe.name, given.data, seed, way):
+            key = given.recipe.name, given.data, trial.settings.seed, way
+            if rows.has(*key):
                 continue
-            small = (
-                by_path(recipe, settings, data, stages) if way == "path" else by_price(recipe, settings, data)
-            )
-            untuned = measured(small, data)["accuracy"]
-            tune(small, settings, data, settings.fine_tune)
-            size = parameters(small)
-            rows.add(
-                given.recipe.name, given.data, seed, way, parameters=size, removed=1 - size / before,
-                widths="-".join(map(str, widths_of(small))), **measured(small, data), accuracy_before_tuning=untuned,
-            )  # fmt: skip
+            small = by_path(trial, stages) if way == "path" else by_price(trial)
+            untuned = measured(small, trial.data)["accuracy"]
+            tune(small, trial.settings, trial.data, trial.settings.fine_tune)
+            rows.add(*key, **figures(small, trial.data, trial.before), accuracy_before_tuning=untuned)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,16 @@ def trained(
 
 
 def tune(net: nn.Module, settings: Settings, data: Dataset, epochs: int) -> None:
-    """Train in place, as a reduced network is fine-tuned: Adam, cosine, the best epoch on validation data."""
-    bmrs.fit(
+    """Train in place, as a reduced network is fine-tuned: Adam, cosine, the best epoch on validation data.
+
+    Raises KeyboardInterrupt if it is told to stop: a network that is half trained must get into no table.
+    """
+    result = bmrs.fit(
         bmrs.Classifier(net), None, data.train, data.validation, epochs=epochs, batch_size=settings.batch_size,
         learning_rate=settings.learning_rate, schedule="cosine", seed=settings.seed, progress=False,
     )  # fmt: skip
+    if result.interrupted:
+        raise KeyboardInterrupt
 
 
 def pruned(net: nn.Module, method: str, target: int, data: Dataset, seed: int) -> nn.Module:

@@ -265,17 +265,23 @@ def _own_errors() -> Iterator[None]:
     try:
         yield
     except ProcessExitedException as error:
-        ended = error.signal_name or f"exit status {error.exit_code}"
-        raise RuntimeError(
-            f"one of the processes of the fit was ended by {ended} (from outside, or for want of memory); the others "
-            "are stopped too. With checkpoints, the same call goes on from the last of them"
-        ) from error
+        raise _died(error.signal_name or f"exit status {error.exit_code}") from error
     except ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]
         for kind in (FloatingPointError, ValueError, TypeError):
             if last.startswith(f"{kind.__name__}: "):
                 raise kind(last.removeprefix(f"{kind.__name__}: ")) from error
+        if "onnection closed by peer" in last or "onnection reset by peer" in last:
+            # what another process says that waited for it, where it is the first to say anything
+            raise _died("its system") from error
         raise
+
+
+def _died(by: str) -> RuntimeError:
+    return RuntimeError(
+        f"one of the processes of the fit was ended by {by} (from outside, or for want of memory); the others are "
+        "stopped too. With checkpoints, the same call goes on from the last of them"
+    )
 
 
 def _check_surroundings(checkpoints: object, label: object, logger: object) -> None:

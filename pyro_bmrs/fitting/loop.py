@@ -118,7 +118,8 @@ class Loop:
             identity = {
                 **settings, "phase": self.phase, "examples": self.batches.size, "batches": len(self.batches),
                 "validation_examples": 0 if self.held_out is None else self.held_out.size, "processes": world,
-                "first_batch": _digest(self.first), "label": task.label,
+                # each process has its own share of it: that of the first stands for all
+                "first_batch": fabric.broadcast(_digest(self.first)), "label": task.label,
                 "schedule": [self.rates(step / 16) for step in range(17)],
             }  # fmt: skip
             self.checkpoints = Checkpoints(task.checkpoints, task.keep_checkpoints, identity)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pyro
@@ -245,43 +246,54 @@ class TwoProcesses:
     def epochs(self):
         return max((int(path.stem.split("-")[1]) for path in self.checkpoints.glob("epoch-*")), default=0)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for pid in (*self.children(), self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
     def end(self):
-        try:
-            out, error = self.process.communicate(timeout=60)
-        finally:
-            self.process.kill()
+        out, error = self.process.communicate(timeout=60)
         return self.process.returncode, out, error
 
     def children(self):
         """The processes that compute, by pid."""
         listed = subprocess.run(
-            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
+            ["ps", "-ww", "--ppid", str(self.process.pid), "-o", "pid=,args="],
+            capture_output=True, text=True, check=False,
         ).stdout.splitlines()  # fmt: skip
         return [int(line.split()[0]) for line in listed if "spawn_main" in line]
 
 
+needs_ps = pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+
+
+@needs_ps
 def test_ctrl_c_stops_all_processes_of_a_fit_and_returns(tmp_path):
-    fit = TwoProcesses(tmp_path)
-    fit.process.send_signal(signal.SIGINT)
-    status, out, error = fit.end()
+    with TwoProcesses(tmp_path) as fit:
+        fit.process.send_signal(signal.SIGINT)
+        status, out, error = fit.end()
     assert status == 0, error[-3000:]
     assert out.startswith("interrupted")
 
 
-@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+@needs_ps
 def test_one_of_the_processes_dies_and_the_fit_says_so_and_can_go_on(tmp_path):
-    fit = TwoProcesses(tmp_path)
-    first, second = fit.children()
-    os.kill(second, signal.SIGKILL)
-    status, _, error = fit.end()
-    assert status == 1
-    line = error.strip().splitlines()[-1]
-    assert line.startswith("RuntimeError: one of the processes of the fit was ended by SIGKILL")
-    with pytest.raises(ProcessLookupError):
-        os.kill(first, 0)  # nobody is left that waits for it
-    done = fit.epochs()
-    again = TwoProcesses(tmp_path)
-    again.process.send_signal(signal.SIGINT)
-    status, out, error = again.end()
+    with TwoProcesses(tmp_path) as fit:
+        first, second = fit.children()
+        os.kill(second, signal.SIGKILL)
+        status, _, error = fit.end()
+        assert status == 1
+        line = error.strip().splitlines()[-1]
+        assert line.startswith("RuntimeError: one of the processes of the fit was ended by ")
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)  # nobody is left that waits for it
+        done = fit.epochs()
+    with TwoProcesses(tmp_path) as again:
+        again.process.send_signal(signal.SIGINT)
+        status, out, error = again.end()
     assert status == 0, error[-3000:]
     assert int(out.split()[1]) > done

@@ -1215,7 +1215,8 @@ DIAGNOSTICS = [
     ),
     function(
         "diagnose", "fine_tuned is a network, no model", lambda: diagnose(fine_tuned=nn.Linear(6, 2)), ValueError,
-        r"^fine_tuned must be a Pyro model of \(x, y\), such as Classifier\(network\): got Linear, which takes one argument$",
+        r"^fine_tuned must be a Pyro model of \(x, y\), such as Classifier\(network\): got Linear, which takes one "
+        r"argument$",
     ),
     function(
         "diagnose", "test without examples", lambda: diagnose(test=(X[:0], Y[:0])), ValueError,
