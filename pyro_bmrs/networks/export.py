@@ -119,7 +119,8 @@ def _export_arguments(
     # of a batch of one, export would conclude that the batch is always one
     example = map_tensors(lambda tensor: tensor.contiguous(), repeated(example_input, 2))
     size = batch_size(example)
-    batch = torch.export.Dim("batch", min=1)
+    # without a largest, torch 2.6 finds that the batch must not be 2**63 - 1, and refuses
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
 
     def dynamic(value: Any) -> Any:
         if isinstance(value, Tensor):

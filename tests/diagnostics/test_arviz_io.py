@@ -1270,7 +1270,8 @@ def test_khat_and_comparisons_of_regressions():
     assert list(table.index) == ["every", "one"]
     # over 300 seeds the standard deviation of the error was 0.14, and the largest 0.42
     difference = float((analytic_loo(1) - analytic_loo()).sum())
-    assert float(table.elpd_diff.iloc[1]) == pytest.approx(difference, abs=0.7)
+    # ArviZ 1.0 has the better less the worse, later versions the worse less the better
+    assert abs(float(table.elpd_diff.iloc[1])) == pytest.approx(-difference, abs=0.7)
 
 
 def hardly_a_network(bias):
