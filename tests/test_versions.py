@@ -1,4 +1,4 @@
-"""The oldest versions of everything that pyproject.toml allows, and the newest there are: a part of the tests in each."""
+"""The oldest versions that pyproject.toml allows, and the newest there are: a part of the tests passes with each."""
 
 import os
 import subprocess
