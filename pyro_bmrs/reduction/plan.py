@@ -40,6 +40,8 @@ CHECK_EXAMPLES = 32
 _CHECK_MULTIPLY_ACCUMULATES = 1e10
 
 
+# Above this log θ, starting at 0, a posterior has had no time to say anything.
+LITTLE_TRAVEL = -3.0
 COLUMNS = [
     "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
     "removed_in_fit", "present",
@@ -204,10 +206,7 @@ class Reduction:
         if self.groups is not None:
             lines += _evidence_lines(self.groups, "group")
         if before == after and self.sites is None:
-            lines.append(
-                "  nothing to remove: give the posterior more steps or a higher learning rate to travel, or "
-                "raise the KL weight"
-            )
+            lines.append(_advice(float(self.table["loc"].min())))
         if self.kl_weight == 0:
             lines.append("  at KL weight 0 nothing held the posterior to its prior: ΔF has no meaning")
         elif self.kl_weight != 1:
@@ -537,6 +536,19 @@ def check_examples(network: nn.Module, example_input: Inputs) -> int:
     with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
         one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
+
+
+def _advice(lowest: float) -> str:
+    """What to do where nothing is to be removed, by the lowest log θ: it has not come far, or it is held there."""
+    told = f"  nothing to remove: the lowest log θ is {lowest:.1f}"
+    if lowest > LITTLE_TRAVEL:
+        return (
+            f"{told}, hardly below 0 where it began. A step moves it by at most posterior_learning_rate: give more "
+            "epochs, smaller batches or a higher rate, such as 2e-2"
+        )
+    return (
+        f"{told}, and each is needed by the data at this KL weight: raise it, such as to three times as much"
+    )
 
 
 def _without_nan(table: pd.DataFrame) -> dict[str, dict[str, float | None]]:

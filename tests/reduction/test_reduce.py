@@ -231,4 +231,10 @@ def test_the_network_of_a_users_model_is_its_outermost_part():
 def test_a_plan_that_removes_nothing_says_what_could_be_done():
     model, guide, _ = problem()
     assert "nothing to remove" in bmrs.reduce(model, guide, bmrs.SNR(1e-9)).summary()
+    assert "needed by the data at this KL weight" in bmrs.reduce(model, guide, bmrs.SNR(1e-9)).summary()
     assert "nothing to remove" not in bmrs.reduce(model, guide, bmrs.BMRS_N()).summary()
+    for posterior in guide.posteriors:
+        posterior.loc.data.fill_(-0.1)
+    told = bmrs.reduce(model, guide, bmrs.SNR(1e-9)).summary()
+    assert "the lowest log θ is -0.1, hardly below 0 where it began" in told
+    assert "posterior_learning_rate" in told
