@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python analysis/ranking.py RUN [RUN …] [--data-root FOLDER]
 
 For each run of `pyro-bmrs run`, with its fitted posterior: every structure in turn is set to θ = 0, all others at
-E[θ], nothing is tuned, and the NLL of the validation data is measured. Beside it the scores of all criteria, and of a
-log-odds that knows the number of parameters. Writes to `--out`: units.csv, a row per structure; ranking.csv, Spearman's
-correlation between the true rise in NLL and what keeps a structure, per run and criterion, over all structures and
-within layers (mean weighted by structures); ranking.svg. Called again it does the runs that are missing.
+E[θ], nothing is tuned, and the NLL of the validation data is measured. Beside it stand the scores of all criteria.
+Writes to `--out`: units.csv, a row per structure; ranking.csv, Spearman's correlation between the true rise in NLL
+and what keeps a structure, per run and criterion: over all structures, within layers (mean weighted by structures)
+and among those that BMRS_N keeps; ranking.svg. Called again it does the runs that are missing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def units_of(folder: Path, data_root: Path | None) -> pd.DataFrame:
 
 
 def correlations(units: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's correlation of each criterion with the true change, over all structures and within layers."""
+    """Spearman's correlation of each criterion with the true change: of all, within layers, of those kept."""
     rows = []
     generator = np.random.default_rng(0)
     for key, run in units.groupby(["recipe", "data", "kl_weight", "seed"], sort=False):
@@ -91,12 +91,14 @@ def correlations(units: pd.DataFrame) -> pd.DataFrame:
                 for _, layer in run.groupby("layer")
             ]
             within, sizes = zip(*[pair for pair in layers if np.isfinite(pair[0])], strict=True)
+            kept = run[run["BMRS_N"] > 0]
             rows.append(
                 dict(zip(("recipe", "data", "kl_weight", "seed"), key, strict=True))
                 | {
                     "criterion": name, "structures": len(run), "spearman": spearmanr(score, truth).statistic,
                     "standard_error": float(np.nanstd(resampled)),
-                    "within_layers": float(np.average(within, weights=sizes)),
+                    "within_layers": float(np.average(within, weights=sizes)), "kept": len(kept),
+                    "among_kept": spearmanr(kept[name], kept.change_of_loss).statistic,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)

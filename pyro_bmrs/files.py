@@ -124,7 +124,12 @@ def held(name: str, folder: Path) -> Iterator[None]:
     """
     check_folder(name, folder)
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # where even root may not write, as below /proc
+        raise ValueError(
+            f"{name} must be a folder that can be written to: got {folder} ({os.strerror(error.errno or 0)})"
+        ) from error
     try:
         with _locked(name, folder):
             yield

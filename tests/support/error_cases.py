@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -143,6 +144,16 @@ def cut(path, share=0.5):
         Path(path).write_bytes(content[: int(share * len(content))])
 
     return spoil
+
+
+def within_quota(limit, work):
+    """Do work while no file may have more than so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        return work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def edit(path, **entries):
@@ -1483,6 +1494,12 @@ FILES = [
         r"^path must be in a folder that can be written to: got file/plan\.json, and file is none$",
     ),
     on_disk(
+        "Reduction.save", "no room on the disk, or a full quota",
+        lambda: within_quota(100, lambda: fitted().plan.save("plan.json")), OSError,
+        r"^plan\.safetensors can't be written: File too large; nothing else is lost, and what is done need not be done "
+        r"again once there is room$",
+    ),
+    on_disk(
         "Reduction.save", "path is a folder", lambda: fitted().plan.save("plan.json"), ValueError,
         r"^path must be a file to write: got the folder plan\.json$", lambda: Path("plan.json").mkdir(),
     ),
@@ -1771,6 +1788,10 @@ COMMANDS = [
     command(
         "run net.py --data own.npz --out file/new", "out below a file",
         r"out must be a folder that can be written to: got file/new, and file is none$",
+    ),
+    command(
+        "run net.py --data own.npz --out /proc/new", "out where nobody may write",
+        r"out must be a folder that can be written to: got /proc/new \(No such file or directory\)$",
     ),
     command(
         "run net.py --data own.npz --out fitted --seed 3", "out holds a fit with other settings",
