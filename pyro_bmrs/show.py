@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pyro_bmrs.diagnostics.numerals import number, percent
 from pyro_bmrs.diagnostics.report_text import (
     khat_text,
-    number,
-    percent,
     posterior_warnings,
     removal_warnings,
     verdict,

@@ -9,14 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_bmrs.diagnostics.numerals import number, percent, plain_number, with_error
 from pyro_bmrs.diagnostics.report_text import (
     khat_text,
     khat_value,
     markdown,
-    number,
-    percent,
-    plain_number,
-    with_error,
 )
 from pyro_bmrs.files import write_atomically
 

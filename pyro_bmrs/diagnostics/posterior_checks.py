@@ -24,7 +24,7 @@ from pyro_bmrs.diagnostics.joint_draws import (
     draw_posterior,
     log_densities,
 )
-from pyro_bmrs.diagnostics.report_text import with_error
+from pyro_bmrs.diagnostics.numerals import with_error
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.inference.batches import Data
 from pyro_bmrs.inference.guides import elementary

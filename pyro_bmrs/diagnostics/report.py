@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_bmrs.diagnostics.diagnosis import FACTS, Diagnosis
+from pyro_bmrs.diagnostics.numerals import finite
 from pyro_bmrs.diagnostics.page import svg, write_page
 from pyro_bmrs.diagnostics.plots import (
     CURVE_COLUMNS,
@@ -41,7 +42,6 @@ from pyro_bmrs.diagnostics.posterior_plots import (
 from pyro_bmrs.diagnostics.report_text import (
     EVALUATION_COLUMNS,
     WIDTH_COLUMNS,
-    finite,
     khat_text,
     methods,
     posterior_warnings,

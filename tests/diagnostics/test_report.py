@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from pyro_bmrs.diagnostics import plots
+from pyro_bmrs.diagnostics.numerals import percent
 from pyro_bmrs.diagnostics.plots import (
     plot_compression_curve,
     plot_history,
@@ -22,7 +23,7 @@ from pyro_bmrs.diagnostics.plots import (
     plot_structures,
 )
 from pyro_bmrs.diagnostics.report import report
-from pyro_bmrs.diagnostics.report_text import EVALUATION_COLUMNS, WIDTH_COLUMNS, percent, removal_warnings
+from pyro_bmrs.diagnostics.report_text import EVALUATION_COLUMNS, WIDTH_COLUMNS, removal_warnings
 
 # The package's attribute of this name is the function.
 report_module = sys.modules["pyro_bmrs.diagnostics.report"]
