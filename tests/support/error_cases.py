@@ -9,6 +9,7 @@ import json
 import math
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,6 +40,7 @@ from pyro_bmrs.reduction import plan
 from pyro_bmrs.reduction.reduce import NonFiniteScoreError
 from pyro_bmrs.runs import Run
 from pyro_bmrs.study import Study
+from pyro_bmrs.sweep import run_study
 
 WORKS, WARNS = "works", "warning"
 
@@ -154,6 +156,12 @@ def within_quota(limit, work):
         return work()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def killed_worker():
+    """A study whose recipe kills the process that it is in: what the table says of its cells."""
+    table = run_study(Study.read("study.yaml"), progress=False)
+    print(table.error[0], file=sys.stderr)
 
 
 def edit(path, **entries):
@@ -1741,6 +1749,21 @@ def bad_study(wrong, says, spoil=None, **changed):
     return replace(case, called="study YAML")
 
 
+KILLS_ITSELF = """
+import os, signal
+
+def network(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+WORKERS = [
+    on_disk(
+        "run_study", "a worker process is killed", killed_worker, WORKS,
+        r"^its process was killed, and again when alone: for want of memory, or by a crash in a library$",
+        both(recipe(NETWORK + KILLS_ITSELF), lambda: write_study(jobs=2, seeds=[0, 1])),
+    ),
+]  # fmt: skip
+
 COMMANDS = [
     command("", "no command", r"^Missing command\.$"),
     command("walk", "no such command", r"^No such command 'walk'\.$"),
@@ -2074,5 +2097,5 @@ SECTIONS = {
     "Diagnostics": DIAGNOSTICS,
     "Data": DATA,
     "Files": FILES,
-    "The command line, studies and recipes": COMMANDS,
+    "The command line, studies and recipes": [*COMMANDS, *WORKERS],
 }
