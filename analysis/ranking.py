@@ -34,6 +34,15 @@ from pyro_bmrs.runs import Run
 RESAMPLES = 1000
 
 
+def identity(folder: Path) -> dict[str, Any]:
+    """What tells a run from the others."""
+    stored = RunFolder(folder).needed_settings()
+    settings = stored["settings"]
+    return {
+        "recipe": stored["recipe"], "data": settings.data, "kl_weight": settings.kl_weight, "seed": settings.seed
+    }  # fmt: skip
+
+
 def units_of(folder: Path, data_root: Path | None) -> pd.DataFrame:
     """A row per structure: what its removal alone does to the validation NLL (nats per example), and its scores."""
     stored = RunFolder(folder).needed_settings()
@@ -62,16 +71,9 @@ def units_of(folder: Path, data_root: Path | None) -> pd.DataFrame:
         without = means[layer].clone()
         without[count] = 0.0
         changes.append(loss({**means, layer: without}) - base)
-    settings = stored["settings"]
-    head = {
-        "recipe": stored["recipe"],
-        "data": settings.data,
-        "kl_weight": settings.kl_weight,
-        "seed": settings.seed,
-    }
-    for place, (name, value) in enumerate(head.items()):
+    table.insert(2, "change_of_loss", changes)
+    for place, (name, value) in enumerate(identity(folder).items()):
         table.insert(place, name, value)
-    table.insert(len(head) + 2, "change_of_loss", changes)
     return table
 
 
@@ -132,10 +134,7 @@ def main() -> None:
     path = given.out / "units.csv"
     units = pd.read_csv(path) if path.exists() else pd.DataFrame()
     for folder in given.runs:
-        stored = RunFolder(folder).needed_settings()
-        settings = stored["settings"]
-        key = {"recipe": stored["recipe"], "data": settings.data, "kl_weight": settings.kl_weight,
-               "seed": settings.seed}  # fmt: skip
+        key = identity(folder)
         if len(units) and bool(
             pd.concat([units[name] == value for name, value in key.items()], axis=1).all(1).any()
         ):

@@ -55,7 +55,7 @@ def figures(net: nn.Module, data: Dataset, before: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the same only as itself, so that what is made of it can be kept
 class Trial:
     """A recipe on a data set, with the settings of one seed."""
 
