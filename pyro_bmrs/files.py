@@ -57,6 +57,18 @@ def check_file(name: str, path: Path) -> None:
         )
 
 
+def _make_folder(name: str, folder: Path) -> None:
+    """Make a folder where it is missing; raise ValueError, naming the argument, where even root may not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if _lack_of_space(error):
+            raise
+        raise ValueError(
+            f"{name} must be a folder that can be written to: got {folder} ({error.strerror})"
+        ) from error
+
+
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a file beside `path`, then rename it: `path` is whole or untouched, never half.
 
@@ -66,7 +78,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     """
     path = Path(path)
     check_file("path", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder("path", path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     beside = Path(name)
@@ -93,14 +105,12 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
 
 def _lack_of_space(error: Exception) -> str | None:
     """Words for an error of writing that a full disk or a quota explains, whoever raised it; else None."""
-    number = getattr(error, "errno", None)
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if number in full:
-        return os.strerror(number)
-    # safetensors and torch write by themselves, and pass on the words or less
-    for words in (*map(os.strerror, full), "PytorchStreamWriter failed", "unexpected pos"):
-        if words in str(error):
-            return words if words in map(os.strerror, full) else os.strerror(errno.ENOSPC)
+    # the words are in the system's error, and in what safetensors makes of it
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    if any(words in str(error) for words in ("PytorchStreamWriter failed", "unexpected pos")):
+        return os.strerror(errno.ENOSPC)  # torch's writer says no more than that
     return None
 
 
@@ -124,12 +134,7 @@ def held(name: str, folder: Path) -> Iterator[None]:
     """
     check_folder(name, folder)
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # where even root may not write, as below /proc
-        raise ValueError(
-            f"{name} must be a folder that can be written to: got {folder} ({os.strerror(error.errno or 0)})"
-        ) from error
+    _make_folder(name, folder)
     try:
         with _locked(name, folder):
             yield
