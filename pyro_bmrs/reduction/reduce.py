@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.networks.cuts import selections as tensors_of_side
 from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
@@ -381,8 +382,14 @@ def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
     squares = torch.zeros(group.features, dtype=torch.float64)
     counts = torch.zeros_like(squares)
     for member in group.consumers if group.kind == "inputs" else group.producers:
-        weight = weight_of(network, member).detach().double().cpu()
-        rows = (weight.transpose(0, 1) if group.kind == "inputs" else weight).flatten(1).square()
+        module, weight = (
+            network.get_submodule(member.path),
+            weight_of(network, member).detach().double().cpu(),
+        )
+        ((_, dim), *_) = tensors_of_side(module, member.side)  # the weight comes first
+        # each group of a grouped convolution has columns of its own
+        parts = weight.chunk(getattr(module, "groups", 1) if member.role == "consumer" else 1)
+        rows = torch.cat([part.movedim(dim, 0) for part in parts]).flatten(1).square()
         squares.index_add_(0, member.units, rows.sum(1)[member.indices])
         counts.index_add_(0, member.units, torch.full_like(member.units, rows.shape[1], dtype=torch.float64))
     return (squares / counts).sqrt()

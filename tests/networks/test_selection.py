@@ -78,6 +78,30 @@ def test_the_norm_of_a_feature_is_that_of_the_weights_that_read_it():
     assert torch.allclose(scores[0] - scores, norms - norms[0], atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("net", "x", "rows"),
+    [
+        (nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 2)),
+         torch.randn(4, 2, 6, 6), lambda net: net[0].weight.movedim(1, 0)),
+        (nn.Sequential(bmrs.InputSelection(4), nn.ConvTranspose2d(4, 5, 3), nn.Flatten(), nn.Linear(320, 2)),
+         torch.randn(4, 4, 6, 6), lambda net: net[1].weight),
+        (nn.Sequential(bmrs.InputSelection(4), nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(96, 2)),
+         torch.randn(4, 4, 6, 6),  # channels 0 and 2 go together, and 1 and 3
+         lambda net: net[1].weight.movedim(1, 0)),
+    ],
+    ids=["transposed", "read by transposed", "read by grouped"],
+)  # fmt: skip
+def test_the_norm_of_a_structure_is_that_of_its_own_weights(net, x, rows):
+    noisy = bmrs.insert_noise(net, x)
+    model = bmrs.Classifier(noisy)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(x, torch.zeros(len(x), dtype=torch.long))
+    table = bmrs.reduce(model, guide, bmrs.WeightNorm()).table
+    scores = torch.tensor(table[table.layer == table.layer.iloc[0]].score.to_numpy())
+    norms = rows(net).detach().double().flatten(1).square().mean(1).sqrt()
+    assert torch.allclose(scores[0] - scores, norms - norms[0], atol=1e-12)
+
+
 def test_the_mlp_recipe_selects_its_inputs():
     from pyro_bmrs.recipes import Recipe
 
