@@ -6,7 +6,7 @@ A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`; it may
 
 from torch import nn
 
-from pyro_bmrs import MultiplicativeNoise
+from pyro_bmrs import InputSelection, MultiplicativeNoise
 
 # One entry per data set, "default" for all others; options of the command line go before it.
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix. At a KL weight
@@ -55,10 +55,18 @@ SETTINGS = {
 class LeNet5(nn.Module):
     """Two convolutions of 5×5, each max-pooled, and three linear layers.
 
-    Noise stands where the next layer reads: after the pooling, which commutes with a positive scale.
+    Noise stands where the next layer reads: after the pooling, which commutes with a positive scale. With
+    `select_positions` every position of a flattened filter is a structure too.
     """
 
-    def __init__(self, channels: int, side: int, num_classes: int, widths: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self,
+        channels: int,
+        side: int,
+        num_classes: int,
+        widths: tuple[int, int, int, int],
+        select_positions: bool,
+    ) -> None:
         super().__init__()
         first, second, third, fourth = widths
         self.features = nn.Sequential()
@@ -73,7 +81,11 @@ class LeNet5(nn.Module):
         side = ((side - 4) // 2 - 4) // 2
         self.classifier = nn.Sequential()
         self.classifier.add_module("flatten", nn.Flatten())
-        self.classifier.add_module("linear1", nn.Linear(second * side * side, third))
+        flattened = second * side * side
+        if select_positions:
+            self.classifier.add_module("selection", InputSelection(flattened))
+            self.classifier.add_module("positions", MultiplicativeNoise(flattened))
+        self.classifier.add_module("linear1", nn.Linear(flattened, third))
         self.classifier.add_module("relu3", nn.ReLU())
         self.classifier.add_module("units1", MultiplicativeNoise(third))
         self.classifier.add_module("linear2", nn.Linear(third, fourth))
@@ -86,10 +98,13 @@ class LeNet5(nn.Module):
 
 
 def network(
-    input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, int, int, int] = (6, 16, 120, 84)
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    widths: tuple[int, int, int, int] = (6, 16, 120, 84),
+    select_positions: bool = False,
 ) -> LeNet5:
     """LeNet5 for square images (channels, side, side) with side ≥ 16."""
     if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] < 16:
         raise ValueError(f"LeNet5 takes square images of at least 16 pixels: got input shape {input_shape}")
     channels, height, _ = input_shape
-    return LeNet5(channels, height, num_classes, widths)
+    return LeNet5(channels, height, num_classes, widths, select_positions)

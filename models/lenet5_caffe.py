@@ -6,7 +6,7 @@ A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`; it may
 
 from torch import nn
 
-from pyro_bmrs import MultiplicativeNoise
+from pyro_bmrs import InputSelection, MultiplicativeNoise
 
 # One entry per data set, "default" for all others; options of the command line go before it.
 SETTINGS = {
@@ -32,9 +32,15 @@ SETTINGS = {
 
 
 def network(
-    input_shape: tuple[int, ...], num_classes: int, widths: tuple[int, int, int] = (20, 50, 500)
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    widths: tuple[int, int, int] = (20, 50, 500),
+    select_positions: bool = False,
 ) -> nn.Sequential:
-    """Two max-pooled 5×5 convolutions without activation, as in Caffe's file, and a layer of ReLU units."""
+    """Two max-pooled 5×5 convolutions without activation, as in Caffe's file, and a layer of ReLU units.
+
+    With `select_positions` every position of a flattened filter is a structure too.
+    """
     if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] < 16:
         raise ValueError(f"LeNet-5-Caffe takes square images of at least 16 pixels: got {input_shape}")
     channels, height, _ = input_shape
@@ -48,7 +54,11 @@ def network(
     layers.add_module("pool2", nn.MaxPool2d(2))
     layers.add_module("filters2", MultiplicativeNoise(second))
     layers.add_module("flatten", nn.Flatten())
-    layers.add_module("linear1", nn.Linear(second * side * side, third))
+    flattened = second * side * side
+    if select_positions:
+        layers.add_module("selection", InputSelection(flattened))
+        layers.add_module("positions", MultiplicativeNoise(flattened))
+    layers.add_module("linear1", nn.Linear(flattened, third))
     layers.add_module("relu1", nn.ReLU())
     layers.add_module("units1", MultiplicativeNoise(third))
     layers.add_module("output", nn.Linear(third, num_classes))

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_bmrs.diagnostics.joint_draws import check_whole
-from pyro_bmrs.reduction.plan import least_kept
+from pyro_bmrs.reduction.choice import least_kept
 
 if TYPE_CHECKING:
     from pyro_bmrs.reduction import Reduction
@@ -27,7 +27,8 @@ def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
 
     `plan.at(t)` removes structure i where t ≤ leaving_thresholds(plan)[i]: a structure's own score, unless it is
     among those that its layer keeps whatever the threshold (-inf), has to leave together with others so that the
-    number of channels stays a multiple of `round_to`, or was removed by the fit (inf).
+    number of channels stays a multiple of `round_to`, or was removed by the fit (inf). A structure inside another
+    leaves with that; where none would be left of its layer, `plan.at` keeps one that this does not know of.
 
     Returns:
         In the order of the table. Shape: (structures,), in the criterion's unit.
@@ -47,6 +48,11 @@ def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
             if first >= least:
                 leaving[row] = score[rows[first]]
     leaving[gone] = math.inf
+    for inner, outers in plan.owners.items():
+        rows = np.flatnonzero(layers == inner)
+        for outer, owner in outers.items():
+            with_it = leaving[np.flatnonzero(layers == outer)][owner.clamp(min=0).numpy()]
+            leaving[rows] = np.where(owner >= 0, np.maximum(leaving[rows], with_it), leaving[rows])
     return leaving
 
 
@@ -75,7 +81,10 @@ def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
         {
             "score_threshold": thresholds,
             "prior_log_odds": own_log_odds(plan) - np.array(thresholds),
-            "structures": [int((leaving < threshold).sum()) for threshold in thresholds],
+            "structures": [
+                int((~plan.at(threshold).table.removed if plan.owners else leaving < threshold).sum())
+                for threshold in thresholds
+            ],
             "parameters": plan.parameters_at(thresholds),
         }
     )

@@ -41,7 +41,7 @@ def channels(module: nn.Module, side: str) -> int | None:
     if isinstance(module, _ConvNd):
         return module.out_channels if side == ROWS else module.in_channels
     if side == COLUMNS:
-        return None
+        return module.width if isinstance(module, InputSelection) else None
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
     if isinstance(module, _NormBase):
@@ -64,6 +64,8 @@ def channel_dimension(module: nn.Module) -> int:
 
 def selections(module: nn.Module, side: str) -> list[tuple[str, int]]:
     """The tensors of a module, by name, and the dimension of each that runs over its rows or columns."""
+    if side == COLUMNS and isinstance(module, InputSelection):
+        return []  # it holds numbers of columns, which are counted anew
     if isinstance(module, nn.Linear | _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)
         if side == COLUMNS:
@@ -92,7 +94,7 @@ def _attributes(module: nn.Module, side: str, count: int) -> dict[str, int]:
     if isinstance(module, nn.PReLU):
         return {"num_parameters": count}
     if isinstance(module, InputSelection):
-        return {"features": count}
+        return {"features" if side == ROWS else "width": count}
     return {"num_features": count}
 
 
@@ -157,6 +159,8 @@ class Cuts:
         for tensor, dim, kept in list(self.tensors(network)):
             replace_data(tensor, tensor.data.index_select(dim, kept))
         for module, side, indices in self._sides(network):
+            if side == COLUMNS and isinstance(module, InputSelection):
+                module.renumber(indices)
             for name, value in _attributes(module, side, len(indices)).items():
                 setattr(module, name, value)
         for path, numbers in self.attributes.items():
@@ -178,8 +182,15 @@ class Cuts:
                         + ("is no layer of it that can be cut" if size is None else
                            f"has {side} 0 to {size - 1}, and increasing indices of them are to be kept")
                     )  # fmt: skip
-                groups = getattr(modules[path], "groups", 1)
-                if groups > 1 and not is_depthwise(modules[path]):
+                module = modules[path]
+                if side == COLUMNS and isinstance(module, InputSelection):
+                    read = module.index[self.rows.get(path, slice(None))]
+                    if not read.is_meta and not set(read.tolist()) <= set(kept):
+                        raise ValueError(
+                            f"cuts must fit the network: {path!r} can't select features that it is no longer given"
+                        )
+                groups = getattr(module, "groups", 1)
+                if groups > 1 and not is_depthwise(module):
                     step = size // groups
                     parts = [[i % step for i in kept if i // step == group] for group in range(groups)]
                     if any(part != parts[0] for part in parts):

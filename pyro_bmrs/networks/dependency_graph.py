@@ -53,16 +53,22 @@ class DependencyGraph:
 
             prune_in_channels = prune_out_channels
 
-            def get_out_channels(self, layer: MultiplicativeNoise) -> int:
-                return layer.features
+            def get_out_channels(self, layer: Any) -> int:
+                return int(layer.features)
 
             get_in_channels = get_out_channels
 
         class SelectionPruner(NoisePruner):
-            """Makes a selection of inputs a node too, where channels begin: what it gives is not what it gets."""
+            """Makes a selection a node too, where channels begin: what it gives is not what it gets."""
 
             def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
                 return layer
+
+            def get_in_channels(self, layer: Any) -> int:
+                return int(layer.width)
+
+            def get_out_channels(self, layer: Any) -> int:
+                return int(layer.features)
 
         # the graph is read off autograd: parameters must require gradients, and ours may be frozen
         self.network = network.requires_grad_(True).eval()
@@ -221,6 +227,15 @@ class DependencyGraph:
         while stack:
             node, handler, pairs = stack.pop()
             known = found.add(node, handler, pairs)
+            if isinstance(node.module, InputSelection) and self._is_inward(handler):
+                # what is selected of channels that go goes too
+                rows_of = self.graph.get_pruner_of_module(node.module).prune_out_channels
+                selected = [
+                    _HybridIndex(idx=row, root_idx=pair.root_idx)
+                    for pair in known
+                    for row in node.module.rows_of(pair.idx)
+                ]
+                stack.append((node, rows_of, selected))
             if known:
                 for dependency in node.dependencies:
                     if dependency.is_triggered_by(handler):
@@ -231,6 +246,23 @@ class DependencyGraph:
                         if moved:
                             stack.append((dependency.target, dependency.handler, moved))
         return found
+
+    def _is_inward(self, handler: Callable[..., Any]) -> bool:
+        """Whether a handler takes channels that a module reads, and not those that it makes too."""
+        inward: bool = self.graph.is_in_channel_pruning_fn(handler)
+        return inward and not self.graph.is_out_channel_pruning_fn(handler)
+
+    def selects_among_made(self, selection: InputSelection) -> bool:
+        """Whether a selection is given what layers of the network make, not an input of the network."""
+        level, seen = list(self.nodes[selection].inputs), set()
+        while level:
+            node = level.pop()
+            if node not in seen:
+                seen.add(node)
+                level += node.inputs
+                if node.module in self.paths and channels(node.module, ROWS) is not None:
+                    return True
+        return False
 
 
 def function_name(node: Any) -> str:
@@ -254,12 +286,10 @@ class Reach:
     def add(self, node: Any, handler: Callable[..., Any], pairs: list[Any]) -> list[Any]:
         """Takes (index, root) pairs at a node; returns those that are new."""
         module = node.module
-        inward = self.graph.graph.is_in_channel_pruning_fn(handler)
-        outward = self.graph.graph.is_out_channel_pruning_fn(handler)
-        side = COLUMNS if inward and not outward else ROWS
+        side = COLUMNS if self.graph._is_inward(handler) else ROWS
         if module in self.graph.paths:
             size = None if _is_shared(module) else channels(module, side)
-            if size == 1 and len(self.roots) > 1:
+            if size == 1 and len({pair.root_idx for pair in pairs}) > 1:
                 return []  # one channel that meets many is spread over them, and tied to none
             if size is not None:
                 pairs = [pair for pair in pairs if pair.idx < size]
@@ -285,12 +315,12 @@ class Reach:
                 or _is_shared(node.module)
             ):
                 continue
-            if (
-                has_own_parameters(node.module)
-                or channels(node.module, side) is not None
-                or isinstance(node.module, InputSelection)  # of what the network makes: refused below
-            ):
+            if has_own_parameters(node.module) or channels(node.module, side) is not None:
                 yield node.module, path, side, pairs
+
+    def selections(self) -> set[nn.Module]:
+        """Those that choose among what the root makes."""
+        return {module for module, _, side, _ in self._modules() if _role(module, side) == "selection"}
 
     def _parameters(self) -> Iterator[tuple[nn.Module, str]]:
         """(owner, path) of parameters that are used outside of a layer the graph knows."""
@@ -302,8 +332,10 @@ class Reach:
         return [node.module for node, _ in self.pairs if isinstance(node.module, MultiplicativeNoise)]
 
     def rows(self) -> Iterator[tuple[str, set[int]]]:
-        for _, path, side, pairs in self._modules():
-            if side == ROWS:
+        """(path, rows) of what goes with the root and never alone, as what a selection chooses among it may."""
+        passed = self.selections()
+        for module, path, side, pairs in self._modules():
+            if side == ROWS and module not in passed:
                 yield path, {index for index, _ in pairs}
 
     def touched(self) -> Iterator[str]:
@@ -345,7 +377,7 @@ class Reach:
                     and leaf.shape == node.grad_fn._input_metadata[0].shape
                 ):
                     return "added to an input of the network"
-        if not any(side == COLUMNS for _, _, side, _ in self._modules()):
+        if not any(_role(module, side) == "consumer" for module, _, side, _ in self._modules()):
             return "read by no linear or convolution layer"
         return None
 
@@ -395,15 +427,17 @@ class Reach:
             return self._heads_group(*attention)
         unit_of, count = self._units()
         members = []
+        passed = self.selections()
         for module, path, side, pairs in self._modules():
-            role = "consumer" if side == COLUMNS else _row_role(module)
+            role = "between" if side == ROWS and module in passed else _role(module, side)
             found = sorted({(index, unit_of[root]) for index, root in pairs if root is not None})
             members.append(_member(path, role, found))
-        made_by = [module for module, _, side, _ in self._modules() if side == ROWS]
         kind = "units"
-        if any(isinstance(module, InputSelection) for module in made_by):
-            kind = "inputs"
-        elif any(isinstance(module, _ConvNd) for module in made_by):
+        makers = [module for module, _, side, _ in self._modules() if side == ROWS and module not in passed]
+        selections = [module for module in makers if isinstance(module, InputSelection)]
+        if selections:
+            kind = "positions" if any(map(self.graph.selects_among_made, selections)) else "inputs"
+        elif any(isinstance(module, _ConvNd) for module in makers):
             kind = "filters"
         share = len(self.roots) // count
         return StructureGroup(name, count, _ordered(members), share, kind)
@@ -452,7 +486,7 @@ class Reach:
                 count = 1
             each = size // count
             found = [(index, index // each) for index in range(size)]
-            members.append(_member(path, "consumer" if side == COLUMNS else _row_role(module), found))
+            members.append(_member(path, _role(module, side), found))
         module = self.graph.network.get_submodule(parent)
         numbers = {}
         for names, total in ((HEADS, heads), (KEY_HEADS, count), (HEADS_WIDTH, max(rows.values()))):
@@ -468,11 +502,11 @@ def _is_shared(module: nn.Module) -> bool:
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
-def _row_role(module: nn.Module) -> str:
-    producer = isinstance(module, nn.Linear | nn.Embedding | _ConvNd | InputSelection) and not is_depthwise(
-        module
-    )
-    return "producer" if producer else "between"
+def _role(module: nn.Module, side: str) -> str:
+    if side == COLUMNS:
+        return "selection" if isinstance(module, InputSelection) else "consumer"
+    makes = isinstance(module, nn.Linear | nn.Embedding | _ConvNd | InputSelection)
+    return "producer" if makes and not is_depthwise(module) else "between"
 
 
 def _member(path: str, role: str, found: list[tuple[int, int]]) -> Member:
@@ -481,7 +515,7 @@ def _member(path: str, role: str, found: list[tuple[int, int]]) -> Member:
 
 
 def _ordered(members: list[Member]) -> tuple[Member, ...]:
-    order = ("producer", "between", "consumer")
+    order = ("producer", "between", "selection", "consumer")
     return tuple(sorted(members, key=lambda member: order.index(member.role)))
 
 

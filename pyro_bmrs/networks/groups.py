@@ -20,13 +20,15 @@ class Member:
     """
 
     path: str
-    role: str  # "producer" (rows), "between" (rows: normalisation, depthwise convolution) or "consumer" (columns)
+    # "producer" (rows), "between" (rows: normalisation, depthwise convolution, a selection among what was made),
+    # "selection" (columns: what such a selection is given) or "consumer" (columns)
+    role: str
     indices: Tensor
     units: Tensor
 
     @property
     def side(self) -> str:
-        return COLUMNS if self.role == "consumer" else ROWS
+        return COLUMNS if self.role in ("consumer", "selection") else ROWS
 
     def indices_of(self, units: Tensor) -> list[int]:
         """The rows or columns that belong to any of `units` (indices of structures), in order."""
@@ -44,7 +46,8 @@ class StructureGroup:
         features: number of structures.
         members: what makes, carries and reads them.
         channels: channels that one structure has where it is made: 1, or the size of a head.
-        kind: "units" (of linear layers), "filters" (of convolutions), "heads", or "inputs" (of the network).
+        kind: "units" (of linear layers), "filters" (of convolutions), "heads", "inputs" (of the network), or
+            "positions" (selected among what layers made: of a flattened filter, say).
         attributes: numbers that modules keep about their structures: by module path and name, how much of
             it one structure accounts for.
     """
@@ -116,7 +119,36 @@ def after(groups: Iterable[StructureGroup], kept: Mapping[str, Tensor], cuts: Cu
             indices, units = member.indices[keep[member.units]], member.units[keep[member.units]]
             if member.path in table:
                 position = {old: new for new, old in enumerate(table[member.path])}
+                # of a structure that stays some may have left with structures inside it
+                there = torch.tensor([int(index) in position for index in indices], dtype=torch.bool)
+                indices, units = indices[there], units[there]
                 indices = torch.tensor([position[int(index)] for index in indices], dtype=torch.long)
             members.append(replace(member, indices=indices, units=new_unit[units]))
         renumbered.append(replace(group, features=int(keep.sum()), members=tuple(members)))
     return renumbered
+
+
+def owners(groups: Mapping[str, StructureGroup]) -> dict[str, dict[str, Tensor]]:
+    """Of structures that lie inside others, and leave with them: by site and site of these, which one.
+
+    Positions of a flattened filter lie inside that filter where an `InputSelection` chooses among them.
+
+    Returns:
+        found[inner][outer] has the outer structure of each inner one, -1 for none. Shape: (inner.features,).
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for inner in groups.values():
+        made_by = {member.path: member for member in inner.producers}
+        for outer in groups.values():
+            passed = {member.path for member in outer.members if member.role == "selection"}
+            for member in outer.members:
+                if member.role != "between" or member.path not in passed & set(made_by):
+                    continue
+                unit_of = dict(zip(member.indices.tolist(), member.units.tolist(), strict=True))
+                chosen = made_by[member.path]
+                owner = torch.full((inner.features,), -1)
+                owner[chosen.units] = torch.tensor(
+                    [unit_of.get(index, -1) for index in chosen.indices.tolist()]
+                )
+                found.setdefault(inner.site, {})[outer.site] = owner
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class HookedNoise(nn.Module):
         self.examples = 0
         # paths of readers whose input has no entry per example, so that one θ must serve the whole batch
         self.folded: set[str] = set()
-        self.readers: dict[str, tuple[str, ...]] = {}
+        # sites of each reader's columns, those first that lie in no other structure
+        self.readers: dict[str, list[tuple[str, ...]]] = {}
         self._index_readers(network)
 
     def _index_readers(self, network: nn.Module) -> None:
@@ -55,17 +57,22 @@ class HookedNoise(nn.Module):
         for group in self.groups.values():
             for member in group.consumers:
                 readers.setdefault(member.path, []).append((group.site, member.indices, member.units))
-        self.readers = {path: tuple(site for site, _, _ in parts) for path, parts in readers.items()}
+        self.readers = {}
         for number, (path, parts) in enumerate(readers.items()):
             size = channels(network.get_submodule(path), COLUMNS)
             assert size is not None
-            offset, total = 0, sum(self.groups[site].features for site, _, _ in parts)
-            columns = torch.full((size,), total)  # behind the last θ stands a 1, for what no θ scales
-            for site, indices, units in parts:
-                columns[indices] = offset + units
-                offset += self.groups[site].features
-            plain = len(parts) == 1 and torch.equal(columns, torch.arange(total))
-            self.register_buffer(f"columns_{number}", None if plain else columns.to(device), persistent=False)
+            self.readers[path] = []
+            for level, disjoint in enumerate(_levels(parts)):
+                self.readers[path].append(tuple(site for site, _, _ in disjoint))
+                offset, total = 0, sum(self.groups[site].features for site, _, _ in disjoint)
+                columns = torch.full((size,), total)  # behind the last θ stands a 1, for what no θ scales
+                for site, indices, units in disjoint:
+                    columns[indices] = offset + units
+                    offset += self.groups[site].features
+                plain = len(disjoint) == 1 and torch.equal(columns, torch.arange(total))
+                self.register_buffer(
+                    f"columns_{number}_{level}", None if plain else columns.to(device), persistent=False
+                )
 
     def attach(self, network: nn.Module) -> None:
         """Make this a submodule of `network`, which from now on draws and applies the noise."""
@@ -90,8 +97,14 @@ class HookedNoise(nn.Module):
             raise RuntimeError(
                 f"layer {path!r} has noise that is drawn when the network is called: call the network itself"
             )
-        values = [self.drawn[site] for site in self.readers[path]]
-        columns = getattr(self, f"columns_{number}")
+        levels = [
+            self._theta_of(sites, getattr(self, f"columns_{number}_{level}"))
+            for level, sites in enumerate(self.readers[path])
+        ]
+        return prod(levels[1:], start=levels[0])
+
+    def _theta_of(self, sites: tuple[str, ...], columns: Tensor | None) -> Tensor:
+        values = [self.drawn[site] for site in sites]
         if columns is None:
             return values[0]
         shape = max((value.shape[:-1] for value in values), key=len)
@@ -114,6 +127,22 @@ class HookedNoise(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{sum(group.features for group in self.groups.values())} structures"
+
+
+def _levels(parts: list[tuple[str, Tensor, Tensor]]) -> list[list[tuple[str, Tensor, Tensor]]]:
+    """The (site, columns, units) of a reader in as few lists as can be, in none of which two share a column.
+
+    Columns are shared where structures lie inside others: each then has a θ of both.
+    """
+    levels: list[list[tuple[str, Tensor, Tensor]]] = []
+    for part in parts:
+        for level in levels:
+            if not any(torch.isin(part[1], indices).any() for _, indices, _ in level):
+                level.append(part)
+                break
+        else:
+            levels.append([part])
+    return levels
 
 
 class _Hook:

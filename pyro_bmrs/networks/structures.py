@@ -13,7 +13,7 @@ from torch import nn
 
 from pyro_bmrs.networks.cuts import ROWS, channels
 from pyro_bmrs.networks.dependency_graph import DependencyGraph, StructureError
-from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.groups import StructureGroup, owners
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
 from pyro_bmrs.networks.inputs import Inputs
 from pyro_bmrs.networks.noise import noise_layers
@@ -214,7 +214,9 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
     if layer in graph.nodes:
         reach = graph.reach(layer, list(range(layer.features)))
         for other in reach.noise():
-            if other is not layer:
+            # what a selection chooses among these structures may have a noise layer of its own
+            inside = reach.selections() and layer not in graph.reach(other, [*range(other.features)]).noise()
+            if other is not layer and not inside:
                 raise StructureError(
                     f"noise layers {site!r} and {other.site!r} are both tied to the same structures. {advice}"
                 )
@@ -241,13 +243,15 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
 
 
 def _refuse_overlaps(groups: dict[str, StructureGroup]) -> None:
-    """Raise where two groups claim the same row or column."""
+    """Raise where two groups claim the same row or column, and neither lies inside the other."""
+    inside = {(inner, outer) for inner, outers in owners(groups).items() for outer in outers}
+    inside |= {(outer, inner) for inner, outer in inside}
     owner: dict[tuple[str, str, int], str] = {}
     for site, group in groups.items():
         for member in group.members:
             for index in member.indices.tolist():
                 other = owner.setdefault((member.path, member.side, index), site)
-                if other != site:
+                if other != site and (other, site) not in inside:
                     raise StructureError(
                         f"structures of {other!r} and {site!r} are both tied to {member.path!r} (its {member.side}). "
                         f"Leave one of them as it is, with leave_out={[site]} or without its noise layer"

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,14 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
+from pyro_bmrs.reduction.choice import Candidates, Owners, least_kept, removals
 from pyro_bmrs.reduction.shrink import earlier_cuts, original_network, shrink
 
 if TYPE_CHECKING:
     from pyro_bmrs.reduction.latents import Evidence, Latents
     from pyro_bmrs.reduction.reduced_posterior import ReducedPosterior
 
-FORMAT, VERSION = "pyro_bmrs.reduction", 3
+FORMAT, VERSION = "pyro_bmrs.reduction", 4
 # Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
 CHECK_EXAMPLES = 32
 _CHECK_MULTIPLY_ACCUMULATES = 1e10
@@ -75,6 +77,9 @@ class Reduction:
             it is a transformed normal), and the columns standard_error and khat; removed means reduced.
         groups: the same for the groups that were named: column group instead of site.
         steps: of `greedy_reduction`, what was reduced in which order; not saved.
+        channels: by layer, channels that one structure has where it is made, if more than 1.
+        owners: by layer and layer, of structures inside others (`InputSelection`), which one, by the order of the
+            table, -1: none. They leave with it.
     """
 
     table: pd.DataFrame
@@ -85,6 +90,7 @@ class Reduction:
     costs: pd.DataFrame | None = None
     cuts: Cuts | None = field(default=None, repr=False)
     channels: dict[str, int] = field(default_factory=dict, repr=False)
+    owners: Owners = field(default_factory=dict, repr=False)
     sites: pd.DataFrame | None = field(default=None, repr=False)
     groups: pd.DataFrame | None = field(default=None, repr=False)
     steps: pd.DataFrame | None = field(default=None, repr=False)
@@ -141,16 +147,16 @@ class Reduction:
         """The plan that removes where score ≥ threshold, and what the fit had removed before."""
         if math.isnan(threshold):
             raise ValueError("threshold must be a number: got nan")
-        frames = []
+        layers = {}
         for layer, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
             before = torch.tensor(rows.removed_in_fit.to_numpy())
             least = least_kept(self.min_kept, self.round_to, self.channels.get(str(layer), 1))
-            removed = with_floor((score >= threshold) | before, score, ~before, *least)
-            frames.append(rows.assign(removed=removed.numpy()))
+            layers[str(layer)] = Candidates((score >= threshold) | before, score, ~before, *least)
+        removed = torch.cat([*removals(layers, self.owners).values()])
         return replace(
             self,
-            table=pd.concat(frames),
+            table=self.table.assign(removed=removed.numpy()),
             criterion=f"{self.criterion} at {threshold:g}",
             costs=None,
             cuts=None,
@@ -378,6 +384,10 @@ class Reduction:
         document = dict(
             format=FORMAT, version=VERSION, criterion=self.criterion, kl_weight=self.kl_weight,
             min_kept=self.min_kept, round_to=self.round_to, channels=self.channels, layers=sizes, kept=self.kept,
+            owners={
+                inner: {outer: owner.tolist() for outer, owner in outers.items()}
+                for inner, outers in self.owners.items()
+            },
             costs=costs, cuts=None if self.cuts is None else self.cuts.to_json(),
             sites=_records(self.sites), groups=_records(self.groups),
         )  # fmt: skip
@@ -417,6 +427,7 @@ class Reduction:
             if missing:
                 raise ValueError(f"its numbers lack {', '.join(missing)}")
             _check_document(document, len(columns["unit"]))
+            _check_owners(document.get("owners", {}), document["layers"])
             layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
             table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
             table["kl_weight"] = document["kl_weight"]
@@ -429,6 +440,10 @@ class Reduction:
                 min_kept=document["min_kept"],
                 round_to=document["round_to"],
                 channels=document["channels"],
+                owners={
+                    inner: {outer: torch.tensor(owner) for outer, owner in outers.items()}
+                    for inner, outers in document.get("owners", {}).items()
+                },
                 costs=None if costs is None else pd.DataFrame(costs, dtype=float),
                 cuts=None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
                 sites=_frame(document.get("sites")),
@@ -470,6 +485,25 @@ def _check_document(document: dict[str, Any], structures: int) -> None:
             raise ValueError(f"its {name} can't be {document[name]!r}"[:200])
 
 
+def _check_owners(owners: object, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless they name, for all of a layer, structures of layers that lie in none of its own."""
+
+    def good(inner: str, outer: str, owner: object) -> bool:
+        return (
+            isinstance(owner, list)
+            and len(owner) == sizes[inner]
+            and all(type(index) is int and -1 <= index < sizes[outer] for index in owner)
+        )
+
+    if not isinstance(owners, dict) or not all(
+        inner in sizes and outer in sizes and good(inner, outer, owner) and inner != outer
+        for inner, outers in owners.items()
+        for outer, owner in outers.items()
+    ):
+        raise ValueError(f"its owners can't be {owners!r}"[:200])
+    TopologicalSorter(owners).prepare()
+
+
 def _records(table: pd.DataFrame | None) -> list[dict[str, Any]] | None:
     """A table of evidence for JSON, which knows no NaN and no infinity: k̂ as text."""
     if table is None:
@@ -496,25 +530,6 @@ def _json_path(path: Path | str) -> Path:
     if path.suffix != ".json":
         raise ValueError(f"path must end in .json: got {path}")
     return path
-
-
-def least_kept(min_kept: int, round_to: int | None, channels: int) -> tuple[int, int]:
-    """(structures to keep at least, number of structures to keep a multiple of)."""
-    return min_kept, 1 if round_to is None else round_to // math.gcd(round_to, channels)
-
-
-def with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, multiple: int) -> Tensor:
-    """`removed`, but for the structures with the lowest scores where too few, or an odd number, would stay.
-
-    Args:
-        removed, score, kept: (features,); kept is False for what can't come back.
-        min_kept: structures that stay at least, where so many can.
-        multiple: as many stay as make a multiple of this, or all that can.
-    """
-    wanted = max(int((~removed).sum()), min_kept)
-    wanted = min(-(-wanted // multiple) * multiple, int(kept.sum()))
-    best = score.masked_fill(~kept, torch.inf).masked_fill(~removed, -torch.inf).argsort(stable=True)[:wanted]
-    return removed.index_fill(0, best, False)
 
 
 def _full(network: nn.Module) -> nn.Module:

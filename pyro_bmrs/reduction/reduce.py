@@ -18,12 +18,14 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.cuts import selections as tensors_of_side
-from pyro_bmrs.networks.groups import StructureGroup, weight_of
+from pyro_bmrs.networks.groups import StructureGroup, owners, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
+from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.reduction.choice import Candidates, Owners, least_kept, removals
 from pyro_bmrs.reduction.criteria import (
     Criterion,
     EvidenceCriterion,
@@ -42,7 +44,7 @@ from pyro_bmrs.reduction.latent_reduction import (
 )
 from pyro_bmrs.reduction.latent_sites import elementary_law
 from pyro_bmrs.reduction.latents import DependentPriors, Latents
-from pyro_bmrs.reduction.plan import COLUMNS, Reduction, least_kept, with_floor
+from pyro_bmrs.reduction.plan import COLUMNS, Reduction
 
 
 class NonFiniteScoreError(ArithmeticError):
@@ -273,7 +275,7 @@ def _reduce_structures(
         scores = criterion(structures)
     scores = {site: scores[site].detach().double().cpu() for site in structures}
     asked = criterion.reduced_priors if isinstance(criterion, ReducedPriors) else structures
-    removed = []
+    candidates = {}
     for site, view in structures.items():
         score, kept = scores[site], view.kept.cpu()
         bad = torch.nonzero(~torch.isfinite(score) & originals[site].present.cpu()).flatten().tolist()
@@ -283,7 +285,10 @@ def _reduce_structures(
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
             )
         least = least_kept(min_kept, round_to, layers[site].channels)
-        removed.append(with_floor((score >= 0) | ~kept, score, kept, *least))
+        candidates[site] = Candidates((score >= 0) | ~kept, score, kept, *least)
+    nested = any(isinstance(module, InputSelection) for module in network.modules())
+    inside = _owners(originals, owners(groups())) if nested else {}
+    removed = removals(candidates, inside)
     q = joined([view.posterior for view in structures.values()])
     every_score = torch.cat(list(scores.values()))
     columns = {
@@ -298,7 +303,7 @@ def _reduce_structures(
             if evidence
             else torch.full_like(every_score, torch.nan)
         ),
-        "removed": torch.cat(removed),
+        "removed": torch.cat([*removed.values()]),
         "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
         "present": torch.cat([original.present for original in originals.values()]),
     }
@@ -312,6 +317,7 @@ def _reduce_structures(
         min_kept=min_kept,
         round_to=round_to,
         channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
+        owners=inside,
         _network=network,
         _find_input=example_input,
     )
@@ -339,6 +345,20 @@ class _Original:
         """Values of the structures present, among `filling` for the others."""
         whole = torch.full(self.present.shape, filling, dtype=values.dtype, device=self.present.device)
         return whole.masked_scatter(self.present, values.to(whole.device))
+
+
+def _owners(originals: Mapping[str, _Original], present: Owners) -> dict[str, dict[str, Tensor]]:
+    """Owners of structures that are in the network as owners of the original's, -1 for those that are not."""
+    rows = {site: torch.nonzero(original.present.cpu()).flatten() for site, original in originals.items()}
+    return {
+        inner: {
+            outer: torch.full((len(originals[inner].present),), -1).index_put(
+                (rows[inner],), torch.where(owner < 0, owner, rows[outer][owner.clamp(min=0)])
+            )
+            for outer, owner in outers.items()
+        }
+        for inner, outers in present.items()
+    }
 
 
 def _original(
@@ -377,11 +397,12 @@ def _original(
 def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
     """Root mean square of the weights that make each structure, over all layers that produce it.
 
-    Of the network's inputs, which nothing makes, that of the weights that read them.
+    Of what is only selected, such as inputs of the network, that of the weights that read it.
     """
     squares = torch.zeros(group.features, dtype=torch.float64)
     counts = torch.zeros_like(squares)
-    for member in group.consumers if group.kind == "inputs" else group.producers:
+    made = [member for member in group.producers if hasattr(network.get_submodule(member.path), "weight")]
+    for member in made or group.consumers:
         module, weight = (
             network.get_submodule(member.path),
             weight_of(network, member).detach().double().cpu(),

@@ -14,9 +14,10 @@ from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, by_themselves, reduce_group
 from pyro_bmrs.inference.posteriors import JointNormalBlock
 from pyro_bmrs.reduction.bar import bar
+from pyro_bmrs.reduction.choice import Candidates, removals
 from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, selections
 from pyro_bmrs.reduction.latents import Latents, Selection
-from pyro_bmrs.reduction.plan import Reduction, with_floor
+from pyro_bmrs.reduction.plan import Reduction
 from pyro_bmrs.reduction.reduce import arguments_of, kl_weight_of, reduce_by_priors, removes_structures
 
 MOST_GROUPS = 20
@@ -205,15 +206,21 @@ def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
     """The plan that reduces what is chosen, and nothing else; of a network's structures every layer keeps one."""
     plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
     table = plan.table.copy()
+    layers = {}
     for name, site in latents.sites.items():
-        rows = (table.layer == name) & table.present
         removed = ~site.kept
         for selection in chosen:
             removed = removed | selection.get(name, torch.zeros_like(removed))
-        score = torch.tensor(table.score[rows].to_numpy())
-        removed = removed.flatten().cpu()
-        kept = site.kept.flatten().cpu()
-        table.loc[rows, "removed"] = with_floor(removed, score, kept, plan.min_kept, 1).numpy()
+        rows = table[table.layer == name]
+        present = torch.tensor(rows.present.to_numpy())
+        layers[name] = Candidates(
+            removed=torch.ones_like(present).masked_scatter(present, removed.flatten().cpu()),
+            score=torch.tensor(rows.score.to_numpy()),
+            kept=torch.zeros_like(present).masked_scatter(present, site.kept.flatten().cpu()),
+            least=plan.min_kept,
+        )
+    for name, gone in removals(layers, plan.owners).items():
+        table.loc[table.layer == name, "removed"] = gone.numpy()
     return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}")
 
 

@@ -154,6 +154,19 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
         (json.dumps({**document, "version": 99}), "newer pyro_bmrs.*99"),
         (json.dumps({**document, "kept": {"2": [0], "5": [0]}}), "do not belong together"),
         (json.dumps({k: v for k, v in document.items() if k != "layers"}), "whole plan"),
+        *(
+            (json.dumps({**document, "owners": owners}), "whole plan.*(owners can't be|cycle)")
+            for owners in (
+                [],
+                {"2": {"9": [0]}},
+                {"2": {"5": [0]}},
+                {"2": {"2": [0] * 12}},
+                {"2": {"5": "all"}},
+                {"2": {"5": [99] * document["layers"]["2"]}},
+                {"2": {"5": [0.0] * document["layers"]["2"]}},
+                {"2": {"5": [0] * document["layers"]["2"]}, "5": {"2": [0] * document["layers"]["5"]}},
+            )
+        ),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

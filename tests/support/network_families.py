@@ -99,10 +99,27 @@ class SelectingConvolutions(nn.Module):
         return self.output(both.mean((2, 3)))
 
 
-def selection_inside() -> tuple[nn.Module, Inputs]:
+def selected_positions() -> tuple[nn.Module, Inputs]:
     return nn.Sequential(
-        nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), InputSelection(8), nn.Linear(8, 4)
-    ), images(12)  # fmt: skip
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), InputSelection(54), nn.Linear(54, 10), nn.Tanh(),
+        InputSelection(10), nn.Linear(10, 4),
+    ), images(1, 5, 5)  # fmt: skip
+
+
+class SelectedBeside(nn.Module):
+    """Filters that are read by a convolution as a whole, and position by position by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1)
+        self.positions, self.hidden = InputSelection(6 * 16), nn.Linear(6 * 16, 7)
+        self.output = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.first(x))
+        pooled = torch.tanh(self.second(first)).mean((2, 3))
+        hidden = torch.tanh(self.hidden(self.positions(first.flatten(1))))
+        return self.output(torch.cat([pooled, hidden], dim=1))
 
 
 def lenet5() -> tuple[nn.Module, Inputs]:
@@ -300,6 +317,15 @@ FAMILIES = [
     Family(
         "Convolutions that select their input channels", "`InputSelection` of channels, read by two convolutions",
         lambda: (SelectingConvolutions(), images(5, 8, 8)), 3, {"inputs": 5, "filters": 14}, {"output": OUTPUT},
+    ),
+    Family(
+        "Selected positions of flattened filters", "`InputSelection` behind layers: structures inside structures",
+        selected_positions, 4, {"filters": 6, "units": 10, "positions": 64}, {"7": OUTPUT},
+    ),
+    Family(
+        "Selected positions beside a convolution", "filters that are read whole, and position by position",
+        lambda: (SelectedBeside(), images(2, 4, 4)), 4, {"filters": 11, "positions": 96, "units": 7},
+        {"output": OUTPUT},
     ),
     Family(
         "LeNet5", "convolutions, pooling, flatten", lenet5,
@@ -521,11 +547,6 @@ UNSUPPORTED = [
         "ShuffleNetV2 (torchvision)", shufflenet, StructureError,
         "network can't be traced: the dependency graph fails with ZeroDivisionError",
         f"Channels are split and shuffled. {_NO_GRAPH}.",
-    ),
-    Unsupported(
-        "`InputSelection` behind layers with parameters", selection_inside, StructureError,
-        "'4', a InputSelection, is no layer that can be cut",
-        "It selects what a network is given, not what it makes: there units need none.", ("4",),
     ),
     Unsupported(
         "LSTM behind convolutions", lambda: (Recurrent(), images(3, 12)), StructureError,
