@@ -21,7 +21,9 @@ from torch.nn.functional import cross_entropy
 from trials import Rows, Trial, figures, parser_of_trials, trials
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.data import Dataset
 from pyro_bmrs.diagnostics import predictions
+from pyro_bmrs.recipes import Settings
 
 # Draws of θ in the posterior predictive that is a teacher.
 TEACHER_DRAWS = 32
@@ -63,10 +65,12 @@ def base(trial: Trial) -> Any:
     return fitted(trial, {})
 
 
-def tune_softly(net: nn.Module, soft: Tensor, share: float, trial: Trial) -> None:
-    """As `tune`, the labels mixed with the probabilities of a teacher."""
-    settings = trial.settings
-    x, y = trial.data.train[:]
+def tune_softly(
+    net: nn.Module, soft: Tensor, share: float, settings: Settings, data: Dataset, *, temperature: float = 1.0
+) -> None:
+    """As `tune`, the labels mixed with what a teacher says, its logits divided by the temperature as the net's are."""
+    x, y = data.train[:]
+    targets = (soft / temperature).softmax(dim=-1)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True)
     steps = settings.fine_tune * -(-len(x) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -76,24 +80,28 @@ def tune_softly(net: nn.Module, soft: Tensor, share: float, trial: Trial) -> Non
         net.train()
         for indices in order.split(settings.batch_size):
             output = net(x[indices])
-            loss = (1 - share) * cross_entropy(output, y[indices]) + share * cross_entropy(
-                output, soft[indices]
-            )
+            softly = temperature**2 * cross_entropy(output / temperature, targets[indices])
+            loss = (1 - share) * cross_entropy(output, y[indices]) + share * softly
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         net.eval()
-        accuracy = measured(net, trial.data)["validation_accuracy"]
+        accuracy = measured(net, data)["validation_accuracy"]
         if accuracy >= best:
             best, kept = accuracy, {name: tensor.clone() for name, tensor in net.state_dict().items()}
     net.load_state_dict(kept)
 
 
 def teacher(model: nn.Module, guide: Any, trial: Trial) -> Tensor:
-    """The posterior predictive at the training inputs, (examples, classes)."""
+    """Log of the posterior predictive at the training inputs, (examples, classes)."""
     scales = {site: q.sample((TEACHER_DRAWS,)).float() for site, q in guide.posterior().items()}
-    return torch.tensor(predictions(model, trial.data.train[:], scales).probability).float()
+    return (
+        torch.tensor(predictions(model, trial.data.train[:], scales).probability)
+        .clamp(min=1e-30)
+        .log()
+        .float()
+    )
 
 
 def small_network(lever: str, trial: Trial) -> nn.Module:
@@ -107,7 +115,7 @@ def small_network(lever: str, trial: Trial) -> nn.Module:
     settings, data = trial.settings, trial.data
     small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
     if lever.startswith("soft targets"):
-        tune_softly(small, teacher(model, guide, trial), 0.5 if "half" in lever else 1.0, trial)
+        tune_softly(small, teacher(model, guide, trial), 0.5 if "half" in lever else 1.0, settings, data)
     elif lever == "twice the tuning rate":
         tune(small, settings.changed({"learning_rate": 2 * settings.learning_rate}), data, settings.fine_tune)
     else:

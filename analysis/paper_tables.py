@@ -33,6 +33,8 @@ CRITERIA = {
     "BMRS_N": "BMRS_N",
     "BMRS_U:bits=8": "BMRS_U-8",
     "BMRS_U:bits=4": "BMRS_U-4",
+    "BMRS_U:bits=8,prior_log_odds=0": "BMRS_U-8, log-odds 0",
+    "BMRS_U:bits=4,prior_log_odds=0": "BMRS_U-4, log-odds 0",
     "SNR": "SNR",
     "ExpectedScale": "E[θ]",
     "WeightNorm": "weight norm",

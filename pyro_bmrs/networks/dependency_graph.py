@@ -227,7 +227,7 @@ class DependencyGraph:
         while stack:
             node, handler, pairs = stack.pop()
             known = found.add(node, handler, pairs)
-            if isinstance(node.module, InputSelection) and self._is_inward(handler):
+            if isinstance(node.module, InputSelection) and self.is_inward(handler):
                 # what is selected of channels that go goes too
                 rows_of = self.graph.get_pruner_of_module(node.module).prune_out_channels
                 selected = [
@@ -247,7 +247,7 @@ class DependencyGraph:
                             stack.append((dependency.target, dependency.handler, moved))
         return found
 
-    def _is_inward(self, handler: Callable[..., Any]) -> bool:
+    def is_inward(self, handler: Callable[..., Any]) -> bool:
         """Whether a handler takes channels that a module reads, and not those that it makes too."""
         inward: bool = self.graph.is_in_channel_pruning_fn(handler)
         return inward and not self.graph.is_out_channel_pruning_fn(handler)
@@ -286,7 +286,7 @@ class Reach:
     def add(self, node: Any, handler: Callable[..., Any], pairs: list[Any]) -> list[Any]:
         """Takes (index, root) pairs at a node; returns those that are new."""
         module = node.module
-        side = COLUMNS if self.graph._is_inward(handler) else ROWS
+        side = COLUMNS if self.graph.is_inward(handler) else ROWS
         if module in self.graph.paths:
             size = None if _is_shared(module) else channels(module, side)
             if size == 1 and len({pair.root_idx for pair in pairs}) > 1:

@@ -43,7 +43,7 @@ def evidence_curve(
     >>> model = bmrs.Classifier(net)
     >>> guide = bmrs.AutoTruncatedLogNormal(model, init_loc=-18.0, init_scale=2.0)
     >>> _ = guide(torch.randn(16, 4), torch.zeros(16, dtype=torch.long))
-    >>> curve = evidence_curve(model, guide, bmrs.BMRS_U(), bits=[2, 8, 20])
+    >>> curve = evidence_curve(model, guide, bmrs.BMRS_U(prior_log_odds=0.0), bits=[2, 8, 20])
     >>> curve.reduced.tolist(), curve.mixture.round(2).tolist()
     ([8, 8, 8], [0.29, 1.4, 5.91])
 

@@ -75,8 +75,8 @@ def test_the_deadest_unit_needs_the_whole_interval():
     """ΔF = -9.3 with a' = 2^-23 at loc = -20, scale = 1 (paper notes); a' = a removes it."""
     q = TruncatedLogNormal(torch.tensor([-20.0]), torch.tensor([1.0]))
     dead = {"a": LayerStructures(q, LogUniform(), torch.ones(1, dtype=torch.bool), lambda: torch.ones(1))}
-    assert float(BMRS_U(8, floor_bits=23)(dead)["a"]) == pytest.approx(-9.3, abs=0.05)
-    assert float(BMRS_U(8)(dead)["a"]) > 0
+    assert float(BMRS_U(8, floor_bits=23, prior_log_odds=0.0)(dead)["a"]) == pytest.approx(-9.3, abs=0.05)
+    assert float(BMRS_U(8, prior_log_odds=0.0)(dead)["a"]) > 0
 
 
 @pytest.mark.parametrize("kind", [Random, WeightNorm])
