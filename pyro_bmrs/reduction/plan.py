@@ -541,7 +541,7 @@ def _full(network: nn.Module) -> nn.Module:
         for parameter in full.parameters():
             parameter.normal_(0.0, 0.02)
         for buffer in full.buffers():
-            buffer.fill_(1)
+            buffer.fill_(1 if buffer.is_floating_point() else 0)  # an index must lie in what it looks up
     return full
 
 

@@ -66,6 +66,19 @@ def test_it_is_exported_and_saved(small, tmp_path):
     assert load_weights(save_weights(small, tmp_path / "small.safetensors"))["0.index"].tolist() == NEEDED
 
 
+def test_a_single_feature_is_measured_after_a_shrink():
+    net = nn.Sequential(
+        bmrs.InputSelection(1), nn.Linear(1, 5), nn.ReLU(), bmrs.MultiplicativeNoise(5), nn.Linear(5, 2)
+    )
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(torch.randn(10, 1), torch.zeros(10, dtype=torch.long))
+    bmrs.reduce(model, guide, bmrs.Random(fraction=0.4)).shrink(model, guide)
+    plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.0))
+    plan.apply(seconds=0.0)
+    assert plan.costs.before["parameters"] == 22
+
+
 def test_the_norm_of_a_feature_is_that_of_the_weights_that_read_it():
     x, y = examples(10)
     net = network()
