@@ -77,15 +77,13 @@ def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
     if len(changes) > most:
         changes = changes[np.unique(np.linspace(0, len(changes) - 1, most).round().astype(int))]
     thresholds = [math.inf, *sorted({*changes.tolist(), 0.0}, reverse=True)]
+    plans = [plan.at(threshold) for threshold in thresholds]
     return pd.DataFrame(
         {
             "score_threshold": thresholds,
             "prior_log_odds": own_log_odds(plan) - np.array(thresholds),
-            "structures": [
-                int((~plan.at(threshold).table.removed if plan.owners else leaving < threshold).sum())
-                for threshold in thresholds
-            ],
-            "parameters": plan.parameters_at(thresholds),
+            "structures": [int((~other.table.removed).sum()) for other in plans],
+            "parameters": plan.parameters_of(plans),
         }
     )
 

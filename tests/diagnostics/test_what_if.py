@@ -171,7 +171,7 @@ def test_of_many_thresholds_the_ends_and_the_plans_own_stay():
 @pytest.mark.parametrize("most", [1, 0, -3, 2.0, "10", None, True])
 def test_a_bad_most_is_refused(most, monkeypatch):
     plan = make_plan({"a": [1.0, -1.0]})
-    monkeypatch.setattr(type(plan), "parameters_at", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(type(plan), "parameters_of", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=rf"most must be an integer of at least 2: got {most!r}"):
         what_if(plan, most=most)
 
