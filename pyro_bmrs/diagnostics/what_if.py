@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from pyro_bmrs.diagnostics.joint_draws import check_whole
@@ -48,12 +49,18 @@ def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
             if first >= least:
                 leaving[row] = score[rows[first]]
     leaving[gone] = math.inf
-    for inner, outers in plan.owners.items():
-        rows = np.flatnonzero(layers == inner)
-        for outer, owner in outers.items():
-            with_it = leaving[np.flatnonzero(layers == outer)][owner.clamp(min=0).numpy()]
-            leaving[rows] = np.where(owner >= 0, np.maximum(leaving[rows], with_it), leaving[rows])
-    return leaving
+    by_layer = {layer: torch.tensor(leaving[layers == layer]) for layer in plan.layers}
+    settled = False
+    while (
+        not settled
+    ):  # what goes takes along what lies inside of it, and that what it alone was read through
+        settled = True
+        for layer, own in by_layer.items():
+            for other in (*plan.nesting.around(layer, by_layer), *plan.nesting.inside(layer, by_layer)):
+                settled = settled and not bool((other > own).any())
+                own = torch.maximum(own, other)
+            by_layer[layer] = own
+    return torch.cat([*by_layer.values()]).numpy()
 
 
 def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:

@@ -126,29 +126,3 @@ def after(groups: Iterable[StructureGroup], kept: Mapping[str, Tensor], cuts: Cu
             members.append(replace(member, indices=indices, units=new_unit[units]))
         renumbered.append(replace(group, features=int(keep.sum()), members=tuple(members)))
     return renumbered
-
-
-def owners(groups: Mapping[str, StructureGroup]) -> dict[str, dict[str, Tensor]]:
-    """Of structures that lie inside others, and leave with them: by site and site of these, which one.
-
-    Positions of a flattened filter lie inside that filter where an `InputSelection` chooses among them.
-
-    Returns:
-        found[inner][outer] has the outer structure of each inner one, -1 for none. Shape: (inner.features,).
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    for inner in groups.values():
-        made_by = {member.path: member for member in inner.producers}
-        for outer in groups.values():
-            passed = {member.path for member in outer.members if member.role == "selection"}
-            for member in outer.members:
-                if member.role != "between" or member.path not in passed & set(made_by):
-                    continue
-                unit_of = dict(zip(member.indices.tolist(), member.units.tolist(), strict=True))
-                chosen = made_by[member.path]
-                owner = torch.full((inner.features,), -1)
-                owner[chosen.units] = torch.tensor(
-                    [unit_of.get(index, -1) for index in chosen.indices.tolist()]
-                )
-                found.setdefault(inner.site, {})[outer.site] = owner
-    return found

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.dependency_graph import StructureError, has_own_parameters
-from pyro_bmrs.networks.groups import StructureGroup, owners
+from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -25,6 +25,7 @@ from pyro_bmrs.networks.inputs import (
     repeated,
     tensors_of,
 )
+from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import Structures, find_structures
 from pyro_bmrs.networks.surgery import EqualityError, difference, remove_structures
@@ -260,7 +261,7 @@ def _failures(
         kept[group.site] = torch.ones(group.features, dtype=torch.bool)
         kept[group.site][order[:count]] = False
         scales[group.site] = 0.5 + torch.rand(group.features, generator=generator, dtype=torch.float64)
-    for inner, outers in owners({group.site: group for group in groups}).items():
+    for inner, outers in Nesting.of(groups).owners.items():
         for outer, owner in outers.items():
             # something of what stays must be left, or there is nothing to compare
             kept[inner] |= owner == int(torch.nonzero(kept[outer])[0])

@@ -13,9 +13,10 @@ from torch import nn
 
 from pyro_bmrs.networks.cuts import ROWS, channels
 from pyro_bmrs.networks.dependency_graph import DependencyGraph, StructureError
-from pyro_bmrs.networks.groups import StructureGroup, owners
+from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
 from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 
 
@@ -244,7 +245,9 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
 
 def _refuse_overlaps(groups: dict[str, StructureGroup]) -> None:
     """Raise where two groups claim the same row or column, and neither lies inside the other."""
-    inside = {(inner, outer) for inner, outers in owners(groups).items() for outer in outers}
+    inside = {
+        (inner, outer) for inner, outers in Nesting.of(groups.values()).owners.items() for outer in outers
+    }
     inside |= {(outer, inner) for inner, outer in inside}
     owner: dict[tuple[str, str, int], str] = {}
     for site, group in groups.items():

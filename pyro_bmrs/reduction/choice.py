@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# owners[inner][outer] has, for each structure of a layer, that of another it lies inside, -1 for none.
-Owners = Mapping[str, Mapping[str, Tensor]]
+from pyro_bmrs.networks.nesting import Nesting
 
 
 @dataclass(frozen=True)
@@ -32,39 +31,56 @@ class Candidates:
     multiple: int = 1
 
 
-def removals(layers: Mapping[str, Candidates], owners: Owners) -> dict[str, Tensor]:
-    """What goes of each layer: what is to, but for the floors, and what lies inside of what goes.
+def removals(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Tensor]:
+    """What goes of each layer: what is to, but for the floors; what lies inside of what goes; and what is read no more.
 
     >>> filters = Candidates(torch.tensor([True, False]), torch.tensor([1.0, -1.0]), torch.tensor([True, True]))
     >>> positions = Candidates(torch.tensor([False, False, True]), torch.tensor([-2.0, -1.0, 0.5]),
     ...                        torch.tensor([True, True, True]))
-    >>> removals({"filters": filters, "positions": positions}, {"positions": {"filters": torch.tensor([0, 1, 1])}})
+    >>> inside = Nesting({"positions": {"filters": torch.tensor([0, 1, 1])}}, {"filters": torch.tensor([True, True])})
+    >>> removals({"filters": filters, "positions": positions}, inside)
     {'filters': tensor([ True, False]), 'positions': tensor([ True, False,  True])}
     """
+    layers = dict(layers)
+    while True:
+        removed = _with_what_lies_inside(layers, nesting)
+        changed = False
+        for site, layer in layers.items():
+            for unread in nesting.inside(site, removed):
+                last = torch.finfo(layer.score.dtype).max  # a floor that needs as many takes them last
+                unread = unread & ~removed[site] & (layer.score < last)
+                if unread.any():
+                    layers[site] = replace(
+                        layer, removed=layer.removed | unread, score=layer.score.masked_fill(unread, last)
+                    )
+                    changed = True
+        if not changed:
+            return removed
+
+
+def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Tensor]:
+    """What goes of each layer, and what lies inside of it."""
     found: dict[str, Tensor] = {}
-
-    def owners_of(site: str) -> dict[str, Tensor]:
-        return {outer: owner for outer, owner in owners.get(site, {}).items() if outer in layers}
-
-    def outside(site: str) -> Tensor:
-        """What of a layer can stay: it has not gone before, and lies in nothing that goes."""
-        kept = layers[site].kept
-        for outer, owner in owners_of(site).items():
-            kept = kept & ~(decide(outer)[owner.clamp(min=0)] & (owner >= 0))
-        return kept
 
     def decide(site: str) -> Tensor:
         if site not in found:
-            layer, kept = layers[site], outside(site)
+            layer = layers[site]
+            for outer in nesting.owners.get(site, {}):
+                if outer in layers:
+                    decide(outer)
+            kept = layer.kept & ~_gone_around(site)
             if layer.kept.any() and not kept.any():
                 # all that is left lies in what goes: what holds the best of it stays after all
                 best = layer.score.masked_fill(~layer.kept, torch.inf).argmin()
-                for outer, owner in owners_of(site).items():
-                    if owner[best] >= 0:
+                for outer, owner in nesting.owners[site].items():
+                    if outer in found and owner[best] >= 0:
                         found[outer][owner[best]] = False
-                kept = outside(site)
+                kept = layer.kept & ~_gone_around(site)
             found[site] = with_floor(layer.removed | ~kept, layer.score, kept, layer.least, layer.multiple)
         return found[site]
+
+    def _gone_around(site: str) -> Tensor:
+        return torch.stack([torch.zeros_like(layers[site].kept), *nesting.around(site, found)]).any(0)
 
     return {site: decide(site) for site in layers}
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +25,18 @@ from pyro_bmrs.networks.groups import gone
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, blamed_on_input, check_finite, first_examples
 from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
-from pyro_bmrs.reduction.choice import Candidates, Owners, least_kept, removals
+from pyro_bmrs.reduction.choice import Candidates, least_kept, removals
 from pyro_bmrs.reduction.shrink import earlier_cuts, original_network, shrink
 
 if TYPE_CHECKING:
     from pyro_bmrs.reduction.latents import Evidence, Latents
     from pyro_bmrs.reduction.reduced_posterior import ReducedPosterior
 
-FORMAT, VERSION = "pyro_bmrs.reduction", 4
+FORMAT, VERSION = "pyro_bmrs.reduction", 5
 # Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
 CHECK_EXAMPLES = 32
 _CHECK_MULTIPLY_ACCUMULATES = 1e10
@@ -78,8 +78,7 @@ class Reduction:
         groups: the same for the groups that were named: column group instead of site.
         steps: of `greedy_reduction`, what was reduced in which order; not saved.
         channels: by layer, channels that one structure has where it is made, if more than 1.
-        owners: by layer and layer, of structures inside others (`InputSelection`), which one, by the order of the
-            table, -1: none. They leave with it.
+        nesting: which structures lie inside others (`InputSelection`), in the order of the table.
     """
 
     table: pd.DataFrame
@@ -90,7 +89,7 @@ class Reduction:
     costs: pd.DataFrame | None = None
     cuts: Cuts | None = field(default=None, repr=False)
     channels: dict[str, int] = field(default_factory=dict, repr=False)
-    owners: Owners = field(default_factory=dict, repr=False)
+    nesting: Nesting = field(default_factory=Nesting, repr=False)
     sites: pd.DataFrame | None = field(default=None, repr=False)
     groups: pd.DataFrame | None = field(default=None, repr=False)
     steps: pd.DataFrame | None = field(default=None, repr=False)
@@ -153,7 +152,7 @@ class Reduction:
             before = torch.tensor(rows.removed_in_fit.to_numpy())
             least = least_kept(self.min_kept, self.round_to, self.channels.get(str(layer), 1))
             layers[str(layer)] = Candidates((score >= threshold) | before, score, ~before, *least)
-        removed = torch.cat([*removals(layers, self.owners).values()])
+        removed = torch.cat([*removals(layers, self.nesting).values()])
         return replace(
             self,
             table=self.table.assign(removed=removed.numpy()),
@@ -384,11 +383,7 @@ class Reduction:
         document = dict(
             format=FORMAT, version=VERSION, criterion=self.criterion, kl_weight=self.kl_weight,
             min_kept=self.min_kept, round_to=self.round_to, channels=self.channels, layers=sizes, kept=self.kept,
-            owners={
-                inner: {outer: owner.tolist() for outer, owner in outers.items()}
-                for inner, outers in self.owners.items()
-            },
-            costs=costs, cuts=None if self.cuts is None else self.cuts.to_json(),
+            nesting=self.nesting.to_json(), costs=costs, cuts=None if self.cuts is None else self.cuts.to_json(),
             sites=_records(self.sites), groups=_records(self.groups),
         )  # fmt: skip
         write_atomically(path.with_suffix(".safetensors"), lambda beside: save_file(columns, beside))
@@ -427,7 +422,6 @@ class Reduction:
             if missing:
                 raise ValueError(f"its numbers lack {', '.join(missing)}")
             _check_document(document, len(columns["unit"]))
-            _check_owners(document.get("owners", {}), document["layers"])
             layers = [layer for layer, size in document["layers"].items() for _ in range(size)]
             table = pd.DataFrame({"layer": layers, **{name: t.numpy() for name, t in columns.items()}})
             table["kl_weight"] = document["kl_weight"]
@@ -440,10 +434,7 @@ class Reduction:
                 min_kept=document["min_kept"],
                 round_to=document["round_to"],
                 channels=document["channels"],
-                owners={
-                    inner: {outer: torch.tensor(owner) for outer, owner in outers.items()}
-                    for inner, outers in document.get("owners", {}).items()
-                },
+                nesting=Nesting.from_json(_nesting(document), document["layers"]),
                 costs=None if costs is None else pd.DataFrame(costs, dtype=float),
                 cuts=None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
                 sites=_frame(document.get("sites")),
@@ -485,23 +476,13 @@ def _check_document(document: dict[str, Any], structures: int) -> None:
             raise ValueError(f"its {name} can't be {document[name]!r}"[:200])
 
 
-def _check_owners(owners: object, sizes: dict[str, int]) -> None:
-    """Raise ValueError unless they name, for all of a layer, structures of layers that lie in none of its own."""
-
-    def good(inner: str, outer: str, owner: object) -> bool:
-        return (
-            isinstance(owner, list)
-            and len(owner) == sizes[inner]
-            and all(type(index) is int and -1 <= index < sizes[outer] for index in owner)
-        )
-
-    if not isinstance(owners, dict) or not all(
-        inner in sizes and outer in sizes and good(inner, outer, owner) and inner != outer
-        for inner, outers in owners.items()
-        for outer, owner in outers.items()
-    ):
-        raise ValueError(f"its owners can't be {owners!r}"[:200])
-    TopologicalSorter(owners).prepare()
+def _nesting(document: dict[str, Any]) -> Any:
+    """What a plan says of structures inside others; before version 5 not which are read only through those."""
+    if document["version"] >= 5:
+        return document["nesting"]
+    owners = document.get("owners", {})
+    outside = {outer for outers in owners.values() for outer in outers}
+    return {"owners": owners, "enclosed": {outer: [False] * document["layers"][outer] for outer in outside}}
 
 
 def _records(table: pd.DataFrame | None) -> list[dict[str, Any]] | None:

@@ -18,14 +18,15 @@ from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.cuts import selections as tensors_of_side
-from pyro_bmrs.networks.groups import StructureGroup, owners, weight_of
+from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.structures import structure_groups
-from pyro_bmrs.reduction.choice import Candidates, Owners, least_kept, removals
+from pyro_bmrs.reduction.choice import Candidates, least_kept, removals
 from pyro_bmrs.reduction.criteria import (
     Criterion,
     EvidenceCriterion,
@@ -287,8 +288,9 @@ def _reduce_structures(
         least = least_kept(min_kept, round_to, layers[site].channels)
         candidates[site] = Candidates((score >= 0) | ~kept, score, kept, *least)
     nested = any(isinstance(module, InputSelection) for module in network.modules())
-    inside = _owners(originals, owners(groups())) if nested else {}
-    removed = removals(candidates, inside)
+    nesting = Nesting.of(groups().values()) if nested else Nesting()
+    nesting = nesting.spread({site: original.present for site, original in originals.items()})
+    removed = removals(candidates, nesting)
     q = joined([view.posterior for view in structures.values()])
     every_score = torch.cat(list(scores.values()))
     columns = {
@@ -317,7 +319,7 @@ def _reduce_structures(
         min_kept=min_kept,
         round_to=round_to,
         channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
-        owners=inside,
+        nesting=nesting,
         _network=network,
         _find_input=example_input,
     )
@@ -345,20 +347,6 @@ class _Original:
         """Values of the structures present, among `filling` for the others."""
         whole = torch.full(self.present.shape, filling, dtype=values.dtype, device=self.present.device)
         return whole.masked_scatter(self.present, values.to(whole.device))
-
-
-def _owners(originals: Mapping[str, _Original], present: Owners) -> dict[str, dict[str, Tensor]]:
-    """Owners of structures that are in the network as owners of the original's, -1 for those that are not."""
-    rows = {site: torch.nonzero(original.present.cpu()).flatten() for site, original in originals.items()}
-    return {
-        inner: {
-            outer: torch.full((len(originals[inner].present),), -1).index_put(
-                (rows[inner],), torch.where(owner < 0, owner, rows[outer][owner.clamp(min=0)])
-            )
-            for outer, owner in outers.items()
-        }
-        for inner, outers in present.items()
-    }
 
 
 def _original(

@@ -219,7 +219,7 @@ def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
             kept=torch.zeros_like(present).masked_scatter(present, site.kept.flatten().cpu()),
             least=plan.min_kept,
         )
-    for name, gone in removals(layers, plan.owners).items():
+    for name, gone in removals(layers, plan.nesting).items():
         table.loc[table.layer == name, "removed"] = gone.numpy()
     return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}")
 

@@ -31,9 +31,9 @@ from pyro_bmrs.networks import surgery
 from pyro_bmrs.networks.attention import SeparateAttention, separate_attention
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.cuts import Cuts
-from pyro_bmrs.networks.groups import owners
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import as_double, call, first_examples, map_tensors, tensors_of
+from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import StructureError, structure_groups
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
@@ -137,7 +137,7 @@ def plan(network, example, kind, seed=1):
         kept[site] = torch.zeros(layer.features, dtype=torch.bool)
         kept[site][torch.randperm(layer.features, generator=generator)[:count]] = True
         scales[site] = 0.5 + 0.5 * torch.rand(layer.features, generator=generator, dtype=torch.float64)
-    for inner, outers in owners(structure_groups(network, example)).items():
+    for inner, outers in Nesting.of(structure_groups(network, example).values()).owners.items():
         inside = torch.stack([kept[outer][owner] & (owner >= 0) for outer, owner in outers.items()]).any(0)
         order = (~inside).int().argsort(stable=True)
         kept[inner] = torch.zeros_like(inside).index_fill(0, order[: int(kept[inner].sum())], True)

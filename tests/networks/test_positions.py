@@ -12,7 +12,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cuts import Cuts
-from pyro_bmrs.networks.groups import owners
+from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.structures import StructureError, structure_groups
 
@@ -121,6 +121,40 @@ def test_a_filter_goes_with_its_positions_whatever_they_score():
     assert plan.apply(measure=False)[4].features == 64
 
 
+def test_a_filter_goes_once_all_of_its_positions_have(tmp_path):
+    model, guide, x = called(network())
+    gone = {site: torch.zeros(layer.features) > 0 for site, layer in noise_layers(model).items()}
+    plan = bmrs.reduce(model, guide, Given({**gone, "5": torch.arange(80) // 16 == 1}))
+    filters = plan.table[plan.table.layer == "2"]
+    assert filters.removed.tolist() == [False, True, False, False, False]
+    assert (filters.score < 0).all()
+    small = plan.apply(measure=False)
+    assert small[0].out_channels == 4
+    bmrs.insert_noise(small, x)
+    loaded = bmrs.Reduction.load(plan.save(tmp_path / "plan.json"))
+    assert loaded.at(0.0).kept == plan.kept
+
+
+def test_a_filter_that_something_else_reads_stays_without_its_positions():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.filters = nn.Conv2d(1, 3, 3), bmrs.MultiplicativeNoise(3)
+            self.selection, self.positions = bmrs.InputSelection(48), bmrs.MultiplicativeNoise(48)
+            self.other, self.output = nn.Conv2d(3, 2, 4), nn.Linear(48, 2)
+
+        def forward(self, x):
+            x = self.filters(torch.relu(self.conv(x)))
+            return self.output(self.positions(self.selection(x.flatten(1)))) + self.other(x).flatten(1)
+
+    torch.manual_seed(0)
+    model, guide, _ = called(Branches())
+    gone = {site: torch.zeros(layer.features) > 0 for site, layer in noise_layers(model).items()}
+    plan = bmrs.reduce(model, guide, Given({**gone, "positions": torch.arange(48) < 16}))
+    assert plan.kept["filters"] == [0, 1, 2]
+    assert plan.apply(measure=False).conv.out_channels == 3
+
+
 def test_a_position_of_a_network_is_read_by_its_weights():
     net = network()
     model, guide, _ = called(net)
@@ -197,9 +231,10 @@ def test_a_network_that_was_reduced_can_be_given_noise_again(reduced):
 
 
 def test_which_filter_a_position_is_of():
-    found = owners(structure_groups(network(3), examples(4)[0]))
-    assert list(found) == ["5"]
-    assert found["5"]["2"].tolist() == [filter for filter in range(3) for _ in range(16)]
+    found = Nesting.of(structure_groups(network(3), examples(4)[0]).values())
+    assert list(found.owners) == ["5"]
+    assert found.owners["5"]["2"].tolist() == [filter for filter in range(3) for _ in range(16)]
+    assert {site: enclosed.tolist() for site, enclosed in found.enclosed.items()} == {"2": [True] * 3}
 
 
 @pytest.mark.parametrize(

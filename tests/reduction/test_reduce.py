@@ -147,6 +147,7 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
     document = json.loads(path.read_text())
     numbers = path.with_suffix(".safetensors")
     whole = numbers.read_bytes()
+    twos, fives = document["layers"]["2"], [True] * document["layers"]["5"]
     for text, message in (
         ("{", "is no JSON"),
         ("[]", "is none"),
@@ -155,16 +156,31 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
         (json.dumps({**document, "kept": {"2": [0], "5": [0]}}), "do not belong together"),
         (json.dumps({k: v for k, v in document.items() if k != "layers"}), "whole plan"),
         *(
-            (json.dumps({**document, "owners": owners}), "whole plan.*(owners can't be|cycle)")
-            for owners in (
+            (json.dumps({**document, "nesting": nesting}), "whole plan.*(nesting can't be|cycle)")
+            for nesting in (
                 [],
-                {"2": {"9": [0]}},
-                {"2": {"5": [0]}},
-                {"2": {"2": [0] * 12}},
-                {"2": {"5": "all"}},
-                {"2": {"5": [99] * document["layers"]["2"]}},
-                {"2": {"5": [0.0] * document["layers"]["2"]}},
-                {"2": {"5": [0] * document["layers"]["2"]}, "5": {"2": [0] * document["layers"]["5"]}},
+                {},
+                {"owners": [], "enclosed": {}},
+                {"owners": {}, "enclosed": {"5": fives}},
+                *(
+                    {"owners": owners, "enclosed": {"5": fives}}
+                    for owners in (
+                        {"2": []},
+                        {"2": {"9": [0]}},
+                        {"2": {"5": [0]}},
+                        {"2": {"5": "all"}},
+                        {"2": {"5": [99] * twos}},
+                        {"2": {"5": [0.0] * twos}},
+                    )
+                ),
+                *(
+                    {"owners": {"2": {"5": [0] * twos}}, "enclosed": {"5": enclosed}}
+                    for enclosed in (None, [], [0] * len(fives))
+                ),
+                {
+                    "owners": {"2": {"5": [0] * twos}, "5": {"2": [0] * len(fives)}},
+                    "enclosed": {"2": [True] * twos, "5": fives},
+                },
             )
         ),
     ):

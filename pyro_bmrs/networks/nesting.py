@@ -1,0 +1,176 @@
+"""Structures inside structures: which lie inside which, and which are read only through those inside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.networks.groups import StructureGroup
+
+# By layer, whether each structure leaves; or, of the same shape, a number that is larger the earlier it does.
+Leaving = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """What lies inside what: positions of a flattened filter, where an `InputSelection` chooses among them.
+
+    Attributes:
+        owners: by inner and outer layer, the outer structure of each inner one, -1 for none. They leave with it.
+            Shape: (features of the inner layer,).
+        enclosed: by outer layer, True for structures that nothing reads but through those inside them: they leave
+            once all of these have. Shape: (features of the outer layer,).
+    """
+
+    owners: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    enclosed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, groups: Iterable[StructureGroup]) -> Nesting:
+        """The nesting of a network's structures."""
+        groups = tuple(groups)
+        owners: dict[str, dict[str, Tensor]] = {}
+        enclosed: dict[str, Tensor] = {}
+        for outer in groups:
+            inside = {
+                inner.site: (inner, owner) for inner in groups if (owner := _owner(inner, outer)) is not None
+            }
+            for site, (_, owner) in inside.items():
+                owners.setdefault(site, {})[outer.site] = owner
+            if inside:
+                enclosed[outer.site] = _enclosed(outer, [inner for inner, _ in inside.values()])
+        return cls(owners, enclosed)
+
+    def spread(self, present: Mapping[str, Tensor]) -> Nesting:
+        """The same among more structures, of which these are present: by layer, True where one is."""
+        rows = {site: torch.nonzero(there.cpu()).flatten() for site, there in present.items()}
+
+        def among(site: str, values: Tensor, filling: int | bool) -> Tensor:
+            return torch.full((len(present[site]),), filling).index_put((rows[site],), values)
+
+        return Nesting(
+            {
+                inner: {
+                    outer: among(inner, torch.where(owner < 0, owner, rows[outer][owner.clamp(min=0)]), -1)
+                    for outer, owner in outers.items()
+                }
+                for inner, outers in self.owners.items()
+            },
+            {outer: among(outer, values, False) for outer, values in self.enclosed.items()},
+        )
+
+    def around(self, inner: str, leaving: Leaving) -> list[Tensor]:
+        """For each layer of `leaving` around this one, when the structures leave that its own lie in."""
+        return [
+            torch.where(owner < 0, _never(leaving[outer]), leaving[outer][owner.clamp(min=0)])
+            for outer, owner in self.owners.get(inner, {}).items()
+            if outer in leaving
+        ]
+
+    def inside(self, outer: str, leaving: Leaving) -> list[Tensor]:
+        """When all has left through which the structures of a layer are read; of no layer that has none of it.
+
+        Nothing either if `leaving` lacks a layer inside this one: what lies in that stays.
+        """
+        inner = {site: outers[outer] for site, outers in self.owners.items() if outer in outers}
+        if not inner or not inner.keys() <= leaving.keys():
+            return []
+        last = torch.full_like(leaving[outer], True if leaving[outer].dtype == torch.bool else math.inf)
+        for site, owner in inner.items():
+            last = last.scatter_reduce(0, owner[owner >= 0], leaving[site][owner >= 0], "amin")
+        return [torch.where(self.enclosed[outer], last, _never(last))]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "owners": {
+                inner: {outer: owner.tolist() for outer, owner in outers.items()}
+                for inner, outers in self.owners.items()
+            },
+            "enclosed": {outer: values.tolist() for outer, values in self.enclosed.items()},
+        }
+
+    @classmethod
+    def from_json(cls, document: Any, sizes: Mapping[str, int]) -> Nesting:
+        """What `to_json` gave, of layers of these sizes.
+
+        Raises:
+            ValueError: if it names what there is not, or a layer lies inside itself.
+        """
+        if not _is_nesting(document, sizes):
+            raise ValueError(f"its nesting can't be {document!r}"[:200])
+        TopologicalSorter(document["owners"]).prepare()
+        return cls(
+            {
+                inner: {outer: torch.tensor(owner) for outer, owner in outers.items()}
+                for inner, outers in document["owners"].items()
+            },
+            {outer: torch.tensor(values) for outer, values in document["enclosed"].items()},
+        )
+
+
+def _never(leaving: Tensor) -> Tensor:
+    """What says of a structure that it does not leave."""
+    return leaving.new_tensor(False if leaving.dtype == torch.bool else -math.inf)
+
+
+def _owner(inner: StructureGroup, outer: StructureGroup) -> Tensor | None:
+    """The structure of `outer` that each of `inner` lies in, -1 for none; None if `inner` chooses among no such."""
+    made_by = {member.path: member for member in inner.producers}
+    passed = {member.path for member in outer.members if member.role == "selection"}
+    for member in outer.members:
+        if member.role == "between" and member.path in passed & set(made_by):
+            unit_of = dict(zip(member.indices.tolist(), member.units.tolist(), strict=True))
+            chosen = made_by[member.path]
+            owner = torch.full((inner.features,), -1)
+            owner[chosen.units] = torch.tensor([unit_of.get(index, -1) for index in chosen.indices.tolist()])
+            return owner
+    return None
+
+
+def _enclosed(outer: StructureGroup, inside: Iterable[StructureGroup]) -> Tensor:
+    """True for structures all of whose readers read them through one inside."""
+    through = {
+        (member.path, index)
+        for inner in inside
+        for member in inner.consumers
+        for index in member.indices.tolist()
+    }
+    enclosed = torch.ones(outer.features, dtype=torch.bool)
+    for member in outer.consumers:
+        for index, unit in zip(member.indices.tolist(), member.units.tolist(), strict=True):
+            if (member.path, index) not in through:
+                enclosed[unit] = False
+    return enclosed
+
+
+def _is_nesting(document: Any, sizes: Mapping[str, int]) -> bool:
+    """Whether it names, for all of a layer, structures of other layers."""
+    if not isinstance(document, dict) or set(document) != {"owners", "enclosed"}:
+        return False
+    owners, enclosed = document["owners"], document["enclosed"]
+    return (
+        isinstance(owners, dict)
+        and isinstance(enclosed, dict)
+        and all(isinstance(outers, dict) for outers in owners.values())
+        and {*owners, *enclosed} <= set(sizes)
+        and set(enclosed) == {outer for outers in owners.values() for outer in outers}
+        and all(
+            isinstance(owner, list)
+            and len(owner) == sizes[inner]
+            and all(type(index) is int and -1 <= index < sizes[outer] for index in owner)
+            for inner, outers in owners.items()
+            for outer, owner in outers.items()
+        )
+        and all(
+            isinstance(values, list)
+            and len(values) == sizes[outer]
+            and all(type(value) is bool for value in values)
+            for outer, values in enclosed.items()
+        )
+    )
