@@ -44,8 +44,8 @@ CASES = {
 }
 OPTIONS = dict(
     batch_size=128, posterior_learning_rate=5e-3, warm_up=0.25, draws_per_batch=16, stratified=True,
-    schedule="constant", gradient_clip=None, accumulate=1, patience=None, min_kept=1, freeze_weights=False,
-    keep_best=False, precision="32", elbo="auto",
+    schedule="constant", weight_decay=0.0, gradient_clip=None, accumulate=1, patience=None, min_kept=1,
+    freeze_weights=False, keep_best=False, precision="32", elbo="auto",
 )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def _number(text: str) -> float:
 _REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
 _FIT_SETTINGS = (
     "epochs", "batch_size", "seed", "kl_weight", "learning_rate", "posterior_learning_rate",
-    "draws_per_batch", "removal", "schedule", "gradient_clip", "accumulate", "patience", "precision", "limit",
+    "draws_per_batch", "removal", "schedule", "weight_decay", "gradient_clip", "accumulate", "patience",
+    "precision", "limit",
 )  # fmt: skip
 
 RecipeFile = Annotated[
@@ -95,6 +96,14 @@ Removal = Annotated[
     typer.Option(help="end, or epoch: shrink after each epoch too, or mask: fix at θ = 0 after each epoch."),
 ]
 Schedule = Annotated[str | None, typer.Option(help="Of the learning rates: constant, cosine or linear.")]
+Decay = Annotated[
+    float | None,
+    typer.Option(
+        "--weight-decay",
+        parser=_number,
+        help="Of the network's weights in fit and fine-tuning, decoupled (AdamW).",
+    ),
+]
 Clip = Annotated[
     float | None, typer.Option("--gradient-clip", parser=_number, help="Largest norm of a step's gradient.")
 ]
@@ -259,6 +268,7 @@ def run(
     draws_per_batch: Draws = None,
     removal: Removal = None,
     schedule: Schedule = None,
+    weight_decay: Decay = None,
     gradient_clip: Clip = None,
     accumulate: Accumulate = None,
     patience: Patience = None,
@@ -324,6 +334,7 @@ def fit(
     draws_per_batch: Draws = None,
     removal: Removal = None,
     schedule: Schedule = None,
+    weight_decay: Decay = None,
     gradient_clip: Clip = None,
     accumulate: Accumulate = None,
     patience: Patience = None,

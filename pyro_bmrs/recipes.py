@@ -121,6 +121,7 @@ class Settings:
     draws_per_batch: int = 16
     removal: str = "end"
     schedule: str = "constant"
+    weight_decay: float = 0.0
     gradient_clip: float | None = None
     accumulate: int = 1
     patience: int | None = None

@@ -256,9 +256,9 @@ class Run(RunFolder):
             warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch or None,
             criterion=parse_criterion(settings.criterion, settings.prior_log_odds),
             removal=settings.removal, min_kept=settings.min_kept, patience=settings.patience,
-            gradient_clip=settings.gradient_clip, accumulate=settings.accumulate,
-            schedule=settings.schedule, precision=settings.precision, seed=settings.seed,
-            checkpoints=self.folder / "checkpoints" / "fit", overwrite=self.overwrite,
+            weight_decay=settings.weight_decay, gradient_clip=settings.gradient_clip,
+            accumulate=settings.accumulate, schedule=settings.schedule, precision=settings.precision,
+            seed=settings.seed, checkpoints=self.folder / "checkpoints" / "fit", overwrite=self.overwrite,
             label=self._fit_name(), device=self.device,
             devices=self.devices, logger=self._logger("fit"), progress=self.progress,
         )  # fmt: skip
@@ -356,8 +356,8 @@ class Run(RunFolder):
             tuned = fit(
                 model, None, self.dataset.train, self.dataset.validation, epochs=settings.fine_tune,
                 batch_size=settings.batch_size, learning_rate=settings.learning_rate, schedule="cosine",
-                gradient_clip=settings.gradient_clip, accumulate=settings.accumulate,
-                precision=settings.precision, seed=settings.seed, checkpoints=tuning,
+                weight_decay=settings.weight_decay, gradient_clip=settings.gradient_clip,
+                accumulate=settings.accumulate, precision=settings.precision, seed=settings.seed, checkpoints=tuning,
                 devices=self.devices, logger=self._logger("fine-tune"), progress=self.progress,
             )  # fmt: skip
             if tuned.interrupted:

@@ -48,7 +48,7 @@ _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("epochs", "accumulate", "patience", "image_size"), "1 or more", lambda value: value >= 1),
     (("limit",), "2 or more", lambda value: value >= 2),
     (
-        ("learning_rate", "posterior_learning_rate", "kl_weight"),
+        ("learning_rate", "posterior_learning_rate", "kl_weight", "weight_decay"),
         "finite and not negative",
         lambda value: 0 <= value < math.inf,
     ),

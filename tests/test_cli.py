@@ -131,6 +131,8 @@ TABLE = [
     (RUN + "--draws-per-batch x", "--draws-per-batch", "'x'"),
     (RUN + "--removal foo", "removal", "'foo'"),
     (RUN + "--schedule step", "schedule", "'step'"),
+    (RUN + "--weight-decay -1", "weight_decay", "got -1"),
+    (RUN + "--weight-decay x", "--weight-decay", "'x'"),
     (RUN + "--gradient-clip 0", "gradient_clip", "got 0"),
     (RUN + "--gradient-clip nan", "gradient_clip", "nan"),
     (RUN + "--gradient-clip x", "--gradient-clip", "'x'"),
@@ -243,8 +245,8 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "fit tiny.py --out new --quiet --epochs 1 --batch-size 16 --seed 3 --kl-weight 4 "
         "--learning-rate 0.002 --posterior-learning-rate 0.003 --draws-per-batch 2 --removal epoch "
         "--limit 100 --criterion BMRS_U:bits=4 --prior-log-odds -0.5 --min-kept 2 --fine-tune 5 "
-        "--round-to 2 --no-recalibrate --device cpu --schedule linear --gradient-clip 2.5 --accumulate 2 "
-        "--patience 4 --precision bf16-mixed"
+        "--round-to 2 --no-recalibrate --device cpu --schedule linear --weight-decay 0.3 --gradient-clip 2.5 "
+        "--accumulate 2 --patience 4 --precision bf16-mixed"
     )
     assert call(*line.split()) == 0
     assert Run("new").settings.__dict__ == {
@@ -252,7 +254,8 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.25, "draws_per_batch": 2,
         "removal": "epoch", "image_size": None, "network": None, "limit": 100, "criterion": "BMRS_U:bits=4",
         "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
-        "schedule": "linear", "gradient_clip": 2.5, "accumulate": 2, "patience": 4, "precision": "bf16-mixed",
+        "schedule": "linear", "weight_decay": 0.3, "gradient_clip": 2.5, "accumulate": 2,
+        "patience": 4, "precision": "bf16-mixed",
     }  # fmt: skip
 
 

@@ -153,7 +153,13 @@ class Loop:
         if self.settings["freeze_weights"]:
             weights = []
         if weights:
-            groups.append({"params": weights, "lr": self.settings["learning_rate"]})
+            groups.append(
+                {
+                    "params": weights,
+                    "lr": self.settings["learning_rate"],
+                    "weight_decay": self.settings["weight_decay"],
+                }
+            )
         if isinstance(self.guide, nn.Module):
             parameters = list(self.guide.parameters())
             groups.append({"params": parameters, "lr": self.settings["posterior_learning_rate"]})
@@ -161,7 +167,7 @@ class Loop:
             raise ValueError("there is nothing to fit: no parameter requires a gradient")
         for group in groups:
             group["given_lr"] = group["lr"]
-        return torch.optim.Adam(groups, fused=True)
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def _wrap(self) -> None:
         """Let several processes share the gradients; anew where tensors have changed their shapes."""

@@ -110,6 +110,21 @@ class Robust(nn.Module):
             return pyro.sample("obs", pyro.distributions.StudentT(4.0, mean, self.log_scale.exp()), obs=y)
 
 
+def test_weights_decay_apart_from_the_gradient_and_the_posterior_does_not():
+    rate, decay = 1e-3, 30.0
+    ends = {}
+    for given in (0.0, decay):
+        start = Classifier(network()).state_dict()
+        model, guide, _ = fitted(
+            epochs=1, batch_size=200, learning_rate=rate, weight_decay=given, warm_up=0.0
+        )
+        ends[given] = dict(model.named_parameters()), [p.clone() for p in guide.parameters()]
+    for name, without in ends[0.0][0].items():
+        expected = without - rate * decay * start[name]
+        assert torch.allclose(ends[decay][0][name], expected, atol=1e-6), name
+    assert all(map(torch.equal, ends[0.0][1], ends[decay][1]))
+
+
 def test_any_pyro_model_of_x_and_y():
     model = Robust()
     guide = AutoTruncatedLogNormal(model)

@@ -183,6 +183,7 @@ def test_a_refused_fit_leaves_the_guides_kl_weight(tmp_path):
         (dict(logger="csv"), "logger must be one of lightning-fabric's"),
         (dict(schedule=[]), "schedule must be one of"),
         (dict(stratified="no"), "stratified must be True or False"),
+        (dict(weight_decay=-0.1), "weight_decay must be finite and not negative"),
         (dict(gradient_clip=True), "gradient_clip must be positive"),
         (dict(accumulate=0), "accumulate must be a positive integer"),
         (dict(patience=0), "patience must be a positive integer or None"),

@@ -87,6 +87,7 @@ CASES = {
     "removal": (plain, data, REMOVAL),
     "mask": (plain, data, {**REMOVAL, "removal": "mask"}),
     "accumulate": (plain, data, {**REMOVAL, "accumulate": 2, "posterior_learning_rate": 0.2}),
+    "decay": (plain, data, {**REMOVAL, "weight_decay": 0.5}),
     "clip": (plain, data, {**REMOVAL, "gradient_clip": 0.05}),
     "statistics": (with_statistics, data, REMOVAL),
     "inserted": (inserted, data, REMOVAL),
