@@ -242,6 +242,8 @@ def main() -> None:
             compare_with_peers(cell, peers, given.methods, given.data_root)
         for cell in [cell for cell in cells_of(study) if cell.settings.kl_weight == given.criteria_at][:1]:
             compare_criteria(cell, criteria, given.data_root)
+    elif peers.table.empty:
+        parser.error(f"--draw-only needs {peers.path}, which is written without it")
     figure = draw(peers.table, criteria.table, given.study.stem)
     write_atomically(
         out / "curves.svg", lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None})

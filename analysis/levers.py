@@ -40,6 +40,8 @@ OF_FIT: dict[str, dict[str, Any]] = {
     "a draw per example": {"draws_per_batch": None},
     "16 independent draws": {"stratified": False},
     "removal after each epoch": {"removal": "epoch"},
+    "weight decay 0.03": {"weight_decay": 0.03},
+    "weight decay 0.1": {"weight_decay": 0.1},
 }
 OF_TUNING = ("soft targets, half", "soft targets", "twice the tuning rate")
 LEVERS = (*OF_FIT, *OF_TUNING, "reduced and fitted twice")
@@ -113,6 +115,7 @@ def small_network(lever: str, trial: Trial) -> nn.Module:
     else:
         model, guide = base(trial)
     settings, data = trial.settings, trial.data
+    settings = settings.changed({"weight_decay": OF_FIT.get(lever, {}).get("weight_decay")})
     small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
     if lever.startswith("soft targets"):
         tune_softly(small, teacher(model, guide, trial), 0.5 if "half" in lever else 1.0, settings, data)

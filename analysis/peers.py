@@ -6,8 +6,8 @@ The peers of a reduction to P parameters after E epochs of fit and F of fine-tun
   of that name, global, its own defaults) to about P parameters, fine-tuned for F;
 - `scratch`: the very widths of the reduction, trained from new weights for E + F epochs.
 
-All with the recipe's batch size and learning rate, Adam, and the epoch of the best validation accuracy, as the
-fine-tuning of a reduction has them.
+All with the recipe's batch size, learning rate and weight decay, Adam, and the epoch of the best validation accuracy,
+as the fine-tuning of a reduction has them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def tune(net: nn.Module, settings: Settings, data: Dataset, epochs: int) -> None
     """
     result = bmrs.fit(
         bmrs.Classifier(net), None, data.train, data.validation, epochs=epochs, batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate, schedule="cosine", seed=settings.seed, progress=False,
+        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, schedule="cosine",
+        seed=settings.seed, progress=False,
     )  # fmt: skip
     if result.interrupted:
         raise KeyboardInterrupt

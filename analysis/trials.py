@@ -81,7 +81,7 @@ class Trial:
         usual = {
             "epochs": settings.epochs, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
             "posterior_learning_rate": settings.posterior_learning_rate, "kl_weight": settings.kl_weight,
-            "seed": settings.seed, "schedule": "cosine", "progress": False,
+            "weight_decay": settings.weight_decay, "seed": settings.seed, "schedule": "cosine", "progress": False,
         }  # fmt: skip
         result = bmrs.fit(model, guide, self.data.train, self.data.validation, **{**usual, **options})
         if result.interrupted:
