@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from peers import METHODS, measured, pruned, trained, tune, widths_of
 from safetensors.torch import load_file
 from torch import nn
@@ -178,10 +179,17 @@ def draw(peers: pd.DataFrame, criteria: pd.DataFrame, title: str) -> Figure:
 
 def _draw_criteria(axes: Axes, criteria: pd.DataFrame) -> None:
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#111111", "#56B4E9", "#999999"]
-    for (name, points), colour in zip(criteria.groupby("criterion", sort=False), colours, strict=False):
+    curves = zip(criteria.groupby("criterion", sort=False), colours, strict=False)
+    for index, ((name, points), colour) in enumerate(curves):
         curve = points[points.share.notna()].sort_values("removed")
+        # some lie on one another: the later the thinner
         axes.plot(
-            100 * (1 - curve.removed), 100 * curve.accuracy, color=colour, marker=".", lw=1.1, label=str(name)
+            100 * (1 - curve.removed),
+            100 * curve.accuracy,
+            color=colour,
+            marker=".",
+            lw=1 + 0.7 * (len(colours) - 1 - index),
+            label=str(name),
         )
         stop = points[points.share.isna()]
         axes.plot(
@@ -204,8 +212,10 @@ def _finish(axes: Axes, title: str, accuracy: pd.Series) -> None:
     axes.set(xscale="log", xlabel="parameters left (%)", ylabel="test accuracy (%)")
     axes.invert_xaxis()
     axes.set_title(title, fontsize=9)
-    axes.set_ylim(bottom=100 * (accuracy.min() - 0.02 - (1 - accuracy.max())))
+    axes.set_ylim(100 * (accuracy.min() - 0.02 - (1 - accuracy.max())), 100 * min(accuracy.max() + 0.005, 1))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7.5, frameon=False, loc="lower left")
     axes.grid(alpha=0.3, which="both", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -228,6 +238,7 @@ def main() -> None:
         "--criteria-at", type=float, metavar="KL_WEIGHT", help="default: no curves of criteria"
     )
     parser.add_argument("--draw-only", action="store_true", help="the figure, from the CSVs that are there")
+    parser.add_argument("--figure", type=Path, help="default curves.svg beside the CSVs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     study = Study.read(given.study, out=given.runs)
@@ -246,7 +257,8 @@ def main() -> None:
         parser.error(f"--draw-only needs {peers.path}, which is written without it")
     figure = draw(peers.table, criteria.table, given.study.stem)
     write_atomically(
-        out / "curves.svg", lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None})
+        given.figure or out / "curves.svg",
+        lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None}),
     )
 
 

@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ranking")
+    parser.add_argument("--figure", type=Path, help="default ranking.svg beside the CSVs")
     parser.add_argument("--data-root", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -144,7 +145,7 @@ def main() -> None:
     write_table(given.out / "ranking.csv", correlations(units))
     figure = draw(units)
     write_atomically(
-        given.out / "ranking.svg",
+        given.figure or given.out / "ranking.svg",
         lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None}),
     )
 
