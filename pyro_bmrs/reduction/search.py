@@ -207,18 +207,15 @@ def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
     plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
     table = plan.table.copy()
     layers = {}
-    for name, site in latents.sites.items():
-        removed = ~site.kept
-        for selection in chosen:
-            removed = removed | selection.get(name, torch.zeros_like(removed))
+    for name in plan.layers:
         rows = table[table.layer == name]
         present = torch.tensor(rows.present.to_numpy())
-        layers[name] = Candidates(
-            removed=torch.ones_like(present).masked_scatter(present, removed.flatten().cpu()),
-            score=torch.tensor(rows.score.to_numpy()),
-            kept=torch.zeros_like(present).masked_scatter(present, site.kept.flatten().cpu()),
-            least=plan.min_kept,
-        )
+        kept = ~torch.tensor(rows.removed_in_fit.to_numpy())
+        removed = ~kept
+        for selection in chosen:
+            if name in selection:
+                removed = removed.masked_scatter(present, removed[present] | selection[name].flatten().cpu())
+        layers[name] = Candidates(removed, torch.tensor(rows.score.to_numpy()), kept, least=plan.min_kept)
     for name, gone in removals(layers, plan.nesting).items():
         table.loc[table.layer == name, "removed"] = gone.numpy()
     return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}")

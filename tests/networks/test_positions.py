@@ -135,6 +135,21 @@ def test_a_filter_goes_once_all_of_its_positions_have(tmp_path):
     assert loaded.at(0.0).kept == plan.kept
 
 
+def test_a_search_over_filters_leaves_positions_of_those_that_stay():
+    model, guide, _ = called(network())
+    with torch.no_grad():
+        for posterior in guide.posteriors:
+            posterior.loc.zero_()
+            posterior.log_scale.fill_(-3.0)
+        guide.posteriors[0].loc[0] = -15.0  # the one filter that its evidence would remove
+    plan = bmrs.greedy_reduction(
+        model, guide, {"2": bmrs.LogUniform(-20.0, -5.0)}, prior_log_odds={"second": 1e9},
+        groups={"second": {"2": torch.arange(5) == 1}},
+    )  # fmt: skip
+    assert plan.kept["2"] == [0, 2, 3, 4]
+    assert plan.kept["5"] == [*range(16), *range(32, 80)]
+
+
 def test_a_filter_that_something_else_reads_stays_without_its_positions():
     class Branches(nn.Module):
         def __init__(self):
