@@ -128,6 +128,7 @@ class Settings:
     precision: str = "32"
     image_size: int | None = None
     network: dict[str, Any] | None = None
+    validation_fraction: float = 0.2
     limit: int | None = None
     criterion: str = "BMRS_N"
     prior_log_odds: float | None = None

@@ -181,7 +181,7 @@ class Run(RunFolder):
         try:
             self.dataset = load_data(
                 settings.data, data_root=data_root, image_size=settings.image_size, seed=settings.seed,
-                limit=settings.limit,
+                limit=settings.limit, validation_fraction=settings.validation_fraction,
             )  # fmt: skip
         except DataError as error:
             raise ValueError(f"data {settings.data!r} can't be used: {error}") from error

@@ -54,6 +54,7 @@ _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     ),
     (("gradient_clip",), "finite and positive", lambda value: 0 < value < math.inf),
     (("warm_up",), "from 0 to 1", lambda value: 0 <= value <= 1),
+    (("validation_fraction",), "between 0 and 1", lambda value: 0 < value < 1),
     (("removal",), f"one of {', '.join(_REMOVALS)}", _REMOVALS.__contains__),
     (("schedule",), f"one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__),
     (("precision",), f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__),

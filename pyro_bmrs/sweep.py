@@ -281,10 +281,14 @@ def _clock(seconds: float) -> str:
 
 def _check_data(cells: Iterable[Cell], data_root: Path | str | None) -> None:
     """Read each data set once: what is wrong is said before any work, and no two workers download it at once."""
-    whole = {(cell.settings.data, cell.settings.image_size, cell.settings.limit) for cell in cells}
-    for name, image_size, limit in sorted(whole, key=str):
+    whole = {
+        (s.data, s.image_size, s.limit, s.validation_fraction) for s in (cell.settings for cell in cells)
+    }
+    for name, image_size, limit, fraction in sorted(whole, key=str):
         try:
-            load_data(name, data_root=data_root, image_size=image_size, limit=limit)
+            load_data(
+                name, data_root=data_root, image_size=image_size, limit=limit, validation_fraction=fraction
+            )
         except DataError as error:
             raise ValueError(f"data {name!r} can't be used: {error}") from error
 

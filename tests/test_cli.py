@@ -252,7 +252,8 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
     assert Run("new").settings.__dict__ == {
         "data": "digits", "seed": 3, "epochs": 1, "batch_size": 16, "learning_rate": 0.002,
         "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.25, "draws_per_batch": 2,
-        "removal": "epoch", "image_size": None, "network": None, "limit": 100, "criterion": "BMRS_U:bits=4",
+        "removal": "epoch", "image_size": None, "network": None, "validation_fraction": 0.2, "limit": 100,
+        "criterion": "BMRS_U:bits=4",
         "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
         "schedule": "linear", "weight_decay": 0.3, "gradient_clip": 2.5, "accumulate": 2,
         "patience": 4, "precision": "bf16-mixed",

@@ -568,6 +568,13 @@ def test_the_command_line_goes_before_the_recipe_which_goes_before_the_defaults(
     assert Settings.of(recipe, "mnist", {"criterion": "BMRS_U", "prior_log_odds": 1.0}).prior_log_odds == 1.0
 
 
+def test_the_share_of_validation_examples_is_a_setting(tmp_path):
+    recipe = Recipe.read(RECIPE)
+    settings = Settings.of(recipe, "digits", {"validation_fraction": 0.1, "limit": 500})
+    dataset = Run(tmp_path / "run", recipe, settings, progress=False).dataset
+    assert (len(dataset.train), len(dataset.validation)) == (450, 50)
+
+
 def test_settings_are_equal_after_a_way_through_json():
     settings = Settings(network={"widths": (3, 4)}, prior_log_odds=0.1)
     assert Settings(**json.loads(json.dumps(settings.__dict__))) == settings

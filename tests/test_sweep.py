@@ -459,6 +459,7 @@ BAD = [
     ({"settings": {"learning_rate": float("inf")}}, "learning_rate", "finite", "inf"),
     ({"settings": {"weight_decay": -0.1}}, "weight_decay", "not negative", "-0.1"),
     ({"settings": {"gradient_clip": 0}}, "gradient_clip", "positive", "got 0"),
+    ({"settings": {"validation_fraction": 1}}, "validation_fraction", "between 0 and 1", "got 1"),
     ({"settings": {"warm_up": 1.5}}, "warm_up", "from 0 to 1", "1.5"),
     ({"settings": {"removal": "never"}}, "removal", "end, epoch, mask", "'never'"),
     ({"settings": {"schedule": "step"}}, "schedule", "constant, cosine, linear", "'step'"),
