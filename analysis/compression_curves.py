@@ -86,8 +86,9 @@ def compare_with_peers(cell: Cell, rows: Rows, methods: list[str], data_root: Pa
 
 def full_network(cell: Cell, run: Run) -> nn.Module:
     """The network without noise after the epochs of the fit; trained once for all that prune it."""
-    name = f"{cell.recipe.stem}-{Path(cell.settings.data).name}-full-seed{cell.settings.seed}.safetensors"
-    path = cell.folder.parent / name
+    settings = cell.settings
+    how = f"{settings.epochs}-epochs-decay-{settings.weight_decay:g}-seed{settings.seed}"
+    path = cell.folder.parent / f"{cell.recipe.stem}-{Path(settings.data).name}-full-{how}.safetensors"
     if not path.exists():
         save_weights(trained(run.recipe, run.settings, run.dataset, run.settings.epochs), path)
     net = bmrs.without_noise(run.recipe.network(run.dataset, run.settings.network or {}, run.settings.seed))
