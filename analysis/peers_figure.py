@@ -62,6 +62,8 @@ def draw(axes: Axes, table: pd.DataFrame, title: str) -> None:
 
 
 def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     mpl.rcParams["svg.hashsalt"] = "pyro_bmrs"
     figure = Figure(figsize=(11.5, 2.9), layout="constrained")
     for axes, (folder, weight, title) in zip(
