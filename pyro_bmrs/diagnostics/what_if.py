@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_bmrs.diagnostics.joint_draws import check_whole
-from pyro_bmrs.reduction.choice import least_kept
+from pyro_bmrs.reduction.choice import least_kept, removals
 
 if TYPE_CHECKING:
     from pyro_bmrs.reduction import Reduction
@@ -24,21 +25,27 @@ MOST_CELLS = 2000
 
 
 def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
-    """The score at and below which a threshold removes each structure, floors and rounding included.
+    """The highest threshold at which each structure goes, floors, rounding and nesting included.
 
     `plan.at(t)` removes structure i where t ≤ leaving_thresholds(plan)[i]: a structure's own score, unless it is
     among those that its layer keeps whatever the threshold (-inf), has to leave together with others so that the
-    number of channels stays a multiple of `round_to`, or was removed by the fit (inf). A structure inside another
-    leaves with that; where none would be left of its layer, `plan.at` keeps one that this does not know of.
+    number of channels stays a multiple of `round_to`, goes along with others (`InputSelection`), or was removed by
+    the fit (inf). Of structures inside others one that has gone may stay again further down, for a floor.
 
     Returns:
         In the order of the table. Shape: (structures,), in the criterion's unit.
     """
-    table = plan.table
-    leaving = np.full(len(table), -math.inf)
-    score = table["score"].to_numpy(dtype=float)
-    gone = table["removed_in_fit"].to_numpy(dtype=bool)
-    layers = table["layer"].to_numpy()
+    return _decisions(plan)[0]
+
+
+def _decisions(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(the highest threshold at which each structure goes, all finite ones at which something changes, falling)."""
+    if plan.nesting.owners:
+        return _of_nested_layers(plan)
+    found = np.full(len(plan.table), -math.inf)
+    score = plan.table["score"].to_numpy(dtype=float)
+    gone = plan.table["removed_in_fit"].to_numpy(dtype=bool)
+    layers = plan.table["layer"].to_numpy()
     for layer in plan.layers:
         least, multiple = least_kept(plan.min_kept, plan.round_to, plan.channels.get(layer, 1))
         rows = np.flatnonzero((layers == layer) & ~gone)
@@ -47,20 +54,30 @@ def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
             # stays as long as the first of its multiple does, which stays as long as its score is below
             first = rank // multiple * multiple
             if first >= least:
-                leaving[row] = score[rows[first]]
-    leaving[gone] = math.inf
-    by_layer = {layer: torch.tensor(leaving[layers == layer]) for layer in plan.layers}
-    settled = False
-    while (
-        not settled
-    ):  # what goes takes along what lies inside of it, and that what it alone was read through
-        settled = True
-        for layer, own in by_layer.items():
-            for other in (*plan.nesting.around(layer, by_layer), *plan.nesting.inside(layer, by_layer)):
-                settled = settled and not bool((other > own).any())
-                own = torch.maximum(own, other)
-            by_layer[layer] = own
-    return torch.cat([*by_layer.values()]).numpy()
+                found[row] = score[rows[first]]
+    found[gone] = math.inf
+    return found, np.unique(found[np.isfinite(found)])[::-1]
+
+
+def _of_nested_layers(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same where what goes of a layer depends on others: by deciding at every score."""
+    layers = plan.candidates(math.inf)
+    scores = torch.cat([layer.score[layer.kept] for layer in layers.values()]).numpy()
+    leaving = torch.full((len(plan.table),), -math.inf, dtype=torch.float64)
+    first = before = torch.cat([*removals(layers, plan.nesting).values()])
+    turns = []
+    for threshold in np.unique(scores[np.isfinite(scores)])[::-1].tolist():
+        asked = {
+            site: replace(layer, removed=(layer.score >= threshold) | ~layer.kept)
+            for site, layer in layers.items()
+        }
+        gone = torch.cat([*removals(asked, plan.nesting).values()])
+        leaving[gone & (leaving == -math.inf)] = threshold
+        if not torch.equal(gone, before):
+            turns.append(threshold)
+        before = gone
+    leaving[first] = math.inf
+    return leaving.numpy(), np.array(turns)
 
 
 def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
@@ -79,8 +96,7 @@ def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
         ValueError: if most < 2, or the plan holds no network.
     """
     check_whole("most", most, 2)
-    leaving = leaving_thresholds(plan)
-    changes = np.unique(leaving[np.isfinite(leaving)])[::-1]
+    _, changes = _decisions(plan)
     if len(changes) > most:
         changes = changes[np.unique(np.linspace(0, len(changes) - 1, most).round().astype(int))]
     thresholds = [math.inf, *sorted({*changes.tolist(), 0.0}, reverse=True)]
@@ -116,10 +132,9 @@ def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -
     """
     from markupsafe import Markup
 
-    leaving = leaving_thresholds(plan)
+    leaving, values = _decisions(plan)
     own = own_log_odds(plan)
     evidence = math.isfinite(own)
-    values = leaving[np.isfinite(leaving)]
     if not len(values):
         return None
     asked = own - values if evidence else values

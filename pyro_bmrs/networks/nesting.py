@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.networks.groups import StructureGroup
-
-# By layer, whether each structure leaves; or, of the same shape, a number that is larger the earlier it does.
-Leaving = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,26 +61,23 @@ class Nesting:
             {outer: among(outer, values, False) for outer, values in self.enclosed.items()},
         )
 
-    def around(self, inner: str, leaving: Leaving) -> list[Tensor]:
-        """For each layer of `leaving` around this one, when the structures leave that its own lie in."""
-        return [
-            torch.where(owner < 0, _never(leaving[outer]), leaving[outer][owner.clamp(min=0)])
-            for outer, owner in self.owners.get(inner, {}).items()
-            if outer in leaving
-        ]
+    def taken_along(self, inner: str, gone: Mapping[str, Tensor], *, like: Tensor) -> Tensor:
+        """What of a layer lies in something that goes, of the layers in `gone`. Shape: that of `like`."""
+        taken = torch.zeros_like(like)
+        for outer, owner in self.owners.get(inner, {}).items():
+            if outer in gone:
+                taken |= gone[outer][owner.clamp(min=0)] & (owner >= 0)
+        return taken
 
-    def inside(self, outer: str, leaving: Leaving) -> list[Tensor]:
-        """When all has left through which the structures of a layer are read; of no layer that has none of it.
-
-        Nothing either if `leaving` lacks a layer inside this one: what lies in that stays.
-        """
-        inner = {site: outers[outer] for site, outers in self.owners.items() if outer in outers}
-        if not inner or not inner.keys() <= leaving.keys():
-            return []
-        last = torch.full_like(leaving[outer], True if leaving[outer].dtype == torch.bool else math.inf)
-        for site, owner in inner.items():
-            last = last.scatter_reduce(0, owner[owner >= 0], leaving[site][owner >= 0], "amin")
-        return [torch.where(self.enclosed[outer], last, _never(last))]
+    def unread(self, outer: str, gone: Mapping[str, Tensor]) -> Tensor:
+        """What of a layer nothing reads any longer, as all that lies inside of it has gone."""
+        inside = {inner: outers[outer] for inner, outers in self.owners.items() if outer in outers}
+        if not inside or not inside.keys() <= gone.keys():  # of a layer that is not asked about all stays
+            return torch.zeros_like(gone[outer])
+        unread = self.enclosed[outer].clone()
+        for inner, owner in inside.items():
+            unread[owner[(owner >= 0) & ~gone[inner]]] = False
+        return unread
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -112,11 +105,6 @@ class Nesting:
             },
             {outer: torch.tensor(values) for outer, values in document["enclosed"].items()},
         )
-
-
-def _never(leaving: Tensor) -> Tensor:
-    """What says of a structure that it does not leave."""
-    return leaving.new_tensor(False if leaving.dtype == torch.bool else -math.inf)
 
 
 def _owner(inner: StructureGroup, outer: StructureGroup) -> Tensor | None:

@@ -22,6 +22,7 @@ class Candidates:
         kept: False for what has gone before and can't come back.
         least: structures that stay at least, where so many can.
         multiple: as many stay as make a multiple of this, or all that can.
+        unread: what nothing reads any longer: it goes, and of what has to go it is the last to stay; None: nothing.
     """
 
     removed: Tensor
@@ -29,6 +30,18 @@ class Candidates:
     kept: Tensor
     least: int = 1
     multiple: int = 1
+    unread: Tensor | None = None
+
+    def gone(self) -> Tensor:
+        """What goes: `removed` and `unread`, but for as many as the floor needs."""
+        unread = torch.zeros_like(self.removed) if self.unread is None else self.unread
+        goes = self.removed | unread | ~self.kept
+        wanted = max(int((~goes).sum()), self.least)
+        wanted = min(-(-wanted // self.multiple) * self.multiple, int(self.kept.sum()))
+        order = self.score.argsort(stable=True)
+        for later in (goes, unread, ~self.kept):
+            order = order[later[order].int().argsort(stable=True)]
+        return goes.index_fill(0, order[:wanted], False)
 
 
 def removals(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Tensor]:
@@ -43,19 +56,17 @@ def removals(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Te
     """
     layers = dict(layers)
     while True:
-        removed = _with_what_lies_inside(layers, nesting)
-        changed = False
+        gone = _with_what_lies_inside(layers, nesting)
+        settled = True
         for site, layer in layers.items():
-            for unread in nesting.inside(site, removed):
-                last = torch.finfo(layer.score.dtype).max  # a floor that needs as many takes them last
-                unread = unread & ~removed[site] & (layer.score < last)
-                if unread.any():
-                    layers[site] = replace(
-                        layer, removed=layer.removed | unread, score=layer.score.masked_fill(unread, last)
-                    )
-                    changed = True
-        if not changed:
-            return removed
+            unread = nesting.unread(site, gone) & ~gone[site]
+            if layer.unread is not None:
+                unread = unread | layer.unread
+            if layer.unread is None or not torch.equal(unread, layer.unread):
+                settled = settled and not unread.any()
+                layers[site] = replace(layer, unread=unread)
+        if settled:
+            return gone
 
 
 def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Tensor]:
@@ -68,19 +79,16 @@ def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -
             for outer in nesting.owners.get(site, {}):
                 if outer in layers:
                     decide(outer)
-            kept = layer.kept & ~_gone_around(site)
+            kept = layer.kept & ~nesting.taken_along(site, found, like=layer.kept)
             if layer.kept.any() and not kept.any():
                 # all that is left lies in what goes: what holds the best of it stays after all
                 best = layer.score.masked_fill(~layer.kept, torch.inf).argmin()
                 for outer, owner in nesting.owners[site].items():
                     if outer in found and owner[best] >= 0:
                         found[outer][owner[best]] = False
-                kept = layer.kept & ~_gone_around(site)
-            found[site] = with_floor(layer.removed | ~kept, layer.score, kept, layer.least, layer.multiple)
+                kept = layer.kept & ~nesting.taken_along(site, found, like=layer.kept)
+            found[site] = replace(layer, kept=kept).gone()
         return found[site]
-
-    def _gone_around(site: str) -> Tensor:
-        return torch.stack([torch.zeros_like(layers[site].kept), *nesting.around(site, found)]).any(0)
 
     return {site: decide(site) for site in layers}
 
@@ -88,15 +96,3 @@ def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -
 def least_kept(min_kept: int, round_to: int | None, channels: int) -> tuple[int, int]:
     """(structures to keep at least, number of structures to keep a multiple of)."""
     return min_kept, 1 if round_to is None else round_to // math.gcd(round_to, channels)
-
-
-def with_floor(removed: Tensor, score: Tensor, kept: Tensor, min_kept: int, multiple: int) -> Tensor:
-    """`removed`, but for the structures with the lowest scores where too few, or an odd number, would stay.
-
-    Args:
-        removed, score, kept, min_kept, multiple: as in `Candidates`.
-    """
-    wanted = max(int((~removed).sum()), min_kept)
-    wanted = min(-(-wanted // multiple) * multiple, int(kept.sum()))
-    best = score.masked_fill(~kept, torch.inf).masked_fill(~removed, -torch.inf).argsort(stable=True)[:wanted]
-    return removed.index_fill(0, best, False)

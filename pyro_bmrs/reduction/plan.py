@@ -96,6 +96,7 @@ class Reduction:
     _network: nn.Module | None = field(default=None, repr=False)
     _find_input: Callable[[], Inputs] | None = field(default=None, repr=False)
     _latents: Latents | None = field(default=None, repr=False)
+    _asked: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> list[str]:
@@ -146,24 +147,30 @@ class Reduction:
         """The plan that removes where score ≥ threshold, and what the fit had removed before."""
         if math.isnan(threshold):
             raise ValueError("threshold must be a number: got nan")
+        layers = self.candidates(threshold)
+        return replace(
+            self,
+            table=self.table.assign(removed=torch.cat([*removals(layers, self.nesting).values()]).numpy()),
+            criterion=f"{self.criterion} at {threshold:g}",
+            costs=None,
+            cuts=None,
+            _asked={site: layer.removed for site, layer in layers.items()},
+        )
+
+    def candidates(self, threshold: float) -> dict[str, Candidates]:
+        """What of each layer is to go where score ≥ threshold, and what may."""
         layers = {}
         for layer, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
             before = torch.tensor(rows.removed_in_fit.to_numpy())
             least = least_kept(self.min_kept, self.round_to, self.channels.get(str(layer), 1))
             layers[str(layer)] = Candidates((score >= threshold) | before, score, ~before, *least)
-        removed = torch.cat([*removals(layers, self.nesting).values()])
-        return replace(
-            self,
-            table=self.table.assign(removed=removed.numpy()),
-            criterion=f"{self.criterion} at {threshold:g}",
-            costs=None,
-            cuts=None,
-        )
+        return layers
 
     def joint_evidence(self) -> Evidence:
-        """ΔF in nats of reducing all that is removed at once, with standard error and k̂.
+        """ΔF in nats of reducing at once all that is removed by its own evidence, with standard error and k̂.
 
+        What leaves only along with other structures (`InputSelection`) is not counted: θ = 0 of those says it all.
         Where the posterior is a joint normal this is not the sum of the single elements' ΔF.
 
         Raises:
@@ -190,8 +197,14 @@ class Reduction:
                 "reduced posterior: this one knows no reduced priors"
             )
         return self._latents, {
-            name: ~self.kept_mask(name).reshape(site.shape) for name, site in self._latents.sites.items()
+            name: (~self.kept_mask(name) & self._asked_of(name)).reshape(site.shape)
+            for name, site in self._latents.sites.items()
         }
+
+    def _asked_of(self, name: str) -> Tensor:
+        """True where a structure in the network is to go by its own evidence."""
+        present = torch.tensor(self.table.present[self.table.layer == name].to_numpy())
+        return self._asked[name][present] if name in self._asked else torch.ones_like(present)[present]
 
     def summary(self) -> str:
         """A few lines for people: widths, costs once `apply` has measured them, and cautions."""

@@ -320,6 +320,7 @@ def _reduce_structures(
         round_to=round_to,
         channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
         nesting=nesting,
+        _asked={site: layer.removed for site, layer in candidates.items()},
         _network=network,
         _find_input=example_input,
     )

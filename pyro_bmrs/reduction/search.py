@@ -203,7 +203,7 @@ def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> fl
 
 
 def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
-    """The plan that reduces what is chosen, and nothing else; of a network's structures every layer keeps one."""
+    """The plan that reduces what is chosen and what leaves along with it; of a network every layer keeps one."""
     plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
     table = plan.table.copy()
     layers = {}
@@ -218,7 +218,8 @@ def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
         layers[name] = Candidates(removed, torch.tensor(rows.score.to_numpy()), kept, least=plan.min_kept)
     for name, gone in removals(layers, plan.nesting).items():
         table.loc[table.layer == name, "removed"] = gone.numpy()
-    return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}")
+    asked = {name: layer.removed for name, layer in layers.items()}
+    return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}", _asked=asked)
 
 
 @dataclass(frozen=True)

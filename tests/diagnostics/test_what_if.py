@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.diagnostics.what_if import leaving_thresholds, own_log_odds, slider, what_if
+from pyro_bmrs.diagnostics.what_if import _decisions, leaving_thresholds, own_log_odds, slider, what_if
+from pyro_bmrs.networks.nesting import Nesting
 
 quick = settings(max_examples=70, deadline=None)
 
@@ -85,6 +86,27 @@ def test_leaving_is_when_the_plan_removes(case):
         removed = plan.at(threshold).table.removed.to_numpy()
         assert (threshold <= leaving).tolist() == removed.tolist(), threshold
     assert (leaving == math.inf).tolist() == plan.table.removed_in_fit.tolist()
+
+
+@quick
+@given(st.data())
+def test_of_nested_layers_every_change_is_known(data):
+    """Structures inside others: what goes first, and that nothing changes between two thresholds of `what_if`."""
+    score = st.integers(-4, 4).map(float)
+    outer = data.draw(st.lists(score, min_size=3, max_size=3))
+    inner = data.draw(st.lists(score, min_size=6, max_size=6))
+    least, multiple = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([None, 2]))
+    owner = torch.tensor(data.draw(st.lists(st.integers(-1, 2), min_size=6, max_size=6)))
+    enclosed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3, max_size=3)))
+    plan = make_plan({"outer": outer, "inner": inner}, min_kept=least, round_to=multiple)
+    plan = replace(plan, nesting=Nesting({"inner": {"outer": owner}}, {"outer": enclosed}))
+    leaving, turns = _decisions(plan)
+    tried = {t: plan.at(t).table.removed.to_numpy() for t in thresholds_to_try(plan)}
+    first = [max((t for t, gone in tried.items() if gone[row]), default=-math.inf) for row in range(9)]
+    assert leaving.tolist() == first
+    for threshold, gone in tried.items():
+        last = min((turn for turn in turns if turn >= threshold), default=math.inf)
+        assert (plan.at(last).table.removed.to_numpy() == gone).all()
 
 
 def test_floors_multiples_and_channels_by_hand():

@@ -45,6 +45,17 @@ def called(net):
     return model, guide, x
 
 
+def idle(guide, layer, structures):
+    """Let those be idle, and the others of the layer known to be at about one half."""
+    with torch.no_grad():
+        for number, posterior in enumerate(guide.posteriors):
+            if number == layer or not number:
+                posterior.loc.fill_(-0.7)
+                posterior.log_scale.fill_(-3.0)
+        guide.posteriors[layer].loc[structures] = -15.0
+        guide.posteriors[layer].log_scale[structures] = 1.0
+
+
 @dataclass(frozen=True)
 class Given:
     """Removes what it is told to."""
@@ -148,6 +159,34 @@ def test_a_search_over_filters_leaves_positions_of_those_that_stay():
     )  # fmt: skip
     assert plan.kept["2"] == [0, 2, 3, 4]
     assert plan.kept["5"] == [*range(16), *range(32, 80)]
+
+
+def test_a_filter_goes_whose_layer_is_not_asked_about():
+    model, guide, x = called(network())
+    idle(guide, 1, torch.arange(80) // 16 == 1)
+    plan = bmrs.reduce(model, guide, {"5": bmrs.LogUniform(-20.0, -5.0)})
+    assert plan.kept["2"] == [0, 2, 3, 4]
+    bmrs.insert_noise(plan.apply(measure=False), x)
+
+
+def test_what_only_goes_along_is_no_evidence():
+    """The filter of positions that go, and the positions of a filter that goes."""
+    model, guide, _ = called(network())
+    law = bmrs.LogUniform(-20.0, -5.0)
+    idle(guide, 1, torch.arange(80) // 16 == 1)
+    positions = {"5": torch.arange(80) // 16 == 1}
+    found = bmrs.greedy_reduction(model, guide, {"5": law, "2": law}, groups={"positions": positions})
+    assert found.kept["2"] == [0, 2, 3, 4]
+    total = found.steps.log_evidence_change.iloc[-1]
+    assert found.joint_evidence().log_evidence_change == pytest.approx(total, abs=1e-9)
+    gone = found.reduced_posterior()
+    assert bool((gone(*guide.example_arguments)["2"][1] > 0.5).all())
+    idle(guide, 1, torch.arange(80) < 0)
+    idle(guide, 0, torch.arange(5) == 3)
+    plan = bmrs.reduce(model, guide, {"5": law, "2": law})
+    assert plan.kept["5"] == [*range(48), *range(64, 80)]
+    own = float(plan.table[plan.table.layer == "2"].log_evidence_change[3:4].sum())
+    assert plan.joint_evidence().log_evidence_change == pytest.approx(own, abs=1e-9)
 
 
 def test_a_filter_that_something_else_reads_stays_without_its_positions():

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pyro_bmrs.networks.nesting import Nesting
-from pyro_bmrs.reduction.choice import Candidates, removals, with_floor
+from pyro_bmrs.reduction.choice import Candidates, removals
 
 quick = settings(max_examples=200, deadline=None)
 
@@ -35,8 +35,7 @@ def layers(draw, size):
 def test_layers_that_hold_nothing_are_decided_alone(one, other):
     found = removals({"one": one, "other": other}, Nesting())
     for name, layer in (("one", one), ("other", other)):
-        alone = with_floor(layer.removed, layer.score, layer.kept, layer.least, layer.multiple)
-        assert torch.equal(found[name], alone)
+        assert torch.equal(found[name], layer.gone())
 
 
 @quick
@@ -56,7 +55,7 @@ def test_what_lies_inside_goes_along_and_something_stays(data, outer, inner, inn
     if len(saved):
         assert inner.score[inner.kept].min() == inner.score[inner.kept & (owner == saved)].min()
     free = inner.kept & ~inside_of_gone
-    asked = with_floor(inner.removed | ~free, inner.score, free, inner.least, inner.multiple)
+    asked = replace(inner, kept=free).gone()
     if free.any():
         assert torch.equal(found["inner"], asked)
 
