@@ -73,7 +73,9 @@ def tune_softly(
     """As `tune`, the labels mixed with what a teacher says, its logits divided by the temperature as the net's are."""
     x, y = data.train[:]
     targets = (soft / temperature).softmax(dim=-1)
-    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     steps = settings.fine_tune * -(-len(x) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, kept = -1.0, net.state_dict()

@@ -106,5 +106,8 @@ def trials(given: argparse.Namespace) -> Iterator[Trial]:
     recipe = Recipe.read(given.recipe)
     for seed in given.seeds:
         settings = Settings.of(recipe, given.data, {"seed": seed, "kl_weight": given.kl_weight})
-        data = load_data(given.data, data_root=given.data_root, image_size=settings.image_size, seed=seed)
+        data = load_data(
+            given.data, data_root=given.data_root, image_size=settings.image_size, seed=seed, limit=settings.limit,
+            validation_fraction=settings.validation_fraction,
+        )  # fmt: skip
         yield Trial(recipe, settings, data)

@@ -103,6 +103,19 @@ class Recipe:
         return result
 
 
+# Settings that earlier versions did not have, and as what these acted: runs of theirs are the same as with them.
+LATER_SETTINGS: dict[str, Any] = {"weight_decay": 0.0, "validation_fraction": 0.2}
+
+
+def known_before(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that an earlier version had no need to name."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]
+    }
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that shapes a run. Fields up to `limit` shape the fit, the rest what is done with it.

@@ -46,7 +46,7 @@ from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 from pyro_bmrs.networks.inputs import check_finite
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.recipes import Recipe, Settings, blamed
+from pyro_bmrs.recipes import LATER_SETTINGS, Recipe, Settings, blamed, known_before
 from pyro_bmrs.reduction.criteria import parse_criterion
 from pyro_bmrs.reduction.plan import Reduction, check_examples
 from pyro_bmrs.reduction.reduce import reduce
@@ -160,7 +160,7 @@ class Run(RunFolder):
             recipe = recipe or Recipe.read(self.folder / "recipe.py", stored["recipe"])
             settings = settings or stored["settings"].changed(changes or {})
         elif stored is not None and self.has("posterior.safetensors"):
-            before, now = stored["fit"], settings.of_fit()
+            before, now = LATER_SETTINGS | stored["fit"], settings.of_fit()
             changed = [
                 f"{name} {before.get(name)!r} → {now.get(name)!r}"
                 for name in dict.fromkeys([*now, *before])
@@ -385,13 +385,13 @@ class Run(RunFolder):
 
     def _fit_name(self) -> str:
         """Other for each recipe and for all settings of a fit, those included that `fit` does not see."""
-        content = self.recipe.path.read_bytes() + json.dumps(self.settings.of_fit()).encode()
+        content = self.recipe.path.read_bytes() + json.dumps(known_before(self.settings.of_fit())).encode()
         return hashlib.sha256(content).hexdigest()
 
     def _reduction_name(self) -> str:
         """Other for each posterior and each way of reducing it."""
         content = (self.folder / "posterior.safetensors").read_bytes()
-        content += json.dumps(asdict(self.settings)).encode()
+        content += json.dumps(known_before(asdict(self.settings))).encode()
         return hashlib.blake2b(content, digest_size=4).hexdigest()
 
     def _model_of(self, small: nn.Module) -> nn.Module:

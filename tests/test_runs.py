@@ -21,7 +21,7 @@ from pyro_bmrs import runs
 from pyro_bmrs.data import load_data
 from pyro_bmrs.files import held
 from pyro_bmrs.fitting.progress import EpochProgress
-from pyro_bmrs.recipes import Recipe, Settings
+from pyro_bmrs.recipes import LATER_SETTINGS, Recipe, Settings
 from pyro_bmrs.runs import Run
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
@@ -121,6 +121,19 @@ def test_other_fit_settings_are_refused(copied, capsys):
     assert "kl_weight 2.0 → 7.0" in error
     assert "--overwrite" in error
     assert stamps(copied) == before
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run(copied, capsys):
+    """One whose settings lack those that came later."""
+    path = copied / "settings.json"
+    document = json.loads(path.read_text())
+    for name in LATER_SETTINGS:
+        del document["settings"][name], document["fit"][name]
+    path.write_text(json.dumps(document))
+    assert call("run", RECIPE, "--out", copied, "--quiet") == 0
+    assert "complete" in capsys.readouterr().out
+    assert call("run", RECIPE, "--out", copied, "--quiet", "--weight-decay", "0.1") == 2
+    assert "weight_decay 0.0 → 0.1" in capsys.readouterr().err
 
 
 def test_another_recipe_is_refused(copied, tmp_path, capsys):

@@ -133,8 +133,8 @@ def fit(
         train, validation: (x, y) tensors, a Dataset or a DataLoader.
         epochs: passes over `train`.
         batch_size: examples per step, of all processes together (a DataLoader keeps its own).
-        learning_rate: Adam's, of the model's parameters.
-        posterior_learning_rate: Adam's, of the guide's parameters.
+        learning_rate: AdamW's, of the model's parameters.
+        posterior_learning_rate: AdamW's, of the guide's parameters.
         kl_weight: factor w on the KL of the noise sites, uniform over structures.
         warm_up: share of the epochs over which the weight rises linearly from 0 to w.
         draws_per_batch: values of each θ per batch, example i using draw i mod draws; None: one per example.
@@ -143,9 +143,10 @@ def fit(
             same variance of the gradient (docs/guide.md); where sites are drawn together (see `elbo`).
         schedule: factor on the learning rates: "constant", "cosine" or "linear" (from the given rates to
             zero), or a function of the share of steps done, from 0 to 1.
-        weight_decay: of the model's parameters, decoupled from Adam's gradient (Loshchilov & Hutter, 2019): at each
-            step they lose the share learning_rate · weight_decay of themselves, as under a normal prior around 0.
-            The guide's parameters do not. 0.1 on images: docs/results.md.
+        weight_decay: of the parameters of the model's layers, decoupled from Adam's gradient (Loshchilov & Hutter,
+            2019): at each step they lose the share learning_rate · weight_decay of themselves. What the model holds
+            beside its layers and the guide's parameters do not. No part of the objective or of ΔF. 0.05 to 0.1 help
+            where a network overfits: docs/results.md.
         gradient_clip: largest Euclidean norm of a step's gradient, of weights and of posterior parameters
             each; None: no bound.
         accumulate: batches whose gradients are averaged for one step.

@@ -148,21 +148,23 @@ class Loop:
             )  # fmt: skip
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        groups = []
+        groups: list[dict[str, Any]] = []
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.settings["freeze_weights"]:
             weights = []
-        if weights:
-            groups.append(
-                {
-                    "params": weights,
-                    "lr": self.settings["learning_rate"],
-                    "weight_decay": self.settings["weight_decay"],
-                }
-            )
+        rate, decay = self.settings["learning_rate"], self.settings["weight_decay"]
+        if decay:
+            # what the model has beside its layers, such as a Regressor's noise scale, is no weight
+            beside = set(self.model.parameters(recurse=False))
+            groups.append({"of": "model", "params": [p for p in weights if p in beside], "lr": rate})
+            weights = [p for p in weights if p not in beside]
+        groups.append({"of": "model", "params": weights, "lr": rate, "weight_decay": decay})
+        groups = [group for group in groups if group["params"]]
         if isinstance(self.guide, nn.Module):
             parameters = list(self.guide.parameters())
-            groups.append({"params": parameters, "lr": self.settings["posterior_learning_rate"]})
+            groups.append(
+                {"of": "guide", "params": parameters, "lr": self.settings["posterior_learning_rate"]}
+            )
         if not groups:
             raise ValueError("there is nothing to fit: no parameter requires a gradient")
         for group in groups:
@@ -283,8 +285,10 @@ class Loop:
         if not due:
             return
         if self.settings["gradient_clip"] is not None:
-            for group in self.optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], self.settings["gradient_clip"])
+            for of in ("model", "guide"):
+                groups = [group for group in self.optimizer.param_groups if group["of"] == of]
+                parameters = [parameter for group in groups for parameter in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.settings["gradient_clip"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

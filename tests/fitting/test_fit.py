@@ -125,6 +125,19 @@ def test_weights_decay_apart_from_the_gradient_and_the_posterior_does_not():
     assert all(map(torch.equal, ends[0.0][1], ends[decay][1]))
 
 
+def test_the_noise_of_a_regressor_does_not_decay():
+    x, _ = data(100)
+    scales = []
+    for decay in (0.0, 100.0):
+        model = Regressor(network())
+        guide = AutoTruncatedLogNormal(model)
+        y = x[:, :2]
+        bmrs.fit(model, guide, (x, y), epochs=1, batch_size=100, weight_decay=decay, **QUIET)
+        scales.append([p.detach().clone() for p in model.parameters(recurse=False)])
+    assert scales[0]
+    assert all(map(torch.equal, *scales))
+
+
 def test_any_pyro_model_of_x_and_y():
     model = Robust()
     guide = AutoTruncatedLogNormal(model)
