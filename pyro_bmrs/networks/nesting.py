@@ -34,13 +34,11 @@ class Nesting:
         owners: dict[str, dict[str, Tensor]] = {}
         enclosed: dict[str, Tensor] = {}
         for outer in groups:
-            inside = {
-                inner.site: (inner, owner) for inner in groups if (owner := _owner(inner, outer)) is not None
-            }
-            for site, (_, owner) in inside.items():
-                owners.setdefault(site, {})[outer.site] = owner
+            inside = [(inner, owner) for inner in groups if (owner := _owner(inner, outer)) is not None]
+            for inner, owner in inside:
+                owners.setdefault(inner.site, {})[outer.site] = owner
             if inside:
-                enclosed[outer.site] = _enclosed(outer, [inner for inner, _ in inside.values()])
+                enclosed[outer.site] = _enclosed(outer, [inner for inner, _ in inside])
         return cls(owners, enclosed)
 
     def spread(self, present: Mapping[str, Tensor]) -> Nesting:
