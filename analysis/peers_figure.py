@@ -57,7 +57,7 @@ def draw(axes: Axes, table: pd.DataFrame, title: str) -> None:
                 color=colour,
             )  # fmt: skip
             continue
-        axes.plot(found, [row] * len(found), "|", color=colour, ms=7, alpha=0.6, clip_on=True)
+        axes.plot(found, [row] * len(found), "|", color=colour, ms=7, alpha=0.6)
         axes.plot(found.mean(), row, "o", color=colour, ms=7)
         axes.annotate(
             f"{found.mean():.2f}", (found.mean(), row), (0, 7), textcoords="offset points", ha="center", fontsize=7.5,

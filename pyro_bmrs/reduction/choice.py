@@ -54,19 +54,14 @@ def removals(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Te
     >>> removals({"filters": filters, "positions": positions}, inside)
     {'filters': tensor([ True, False]), 'positions': tensor([ True, False,  True])}
     """
-    layers = dict(layers)
+    unread = {site: torch.zeros_like(layer.removed) for site, layer in layers.items()}
     while True:
-        gone = _with_what_lies_inside(layers, nesting)
-        settled = True
-        for site, layer in layers.items():
-            unread = nesting.unread(site, gone) & ~gone[site]
-            if layer.unread is not None:
-                unread = unread | layer.unread
-            if layer.unread is None or not torch.equal(unread, layer.unread):
-                settled = settled and not unread.any()
-                layers[site] = replace(layer, unread=unread)
-        if settled:
+        asked = {site: replace(layer, unread=unread[site]) for site, layer in layers.items()}
+        gone = _with_what_lies_inside(asked, nesting)
+        found = {site: unread[site] | (nesting.unread(site, gone) & ~gone[site]) for site in layers}
+        if all(torch.equal(found[site], unread[site]) for site in layers):
             return gone
+        unread = found
 
 
 def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Tensor]:

@@ -147,11 +147,14 @@ class Reduction:
         """The plan that removes where score ≥ threshold, and what the fit had removed before."""
         if math.isnan(threshold):
             raise ValueError("threshold must be a number: got nan")
-        layers = self.candidates(threshold)
+        return self.deciding(self.candidates(threshold), f"{self.criterion} at {threshold:g}")
+
+    def deciding(self, layers: dict[str, Candidates], criterion: str) -> Reduction:
+        """The plan that removes of all layers, in the order of the table, what is to go, and what that entails."""
         return replace(
             self,
             table=self.table.assign(removed=torch.cat([*removals(layers, self.nesting).values()]).numpy()),
-            criterion=f"{self.criterion} at {threshold:g}",
+            criterion=criterion,
             costs=None,
             cuts=None,
             _asked={site: layer.removed for site, layer in layers.items()},

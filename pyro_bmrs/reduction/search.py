@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,6 @@ from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, by_themselves, reduce_group
 from pyro_bmrs.inference.posteriors import JointNormalBlock
 from pyro_bmrs.reduction.bar import bar
-from pyro_bmrs.reduction.choice import Candidates, removals
 from pyro_bmrs.reduction.latent_reduction import Groups, check_log_odds, selections
 from pyro_bmrs.reduction.latents import Latents, Selection
 from pyro_bmrs.reduction.plan import Reduction
@@ -205,21 +205,14 @@ def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> fl
 def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
     """The plan that reduces what is chosen and what leaves along with it; of a network every layer keeps one."""
     plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
-    table = plan.table.copy()
-    layers = {}
-    for name in plan.layers:
-        rows = table[table.layer == name]
-        present = torch.tensor(rows.present.to_numpy())
-        kept = ~torch.tensor(rows.removed_in_fit.to_numpy())
-        removed = ~kept
-        for selection in chosen:
-            if name in selection:
-                removed = removed.masked_scatter(present, removed[present] | selection[name].flatten().cpu())
-        layers[name] = Candidates(removed, torch.tensor(rows.score.to_numpy()), kept, least=plan.min_kept)
-    for name, gone in removals(layers, plan.nesting).items():
-        table.loc[table.layer == name, "removed"] = gone.numpy()
-    asked = {name: layer.removed for name, layer in layers.items()}
-    return replace(plan, table=table, criterion=f"{what} by {plan.criterion.split(' (')[0]}", _asked=asked)
+    layers = plan.candidates(math.inf)
+    for selection in chosen:
+        for name, mask in selection.items():
+            removed = layers[name].removed
+            present = torch.tensor(plan.table.present[plan.table.layer == name].to_numpy())
+            removed = removed.masked_scatter(present, removed[present] | mask.flatten().cpu())
+            layers[name] = replace(layers[name], removed=removed)
+    return plan.deciding(layers, f"{what} by {plan.criterion.split(' (')[0]}")
 
 
 @dataclass(frozen=True)
