@@ -30,15 +30,15 @@ from torch import nn
 from trials import Rows, figures
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.diagnostics.diagnosis import CRITERIA
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import save_weights
-from pyro_bmrs.recipes import Recipe
-from pyro_bmrs.reduction import Reduction
-from pyro_bmrs.runs import Run
-from pyro_bmrs.study import Cell, Study
-from pyro_bmrs.sweep import run_study
+from pyro_bmrs.pruning import Reduction
+from pyro_bmrs.quality.diagnosis import CRITERIA
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.run import Run
+from pyro_bmrs.runs.study import Cell, Study
+from pyro_bmrs.runs.sweep import run_study
 
 OURS, FULL, SCRATCH = "BMRS_N", "not reduced", "same widths from scratch"
 ALL = (OURS, FULL, SCRATCH, *METHODS)

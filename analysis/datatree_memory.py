@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.runs import Run
+from pyro_bmrs.runs.run import Run
 
 OUT = Path(__file__).parent / "results" / "datatree_memory"
 

@@ -30,7 +30,7 @@ from pyro_bmrs.files import write_atomically
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.inference import evaluate
 from pyro_bmrs.inference.batches import Batches
-from pyro_bmrs.recipes import Recipe
+from pyro_bmrs.runs.recipe import Recipe
 
 MODELS = Path(__file__).parent.parent / "models"
 # recipe, arguments of its network, KL weight, learning rate, kinds of fit

@@ -22,7 +22,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.data import load_data
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.fitting.objective import Objective
-from pyro_bmrs.recipes import Recipe
+from pyro_bmrs.runs.recipe import Recipe
 
 MODELS = Path(__file__).parent.parent / "models"
 DRAWS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from trials import Rows, Trial, figures, parser_of_trials, trials
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.diagnostics import predictions
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.reduction.criteria import Layers, Scores
+from pyro_bmrs.pruning.criteria import Layers, Scores
+from pyro_bmrs.quality import predictions
 
 STAGES, LAST = 12, 1000.0
 

@@ -20,7 +20,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cost import latency_milliseconds, multiply_accumulates, parameters
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.recipes import Recipe
+from pyro_bmrs.runs.recipe import Recipe
 
 MODELS = Path(__file__).parents[1] / "models"
 

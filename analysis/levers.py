@@ -22,8 +22,8 @@ from trials import Rows, Trial, figures, parser_of_trials, trials
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
-from pyro_bmrs.diagnostics import predictions
-from pyro_bmrs.recipes import Settings
+from pyro_bmrs.quality import predictions
+from pyro_bmrs.runs.recipe import Settings
 
 # Draws of θ in the posterior predictive that is a teacher.
 TEACHER_DRAWS = 32

@@ -23,9 +23,9 @@ import torch
 import yaml
 
 from pyro_bmrs.files import write_atomically, write_table
-from pyro_bmrs.run_folder import RunFolder
-from pyro_bmrs.study import Study
-from pyro_bmrs.sweep import run_study
+from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs.study import Study
+from pyro_bmrs.runs.sweep import run_study
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"

@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
-from pyro_bmrs.diagnostics import predictions, quality
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.recipes import Recipe, Settings
+from pyro_bmrs.quality import predictions, quality
+from pyro_bmrs.runs.recipe import Recipe, Settings
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "magnitude": torch_pruning.importance.GroupMagnitudeImportance,

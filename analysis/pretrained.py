@@ -21,7 +21,7 @@ from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.networks.cost import latency_milliseconds, multiply_accumulates, parameters
 from pyro_bmrs.networks.export import load_weights, save_weights
-from pyro_bmrs.recipes import Recipe
+from pyro_bmrs.runs.recipe import Recipe
 
 EPOCHS = {
     "resnet": {"train": 12, "fit": 9, "fine-tune": 6},

@@ -23,12 +23,12 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.diagnostics import predictions, quality
-from pyro_bmrs.diagnostics.diagnosis import CRITERIA
 from pyro_bmrs.files import write_atomically, write_table
-from pyro_bmrs.recipes import Recipe
-from pyro_bmrs.run_folder import RunFolder
-from pyro_bmrs.runs import Run
+from pyro_bmrs.quality import predictions, quality
+from pyro_bmrs.quality.diagnosis import CRITERIA
+from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.run import Run
 
 # Resamples of structures for the standard error of a correlation.
 RESAMPLES = 1000

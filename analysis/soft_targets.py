@@ -22,8 +22,8 @@ from torch import nn
 from trials import Rows, figures
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.reduction.criteria import parse_criterion
-from pyro_bmrs.runs import Run
+from pyro_bmrs.pruning.criteria import parse_criterion
+from pyro_bmrs.runs.run import Run
 
 TEMPERATURE = 3.0
 

@@ -35,7 +35,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.networks.noise import drawn_together, noise_layers
-from pyro_bmrs.recipes import Recipe
+from pyro_bmrs.runs.recipe import Recipe
 
 MODELS = Path(__file__).parent.parent / "models"
 DATASET_SIZE = 48_000

@@ -19,7 +19,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset, load_data
 from pyro_bmrs.files import write_table
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.recipes import Recipe, Settings
+from pyro_bmrs.runs.recipe import Recipe, Settings
 
 
 class Rows:

@@ -24,36 +24,23 @@ _HOMES = {
         "InputSelection", "MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise",
     ),
     "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
-    "reduction": (
-        "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "ModelPosterior", "Random", "ReducedPosterior", "Reduction",
-        "WeightNorm", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
+    "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "Random", "Reduction", "WeightNorm"),
+    "programs": (
+        "ModelPosterior", "ReducedPosterior", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
     ),
     "fitting": ("Fit", "fit"),
-    "diagnostics": (
-        "Diagnosis", "check_posterior", "compression_curve", "diagnose", "load_datatree", "loo",
-        "plot_evidence_curve", "plot_models", "plot_reductions", "report", "save_datatree", "to_datatree",
-    ),
+    "checks": ("check_posterior", "load_datatree", "loo", "save_datatree", "to_datatree"),
+    "quality": ("Diagnosis", "compression_curve", "diagnose"),
+    "figures": ("plot_evidence_curve", "plot_models", "plot_reductions"),
+    "reports": ("report",),
     "data": ("load_data",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME_OF, "__version__"])
 
 if TYPE_CHECKING:
+    from pyro_bmrs.checks import check_posterior, load_datatree, loo, save_datatree, to_datatree
     from pyro_bmrs.data import load_data
-    from pyro_bmrs.diagnostics import (
-        Diagnosis,
-        check_posterior,
-        compression_curve,
-        diagnose,
-        load_datatree,
-        loo,
-        plot_evidence_curve,
-        plot_models,
-        plot_reductions,
-        save_datatree,
-        to_datatree,
-    )
-    from pyro_bmrs.diagnostics.report import report
     from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal, TruncatedNormal
     from pyro_bmrs.evidence import (
         ImportanceError,
@@ -64,6 +51,7 @@ if TYPE_CHECKING:
         register_log_evidence_change,
         register_reduced_posterior,
     )
+    from pyro_bmrs.figures import plot_evidence_curve, plot_models, plot_reductions
     from pyro_bmrs.fitting import Fit, fit
     from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
     from pyro_bmrs.networks import (
@@ -74,21 +62,17 @@ if TYPE_CHECKING:
         structures,
         without_noise,
     )
-    from pyro_bmrs.reduction import (
-        BMRS_N,
-        BMRS_U,
-        SNR,
-        ExpectedScale,
+    from pyro_bmrs.programs import (
         ModelPosterior,
-        Random,
         ReducedPosterior,
-        Reduction,
-        WeightNorm,
         evidence_curve,
         exhaustive_reduction,
         greedy_reduction,
         reduce,
     )
+    from pyro_bmrs.pruning import BMRS_N, BMRS_U, SNR, ExpectedScale, Random, Reduction, WeightNorm
+    from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
+    from pyro_bmrs.reports.report import report
 
 
 def __getattr__(name: str) -> Any:

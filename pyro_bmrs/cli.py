@@ -17,8 +17,8 @@ from typer.exceptions import TyperException
 from pyro_bmrs import __version__
 
 if TYPE_CHECKING:
-    from pyro_bmrs.runs import Run
-    from pyro_bmrs.study import Study
+    from pyro_bmrs.runs.run import Run
+    from pyro_bmrs.runs.study import Study
 
 app = typer.Typer(
     name="pyro-bmrs",
@@ -164,9 +164,9 @@ def _commands(
 
 
 def _new_run(given: dict[str, Any]) -> Run:
-    from pyro_bmrs.recipes import Recipe, Settings
-    from pyro_bmrs.runs import Run
-    from pyro_bmrs.shipped import find_recipe
+    from pyro_bmrs.runs.recipe import Recipe, Settings
+    from pyro_bmrs.runs.run import Run
+    from pyro_bmrs.runs.shipped import find_recipe
 
     recipe = Recipe.read(find_recipe(given["recipe"]))
     overrides = {name: given[name] for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
@@ -185,7 +185,7 @@ def _new_run(given: dict[str, Any]) -> Run:
 
 
 def _old_run(given: dict[str, Any], *changes: str) -> Run:
-    from pyro_bmrs.runs import Run
+    from pyro_bmrs.runs.run import Run
 
     return Run(
         given["folder"], changes={name: given[name] for name in changes}, data_root=given["data_root"],
@@ -246,7 +246,7 @@ def new(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write, such as mine.py.")],
 ) -> None:
     """Write a commented recipe to start from."""
-    from pyro_bmrs.shipped import write_starter
+    from pyro_bmrs.runs.shipped import write_starter
 
     write_starter(recipe)
     print(f"{recipe} is there; try: pyro-bmrs run {recipe} --data digits --out runs/{recipe.stem}")
@@ -401,7 +401,7 @@ def report(
         for name, value in (("draws", draws), ("foreign", foreign)):
             if value is not None:
                 raise ValueError(f"--{name} is for the report of one run: got it with {len(folders)}")
-        from pyro_bmrs.comparison import report_runs
+        from pyro_bmrs.runs.comparison import report_runs
 
         print(f"report: {report_runs(folders, out or Path('comparison.html'))}")
         return
@@ -415,7 +415,7 @@ def report(
 @app.command()
 def show(folder: RunFolder) -> None:
     """Print what came out of a run: sizes, accuracy, widths, k̂ and warnings."""
-    from pyro_bmrs.show import show_run
+    from pyro_bmrs.runs.show import show_run
 
     show_run(folder)
 
@@ -475,13 +475,13 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and stop.")] = False,
 ) -> int:
     """Do many runs, of all combinations that a file gives, into one table; called again it goes on."""
-    from pyro_bmrs.study import Study
+    from pyro_bmrs.runs.study import Study
 
     asked = Study.read(study, out=out, jobs=jobs, backend=backend)
     if dry_run:
         _print_cells(asked)
         return 0
-    from pyro_bmrs.sweep import run_study
+    from pyro_bmrs.runs.sweep import run_study
 
     table = run_study(asked, data_root=data_root, device=device, progress=not quiet)
     failed = table[table.status == "failed"]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from command_line import call
 
-from pyro_bmrs import cli, runs
+from pyro_bmrs import cli
 from pyro_bmrs.data import load_data
-from pyro_bmrs.recipes import Recipe, Settings
-from pyro_bmrs.runs import Run
+from pyro_bmrs.runs import run as runs
+from pyro_bmrs.runs.recipe import Recipe, Settings
+from pyro_bmrs.runs.run import Run
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 

@@ -36,8 +36,8 @@ from pyro_bmrs import _HOMES
 from pyro_bmrs.cli import app
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
-from pyro_bmrs.study import Study
-from pyro_bmrs.sweep import run_study
+from pyro_bmrs.runs.study import Study
+from pyro_bmrs.runs.sweep import run_study
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

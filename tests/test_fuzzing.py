@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pyro_bmrs import files
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.reduction import Reduction
-from pyro_bmrs.study import Study
+from pyro_bmrs.pruning import Reduction
+from pyro_bmrs.runs.study import Study
 
 INPUTS = 150
 FORMATS = (

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow  # gigabytes to install, and minutes to run
 # what touches torch, Pyro, ArviZ, torch-pruning, lightning-fabric, pandas and typer
 TESTS = (
     "tests/distributions/test_packed.py", "tests/networks/test_surgery.py", "tests/networks/test_export.py",
-    "tests/networks/test_selection.py", "tests/reduction/test_reduce.py", "tests/fitting/test_fit.py",
-    "tests/diagnostics/test_arviz_io.py", "tests/test_cli.py",
+    "tests/networks/test_selection.py", "tests/pruning/test_reduce.py", "tests/fitting/test_fit.py",
+    "tests/checks/test_arviz_io.py", "tests/test_cli.py",
 )  # fmt: skip
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "scipy")
 

@@ -24,7 +24,7 @@ from pyro_bmrs.fitting.signals import passing_on_signals
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.reduction.criteria import Criterion, check_criterion
+from pyro_bmrs.pruning.criteria import Criterion, check_criterion
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -31,10 +31,11 @@ from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.reduction.criteria import Criterion
-from pyro_bmrs.reduction.plan import Reduction
-from pyro_bmrs.reduction.reduce import input_of, reduce
-from pyro_bmrs.reduction.shrink import shrink
+from pyro_bmrs.programs.reduce import reduce
+from pyro_bmrs.pruning.criteria import Criterion
+from pyro_bmrs.pruning.plan import Reduction
+from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.shrink import shrink
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

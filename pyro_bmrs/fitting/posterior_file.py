@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.noise import MultiplicativeNoise
-from pyro_bmrs.reduction.reduce import input_of
-from pyro_bmrs.reduction.shrink import shrink
+from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
 

@@ -15,7 +15,7 @@ from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.inputs import check_finite, check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.reduction.criteria import Criterion
+from pyro_bmrs.pruning.criteria import Criterion
 
 
 def check_programs(model: nn.Module, guide: Callable[..., Any] | None, criterion: Criterion | None) -> None:

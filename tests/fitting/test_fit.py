@@ -328,7 +328,7 @@ def test_the_floor_holds_while_removing():
 
 def test_looking_at_a_model_changes_nothing():
     """reduce, apply, evaluate and the curve leave BatchNorm statistics, generators and Pyro's store alone."""
-    from pyro_bmrs.diagnostics import compression_curve
+    from pyro_bmrs.quality import compression_curve
 
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -11,13 +11,13 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, Reduction
-from pyro_bmrs.diagnostics import compression_curve
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference import evaluate, packed
 from pyro_bmrs.networks import noise_layers
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.export import save_weights
 from pyro_bmrs.networks.noise import fixed_scales
+from pyro_bmrs.quality import compression_curve
 
 X, Y = data(64, 7)
 EVIDENCE = [bmrs.BMRS_N(), bmrs.BMRS_N(prior_log_odds=0.0), bmrs.BMRS_U(), bmrs.BMRS_U(bits=4)]

@@ -11,7 +11,7 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.recipes import Recipe, Settings
+from pyro_bmrs.runs.recipe import Recipe, Settings
 
 FOLDER = Path(__file__).parents[2] / "models"
 # the others are Pyro programs without a network: test_programs.py

@@ -314,7 +314,7 @@ def test_which_filter_a_position_is_of():
     ],
 )
 def test_recipes_select_positions(recipe, shape, kinds):
-    from pyro_bmrs.recipes import Recipe
+    from pyro_bmrs.runs.recipe import Recipe
 
     class Shape:
         input_shape, num_classes = shape, 3

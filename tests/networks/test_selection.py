@@ -116,7 +116,7 @@ def test_the_norm_of_a_structure_is_that_of_its_own_weights(net, x, rows):
 
 
 def test_the_mlp_recipe_selects_its_inputs():
-    from pyro_bmrs.recipes import Recipe
+    from pyro_bmrs.runs.recipe import Recipe
 
     class Shape:
         input_shape, num_classes = (1, 4, 4), 3

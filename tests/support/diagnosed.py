@@ -13,9 +13,9 @@ from command_line import call
 from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise, Reduction
-from pyro_bmrs.diagnostics import Diagnosis
-from pyro_bmrs.diagnostics.calibration import Predictions, quality, reliability, risk_coverage
-from pyro_bmrs.diagnostics.what_if import what_if
+from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.quality.calibration import Predictions, quality, reliability, risk_coverage
+from pyro_bmrs.quality.what_if import what_if
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 # The tiny recipe's network, with scores from clearly out to clearly in, so that a slider has a way to go.

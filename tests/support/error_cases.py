@@ -35,12 +35,12 @@ from pyro_bmrs.files import NewerFileError, read_tensors, write_tensors
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.export import export_onnx
 from pyro_bmrs.networks.structures import StructureError
-from pyro_bmrs.recipes import Recipe
-from pyro_bmrs.reduction import plan
-from pyro_bmrs.reduction.reduce import NonFiniteScoreError
-from pyro_bmrs.runs import Run
-from pyro_bmrs.study import Study
-from pyro_bmrs.sweep import run_study
+from pyro_bmrs.pruning import plan
+from pyro_bmrs.pruning.reduce import NonFiniteScoreError
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.run import Run
+from pyro_bmrs.runs.study import Study
+from pyro_bmrs.runs.sweep import run_study
 
 WORKS, WARNS = "works", "warning"
 

@@ -14,8 +14,8 @@ import matplotlib.figure
 import sklearn.datasets
 import torch
 
-import pyro_bmrs.diagnostics.report
-import pyro_bmrs.runs
+import pyro_bmrs.reports.report
+import pyro_bmrs.runs.run
 from pyro_bmrs import cli
 
 
@@ -32,8 +32,8 @@ if __name__ == "__main__":
         lightning_fabric,
         matplotlib.figure,
         sklearn.datasets,
-        pyro_bmrs.diagnostics.report,
-        pyro_bmrs.runs,
+        pyro_bmrs.reports.report,
+        pyro_bmrs.runs.run,
     )
     print(len(loaded), flush=True)
     for line in sys.stdin:

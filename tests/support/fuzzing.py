@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import load_data
-from pyro_bmrs.diagnostics import Diagnosis
 from pyro_bmrs.files import read_tensors
 from pyro_bmrs.fitting.checkpoints import Checkpoints
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
-from pyro_bmrs.reduction import Reduction
-from pyro_bmrs.run_folder import RunFolder
-from pyro_bmrs.study import Study
+from pyro_bmrs.pruning import Reduction
+from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs.study import Study
 
 SECONDS = 5.0
 

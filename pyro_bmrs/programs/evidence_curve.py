@@ -1,0 +1,253 @@
+"""ΔF as a function of the reduced prior: which one do the data prefer?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.functional import softplus
+
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.evidence import log_evidence_change
+from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, by_themselves
+from pyro_bmrs.inference.guides import elementary, read_posterior
+from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.programs.latents import Latents
+from pyro_bmrs.programs.sites import LatentSite, elementary_law, group_of, per_element
+from pyro_bmrs.pruning.criteria import EvidenceCriterion, joined, joined_priors
+from pyro_bmrs.pruning.reduce import arguments_of
+
+
+def evidence_curve(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    criterion: EvidenceCriterion | Mapping[str, Callable[[Tensor], Distribution]],
+    *model_args: Any,
+    prior_log_odds: float | None = None,
+    **parameter: Sequence[float] | Tensor,
+) -> pd.DataFrame:
+    """The evidence for many values of one parameter of the reduced prior, each element's in one vectorised call.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import pyro_bmrs as bmrs
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    >>> model = bmrs.Classifier(net)
+    >>> guide = bmrs.AutoTruncatedLogNormal(model, init_loc=-18.0, init_scale=2.0)
+    >>> _ = guide(torch.randn(16, 4), torch.zeros(16, dtype=torch.long))
+    >>> curve = evidence_curve(model, guide, bmrs.BMRS_U(prior_log_odds=0.0), bits=[2, 8, 20])
+    >>> curve.reduced.tolist(), curve.mixture.round(2).tolist()
+    ([8, 8, 8], [0.29, 1.4, 5.91])
+
+    Args:
+        model, guide, model_args: as in `reduce`.
+        criterion: `BMRS_N()` or `BMRS_U()`, for the structures of a network; or a mapping from sites of any Pyro
+            program to functions that make a reduced prior of a tensor of values.
+        prior_log_odds: per structure or element; None: the criterion's own, 0 for a mapping. Or given as the
+            parameter below.
+        parameter: one keyword with its values: a field of the criterion (scale, loc, bits, floor_bits),
+            prior_log_odds, or, with a mapping, any name.
+
+    Returns:
+        A row per value, in nats: the parameter, log_evidence_change (ΔF of reducing everything), reduced (how many
+        elements have ΔF + log-odds ≥ 0, each alone), chosen (ΔF of reducing those), mixture (the evidence, against the
+        full model, of the one in which each element is reduced with the prior probability π that the log-odds stand
+        for: Σ log((1 - π) + π e^ΔF) over independent elements, the sum over all combinations in a joint normal, NaN
+        where that has more than 12 elements). The value with the largest `mixture` is the one that the data prefer.
+
+    Raises:
+        TypeError: unless there is exactly one parameter, or for a criterion without evidence.
+        ValueError: for values that are not allowed, naming them; as in `reduce`.
+        NotImplementedError: where there is no closed form.
+    """
+    values_of = dict(parameter)
+    if isinstance(prior_log_odds, Sequence | Tensor):
+        values_of["prior_log_odds"], prior_log_odds = prior_log_odds, None
+    if len(values_of) != 1:
+        raise TypeError(
+            "evidence_curve takes the values of one parameter, such as bits=[2, 4, 8]: got "
+            f"{sorted(values_of) or 'none'}"
+        )
+    ((name, given),) = values_of.items()
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64).flatten()
+    except (TypeError, ValueError):
+        values = torch.empty(0)
+    if not len(values) or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} must be finite values, at least one: got {given!r}")
+    log_odds = prior_log_odds
+    if isinstance(criterion, EvidenceCriterion):
+        log_odds = criterion.prior_log_odds if log_odds is None else log_odds
+        changes = _of_structures(model, guide, criterion, model_args, name, values)
+        parts: tuple[Tensor, list[_Joint]] = changes.expand(len(values), -1), []
+    elif isinstance(criterion, Mapping):
+        log_odds = 0.0 if log_odds is None else log_odds
+        parts = _of_latents(model, guide, criterion, model_args, name, values)
+    else:
+        raise TypeError(f"criterion must be BMRS_N(), BMRS_U() or a mapping of sites: got {criterion!r}")
+    odds = values.unsqueeze(-1) if name == "prior_log_odds" else torch.tensor(log_odds, dtype=torch.float64)
+    independent, joint = parts
+    changes = torch.cat([independent, *(block.alone for block in joint)], -1)
+    better = changes + odds >= 0
+    whole, chosen = independent.sum(-1), torch.where(better, changes, 0.0)[:, : independent.shape[-1]].sum(-1)
+    # log(1 - π) = -softplus(odds), log π + ΔF = odds - softplus(odds) + ΔF
+    mixture = (softplus(independent + odds) - softplus(odds)).sum(-1)
+    start = independent.shape[-1]
+    for block in joint:
+        count = block.alone.shape[-1]
+        found = block.together(better[:, start : start + count], odds.expand(len(values), 1))
+        whole, chosen, mixture = (a + b for a, b in zip((whole, chosen, mixture), found, strict=True))
+        start += count
+    columns = {
+        name: values,
+        "log_evidence_change": whole,
+        "reduced": better.sum(-1),
+        "chosen": chosen,
+        "mixture": mixture,
+    }
+    return pd.DataFrame({key: column.expand(len(values)).cpu().numpy() for key, column in columns.items()})
+
+
+@torch.no_grad()
+def _of_structures(
+    model: Any, guide: Any, criterion: EvidenceCriterion, args: tuple[Any, ...], name: str, values: Tensor
+) -> Tensor:
+    """ΔF of each structure that the network has. Shape: (values or 1, structures)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module to have structures: got {type(model).__name__}")
+    arguments = arguments_of(guide, args)
+    posteriors, priors = [], []
+    found = read_posterior(guide, *arguments)
+    for site, layer in noise_layers(model).items():
+        if site not in found:
+            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+        q, p, kept = found[site], elementary(layer.prior()), layer.kept
+        assert isinstance(p, LogUniform | TruncatedLogNormal)
+        posteriors.append(cut_to(q, kept))
+        priors.append(cut_to(p, kept))
+    prior = joined_priors(priors, [q.batch_shape for q in posteriors])
+    given = {}
+    if name != "prior_log_odds":
+        for value in values.tolist():
+            _check_field(criterion, name, value)
+        given[name] = values.to(prior.log_low.device).unsqueeze(-1)
+    return log_evidence_change(joined(posteriors), prior, criterion.reduced_prior(prior, **given))
+
+
+def cut_to(law: LogUniform | TruncatedLogNormal, kept: Tensor) -> Any:
+    """The law of the structures that are kept."""
+    names = (
+        ("log_low", "log_high") if isinstance(law, LogUniform) else ("loc", "scale", "log_low", "log_high")
+    )
+    return type(law)(*(getattr(law, name).expand(kept.shape)[kept] for name in names), validate_args=False)
+
+
+def _check_field(criterion: EvidenceCriterion, name: str, value: float) -> None:
+    """Raise unless the criterion has this field and takes this value."""
+    assert is_dataclass(criterion)
+    allowed = [field.name for field in fields(criterion)]
+    if name not in allowed:
+        raise TypeError(f"{type(criterion).__name__} has the parameters {', '.join(allowed)}: got {name!r}")
+    replace(criterion, **{name: value})  # which checks it
+
+
+# Every combination of so many elements is summed over at each value.
+_MOST_EXACT = 12
+
+
+class _Joint:
+    """Elements in one joint normal, which know of each other.
+
+    Args:
+        block: that joint normal.
+        groups: each element as a group of its coordinates, under the reduced prior of each value.
+        alone: ΔF of each element alone. Shape: (values, elements).
+    """
+
+    def __init__(self, block: JointNormalBlock, groups: list[list[GroupReduction]], alone: Tensor) -> None:
+        self.block, self.groups, self.alone = block, groups, alone
+
+    def together(self, better: Tensor, odds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ΔF of all, ΔF of those that are better reduced, and the mixture. Shapes: (values,)."""
+        rows = [self._at(*given) for given in zip(self.groups, better, odds, strict=True)]
+        whole, chosen, mixture = (torch.stack(column) for column in zip(*rows, strict=True))
+        return whole, chosen, mixture
+
+    def _at(
+        self, groups: list[GroupReduction], better: Tensor, odds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = self._change([group for group, taken in zip(groups, better.tolist(), strict=True) if taken])
+        if len(groups) > _MOST_EXACT:
+            return self._change(groups), chosen, torch.full_like(chosen, math.nan)
+        coordinates, own = by_themselves(groups)
+        models = all_subsets(self.block.loc[coordinates], self.block.covariance(coordinates), own)
+        numbers = torch.arange(len(models), device=models.device)
+        counts = torch.stack([numbers >> bit & 1 for bit in range(len(groups))]).sum(0)
+        mixture = (models + counts * odds).logsumexp(0) - len(groups) * softplus(odds).squeeze()
+        return models[-1], chosen, mixture
+
+    def _change(self, groups: list[GroupReduction]) -> Tensor:
+        if not groups:
+            return torch.zeros((), dtype=torch.float64)
+        group = as_one(groups)
+        own = group.coordinates
+        return group.change(self.block.loc[own], self.block.covariance(own)).log_evidence_change
+
+
+def _groups_of(site: LatentSite, reduced: Any) -> list[GroupReduction]:
+    """Each element of a site as a group of its coordinates, under a reduced prior."""
+    law = per_element(elementary_law(site.name, reduced), site.shape, site.event_dim, site.value_shape)
+    at_value = replace(site, reduced_prior=law)
+    single = torch.eye(site.shape.numel(), dtype=torch.bool, device=site.kept.device)
+    masks = [mask.reshape(site.shape) for mask, kept in zip(single, site.kept.flatten(), strict=True) if kept]
+    return [group_of(at_value, mask, site.prior) for mask in masks]
+
+
+def _of_latents(
+    model: Any,
+    guide: Any,
+    criterion: Mapping[str, Callable[[Tensor], Distribution]],
+    args: tuple[Any, ...],
+    name: str,
+    values: Tensor,
+) -> tuple[Tensor, list[_Joint]]:
+    """ΔF of each independent element, (values, elements), and the elements of joint normals."""
+    for key, make in criterion.items():
+        if not callable(make):
+            raise TypeError(f"criterion must map {key!r} to a function of values of {name}: got {make!r}")
+    first = {key: make(values[0]) for key, make in criterion.items()}
+    latents = Latents(model, guide, first, args, dependent_priors="average")
+    alone: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for site in latents.sites.values():
+            if site.parents:
+                raise NotImplementedError(
+                    f"no curve of {site.name!r}, whose prior depends on {', '.join(site.parents)}"
+                )
+            spread = values.reshape(-1, *(1 for _ in range(len(site.shape) + site.event_dim)))
+            law = elementary_law(site.name, criterion[site.name](spread))
+            many = torch.Size((len(values),))
+            reduced = per_element(law, many + site.shape, site.event_dim, many + site.value_shape)
+            change = log_evidence_change(site.posterior, site.prior, reduced)
+            alone[site.name] = change.reshape(len(values), -1)[:, site.kept.flatten()]
+        independent, joint = [torch.zeros(len(values), 0, dtype=torch.float64)], []
+        whole = {name: site.kept for name, site in latents.sites.items()}
+        for block, masks in latents.by_block(whole):
+            changes = torch.cat([alone[name] for name in masks], -1)
+            if not isinstance(block, JointNormalBlock):
+                independent.append(changes)
+                continue
+            groups = [
+                [group for name in masks for group in _groups_of(latents.sites[name], criterion[name](value))]
+                for value in values
+            ]
+            joint.append(_Joint(block, groups, changes))
+    return torch.cat(independent, -1), joint

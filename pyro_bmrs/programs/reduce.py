@@ -1,0 +1,193 @@
+"""From a posterior to a plan: of a network's structures by a criterion, of any program's latents by reduced priors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor, nn
+
+from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.evidence.importance import DRAWS
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.programs.latents import DependentPriors, Latents
+from pyro_bmrs.programs.reduction import (
+    Groups,
+    check_log_odds,
+    evidence_of_groups,
+    evidence_of_sites,
+    reduce_latents,
+    selections,
+)
+from pyro_bmrs.programs.sites import elementary_law
+from pyro_bmrs.pruning.criteria import Criterion, ReducedPriors
+from pyro_bmrs.pruning.plan import Reduction
+from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of, reduce_structures
+
+
+def reduce(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    criterion: Criterion | Mapping[str, Any],
+    *model_args: Any,
+    min_kept: int = 1,
+    round_to: int | None = None,
+    kl_weight: float | None = None,
+    prior_log_odds: float = 0.0,
+    groups: Groups | None = None,
+    dependent_priors: DependentPriors = "raise",
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Reduction:
+    """Decide, from the guide's parameters alone, which structures (or latents) the model is better without.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import pyro_bmrs as bmrs
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    >>> model = bmrs.Classifier(net)
+    >>> guide = bmrs.AutoTruncatedLogNormal(model)
+    >>> _ = guide(torch.randn(16, 4), torch.zeros(16, dtype=torch.long))
+    >>> plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5, seed=1))
+    >>> plan.widths().values.tolist()
+    [['2', 8, 4]]
+    >>> plan.apply(measure=False)[0]
+    Linear(in_features=4, out_features=4, bias=True)
+
+    A structure is removed where its score is ≥ 0, or if it was removed during the fit; removal is never
+    undone. A layer whose structures would all go keeps the `min_kept` with the lowest scores.
+
+    With a mapping of sites to reduced priors it asks the same of any Pyro program: would the model have more
+    evidence with this prior instead?
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def coins(heads):
+    ...     bias = pyro.sample("bias", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...     pyro.sample("heads", dist.Binomial(20, logits=bias).to_event(1), obs=heads)
+    >>> guide = AutoNormal(coins, init_loc_fn=lambda site: torch.tensor([0.1, 2.0]), init_scale=0.4)
+    >>> heads = torch.tensor([11.0, 18.0])
+    >>> _ = guide(heads)
+    >>> bmrs.reduce(coins, guide, {"bias": 0.0}, heads).table.log_evidence_change.round(2).tolist()
+    [0.89, -11.58]
+
+    ΔF is given per element of a site (`table`), per site (`sites`) and jointly for groups of elements (`groups`);
+    `reduced_posterior()` is a guide that predicts from the reduced model. Closed forms are used where there
+    are any, and draws of the guide where not, with a standard error and k̂: see docs/evidence.md.
+
+    Args:
+        model: a Pyro model with noise layers; with a mapping any Pyro model.
+        guide: its mean-field guide; with a mapping also one with a joint normal, such as AutoMultivariateNormal.
+        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …: any function from layers to scores. Or a mapping from sites
+            of the model to their reduced priors: distributions that broadcast to the site, or numbers and
+            tensors, which are points.
+        model_args: arguments to call model and guide with, where the guide is not an
+            `AutoTruncatedLogNormal` that remembers its first batch.
+        min_kept: structures that every layer of a network keeps, at least 1.
+        round_to: keep so many more structures, those with the lowest scores, that the channels of each layer
+            are a multiple of this number, such as 8, where the layer had as many: odd widths run slowly on
+            much hardware. None keeps no more.
+        kl_weight: of the fit, to be named wherever a ΔF is shown; default what `fit` noted in the guide.
+        prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats; a criterion
+            has its own.
+        groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}, where
+            elements are numbers (of a network those of the original one), a slice, a bool tensor, or ... for all.
+        dependent_priors: with a mapping, what to do where a site's prior depends on another latent: "raise", or
+            "average" over joint draws of the guide.
+        draws, seed: with a mapping, of the posterior where ΔF has no closed form.
+
+    Returns:
+        The plan. With a mapping, `apply()` makes a smaller network of it where all sites are noise layers' and each
+        reduced prior has 99 % of its mass at θ ≤ 2⁻⁴, so that what is reduced is as good as removed.
+
+    Raises:
+        NonFiniteScoreError, NonFiniteEvidenceError: naming the layer and the structures whose score is NaN or infinite.
+        ImportanceError: where ΔF has to be estimated from draws, and too few carry weight.
+        UnreadablePosteriorError: naming a site whose posterior is a Delta, a flow, or depends on another latent.
+        ValueError, TypeError: for a bad argument, or a noise layer without a posterior in the guide.
+    """
+    if not isinstance(min_kept, int) or min_kept < 1:
+        raise ValueError(f"min_kept must be an integer of at least 1: got {min_kept!r}")
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"round_to must be a positive integer or None: got {round_to!r}")
+    if not callable(model):
+        raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
+    if not callable(guide):
+        raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
+    if kl_weight is not None and not 0 <= kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be finite and not negative, or None: got {kl_weight!r}")
+    arguments = arguments_of(guide, model_args)
+    weight = kl_weight if kl_weight is not None else kl_weight_of(guide)
+    if not isinstance(criterion, Mapping):
+        if groups is not None or prior_log_odds or dependent_priors != "raise":
+            raise ValueError(
+                "groups, prior_log_odds and dependent_priors go with a mapping of sites to reduced priors: got "
+                f"them with {criterion}"
+            )
+        return reduce_structures(model, guide, criterion, arguments, min_kept, round_to, weight)
+    log_odds = check_log_odds(prior_log_odds)
+    latents = Latents(
+        model, guide, criterion, arguments, dependent_priors=dependent_priors, draws=draws, seed=seed
+    )
+    if not removes_structures(latents) and (min_kept != 1 or round_to is not None):
+        raise ValueError(
+            "min_kept and round_to are for structures of a network: got "
+            f"{min_kept} and {round_to} for {list(criterion)}"
+        )
+    return reduce_by_priors(latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=weight)
+
+
+def reduce_by_priors(
+    latents: Latents,
+    groups: Groups | None,
+    log_odds: float,
+    *,
+    min_kept: int = 1,
+    round_to: int | None = None,
+    kl_weight: float,
+) -> Reduction:
+    """The plan that reduced priors lead to; of structures of a network where they say that θ is as good as 0."""
+    if not removes_structures(latents):
+        return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=kl_weight)
+    chosen = selections(latents, groups)
+    laws = {name: elementary_law(name, law) for name, law in latents.given.items()}
+    plan = reduce_structures(
+        latents.model,
+        latents.guide,
+        ReducedPriors(laws, log_odds),
+        latents.args,
+        min_kept,
+        round_to,
+        kl_weight,
+    )
+    return replace(
+        plan,
+        sites=evidence_of_sites(latents),
+        groups=evidence_of_groups(latents, chosen),
+        _latents=latents,
+    )
+
+
+# Of a reduced prior that removes structures so much lies where θ is lost at so many bits: the paper's largest interval.
+_REMOVED_SHARE, _REMOVED_BITS = 0.99, 4
+
+
+def removes_structures(latents: Latents) -> bool:
+    """Whether all sites are noise layers' and their reduced priors say that θ is as good as 0."""
+    layers = noise_layers(latents.model) if isinstance(latents.model, nn.Module) else {}
+
+    def as_good_as_zero(law: Any) -> bool:
+        if isinstance(law, Delta):
+            return bool((law.v <= 2.0**-_REMOVED_BITS).all())
+        below: Tensor = law.cdf(torch.full(law.batch_shape, 2.0**-_REMOVED_BITS, dtype=torch.float64))
+        return bool((below >= _REMOVED_SHARE).all())
+
+    known = (LogUniform, TruncatedLogNormal, Delta)
+    return all(
+        name in layers and isinstance(site.reduced_prior, known) and as_good_as_zero(site.reduced_prior)
+        for name, site in latents.sites.items()
+    )

@@ -1,0 +1,189 @@
+"""The reduction of any Pyro program's latents, from reduced priors to a `Reduction`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.distributions import TransformedDistribution
+
+from pyro_bmrs.programs.latents import Evidence, Latents, Selection
+from pyro_bmrs.programs.sites import LatentSite
+from pyro_bmrs.pruning.criteria import reduced_priors_text
+from pyro_bmrs.pruning.plan import COLUMNS, ESTIMATE_COLUMNS, Reduction
+
+# Of a site, the elements of a group: a number, several, a slice, a bool tensor of its shape, or ... for all.
+Elements = int | Sequence[int] | slice | Tensor | Any
+Groups = Mapping[str, Mapping[str, Elements]]
+
+
+class NonFiniteEvidenceError(ArithmeticError):
+    """ΔF of an element is NaN or infinite, so nothing can be said about it."""
+
+
+def reduce_latents(
+    latents: Latents, *, groups: Groups | None, prior_log_odds: float, kl_weight: float
+) -> Reduction:
+    """ΔF per element, per site and per group of what `latents` asks about; reduced where ΔF + log-odds is ≥ 0."""
+    chosen = selections(latents, groups)
+    frames = [
+        _rows(site, latents.elements[name], prior_log_odds, kl_weight, latents.draws)
+        for name, site in latents.sites.items()
+    ]
+    return Reduction(
+        table=pd.concat(frames, ignore_index=True),
+        criterion=reduced_priors_text(latents.sites, prior_log_odds),
+        kl_weight=kl_weight,
+        min_kept=0,
+        sites=evidence_of_sites(latents),
+        groups=evidence_of_groups(latents, chosen),
+        _latents=latents,
+    )
+
+
+def evidence_of_sites(latents: Latents) -> pd.DataFrame:
+    """The table `sites` of a plan."""
+    return _evidence_table(latents, {name: {name: site.kept} for name, site in latents.sites.items()}, "site")
+
+
+def evidence_of_groups(latents: Latents, groups: Mapping[str, Selection]) -> pd.DataFrame | None:
+    """The table `groups` of a plan."""
+    return _evidence_table(latents, groups, "group") if groups else None
+
+
+def _evidence_table(latents: Latents, selections: Mapping[str, Selection], kind: str) -> pd.DataFrame:
+    rows = []
+    for name, selection in selections.items():
+        found = latents.change(selection)
+        rows.append(
+            {
+                kind: name,
+                "elements": sum(int(mask.sum()) for mask in selection.values()),
+                "log_evidence_change": float(found.log_evidence_change),
+                "standard_error": float(found.standard_error),
+                "khat": float(found.khat),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _rows(
+    site: LatentSite, evidence: Evidence, prior_log_odds: float, kl_weight: float, draws: int
+) -> pd.DataFrame:
+    change = evidence.log_evidence_change
+    bad = torch.nonzero(~torch.isfinite(change).flatten()).flatten().tolist()
+    if bad:
+        raise NonFiniteEvidenceError(
+            f"ΔF of elements {bad[:10]} of site {site.name!r} is not finite "
+            f"({[float(change.flatten()[k]) for k in bad[:3]]})"
+        )
+    loc, scale = _parameters(site)
+    mean, deviation = _moments(site, draws)
+    gone = ~site.kept
+    columns = {
+        "unit": site.units,
+        "loc": loc,
+        "scale": scale,
+        "mean": mean,
+        "snr": mean / deviation,
+        "score": change + prior_log_odds,
+        "log_evidence_change": change,
+        "removed": (change + prior_log_odds >= 0) | gone,
+        "removed_in_fit": gone,
+        "present": torch.ones_like(gone),
+        "standard_error": evidence.standard_error,
+        "khat": evidence.khat,
+    }
+    numbers = {name: value.flatten().cpu().numpy() for name, value in columns.items()}
+    table = pd.DataFrame({"layer": site.name, **numbers, "kl_weight": kl_weight})
+    return table[COLUMNS + ESTIMATE_COLUMNS]
+
+
+def _parameters(site: LatentSite) -> tuple[Tensor, Tensor]:
+    """Location and scale of each element's posterior, before any transformation; NaN where it has none."""
+    law: Any = site.posterior
+    while isinstance(law, TransformedDistribution):
+        law = law.base_dist
+    missing = torch.full(site.shape, math.nan, dtype=torch.float64)
+    found = []
+    for name in ("loc", "scale"):
+        value = getattr(law, name, None)
+        found.append(value if isinstance(value, Tensor) and value.shape == site.shape else missing)
+    return found[0], found[1]
+
+
+def _moments(site: LatentSite, draws: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each element, from draws where there is no formula; NaN for events."""
+    if site.event_dim:
+        missing = torch.full(site.shape, math.nan, dtype=torch.float64)
+        return missing, missing
+    try:
+        return site.posterior.mean, site.posterior.variance.sqrt()
+    except (NotImplementedError, AttributeError):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            value = site.posterior.sample((draws,))
+        return value.mean(0), value.std(0)
+
+
+def selections(latents: Latents, groups: Groups | None) -> dict[str, Selection]:
+    """Named groups as bool tensors over the elements of each site.
+
+    Raises:
+        ValueError, TypeError: naming the group, the site and what is allowed.
+    """
+    chosen: dict[str, Selection] = {}
+    if groups is not None and not isinstance(groups, Mapping):
+        raise TypeError(f"groups must map names to {{site: elements}}: got {groups!r}")
+    for group, members in (groups or {}).items():
+        if not isinstance(members, Mapping) or not members:
+            raise TypeError(
+                f"groups must map {group!r} to a mapping of sites to elements, such as {{'weights': [0, 1]}}: got "
+                f"{members!r}"
+            )
+        unknown = [name for name in members if name not in latents.sites]
+        if unknown:
+            raise ValueError(f"groups must name sites of {list(latents.sites)}: {group!r} has {unknown}")
+        chosen[group] = {
+            name: _mask(group, latents.sites[name], elements) for name, elements in members.items()
+        }
+    return chosen
+
+
+def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
+    count = int(site.units.max()) + 1
+    device = site.kept.device
+    if isinstance(elements, Tensor) and elements.dtype == torch.bool:
+        if elements.shape != site.shape:
+            raise ValueError(
+                f"groups must give a mask of the shape {tuple(site.shape)} of {site.name!r}: {group!r} has "
+                f"{tuple(elements.shape)}"
+            )
+        return elements.to(device)
+    if isinstance(elements, Tensor) and not elements.is_floating_point():
+        elements = elements.flatten().tolist()
+    try:
+        if isinstance(elements, bool) or (
+            isinstance(elements, Sequence) and not all(type(number) is int for number in elements)
+        ):
+            raise TypeError
+        numbers = torch.arange(count)[
+            elements if isinstance(elements, slice | type(...) | int) else list(elements)
+        ]
+    except (IndexError, TypeError):
+        raise ValueError(
+            f"groups must give numbers below {count}, a slice, a bool tensor, or ... for elements of {site.name!r}: "
+            f"{group!r} has {elements!r}"
+        ) from None
+    return torch.isin(site.units, numbers.to(device)).reshape(site.shape)
+
+
+def check_log_odds(prior_log_odds: object) -> float:
+    """The number, or ValueError."""
+    if not isinstance(prior_log_odds, int | float) or not math.isfinite(prior_log_odds):
+        raise ValueError(f"prior_log_odds must be a finite number: got {prior_log_odds!r}")
+    return float(prior_log_odds)

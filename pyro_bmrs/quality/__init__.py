@@ -1,0 +1,13 @@
+"""Quality: predictions before and after, and what other decisions would have cost."""
+
+from pyro_bmrs.quality.calibration import Predictions, predictions, quality, reliability, risk_coverage
+from pyro_bmrs.quality.curve import compression_curve
+from pyro_bmrs.quality.diagnosis import Diagnosis, criterion_curves, diagnose
+
+# Imported now, not on demand: the function has its module's name, and a later import would bind the module.
+from pyro_bmrs.quality.what_if import what_if
+
+__all__ = [
+    "Diagnosis", "Predictions", "compression_curve", "criterion_curves", "diagnose", "predictions", "quality",
+    "reliability", "risk_coverage", "what_if",
+]  # fmt: skip

@@ -1,0 +1,199 @@
+"""What another prior log-odds would remove: each structure's own threshold, and the parameters left at each."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from pyro_bmrs.checks.draws import check_whole
+from pyro_bmrs.pruning.decision import least_kept, removals
+
+if TYPE_CHECKING:
+    from pyro_bmrs.pruning import Reduction
+
+# More thresholds than these are not told apart on a slider, and each costs a look at the dependency graph.
+MOST_THRESHOLDS = 300
+# Of a layer with more units the slider shows the count alone.
+MOST_CELLS = 2000
+
+
+def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
+    """The highest threshold at which each structure goes, floors, rounding and nesting included.
+
+    `plan.at(t)` removes structure i where t ≤ leaving_thresholds(plan)[i]: a structure's own score, unless it is
+    among those that its layer keeps whatever the threshold (-inf), has to leave together with others so that the
+    number of channels stays a multiple of `round_to`, goes along with others (`InputSelection`), or was removed by
+    the fit (inf). Of structures inside others one that has gone may stay again further down, for a floor.
+
+    Returns:
+        In the order of the table. Shape: (structures,), in the criterion's unit.
+    """
+    return _decisions(plan)[0]
+
+
+def _decisions(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(the highest threshold at which each structure goes, all finite ones at which something changes, falling)."""
+    if plan.nesting.owners:
+        return _of_nested_layers(plan)
+    found = np.full(len(plan.table), -math.inf)
+    score = plan.table["score"].to_numpy(dtype=float)
+    gone = plan.table["removed_in_fit"].to_numpy(dtype=bool)
+    layers = plan.table["layer"].to_numpy()
+    for layer in plan.layers:
+        least, multiple = least_kept(plan.min_kept, plan.round_to, plan.channels.get(layer, 1))
+        rows = np.flatnonzero((layers == layer) & ~gone)
+        rows = rows[np.argsort(score[rows], kind="stable")]
+        for rank, row in enumerate(rows):
+            # stays as long as the first of its multiple does, which stays as long as its score is below
+            first = rank // multiple * multiple
+            if first >= least:
+                found[row] = score[rows[first]]
+    found[gone] = math.inf
+    return found, np.unique(found[np.isfinite(found)])[::-1]
+
+
+def _of_nested_layers(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same where what goes of a layer depends on others: by deciding at every score."""
+    layers = plan.candidates(math.inf)
+    scores = torch.cat([layer.score[layer.kept] for layer in layers.values()]).numpy()
+    leaving = torch.full((len(plan.table),), -math.inf, dtype=torch.float64)
+    first = before = torch.cat([*removals(layers, plan.nesting).values()])
+    turns = []
+    for threshold in np.unique(scores[np.isfinite(scores)])[::-1].tolist():
+        asked = {
+            site: replace(layer, removed=(layer.score >= threshold) | ~layer.kept)
+            for site, layer in layers.items()
+        }
+        gone = torch.cat([*removals(asked, plan.nesting).values()])
+        leaving[gone & (leaving == -math.inf)] = threshold
+        if not torch.equal(gone, before):
+            turns.append(threshold)
+        before = gone
+    leaving[first] = math.inf
+    return leaving.numpy(), np.array(turns)
+
+
+def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
+    """Structures and parameters left at every threshold at which something changes.
+
+    Args:
+        plan: with a network to count the parameters of, as `reduce` makes it.
+        most: thresholds; of more, so many spread evenly over them, the plan's own always among them.
+
+    Returns:
+        A row per threshold, falling: score_threshold (removed at or above it), prior_log_odds (in nats: what the
+        criterion would have to be given instead of its own to stop there; NaN without evidence), structures and
+        parameters left.
+
+    Raises:
+        ValueError: if most < 2, or the plan holds no network.
+    """
+    check_whole("most", most, 2)
+    _, changes = _decisions(plan)
+    if len(changes) > most:
+        changes = changes[np.unique(np.linspace(0, len(changes) - 1, most).round().astype(int))]
+    thresholds = [math.inf, *sorted({*changes.tolist(), 0.0}, reverse=True)]
+    plans = [plan.at(threshold) for threshold in thresholds]
+    return pd.DataFrame(
+        {
+            "score_threshold": thresholds,
+            "prior_log_odds": own_log_odds(plan) - np.array(thresholds),
+            "structures": [int((~other.table.removed).sum()) for other in plans],
+            "parameters": plan.parameters_of(plans),
+        }
+    )
+
+
+def own_log_odds(plan: Reduction) -> float:
+    """The prior log-odds of a plan's criterion in nats, score less ΔF; NaN for a criterion without evidence."""
+    difference = (plan.table["score"] - plan.table["log_evidence_change"]).to_numpy(dtype=float)
+    finite = difference[np.isfinite(difference)]
+    return float(np.median(finite)) if len(finite) else math.nan
+
+
+def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -> dict[str, Any] | None:
+    """What the page's slider needs: each unit's own threshold, parameters at every change, accuracy on a grid.
+
+    Args:
+        plan: the plan.
+        changes: of `what_if`.
+        curve: of `compression_curve`; None or without accuracies: none is shown.
+
+    Returns:
+        evidence (whether the slider is one of prior log-odds, not of a threshold on the score), own (where the plan
+        stands) and json, safe inside a script element; None for a plan without structures that could go.
+    """
+    from markupsafe import Markup
+
+    leaving, values = _decisions(plan)
+    own = own_log_odds(plan)
+    evidence = math.isfinite(own)
+    if not len(values):
+        return None
+    asked = own - values if evidence else values
+    margin = max(0.1, 0.02 * float(np.abs(asked).max()))
+    decided = own if evidence else 0.0
+    layers = []
+    for layer in plan.layers:
+        rows = (plan.table["layer"] == layer).to_numpy()
+        layers.append(
+            {
+                "name": layer,
+                "units": plan.table["unit"][rows].tolist(),
+                "leaving": [
+                    float(value) if math.isfinite(value) else ("gone" if value > 0 else None)
+                    for value in leaving[rows]
+                ],
+            }
+        )
+    shown = ["score_threshold", "accuracy", "parameters_removed"]
+    grid = pd.DataFrame(columns=shown) if curve is None else curve[shown].astype(float).dropna()
+    # with the two that `what_if` adds, if it has left out none
+    every = {math.inf, 0.0, *values.tolist()}
+    data = {
+        "evidence": evidence,
+        "own": decided,
+        "lowest": min(float(asked.min()) - margin, decided),
+        "highest": max(float(asked.max()) + margin, decided),
+        "most": MOST_CELLS,
+        "exact": len(changes) == len(every),
+        "before": _parameters_before(plan, changes),
+        "layers": layers,
+        "parameters": [
+            {"threshold": threshold if math.isfinite(threshold) else None, "parameters": left}
+            for threshold, left in _falling(changes, "score_threshold", "parameters")
+        ],
+        "accuracy": [
+            {
+                "threshold": threshold if math.isfinite(threshold) else None,
+                "accuracy": accuracy,
+                "removed": removed,
+            }
+            for threshold, accuracy, removed in _falling(grid, *shown)
+        ],
+    }
+    # inside a script element only "<" could end it
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return {"evidence": evidence, "own": decided, "json": Markup(text)}
+
+
+def _parameters_before(plan: Reduction, changes: pd.DataFrame) -> int:
+    """Of the original network; of what a fit has left of it where the plan, read from disk, knows no other."""
+    if plan.costs is not None and "parameters" in plan.costs.index:
+        return int(plan.costs["before"]["parameters"])
+    try:
+        return plan.parameters_before()
+    except ValueError:
+        return int(changes["parameters"].max())
+
+
+def _falling(table: pd.DataFrame, by: str, *columns: str) -> list[list[float]]:
+    rows: list[list[float]] = table.sort_values(by, ascending=False)[[by, *columns]].to_numpy(float).tolist()
+    return rows

@@ -1,0 +1,85 @@
+"""From a template and figures to one page that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_bmrs.files import write_atomically
+from pyro_bmrs.numerals import number, percent, plain_number, with_error
+from pyro_bmrs.reports.words import (
+    khat_text,
+    khat_value,
+    markdown,
+)
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+
+def write_page(out: Path, template: str, content: Mapping[str, Any]) -> Path:
+    """Fill in a template, and write the HTML to `out` and the Markdown beside it; neither before both are made.
+
+    Args:
+        template: its name, without .html.j2 and .md.j2.
+    """
+    texts = {
+        path: _environment(html=kind == "html").get_template(f"{template}.{kind}.j2").render(content)
+        for path, kind in ((out.with_suffix(".md"), "md"), (out, "html"))
+    }
+    for path, text in texts.items():
+        # a lone surrogate in a user's text has no UTF-8, and a question mark is better than no report
+        encoded = text.encode("utf-8", "replace")
+        write_atomically(path, lambda beside, encoded=encoded: beside.write_bytes(encoded))  # type: ignore[misc]
+    return out
+
+
+def _environment(*, html: bool) -> Environment:
+    """The templates of this room, escaping for HTML, or with the filter ``md`` for Markdown."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("pyro_bmrs.reports"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        number=number,
+        percent=percent,
+        plain=plain_number,
+        md=markdown,
+        khat=khat_text,
+        khat_value=khat_value,
+        with_error=with_error,
+    )
+    return made
+
+
+def svg(name: str, draw: Callable[[], Figure]) -> Markup:
+    """Draw a figure as an SVG element whose identifiers are unique in the page."""
+    from markupsafe import Markup
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"pyro_bmrs {name}"}), warnings.catch_warnings():
+        # Letters that matplotlib's own font lacks are drawn by the reader's browser.
+        warnings.filterwarnings("ignore", message="Glyph")
+        # No metadata: it would hold the date, and addresses.
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        draw().savefig(buffer, format="svg", dpi=200, metadata=nothing)
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+
+    def prefixed(tag: re.Match[str]) -> str:
+        return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0])
+
+    # Only within tags: in the text "<" and ">" are escaped, so no layer's name can look like one.
+    return Markup(re.sub(r"<[^>]*>", prefixed, drawing))

@@ -1,0 +1,114 @@
+"""What a run's folder holds, read without its data and its network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.files import read_table, read_text, refuse_newer
+from pyro_bmrs.runs.recipe import Settings
+from pyro_bmrs.pruning.plan import Reduction
+
+FORMAT, VERSION = "pyro_bmrs.run", 1
+
+# What each stage leaves. The last of a stage's files is written last: where it is, the stage is done.
+FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "posterior.safetensors")
+REDUCE_FILES = (
+    "evaluation.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.safetensors", "plan.json",
+)  # fmt: skip
+REPORT_FILES = ("curve.csv", "report.md", "report.html")
+DIAGNOSIS = "diagnosis"  # a folder of tables; a run is complete without
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        folder: where they are, or will be.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def stored_settings(self) -> dict[str, Any] | None:
+        """settings (Settings), fit (the part of them the posterior was fitted with), recipe (its name)."""
+        path = self.folder / "settings.json"
+        if not path.exists():
+            return None
+        try:
+            document = json.loads(read_text(path))
+            version = int(document["version"]) if document["format"] == FORMAT else None
+        except (OSError, ValueError, KeyError, TypeError):
+            version = None
+        if version is None:
+            raise ValueError(f"{path} is not the settings file of a run, or is damaged")
+        refuse_newer(path, "run", version, VERSION)
+        try:
+            return {
+                "settings": Settings(**document["settings"]),
+                "fit": dict(document["fit"]),
+                "recipe": str(document["recipe"]),
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
+
+    def needed_settings(self) -> dict[str, Any]:
+        """As `stored_settings`; raises ValueError where there are none."""
+        stored = self.stored_settings()
+        if stored is None:
+            raise ValueError(f"run must be a folder with a settings.json: {self.folder} has none")
+        return stored
+
+    def has(self, *names: str) -> bool:
+        """Whether the folder holds these files."""
+        return all((self.folder / name).exists() for name in names)
+
+    def _need(self, *names: str) -> None:
+        for name in names:
+            if not self.has(name):
+                stage = "fit" if name in FIT_FILES else "reduce"
+                raise ValueError(f"run {self.folder} has no {name}: call `pyro-bmrs {stage}` first")
+
+    def read_table(self, name: str, *columns: str) -> pd.DataFrame:
+        """A table of the folder that has at least these columns."""
+        self._need(name)
+        try:
+            table = read_table(self.folder / name, ("layer", "network", "criterion"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder / name} is damaged: {error}") from error
+        missing = [column for column in columns if column not in table]
+        if missing:
+            raise ValueError(f"{self.folder / name} is damaged: it has no column {', '.join(missing)}")
+        return table
+
+    def evaluation(self) -> pd.DataFrame:
+        """How the networks do on the test examples, a row each, the final one last."""
+        numbers = ("negative_log_likelihood", "accuracy", "parameters")
+        table = self.read_table("evaluation.csv", "network", *numbers)
+        path = self.folder / "evaluation.csv"
+        if table.empty:
+            raise ValueError(f"{path} is damaged: it has no rows")
+        for name in numbers:
+            if not pd.api.types.is_numeric_dtype(table[name]):
+                raise ValueError(f"{path} is damaged: {name} must be numbers, got {table[name].iloc[0]!r}")
+        return table
+
+    def outcome(self) -> dict[str, float]:
+        """removed (fraction of parameters) and accuracy (test, 0 to 1) of the final network."""
+        table = self.evaluation()
+        removed = 1 - table.parameters.iloc[-1] / table.parameters.iloc[0]
+        return {"removed": float(removed), "accuracy": float(table.accuracy.iloc[-1])}
+
+    def plan(self) -> Reduction:
+        """The folder's plan."""
+        self._need("plan.json")
+        return Reduction.load(self.folder / "plan.json")
+
+    def diagnosis(self) -> Diagnosis | None:
+        """The folder's diagnosis, None where it has none."""
+        folder = self.folder / DIAGNOSIS
+        return Diagnosis.load(folder) if (folder / "diagnosis.json").exists() else None

@@ -1,0 +1,527 @@
+"""The report is one safe, complete, reproducible file, and refuses what it can't read before it writes."""
+
+from __future__ import annotations
+
+import doctest
+import html.parser
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyro_bmrs.figures import plots
+from pyro_bmrs.figures.plots import (
+    plot_compression_curve,
+    plot_history,
+    plot_scores,
+    plot_structures,
+)
+from pyro_bmrs.numerals import percent
+from pyro_bmrs.reports.report import report
+from pyro_bmrs.reports.words import EVALUATION_COLUMNS, WIDTH_COLUMNS, removal_warnings
+
+# The package's attribute of this name is the function.
+report_module = sys.modules["pyro_bmrs.reports.report"]
+
+LENET5 = {"conv1": 6, "conv2": 16, "fc1": 120, "fc2": 84}
+HOSTILE = "<script>alert(1)</script>"
+
+
+def make_plan(
+    layers: dict[str, int] = LENET5,
+    *,
+    kl_weight: float = 1.0,
+    evidence: bool = True,
+    costs: bool = True,
+    margin: float = 1.0,
+) -> SimpleNamespace:
+    """A plan in which about two thirds of the units score at least ``margin``, the others at most -30."""
+    random = np.random.default_rng(0)
+    tables = []
+    for layer, width in layers.items():
+        idle = random.random(width) < 0.66
+        loc = np.where(idle, random.uniform(-19, -12, width), random.uniform(-2, -0.05, width))
+        score = np.where(idle, margin + 2 * random.random(width), -(10 ** random.uniform(1.5, 3.5, width)))
+        tables.append(
+            pd.DataFrame(
+                {
+                    "layer": layer,
+                    "unit": np.arange(width),
+                    "loc": loc,
+                    "scale": np.where(idle, 3.0, 0.05),
+                    "mean": np.exp(loc),
+                    "snr": np.where(idle, 0.3, 20.0),
+                    "score": score,
+                    "log_evidence_change": score - 0.919 if evidence else np.nan,
+                    "removed": score >= 0,
+                }
+            )
+        )
+    table = pd.concat(tables, ignore_index=True)
+
+    def widths() -> pd.DataFrame:
+        groups = table.groupby("layer", sort=False)["removed"]
+        after = (groups.size() - groups.sum()).to_numpy()
+        return pd.DataFrame({"layer": list(layers), "before": list(layers.values()), "after": after})
+
+    return SimpleNamespace(
+        table=table,
+        criterion="BMRS_N(scale=1e-06, prior_log_odds=0.919)" if evidence else "SNR(threshold=1)",
+        kl_weight=kl_weight,
+        widths=widths,
+        costs=pd.DataFrame(
+            {"before": [61706, 416520, 1.9], "after": [3949, 98000, float("nan")]},
+            index=["parameters", "multiply_accumulates", "milliseconds_batch_1_one_thread"],
+        )
+        if costs
+        else None,
+    )
+
+
+def make_fit() -> SimpleNamespace:
+    epochs, tuned = 24, 12
+    step = np.arange(epochs + tuned)
+    fitting = step < epochs
+    loss = 0.08 + 1.5 * np.exp(-step / 4)
+    history = pd.DataFrame(
+        {
+            "phase": np.where(fitting, "fit", "fine-tune"),
+            "epoch": step + 1,
+            "loss": loss + np.where(fitting, 0.3, 0.0),
+            "log_likelihood": -loss,
+            "kl": np.where(fitting, 900 - 500 * np.exp(-step / 6), np.nan),
+            "validation_loss": loss + 0.02,
+            "validation_accuracy": 0.99 - 0.4 * np.exp(-step / 3),
+            "kept": np.where(fitting, 226 - (180 * (1 - np.exp(-step / 8))).astype(int), 35),
+            "seconds": 4.2,
+        }
+    )
+    return SimpleNamespace(
+        history=history, settings={"epochs": 24, "batch_size": 128, "kl_weight": 100.0, "seed": 0}
+    )
+
+
+def make_curve() -> pd.DataFrame:
+    removed = np.linspace(0, 0.99, 30)
+    return pd.DataFrame(
+        {
+            "parameters_removed": removed,
+            "accuracy": 0.99 - 0.6 * removed**40,
+            "score_threshold": np.linspace(5, -5000, 30),
+            "is_plan": np.arange(30) == 28,
+        }
+    )
+
+
+def make_evaluation() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "network": ["full, posterior mean", "reduced", "fine-tuned"],
+            "split": "test",
+            "accuracy": [0.9911, 0.9872, 0.9886],
+            "negative_log_likelihood": [0.031, 0.045, 0.041],
+            "parameters": [61706, 3949, 3949],
+        }
+    )
+
+
+def write(path: Path, plan: SimpleNamespace | None = None, **changes: object) -> str:
+    given: dict[str, object] = {
+        "fit": make_fit(),
+        "curve": make_curve(),
+        "evaluation": make_evaluation(),
+        "settings": {"recipe": "models/lenet5.py", "data": "mnist", "versions": {"torch": "2.6.0"}},
+    }
+    given.update(changes)
+    written = report(given.pop("fit"), make_plan() if plan is None else plan, path, **given)  # type: ignore[arg-type]
+    assert written == path
+    return written.read_text(encoding="utf-8")
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would build: tags with their attributes, and the text of each element."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    handle_startendtag = handle_starttag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html")
+    verdict = (
+        "93.6 % of 61,706 parameters removed; test accuracy 98.86 % (fine-tuned), "
+        "from 99.11 % (full, posterior mean)."
+    )
+    assert verdict in page
+    identifiers = [attributes.get("id") for _, attributes in Page(page).tags]
+    for section in ("warnings", "before-after", "structures", "decision", "history", "units", "settings"):
+        assert section in identifiers
+    assert page.count("<svg") == 6
+    assert "15.63×" in page
+    assert "versions.torch" in page
+
+
+def test_leaves_out_what_is_not_given(tmp_path: Path) -> None:
+    plan = make_plan(costs=False)
+    page = write(tmp_path / "report.html", plan, fit=None, curve=None, evaluation=None, settings=None)
+    assert page.count("<svg") == 4
+    assert 'id="history"' not in page
+    share = plan.table["removed"].mean()
+    assert f"{100 * share:.1f} % of 226 units removed." in page
+
+
+def test_verdict_falls_back_to_validation_and_then_to_the_curve(tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html", evaluation=None)
+    assert "93.6 % of 61,706 parameters removed; validation accuracy 99.00 % after the last epoch." in page
+    page = write(tmp_path / "report.html", evaluation=None, fit=None)
+    assert re.search(r"parameters removed; accuracy \d\d\.\d\d %\.", page)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [(0.5, "50.0 %"), (1.0, "100.0 %"), (0.99999, "99.999 %"), (0.0004, "0.04 %"), (float("nan"), "–")],
+)
+def test_rounding_never_claims_all_or_nothing(fraction: float, text: str) -> None:
+    assert percent(fraction) == text
+
+
+def test_users_text_is_escaped(tmp_path: Path) -> None:
+    other = "$\\frac{\"'&</svg>\n名"
+    plan = make_plan({HOSTILE: 8, other: 8})
+    plan.criterion = HOSTILE
+    evaluation = make_evaluation().assign(network=HOSTILE, split=HOSTILE)
+    page = write(tmp_path / "report.html", plan, evaluation=evaluation, settings={HOSTILE: HOSTILE})
+    assert HOSTILE not in page
+    parsed = Page(page)
+    # Three times at the least: in the table of widths, in the figure and in the table of units.
+    assert sum(HOSTILE in text for text in parsed.texts) >= 3
+    assert [tag for tag, _ in parsed.tags].count("script") == 1
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    # of Markdown too: no tag, and no cell of a table more than its columns
+    assert "<script>" not in re.sub(r"\\\\.", "", text)
+    rows = [line for line in text.splitlines() if line.startswith("|") and "alert" in line]
+    assert rows
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} <= {5, 6}
+
+
+def test_markdown_says_the_essentials(tmp_path: Path) -> None:
+    write(tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "93.6 % of 61,706 parameters removed" in text
+    assert "| conv1 | 6 |" in text
+    assert "## Methods, to paste" in text
+    assert "| parameters | 61,706 | 3,949 | 93.6 % |" in text
+
+
+def test_the_markdown_can_not_be_the_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"out must not end in \.md"):
+        write(tmp_path / "report.md")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loads_nothing_from_outside(tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html")
+    for tag, attributes in Page(page).tags:
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        for name, value in attributes.items():
+            if name in {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}:
+                assert value is not None
+                assert value.startswith(("#", "data:image/png;base64,"))
+            elif not name.startswith("xmlns"):
+                assert "://" not in (value or "")
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert "http://" not in without_namespaces
+    assert "https://" not in without_namespaces
+    assert "@import" not in page
+    assert re.search(r"url\((?!#)", page) is None
+
+
+def test_identifiers_are_unique_and_every_reference_has_its_target(tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html")
+    identifiers = [attributes["id"] for _, attributes in Page(page).tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert references
+    assert references <= set(identifiers)
+
+
+def test_size_is_bounded(tmp_path: Path) -> None:
+    assert len(write(tmp_path / "report.html").encode()) < 500_000
+    large = make_plan({"narrow": 4, **{f"wide {layer}": 2000 for layer in range(10)}})
+    page = write(tmp_path / "large.html", large)
+    assert len(page.encode()) < 2_000_000
+    assert "2,000 of 20,004 units with a score closest to 0; all of them are in structures.csv" in page
+    assert page[page.index("<tbody>", page.index('data-name="units"')) :].count("<tr") == 2000
+
+
+def test_large_tables_show_the_closest_scores() -> None:
+    table = make_plan({"wide": 6000}).table
+    table.loc[17, "score"] = np.nan
+    shown = report_module._shown_units(table)
+    hidden = table.drop(shown.index)
+    assert len(shown) == 2000
+    assert shown["score"].abs().max() <= hidden["score"].abs().min()
+    assert 17 in hidden.index
+    assert shown.index.is_monotonic_increasing
+
+
+def test_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert write(tmp_path / "first.html") == write(tmp_path / "second.html")
+
+
+def without_column(name: str, column: str) -> dict[str, object]:
+    plan, fit, curve, evaluation = make_plan(), make_fit(), make_curve(), make_evaluation()
+    if name == "plan.table":
+        plan.table = plan.table.drop(columns=column)
+    elif name == "plan.widths()":
+        widths = plan.widths().drop(columns=column)
+        plan.widths = lambda: widths
+    elif name == "plan.costs":
+        plan.costs = plan.costs.drop(columns=column)
+    elif name == "fit.history":
+        fit.history = fit.history.drop(columns=column)
+    elif name == "curve":
+        curve = curve.drop(columns=column)
+    else:
+        evaluation = evaluation.drop(columns=column)
+    return {"plan": plan, "fit": fit, "curve": curve, "evaluation": evaluation}
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "needed"),
+    [
+        ("plan.table", "score", plots.TABLE_COLUMNS),
+        ("plan.widths()", "after", WIDTH_COLUMNS),
+        ("plan.costs", "before", report_module.COST_COLUMNS),
+        ("fit.history", "kept", plots.HISTORY_COLUMNS),
+        ("curve", "is_plan", plots.CURVE_COLUMNS),
+        ("evaluation", "split", EVALUATION_COLUMNS),
+    ],
+)
+def test_missing_column_raises_and_leaves_the_file_untouched(
+    tmp_path: Path, name: str, column: str, needed: tuple[str, ...]
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("earlier", encoding="utf-8")
+    message = re.escape(f"{name} lacks the column '{column}'; it needs {', '.join(needed)} and has")
+    with pytest.raises(ValueError, match=message):
+        write(path, **without_column(name, column))  # type: ignore[arg-type]
+    assert path.read_text(encoding="utf-8") == "earlier"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_failed_write_leaves_the_file_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("earlier", encoding="utf-8")
+
+    def fail(source: object, target: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path)
+    assert path.read_text(encoding="utf-8") == "earlier"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("full", ["full, E[θ]", "shrunk in the fit, E[θ]"])
+@pytest.mark.parametrize(("loss", "told"), [(0.35, False), (2.1, True)])
+def test_a_removal_that_costs_much_is_a_warning(full: str, loss: float, told: bool) -> None:
+    rows = [(full, 0.11, 0.98), ("reduced", loss, 0.15), ("fine-tuned", 1.5, 0.37)]
+    evaluation = pd.DataFrame(rows, columns=["network", "negative_log_likelihood", "accuracy"])
+    found = removal_warnings(evaluation)
+    assert len(found) == told
+    if told:
+        assert "cost 1.99 nats per example (test accuracy 98.0 % → 15.0 %)" in found[0]
+    assert removal_warnings(evaluation.iloc[:1]) == removal_warnings(evaluation.iloc[1:]) == []
+    assert removal_warnings(None) == []
+
+
+@pytest.mark.parametrize("plan", [None, "plan.json"])
+def test_what_is_no_plan_raises(plan: object, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"plan must be what reduce returned: got (NoneType|str)"):
+        report(None, plan, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_without_units_raises(tmp_path: Path) -> None:
+    plan = make_plan()
+    plan.table = plan.table.iloc[:0]
+    with pytest.raises(ValueError, match=r"plan\.table has no rows"):
+        write(tmp_path / "report.html", plan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_makes_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "one" / "report.html")
+    assert sorted(entry.name for entry in (tmp_path / "run" / "one").iterdir()) == [
+        "report.html",
+        "report.md",
+    ]
+
+
+def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:
+    tempered = Page(write(tmp_path / "report.html", make_plan(kl_weight=100.0)))
+    labels = [text for text in tempered.texts if "ΔF (" in text]
+    # The table's two headings, the map's colour bar and the histogram's axis.
+    assert len(labels) == 4
+    assert all("KL weight 100" in label for label in labels)
+    warnings = " ".join(tempered.texts)
+    assert "ΔF is the evidence of the tempered model p(y|θ)^(1/w)" in warnings
+    assert "w = 100" in warnings
+
+    plain = " ".join(Page(write(tmp_path / "report.html", make_plan())).texts)
+    assert "ΔF (nats)" in plain
+    assert "tempered" not in plain
+    assert "KL weight" not in plain
+
+
+def test_criterion_without_evidence_names_itself(tmp_path: Path) -> None:
+    texts = Page(write(tmp_path / "report.html", make_plan(evidence=False))).texts
+    assert any("score (SNR)" in text for text in texts)
+    assert not any("from ΔF" in text for text in texts)
+
+
+def test_warns_of_floors_and_narrow_decisions(tmp_path: Path) -> None:
+    calm = write(tmp_path / "report.html", make_plan({"conv1": 60, "fc1": 120}))
+    assert "<p>None.</p>" in calm
+
+    plan = make_plan({"conv1": 6, "fc1": 120})
+    plan.table.loc[plan.table["layer"] == "conv1", ["score", "removed"]] = [2.0, True]
+    plan.table.loc[3, "removed"] = False
+    plan.table.loc[[10, 11], ["score", "removed"]] = [[0.05, True], [0.1, True]]
+    plan.table.loc[12, ["score", "removed"]] = [-0.05, False]
+    text = " ".join(Page(write(tmp_path / "report.html", plan)).texts)
+    assert "Layer conv1 is at its floor of 1 unit (of 6); its last unit has a score of 0 or more" in text
+    assert "Layer fc1" not in text
+    removed = int(plan.table["removed"].sum())
+    assert f"2 of {removed} removed units have a score within 0.1 of zero" in text
+
+
+def test_numbers_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
+    plan = make_plan(evidence=False)
+    plan.table.loc[0, ["loc", "scale", "mean", "snr", "score"]] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
+    evaluation = make_evaluation()
+    evaluation["parameters"] = pd.array([61706, None, 3949], dtype="Int64")
+    evaluation["accuracy"] = [0.99, 0.98, np.nan]
+    fit = make_fit()
+    fit.history["validation_accuracy"] = np.nan
+    fit.settings = {"learning_rate": float("nan"), "seed": None}
+    curve = make_curve()
+    curve.loc[3, "accuracy"] = np.nan
+    page = write(tmp_path / "report.html", plan, fit=fit, evaluation=evaluation, curve=curve)
+    texts = [text.strip().lower() for text in Page(page).texts]
+    assert not {"nan", "inf", "-inf", "none", "<na>"} & set(texts)
+    assert texts.count("–") >= 5
+    assert "test accuracy 98.00 % (reduced)" in page
+    assert "1 of 226 units: the score is not a finite number" in page
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e3, 1e9])
+def test_figures_cope_with_any_range_of_scores(scale: float) -> None:
+    plan = make_plan({"narrow": 4, "wide": 2000})
+    plan.table["score"] *= scale / plan.table["score"].abs().max()
+    for figure in (plot_structures(plan), plot_scores(plan)):
+        figure.savefig("/dev/null", format="svg")
+    counted = sum(patch.get_height() for patch in plot_scores(plan).axes[0].patches)
+    assert counted == len(plan.table)
+
+
+@pytest.mark.parametrize("score", [-3.0, 0.0, 40.0, float("nan")])
+def test_one_unit_is_enough(tmp_path: Path, score: float) -> None:
+    plan = make_plan({"fc1": 1})
+    plan.table["score"] = score
+    write(tmp_path / "report.html", plan)
+
+
+def test_structure_map_has_one_cell_per_unit_in_the_order_of_scores() -> None:
+    plan = make_plan({"narrow": 4, "wide": 300})
+    plan.table.loc[plan.table["layer"] == "narrow", "removed"] = [True, False, True, False]
+    kept, removed = plot_structures(plan).axes[0].collections
+    gone = plan.table["removed"].to_numpy()
+    assert len(kept.get_offsets()) == (~gone).sum()
+    assert len(removed.get_offsets()) == gone.sum()
+    assert kept.get_paths()[0].vertices.shape != removed.get_paths()[0].vertices.shape
+    wide = (plan.table["layer"] == "wide").to_numpy()
+    places = np.empty((len(plan.table), 2))
+    places[~gone], places[gone] = kept.get_offsets(), removed.get_offsets()
+    reading_order = np.lexsort((places[wide, 0], places[wide, 1].round(6)))
+    assert np.all(np.diff(plan.table["score"].to_numpy()[wide][reading_order]) >= 0)
+
+
+def test_histogram_has_an_edge_at_zero() -> None:
+    plan = make_plan(margin=0.0)
+    for patch in plot_scores(plan).axes[0].patches:
+        left, right = patch.get_x(), patch.get_x() + patch.get_width()
+        assert right <= 1e-9 or left >= -1e-9
+
+
+def test_stopping_point_is_marked() -> None:
+    curve = make_curve()
+    axes = plot_compression_curve(curve).axes[0]
+    star = next(line for line in axes.lines if line.get_marker() == "*")
+    stop = curve[curve["is_plan"]]
+    assert float(np.ravel(star.get_xdata())[0]) == pytest.approx(100 * stop["parameters_removed"].item())
+    assert float(np.ravel(star.get_ydata())[0]) == pytest.approx(100 * stop["accuracy"].item())
+
+
+def test_history_with_one_phase_or_no_numbers() -> None:
+    history = make_fit().history
+    assert len(plot_history(history).axes) == 4
+    assert len(plot_history(history.iloc[:1]).axes) == 4
+    empty = history.assign(loss=np.nan, log_likelihood=np.nan, validation_loss=np.nan, kl=np.nan)
+    empty = empty.assign(validation_accuracy=np.nan, kept=np.nan)
+    plot_history(empty).savefig("/dev/null", format="svg")
+
+
+def test_figures_leave_the_global_state_alone(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    write(tmp_path / "report.html")
+    assert dict(matplotlib.rcParams) == before
+    program = (
+        "import sys, doctest, pyro_bmrs.reports.report, pyro_bmrs.figures.plots; "
+        "assert not doctest.testmod(sys.modules['pyro_bmrs.reports.report'])[0]; "
+        "assert not doctest.testmod(sys.modules['pyro_bmrs.figures.plots'])[0]; "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+def test_importing_loads_no_plotting_library() -> None:
+    program = (
+        "import sys; import pyro_bmrs.reports.report, pyro_bmrs.figures.plots; "
+        "loaded = {'matplotlib', 'jinja2'} & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+def test_public_name_is_the_function() -> None:
+    program = (
+        "import pyro_bmrs.reports.report, pyro_bmrs; "
+        "assert callable(pyro_bmrs.report) and callable(pyro_bmrs.reports.report)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", [plots, report_module])
+def test_examples_run(module: object) -> None:
+    result = doctest.testmod(module)  # type: ignore[arg-type]
+    assert result.attempted > 0
+    assert result.failed == 0
