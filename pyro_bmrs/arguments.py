@@ -1,0 +1,35 @@
+"""The one way in which an argument is refused: its name, what is allowed, what was given."""
+
+from __future__ import annotations
+
+import math
+
+
+def check(good: bool, name: str, allowed: str, given: object, kind: type[Exception] = ValueError) -> None:
+    """Raise unless `good`.
+
+    >>> check(True, "draws", "positive", 1)
+    >>> check(False, "draws", "positive", -1)
+    Traceback (most recent call last):
+        ...
+    ValueError: draws must be positive: got -1
+
+    Args:
+        good: whether the value is allowed.
+        name: of the argument.
+        allowed: what would be, in words that follow "must be".
+        given: what was passed; of a class that can't be shown in a line, say its name.
+        kind: of the exception.
+    """
+    if not good:
+        raise kind(f"{name} must be {allowed}: got {given!r}")
+
+
+def is_whole(value: object, least: int = 0) -> bool:
+    """Whether it is an integer, `least` or more. True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number. True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
