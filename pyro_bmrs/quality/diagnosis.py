@@ -477,8 +477,8 @@ def criterion_curves(
         As `compression_curve`, with a column criterion. `is_plan` marks where each criterion stops by itself; random
         removal has no such point.
     """
-    rule = plan.rule
-    curves = [compression_curve(model, plan, data).assign(criterion=f"{rule.criterion} (this plan)")]
+    rule, own = plan.rule, plan.rule.criterion.partition(":")[0]
+    curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
     # another guide than this one remembers no arguments to be called with
     remembers, device = isinstance(guide, AutoTruncatedLogNormal), next(model.parameters()).device
     arguments = () if remembers else _first(Batches(data, 1000, device, "data"))

@@ -283,7 +283,7 @@ def test_size_is_bounded(tmp_path: Path) -> None:
 def test_large_tables_show_the_closest_scores() -> None:
     table = make_plan({"wide": 6000}).table
     table.loc[17, "score"] = np.nan
-    shown = report_module._shown_units(table)
+    shown = report_module._shown_units(table, 0.0)
     hidden = table.drop(shown.index)
     assert len(shown) == 2000
     assert shown["score"].abs().max() <= hidden["score"].abs().min()
@@ -399,7 +399,7 @@ def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:
     assert len(labels) == 4
     assert all("KL weight 100" in label for label in labels)
     warnings = " ".join(tempered.texts)
-    assert "ΔF is the evidence of the tempered model p(y|θ)^(1/w)" in warnings
+    assert "ΔF is the evidence of the tempered model p(y|θ)^(1/100)" in warnings
     assert "w = 100" in warnings
 
     plain = " ".join(Page(write(tmp_path / "report.html", make_plan())).texts)
