@@ -1110,11 +1110,11 @@ REDUCTIONS = [
     function(
         "plot_reductions", "no reduced priors",
         lambda: bmrs.plot_reductions(NORMAL, NORMAL, {}, torch.linspace(-1, 1, 9)), ValueError,
-        r"^reduced_priors must have at least one: got \{\}$",
+        r"^reduced_priors must be one or more, by their names: got \{\}$",
     ),
     function(
         "plot_reductions", "several elements", lambda: bmrs.plot_reductions(Q, P, {"half": P}, X[:, 0]),
-        ValueError, r"^posterior and priors must be of one element: got shape \(2,\) for 'half'$",
+        ValueError, r"^posterior and priors of 'half' must be of one element: got \(2,\)$",
     ),
     function(
         "plot_evidence_curve", "a table without its columns",
