@@ -199,6 +199,11 @@ def _read_folder(path: Path, resize: Resize | None) -> RawData:
     classes = folders[0].classes
     alike = folders[-1].classes == classes
     check(alike, "classes in test/", f"those in train/, {', '.join(classes)}", folders[-1].classes, DataError)
+    single = [name for label, name in enumerate(classes) if folders[0].targets.count(label) == 1]
+    two = (
+        f"a folder with at least 2 images of each class, or with train/ and test/ (1 of {', '.join(single)})"
+    )
+    check(bool(parts) or not single, "name", two, str(path), DataError)
     images = [image for folder in folders for image, _ in folder]
     labels = torch.tensor([label for folder in folders for label in folder.targets], dtype=torch.int64)
 
@@ -216,11 +221,6 @@ def _read_folder(path: Path, resize: Resize | None) -> RawData:
     if parts:
         count = len(folders[0])
         return RawData(inputs[:count], labels[:count], inputs[count:], labels[count:], len(classes), form)
-    single = [name for label, name in enumerate(classes) if folders[0].targets.count(label) == 1]
-    two = (
-        f"a folder with at least 2 images of each class, or with train/ and test/ (1 of {', '.join(single)})"
-    )
-    check(not single, "name", two, str(path), DataError)
     return _split_test(inputs, labels, len(classes), form)
 
 
@@ -255,7 +255,7 @@ def _read_image(file: str) -> Tensor:
     except Exception as error:
         # Pillow's plugins raise whatever their formats' damage leads to.
         raise DataError(
-            f"name must lead to images of 8 bits a channel: got '{file}': {one_line(error)}"
+            f"name must lead to readable images of 8 bits a channel: got '{file}': {one_line(error)}"
         ) from error
 
 

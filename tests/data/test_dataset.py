@@ -211,7 +211,6 @@ def test_prepare_takes_tensors_of_models(npz):
 
 @pytest.mark.parametrize("image_size", [None, 8])
 def test_prepare_for_image_folders(tmp_path, image_size):
-    pytest.importorskip("torchvision")
     images = bytes_of(20, 6, 12, 3)
     for index, image in enumerate(images):
         write_image(tmp_path / "ab"[index % 2] / f"{index:03d}.png", image)

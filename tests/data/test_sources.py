@@ -253,7 +253,6 @@ def test_bad_folders(tmp_path, files, fragments):
 
 @pytest.mark.parametrize("fault", ["cut short", "16 bits"])
 def test_an_image_that_cant_be_read_is_named(tmp_path, fault):
-    pytest.importorskip("torchvision")
     for name in ("cat", "dog"):
         write_class(tmp_path / name, 3, level=0)
     broken = tmp_path / "dog" / "001.png"

@@ -31,6 +31,7 @@ def bytes_of(*shape):
 
 
 def write_image(path, pixels):
+    pytest.importorskip("torchvision")
     path.parent.mkdir(parents=True, exist_ok=True)
     pytest.importorskip("PIL.Image").fromarray(pixels).save(path)
 

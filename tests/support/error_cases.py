@@ -1382,7 +1382,7 @@ DATA = [
     ),
     on_disk(
         "image folder", "an image cut short", lambda: load("images"), ValueError,
-        r"^name must lead to images of 8 bits a channel: got 'images/class 0/0\.png': (?P<library>.*)$",
+        r"^name must lead to readable images of 8 bits a channel: got 'images/class 0/0\.png': (?P<library>.*)$",
         both(images(4, 4), cut("images/class 0/0.png")),
     ),
     on_disk(
