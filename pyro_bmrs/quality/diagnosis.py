@@ -18,14 +18,6 @@ from pyro_bmrs.checks.arviz_io import loo, to_datatree
 from pyro_bmrs.checks.draws import check_whole, draw_posterior
 from pyro_bmrs.checks.posterior import check_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.figures.plots import require_columns
-from pyro_bmrs.figures.posterior_plots import (
-    CRITERIA_COLUMNS,
-    ENTROPY_COLUMNS,
-    MOST_CRITERIA,
-    RELIABILITY_COLUMNS,
-    RISK_COLUMNS,
-)
 from pyro_bmrs.files import (
     NewerFileError,
     check_folder,
@@ -54,6 +46,14 @@ from pyro_bmrs.pruning.reduce import NonFiniteScoreError, reduce_structures
 from pyro_bmrs.quality.calibration import Predictions, predictions, quality, reliability, risk_coverage
 from pyro_bmrs.quality.curve import compression_curve
 from pyro_bmrs.quality.what_if import what_if
+from pyro_bmrs.tables import (
+    CRITERIA_COLUMNS,
+    ENTROPY_COLUMNS,
+    MOST_CRITERIA,
+    RELIABILITY_COLUMNS,
+    RISK_COLUMNS,
+    require_columns,
+)
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning import NetworkPlan

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pyro_bmrs.reports.page import svg, write_page
-from pyro_bmrs.figures.posterior_plots import plot_criteria, plot_runs
+from pyro_bmrs.figures import plot_criteria, plot_runs
 from pyro_bmrs.files import check_file, write_table
 from pyro_bmrs.runs.folder import RunFolder
 

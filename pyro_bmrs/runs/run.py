@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.data_sources import is_at_hand
+from pyro_bmrs.data.sources import is_at_hand
 from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
 from pyro_bmrs.reports import report
 from pyro_bmrs.quality.diagnosis import DRAWS
