@@ -8,14 +8,11 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,8 +119,7 @@ class FolderInUseError(ValueError):
 def held(name: str, folder: Path) -> Iterator[None]:
     """A context in which no other process that asks is let into `folder`, which is made where it is missing.
 
-    The folder itself is locked, so that nothing lies in it that could be left behind; the system lets go of it
-    with the process, however that ends.
+    The file `.lock` in the folder is locked. The system unlocks it when the process ends, however that happens.
 
     Args:
         name: the argument that gave the folder, for the message.
@@ -135,32 +131,27 @@ def held(name: str, folder: Path) -> Iterator[None]:
     check_folder(name, folder)
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     _make_folder(name, folder)
-    try:
-        with _locked(name, folder):
-            yield
-    finally:
-        with suppress(OSError):  # what was refused at once leaves no empty folders
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def _locked(name: str, folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    path = folder / ".lock"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(FileLock(path, blocking=False))
+        except (
+            Timeout,
+            FileNotFoundError,
+        ):  # the folder is gone: another process is just removing what it made
             raise FolderInUseError(
                 f"{name} must be a folder that no other process works in: got {folder}, which one does; wait for "
                 "it, stop it, or choose another folder"
             ) from None
-        yield
-    finally:
-        os.close(handle)
+        try:
+            yield
+        finally:
+            # All this while the file is still locked. A process that has opened it, and locks it next, finds that it
+            # has no name any more, and is refused by filelock.
+            with suppress(OSError):  # Windows removes no open file; a folder with other files stays
+                path.unlink()
+                for empty in made:
+                    empty.rmdir()
 
 
 def read_text(path: Path) -> str:

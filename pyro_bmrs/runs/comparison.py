@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from pyro_bmrs.reports.page import svg, write_page
 from pyro_bmrs.figures.posterior_plots import plot_criteria, plot_runs
 from pyro_bmrs.files import check_file, write_table
+from pyro_bmrs.reports.page import svg, write_page
 from pyro_bmrs.runs.folder import RunFolder
 
 # More lines than these can't be told apart.

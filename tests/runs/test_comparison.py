@@ -13,10 +13,10 @@ import pytest
 from command_line import call
 from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
+from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs import comparison
 from pyro_bmrs.runs import run as runs
 from pyro_bmrs.runs.comparison import compare_runs, report_runs
-from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs.folder import RunFolder
 from pyro_bmrs.runs.show import show_run
 
