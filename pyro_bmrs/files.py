@@ -30,28 +30,23 @@ _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 MOST_TEXT = 2**26
 
 
-def _not_writable(folder: Path) -> Path | None:
-    """The folder, or where it would have to be made, if nothing can be written there."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
-
-
 def check_folder(name: str, folder: Path) -> None:
     """Raise ValueError, naming the argument, unless files can be written to `folder`; nothing is created."""
-    there = _not_writable(folder)
-    if there is not None:
-        raise ValueError(f"{name} must be a folder that can be written to: got {folder}, and {there} is none")
+    _check_writable(name, "a folder", folder, folder)
 
 
 def check_file(name: str, path: Path) -> None:
     """Raise ValueError, naming the argument, unless a file can be written to `path`; nothing is created."""
     if path.is_dir():
         raise ValueError(f"{name} must be a file to write: got the folder {path}")
-    there = _not_writable(path.parent)
-    if there is not None:
-        raise ValueError(
-            f"{name} must be in a folder that can be written to: got {path}, and {there} is none"
-        )
+    _check_writable(name, "in a folder", path, path.parent)
+
+
+def _check_writable(name: str, allowed: str, given: Path, folder: Path) -> None:
+    """Raise ValueError if nothing can be written to the folder, or where it would have to be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{name} must be {allowed} that can be written to: got {given}, and {there} is none")
 
 
 def _make_folder(name: str, folder: Path) -> None:
