@@ -166,6 +166,7 @@ def remove_structures(
     scales: Mapping[str, Tensor],
     example_input: Inputs,
     *,
+    groups: Mapping[str, StructureGroup] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Surgery:
     """A copy of `network` without noise, with only the kept structures, their scales folded in.
@@ -177,6 +178,7 @@ def remove_structures(
             of the layers that read it.
         example_input: of more than one example, so that outputs have a spread: a tensor (batch, …), a tuple
             of arguments, or a mapping of keyword arguments.
+        groups: of the network's structures; None: they are found, which takes a trial.
         tolerance: of `check_equal`, which is always run in float64. A network that can't run in float64 is
             checked as it is, to 1e-5.
 
@@ -207,7 +209,7 @@ def remove_structures(
     device = next(network.parameters()).device
     dtypes = {name: tensor.dtype for name, tensor in _floating(network)}
     usual = next(iter(dtypes.values()))
-    groups = structure_groups(network, example_input)
+    groups = structure_groups(network, example_input) if groups is None else groups
     cuts = gone(network, groups.values(), kept)
     reduced = copy.deepcopy(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)

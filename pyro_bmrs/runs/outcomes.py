@@ -170,9 +170,9 @@ def _show_run(run: RunFolder, console: Console) -> None:
     stored = run.needed_settings()
     evaluation, plan, diagnosis = run.evaluation(), run.plan(), run.diagnosis()
     settings, widths = stored["settings"], plan.widths()
-    console.print(Text(verdict(None, plan, None, evaluation.assign(split="test")), style="bold"))
+    console.print(Text(verdict(None, plan, None, evaluation.assign(split="test"), run.costs()), style="bold"))
     told = f"{stored['recipe']} on {settings.data}, seed {settings.seed}, KL weight {settings.kl_weight:g}"
-    console.print(Text(f"{told}, {plan.criterion}"))
+    console.print(Text(f"{told}, {plan.rule}"))
     console.print(table_of(NETWORKS, evaluation.to_dict("records")))
     layers = widths.assign(removed=1 - widths.after / widths.before)
     console.print(table_of(LAYERS, layers.to_dict("records")))

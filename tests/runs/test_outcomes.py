@@ -66,10 +66,9 @@ def rename_layer(folder, before, after):
     """Call a layer otherwise, in the plan and in the diagnosis."""
     path = folder / "plan.json"
     document = json.loads(path.read_text())
-    for entry in ("layers", "kept"):
-        document[entry] = {
-            after if layer == before else layer: value for layer, value in document[entry].items()
-        }
+    document["layers"] = {
+        after if layer == before else layer: size for layer, size in document["layers"].items()
+    }
     path.write_text(json.dumps(document))
     diagnosis = RunFolder(folder).diagnosis()
     diagnosis.khat["part"] = diagnosis.khat.part.replace(before, after)
@@ -481,7 +480,7 @@ def test_show_says_the_essentials(finished, capsys, monkeypatch):
         f"{share:.1f} % of 1,370 parameters removed; test accuracy {100 * last.accuracy:.2f} % (fine-tuned), "
         f"from {100 * first.accuracy:.2f} % (full, E[θ]).\n"
     )
-    assert "spread.py on digits, seed 0, KL weight 2, BMRS_N(" in text
+    assert "spread.py on digits, seed 0, KL weight 2, BMRS_N (prior log-odds 0.919)\n" in text
     assert table_of(text, "network") == [
         [
             row.network,
