@@ -26,13 +26,13 @@ from pyro_bmrs.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import Plan
 QUANTILES = (0.05, 0.5, 0.95)
 # More units than this in a layer are closer than their marks are wide.
 MOST_UNITS = 500
 
 
-def plot_forest(plan: Reduction, *, log_low: float = -20.0, log_high: float = 0.0) -> Figure:
+def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) -> Figure:
     """Draw the posterior of every unit's θ: median and 5 to 95 % interval, a panel per layer.
 
     Units stand side by side, the largest median first. A filled circle is kept, a cross removed. Above 500

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import Plan
 # A map in which the scores span more than this would show nothing but its extremes on a linear scale.
 LARGEST_LINEAR_SCORE = 10.0
 
 
-def score_label(plan: Reduction) -> str:
+def score_label(plan: Plan) -> str:
     """Name the score of a plan with its unit, and with the KL weight where the score is evidence.
 
     Args:
@@ -32,15 +32,14 @@ def score_label(plan: Reduction) -> str:
         criterion's name takes the unit's place.
 
     Example:
-        >>> import pandas as pd
         >>> from types import SimpleNamespace
-        >>> table = pd.DataFrame({"log_evidence_change": [-1.0]})
-        >>> score_label(SimpleNamespace(table=table, criterion="BMRS_N()", kl_weight=100.0))
+        >>> from pyro_bmrs import Rule
+        >>> score_label(SimpleNamespace(rule=Rule(criterion="BMRS_N", prior_log_odds=0.0, kl_weight=100.0)))
         'score, from ΔF (nats, KL weight 100)'
     """
-    if np.isfinite(floats(plan.table, "log_evidence_change")).any():
-        return f"score, from {evidence_label(plan.kl_weight)}"
-    return f"score ({shortened(str(plan.criterion).split('(')[0], 30)})"
+    if plan.rule.has_evidence:
+        return f"score, from {evidence_label(plan.rule.kl_weight)}"
+    return f"score ({shortened(plan.rule.criterion, 30)})"
 
 
 def evidence_label(kl_weight: float) -> str:
@@ -59,8 +58,8 @@ def evidence_label(kl_weight: float) -> str:
     return "ΔF (nats)" if kl_weight == 1 else f"ΔF (nats, KL weight {kl_weight:g})"
 
 
-def plot_scores(plan: Reduction) -> Figure:
-    """Draw the histogram of the scores, kept and removed, with the decision line at zero.
+def plot_scores(plan: Plan) -> Figure:
+    """Draw the histogram of the scores, kept and removed, with a line at the threshold.
 
     Where scores exceed 10 the axis is linear between -1 and 1 and logarithmic beyond. Scores that are no
     number are left out.
@@ -82,7 +81,8 @@ def plot_scores(plan: Reduction) -> Figure:
         ...     "mean": [0.9, 1e-4], "snr": [9.0, 0.1], "score": [-8.0, 0.9],
         ...     "log_evidence_change": float("nan"), "removed": [False, True],
         ... })
-        >>> figure = plot_scores(SimpleNamespace(table=table, criterion="SNR(threshold=1)", kl_weight=1.0))
+        >>> from pyro_bmrs import Rule
+        >>> figure = plot_scores(SimpleNamespace(table=table, rule=Rule(criterion="SNR")))
         >>> figure.axes[0].get_xlabel()
         '← keep | score (SNR) | remove →'
     """
@@ -102,10 +102,14 @@ def plot_scores(plan: Reduction) -> Figure:
     else:
         forward = backward = np.asarray
     position = forward(np.where(finite, scores, 0.0))
-    lowest, highest = min(position.min(), 0.0), max(position.max(), 0.0)
+    threshold = math.inf if plan.rule.threshold is None else plan.rule.threshold
+    drawn = math.isfinite(threshold)
+    decided = float(forward(np.float64(threshold if drawn else 0.0)))
+    lowest, highest = min(position.min(), decided), max(position.max(), decided)
     width = (highest - lowest) / 32 or 1.0
-    # Zero is an edge, so that no bar holds units of both decisions.
-    edges = width * np.arange(math.floor(lowest / width), math.floor(highest / width) + 2)
+    # The threshold is an edge, so that no bar holds structures of both decisions.
+    steps = np.arange(math.floor((lowest - decided) / width), math.floor((highest - decided) / width) + 2)
+    edges = decided + width * steps
 
     with styled_figure(3.3) as figure:
         axes = figure.add_subplot()
@@ -130,7 +134,8 @@ def plot_scores(plan: Reduction) -> Figure:
                 label=f"{label} ({int(chosen.sum()):,})",
             )
             below = below + count
-        axes.axvline(0, color=BLACK, linestyle="--", linewidth=1.5, label="decision")
+        if drawn:
+            axes.axvline(threshold, color=BLACK, linestyle="--", linewidth=1.5, label="threshold")
         if logarithmic:
             axes.set_xscale("symlog", linthresh=1.0)
             axes.set_xticks(decades(bounds[0], bounds[-1]))
@@ -144,7 +149,7 @@ def plot_scores(plan: Reduction) -> Figure:
     return figure
 
 
-def structures_of(plan: Reduction) -> pd.DataFrame:
+def structures_of(plan: Plan) -> pd.DataFrame:
     require_columns("plan.table", plan.table, TABLE_COLUMNS)
     if plan.table.empty:
         raise ValueError("plan.table has no rows: there is no unit to show")

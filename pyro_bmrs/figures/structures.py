@@ -21,12 +21,12 @@ from pyro_bmrs.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import Plan
 # Grey in the middle, not white: a removed unit is drawn by its outline alone and has to stay visible.
 SCORE_COLOURS = ("#08306b", "#2f7fc1", "#a3a3a3", "#e08214", "#7f3b08")
 
 
-def plot_structures(plan: Reduction) -> Figure:
+def plot_structures(plan: Plan) -> Figure:
     """Map every unit of every layer: what was kept, what was removed, and how clear the case was.
 
     One row of cells per layer (wrapped where it is long), one cell per unit, sorted by score, the
@@ -35,8 +35,8 @@ def plot_structures(plan: Reduction) -> Figure:
 
     Args:
         plan: has ``table``, a DataFrame with a row per unit and the columns ``layer``, ``unit``, ``loc``,
-            ``scale``, ``mean``, ``snr``, ``score`` (in the criterion's unit, removal where >= 0),
-            ``log_evidence_change`` (nats) and ``removed``; ``criterion``, a text; and ``kl_weight``.
+            ``scale``, ``mean``, ``snr``, ``score`` (in the criterion's unit),
+            ``log_evidence_change`` (nats) and ``removed``; and its ``rule``.
 
     Returns:
         A figure 5 inches wide, as high as the units need.
@@ -52,7 +52,8 @@ def plot_structures(plan: Reduction) -> Figure:
         ...     "mean": [0.9, 1e-4], "snr": [9.0, 0.1], "score": [-90.0, 2.0],
         ...     "log_evidence_change": [-91.0, 1.0], "removed": [False, True],
         ... })
-        >>> figure = plot_structures(SimpleNamespace(table=table, criterion="BMRS_N()", kl_weight=1.0))
+        >>> from pyro_bmrs import Rule
+        >>> figure = plot_structures(SimpleNamespace(table=table, rule=Rule(criterion="BMRS_N", prior_log_odds=0.0)))
         >>> float(figure.get_figwidth())
         5.0
     """
