@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import pyro
-import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
-from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FixedScales
 
 
@@ -23,7 +21,6 @@ class Evaluation(NamedTuple):
     accuracy: float
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: Data | Batches, scales: Mapping[str, Tensor] | None = None, batch_size: int = 1000
 ) -> Evaluation:
@@ -37,7 +34,7 @@ def evaluate(
     device = next(model.parameters()).device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
-    with in_mode(model, training=False), torch.random.fork_rng(), pyro.get_param_store().scope():
+    with untouched(model):
         for x, y in batches:
             with FixedScales(scales or {}):
                 trace = poutine.trace(model).get_trace(x, y)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.cuts import replace_data
 
@@ -263,14 +264,14 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
 
 
 def read_posterior(guide: Callable[..., Any], *args: Any) -> dict[str, TruncatedLogNormal]:
-    """The truncated log-normal posteriors of any mean-field guide, detached, by site.
+    """The truncated log-normal posteriors of any mean-field guide, detached, by site; no trace is left.
 
     Raises:
         ValueError: if the guide has none, naming the sites it has and their types.
     """
     if isinstance(guide, AutoTruncatedLogNormal):
         return guide.posterior()
-    with torch.no_grad():
+    with untouched(guide):
         trace = poutine.trace(guide).get_trace(*args)
         found = {
             name: elementary(site["fn"])

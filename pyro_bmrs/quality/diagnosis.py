@@ -37,7 +37,7 @@ from pyro_bmrs.files import (
 )
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.looking import looking
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.reduce import reduce
 from pyro_bmrs.pruning.criteria import (
@@ -350,7 +350,7 @@ def _foreign(given: object, test: Batches) -> dict[str, Tensor]:
 
 def _first(batches: Batches) -> tuple[Any, Any]:
     """The first batch; what a loader draws for it is drawn again."""
-    with torch.random.fork_rng():
+    with untouched():
         return batches.first()
 
 
@@ -396,7 +396,7 @@ def _predict(
 ) -> bool:
     """Fill in the tables of predictive quality; False where noise layers' θ alone make no prediction."""
     layers = noise_layers(model)
-    with looking(model, found.facts["seed"]):
+    with untouched(model, guide, seed=found.facts["seed"]):
         first = _first(Batches(test, batch_size, next(model.parameters()).device, "test"))
         values = draw_posterior(guide, first, found.facts["draws"]).values
     others = sorted(set(values[0]) - set(layers))
@@ -483,7 +483,7 @@ def criterion_curves(
         if str(criterion) == plan.criterion:
             continue
         try:
-            with looking(model, 0):
+            with untouched(model, guide, seed=0):
                 other = reduce(
                     model, guide, criterion, *arguments, min_kept=plan.min_kept, round_to=plan.round_to
                 )
