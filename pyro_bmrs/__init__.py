@@ -23,7 +23,7 @@ _HOMES = {
     "networks": (
         "InputSelection", "MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise",
     ),
-    "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
+    "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "predict", "recalibrate"),
     "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "Random", "Reduction", "WeightNorm"),
     "programs": (
         "ModelPosterior", "ReducedPosterior", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from pyro_bmrs.figures import plot_evidence_curve, plot_models, plot_reductions
     from pyro_bmrs.fitting import Fit, fit
-    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
+    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, predict, recalibrate
     from pyro_bmrs.networks import (
         InputSelection,
         MultiplicativeNoise,

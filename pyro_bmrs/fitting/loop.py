@@ -28,6 +28,7 @@ from pyro_bmrs.fitting.signals import StopRequest
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.inference.predict import posterior_point
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
@@ -406,18 +407,9 @@ class Loop:
                     )
 
     def _scales(self) -> dict[str, Tensor]:
-        """Values to predict with: E[θ] where it is known, one draw from the guide for other latents."""
-        if isinstance(self.guide, AutoTruncatedLogNormal):
-            return self.guide.mean()
         if self.guide is None:
             return {}
-        trace = poutine.trace(self.guide).get_trace(*self.first)
-        draws = {
-            name: site["value"].detach()
-            for name, site in trace.iter_stochastic_nodes()
-            if name not in self.objective.local_sites
-        }
-        return draws | {site: q.mean for site, q in read_posterior(self.guide, *self.first).items()}
+        return posterior_point(self.guide, *self.first, without=self.objective.local_sites)
 
     def _kl(self) -> float:
         """KL of the noise sites over the whole data set, in nats, unweighted."""

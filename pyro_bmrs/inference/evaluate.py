@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
 from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.noise import FixedScales
+from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 
 
 class Evaluation(NamedTuple):
@@ -29,11 +30,13 @@ def evaluate(
     Args:
         model: any Pyro model that observes y; accuracy is given where it returns logits and y is integer.
         data: (x, y) tensors, a data set or a loader.
-        scales: θ by site, e.g. `guide.mean()`; sites without one are drawn.
+        scales: θ by site, e.g. `guide.mean()`; sites without one are drawn from their prior, with a warning.
     """
     device = next(model.parameters()).device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
+    if set(noise_layers(model)) - set(scales or {}):
+        warnings.warn(FROM_PRIOR, stacklevel=2)
     with untouched(model):
         for x, y in batches:
             with FixedScales(scales or {}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import pyro
 import torch
 from pyro.distributions import Independent
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
@@ -21,6 +23,10 @@ LARGE = 2**16
 # Set by the handler that draws several values per batch: a stack of θ from elsewhere, such as
 # `Predictive(parallel=True)`, must not be taken for them.
 draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
+FROM_PRIOR = (
+    "this network has noise layers and is called without a guide, so that each θ is drawn from its prior: to predict, "
+    "call pyro_bmrs.predict(model, guide, x)"
+)
 # θ by site, already 0 for what has been removed, where a fit has drawn those of all layers at once.
 _drawn_together: ContextVar[Mapping[str, Tensor] | None] = ContextVar("drawn_together", default=None)
 
@@ -110,6 +116,8 @@ class MultiplicativeNoise(nn.Module):
         together = _drawn_together.get()
         if together is not None:
             return together[self.site]
+        if not am_i_wrapped():
+            warnings.warn(FROM_PRIOR, stacklevel=2)
         theta: Tensor = pyro.sample(self.site, self.prior())
         if theta.shape[-1] != self.features:
             raise ValueError(

@@ -41,6 +41,7 @@ from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference import Classifier, evaluate, recalibrate
+from pyro_bmrs.inference.predict import predict
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
@@ -526,14 +527,16 @@ class Run(RunFolder):
         small = self.small_network().cpu()
         return kinds[path.suffix](small, self.dataset.test[:4][0], path)
 
-    @torch.no_grad()
     def predict(self, inputs: Tensor) -> pd.DataFrame:
         """Predicted class and its probability for inputs as `Dataset.prepare` gives them, one row each."""
         small = self.small_network()
         model = self.recipe.model(small)
-        predict = model.predict if isinstance(model, Classifier) else small
-        logits = torch.cat([predict(part.to(self.device)).cpu() for part in torch.split(inputs, 1000)])
-        probability, label = logits.softmax(dim=1).max(dim=1)
+        every = (
+            predict(model, None, inputs)
+            if isinstance(model, Classifier)
+            else predict(small, None, inputs).softmax(dim=1)
+        )
+        probability, label = every.max(dim=1)
         if not math.isfinite(float(probability.sum())):
             raise ValueError("inputs must be finite: a prediction is NaN")
         return pd.DataFrame({"label": label.numpy(), "probability": probability.numpy()})
