@@ -201,6 +201,8 @@ FUNCTIONS = {
         draws=100, criteria={"BMRS_N": bmrs.BMRS_N()},
     ),
     "evaluate": lambda model, guide: evaluate(model, (X, Y), {"inside.4": torch.ones(6)}),
+    "predict": lambda model, guide: bmrs.predict(model, guide, X, batch_size=9),
+    "predict from draws": lambda model, guide: bmrs.predict(model, guide, X, draws=3),
     "predictions": lambda model, guide: predictions(model, (X, Y), {"inside.4": torch.ones(2, 6)}),
 }  # fmt: skip
 
