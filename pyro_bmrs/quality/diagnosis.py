@@ -29,7 +29,7 @@ from pyro_bmrs.files import (
 )
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.looking import looking
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.pruning.criteria import (
     BMRS_N,
@@ -353,7 +353,7 @@ def _foreign(given: object, test: Batches) -> dict[str, Tensor]:
 
 def _first(batches: Batches) -> tuple[Any, Any]:
     """The first batch; what a loader draws for it is drawn again."""
-    with torch.random.fork_rng():
+    with untouched():
         return batches.first()
 
 
@@ -399,7 +399,7 @@ def _predict(
 ) -> bool:
     """Fill in the tables of predictive quality; False where noise layers' θ alone make no prediction."""
     layers = noise_layers(model)
-    with looking(model, found.facts["seed"]):
+    with untouched(model, guide, seed=found.facts["seed"]):
         first = _first(Batches(test, batch_size, next(model.parameters()).device, "test"))
         values = draw_posterior(guide, first, found.facts["draws"]).values
     others = sorted(set(values[0]) - set(layers))
@@ -487,7 +487,7 @@ def criterion_curves(
         if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
             continue
         try:
-            with looking(model, 0):
+            with untouched(model, guide, seed=0):
                 other = reduce_structures(
                     model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
                 )
