@@ -28,7 +28,7 @@ _HOMES = {
     "programs": (
         "ModelPosterior", "ReducedPosterior", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
     ),
-    "fitting": ("Fit", "fit"),
+    "fitting": ("Fit", "Settings", "fit"),
     "checks": ("check_posterior", "load_datatree", "loo", "save_datatree", "to_datatree"),
     "quality": ("Diagnosis", "compression_curve", "diagnose"),
     "figures": ("plot_evidence_curve", "plot_models", "plot_reductions"),
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         register_reduced_posterior,
     )
     from pyro_bmrs.figures import plot_evidence_curve, plot_models, plot_reductions
-    from pyro_bmrs.fitting import Fit, fit
+    from pyro_bmrs.fitting import Fit, Settings, fit
     from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
     from pyro_bmrs.networks import (
         InputSelection,

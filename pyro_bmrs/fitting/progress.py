@@ -53,7 +53,7 @@ class EpochProgress:
         note = f"loss {row['loss']:.4f}"
         if row["validation_accuracy"] == row["validation_accuracy"]:
             note += f", validation accuracy {100 * row['validation_accuracy']:.2f} %"
-        if self.phase == "fit":
+        if row["kept"] == row["kept"]:  # NaN where they can't be counted
             note += f", {row['kept']} structures kept"
         done = row["epoch"]
         if self.bar is not None:

@@ -357,7 +357,7 @@ def _settings(
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     groups: list[tuple[str, Mapping[str, Any]]] = [
         ("Run", settings or {}),
-        ("Fit", {} if fit is None else fit.settings),
+        ("Fit", {} if fit is None else dict(fit.settings)),
         ("Reduction", {"criterion": plan.criterion, "kl_weight": plan.kl_weight}),
         ("Diagnosis", {} if diagnosis is None else diagnosis.facts),
     ]

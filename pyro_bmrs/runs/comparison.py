@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
 def _differing(columns: Sequence[str], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A row per setting that is not the same in all runs, with a column per run."""
     stored = [run.needed_settings() for run in runs]
-    settings = [{"recipe": found["recipe"], **asdict(found["settings"])} for found in stored]
+    settings = [{"recipe": found["recipe"], **dict(found["settings"])} for found in stored]
     return [
         {"setting": key, **{name: str(chosen[key]) for name, chosen in zip(columns, settings, strict=True)}}
         for key in settings[0]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.files import read_table, read_text, refuse_newer
-from pyro_bmrs.runs.recipe import Settings
+from pyro_bmrs.runs.settings import RunSettings
 from pyro_bmrs.pruning.plan import Reduction
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
@@ -35,7 +35,7 @@ class RunFolder:
         self.folder = Path(folder)
 
     def stored_settings(self) -> dict[str, Any] | None:
-        """settings (Settings), fit (the part of them the posterior was fitted with), recipe (its name)."""
+        """settings (RunSettings), fit (the part of them the posterior was fitted with), recipe (its name)."""
         path = self.folder / "settings.json"
         if not path.exists():
             return None
@@ -49,7 +49,7 @@ class RunFolder:
         refuse_newer(path, "run", version, VERSION)
         try:
             return {
-                "settings": Settings(**document["settings"]),
+                "settings": RunSettings(**document["settings"]),
                 "fit": dict(document["fit"]),
                 "recipe": str(document["recipe"]),
             }

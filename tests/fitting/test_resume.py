@@ -141,7 +141,7 @@ def quick_or_slow():
     """Most cases within an epoch, one at every moment; all at all of them among the slow tests."""
     for case in CASES:
         for when in WHEN:
-            rare = case in ("mask", "packed", "pyro", "bf16", "frozen", "last")
+            rare = case in ("packed", "pyro", "bf16", "frozen", "last")
             quick = case == "removal" or (when == "within an epoch" and not rare)
             yield pytest.param(case, when, marks=() if quick else pytest.mark.slow)
 
