@@ -491,16 +491,6 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_fit_that_an_earlier_version_began_goes_on(halfway, whole, tmp_path):
-    """Settings that it did not know are as it acted."""
-    folder = Path(shutil.copytree(halfway, tmp_path / "fit"))
-    for path in folder.glob("*.safetensors"):
-        header, tensors = read_tensors(path)
-        del header["settings"]["weight_decay"]
-        write_tensors(path, tensors, header)
-    equal(SmallFit("removal", seed=6).run(folder)[1], whole("removal")[1])
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
