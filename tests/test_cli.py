@@ -145,7 +145,7 @@ TABLE = [
     (RUN + "--stratified 3", "3"),
     (RUN + "--warm-up 1.5", "--warm-up", "warm_up must be less than or equal to 1: got 1.5"),
     (RUN + "--network {3", "network must be JSON", "{3"),
-    (RUN + "--network [3]", "network must be a dict or None", "[3]"),
+    (RUN + "--network [3]", "network must be a mapping or None", "[3]"),
     (RUN + "--validation-fraction 1", "validation_fraction must be less than 1: got 1"),
     (RUN + "--elbo tight", "elbo must be 'auto', 'fused', 'packed' or 'pyro': got 'tight'"),
     (RUN + "--logger paper", "logger", "'paper'"),

@@ -36,7 +36,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 _CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 # By the first word of pydantic's name for an error of type.
 _KINDS = {
-    "int": "a whole number", "float": "a number", "bool": "True or False", "string": "text", "dict": "a dict",
+    "int": "a whole number", "float": "a number", "bool": "True or False", "string": "text", "dict": "a mapping",
 }  # fmt: skip
 
 
@@ -66,7 +66,9 @@ class Checked(BaseModel):
             return f"settings must be among {', '.join(cls.model_fields)}: got {name!r}"
         allowed = error["msg"].removeprefix("Input should be ")
         bound = kind.startswith(("greater", "less", "finite"))
-        if not bound:
+        if kind == "too_short":
+            allowed = "one value or more"
+        elif not bound:
             allowed = _KINDS.get(kind.partition("_")[0], allowed)
         if type(None) in get_args(cls.model_fields[name].annotation):
             allowed += " or None"
@@ -227,7 +229,9 @@ class Settings(Checked):
 
     def given(self) -> dict[str, Any]:
         """The settings that do not stand at their defaults because nobody gave them."""
-        return {name: getattr(self, name) for name in self.model_fields_set}
+        return {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
+        }
 
     def made_criterion(self) -> Criterion:
         """The criterion, made from its name where it is one."""

@@ -444,7 +444,7 @@ BAD = [
     ({"settings": {"seed": 3}}, "settings", "'seed'"),
     ({"settings": {"epochs": "many"}}, "epochs must be a whole number: got 'many'"),
     ({"settings": {"limit": 2.5}}, "limit must be a whole number or None: got 2.5"),
-    ({"settings": {"network": [3]}}, "network must be a dict or None: got [3]"),
+    ({"settings": {"network": [3]}}, "network must be a mapping or None: got [3]"),
     ({"settings": {"recalibrate": 1}}, "recalibrate must be True or False: got 1"),
     ({"settings": {"min_kept": 0}}, "min_kept", "got 0"),
     ({"settings": {"prior_log_odds": 1.0}, "criteria": ["BMRS_N", "SNR"]}, "prior_log_odds", "SNR"),
