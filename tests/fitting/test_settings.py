@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +146,14 @@ def test_what_a_fitted_posterior_depends_on():
 def test_every_setting_says_what_it_is():
     for name, field in RunSettings.model_fields.items():
         assert field.description.endswith("."), name
+
+
+def test_the_documentation_lists_every_setting(monkeypatch):
+    docs = Path(__file__).parents[2] / "docs"
+    monkeypatch.syspath_prepend(docs / "tools")
+    import hooks
+
+    assert hooks.SETTINGS.search((docs / "fitting.md").read_text())
+    table = "\n".join(hooks.table_of_settings())
+    for name, field in RunSettings.model_fields.items():
+        assert f"| `{name}` | `{field.default}` |" in table
