@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--precision", default="32", choices=("32", "bf16-mixed"))
     parser.add_argument("--epochs", type=int, default=30)
     given = parser.parse_args()
-    device = open_fabric(given.device, 1, given.precision, CPU).device
+    device = open_fabric(given.device, given.precision, CPU).device
     note = "" if device.type != "cpu" else " (no accelerator: the CPU is compared with itself)"
     print(f"torch {torch.__version__}, {device}{note}")
     checks = Checks()

@@ -42,11 +42,7 @@ CASES = {
     "lenet5_caffe_w100": ("lenet5_caffe", {}, 100.0, 1e-3, ("epoch",)),
     "mlp_3x1000_w100": ("mlp", {"widths": (1000,) * 3}, 100.0, 8.5e-4, ("epoch",)),
 }
-OPTIONS = dict(
-    batch_size=128, posterior_learning_rate=5e-3, warm_up=0.25, draws_per_batch=16, stratified=True,
-    schedule="constant", weight_decay=0.0, gradient_clip=None, accumulate=1, patience=None, min_kept=1,
-    freeze_weights=False, keep_best=False, precision="32", elbo="auto",
-)  # fmt: skip
+SETTINGS = bmrs.Settings(batch_size=128, posterior_learning_rate=5e-3, keep_best=False)
 
 
 def fitted(
@@ -62,13 +58,14 @@ def fitted(
     """A fit, ready for its first epoch. "ordinary": Pyro's ELBO, every draw for itself, one per example."""
     model = recipe.model(net)
     guide = recipe.guide(model)
-    settings = {**OPTIONS, "epochs": epochs, "learning_rate": rate, "kl_weight": weight, "seed": seed}
+    settings = SETTINGS.changed(epochs=epochs, learning_rate=rate, kl_weight=weight, seed=seed)
     if kind == "ordinary":
-        settings |= {"elbo": "pyro", "draws_per_batch": None, "stratified": False}
-    settings["removal"] = "end" if kind == "ordinary" else kind
+        settings = settings.changed(elbo="pyro", draws_per_batch=None, stratified=False)
+    else:
+        settings = settings.changed(removal=kind)
     task = Task(
-        model, guide, data.train, data.validation, settings, "constant", bmrs.BMRS_N(), None, 1,
-        overwrite=False, label="", progress=False, validate=False,
+        model, guide, data.train, data.validation, settings, None, 1, overwrite=False, label="", progress=False,
+        validate=False,
     )  # fmt: skip
     return Loop(Fabric(accelerator="cpu", devices=1), task)
 

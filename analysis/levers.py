@@ -23,7 +23,7 @@ from trials import Rows, Trial, figures, parser_of_trials, trials
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
 from pyro_bmrs.quality import predictions
-from pyro_bmrs.runs.recipe import Settings
+from pyro_bmrs.runs.settings import RunSettings
 
 # Draws of θ in the posterior predictive that is a teacher.
 TEACHER_DRAWS = 32
@@ -52,8 +52,6 @@ def fitted(trial: Trial, changes: dict[str, Any], halves: int = 1) -> Any:
     model, guide = trial.start()
     options = dict(changes)
     options["kl_weight"] = trial.settings.kl_weight * options.get("kl_weight", 1.0)
-    if options.get("removal"):
-        options["criterion"] = bmrs.BMRS_N()
     for half in range(halves):
         if half:
             bmrs.reduce(model, guide, bmrs.BMRS_N()).shrink(model, guide)
@@ -68,7 +66,13 @@ def base(trial: Trial) -> Any:
 
 
 def tune_softly(
-    net: nn.Module, soft: Tensor, share: float, settings: Settings, data: Dataset, *, temperature: float = 1.0
+    net: nn.Module,
+    soft: Tensor,
+    share: float,
+    settings: RunSettings,
+    data: Dataset,
+    *,
+    temperature: float = 1.0,
 ) -> None:
     """As `tune`, the labels mixed with what a teacher says, its logits divided by the temperature as the net's are."""
     x, y = data.train[:]
@@ -117,12 +121,13 @@ def small_network(lever: str, trial: Trial) -> nn.Module:
     else:
         model, guide = base(trial)
     settings, data = trial.settings, trial.data
-    settings = settings.changed({"weight_decay": OF_FIT.get(lever, {}).get("weight_decay")})
+    of_fit = OF_FIT.get(lever, {})
+    settings = settings.changed(**{name: of_fit[name] for name in of_fit.keys() & {"weight_decay"}})
     small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
     if lever.startswith("soft targets"):
         tune_softly(small, teacher(model, guide, trial), 0.5 if "half" in lever else 1.0, settings, data)
     elif lever == "twice the tuning rate":
-        tune(small, settings.changed({"learning_rate": 2 * settings.learning_rate}), data, settings.fine_tune)
+        tune(small, settings.changed(learning_rate=2 * settings.learning_rate), data, settings.fine_tune)
     else:
         tune(small, settings, data, settings.fine_tune)
     return small

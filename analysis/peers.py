@@ -26,7 +26,8 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.quality import predictions, quality
-from pyro_bmrs.runs.recipe import Recipe, Settings
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.settings import RunSettings
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "magnitude": torch_pruning.importance.GroupMagnitudeImportance,
@@ -48,7 +49,7 @@ METHODS = {
 
 
 def trained(
-    recipe: Recipe, settings: Settings, data: Dataset, epochs: int, widths: tuple[int, ...] | None = None
+    recipe: Recipe, settings: RunSettings, data: Dataset, epochs: int, widths: tuple[int, ...] | None = None
 ) -> nn.Module:
     """The recipe's network without noise, of its own widths or others, after so many epochs."""
     options = dict(settings.network or {}) | ({} if widths is None else {"widths": widths})
@@ -57,7 +58,7 @@ def trained(
     return net
 
 
-def tune(net: nn.Module, settings: Settings, data: Dataset, epochs: int) -> None:
+def tune(net: nn.Module, settings: RunSettings, data: Dataset, epochs: int) -> None:
     """Train in place, as a reduced network is fine-tuned: Adam, cosine, the best epoch on validation data.
 
     Raises KeyboardInterrupt if it is told to stop: a network that is half trained must get into no table.

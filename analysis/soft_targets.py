@@ -22,7 +22,6 @@ from torch import nn
 from trials import Rows, figures
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.pruning.criteria import parse_criterion
 from pyro_bmrs.runs.run import Run
 
 TEMPERATURE = 3.0
@@ -40,9 +39,9 @@ def row_of(run: Run, epochs: int) -> dict[str, Any]:
     run.load_posterior()
     teacher = trained(run.recipe, settings, data, settings.epochs + settings.fine_tune)
     soft = logits(teacher, data.train[:][0])
-    criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
+    criterion = settings.made_criterion()
     student = bmrs.reduce(run.model, run.guide, criterion).apply()
-    tuning = settings.changed({"fine_tune": epochs})
+    tuning = settings.changed(fine_tune=epochs)
     tune_softly(student, soft, 1.0, tuning, data, temperature=TEMPERATURE)
     return {
         **figures(student, data, run.parameters_before),

@@ -19,7 +19,8 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset, load_data
 from pyro_bmrs.files import write_table
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.runs.recipe import Recipe, Settings
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.settings import RunSettings
 
 
 class Rows:
@@ -60,7 +61,7 @@ class Trial:
     """A recipe on a data set, with the settings of one seed."""
 
     recipe: Recipe
-    settings: Settings
+    settings: RunSettings
     data: Dataset
 
     @cached_property
@@ -77,13 +78,10 @@ class Trial:
 
     def fit(self, model: nn.Module, guide: Any, **options: Any) -> None:
         """Fit with the recipe's settings, but for `options`; KeyboardInterrupt if it is told to stop."""
-        settings = self.settings
-        usual = {
-            "epochs": settings.epochs, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
-            "posterior_learning_rate": settings.posterior_learning_rate, "kl_weight": settings.kl_weight,
-            "weight_decay": settings.weight_decay, "seed": settings.seed, "schedule": "cosine", "progress": False,
-        }  # fmt: skip
-        result = bmrs.fit(model, guide, self.data.train, self.data.validation, **{**usual, **options})
+        usual = {"schedule": "cosine", "progress": False}
+        result = bmrs.fit(
+            model, guide, self.data.train, self.data.validation, self.settings, **{**usual, **options}
+        )
         if result.interrupted:
             raise KeyboardInterrupt
 
@@ -105,7 +103,9 @@ def trials(given: argparse.Namespace) -> Iterator[Trial]:
     torch.set_num_threads(1)
     recipe = Recipe.read(given.recipe)
     for seed in given.seeds:
-        settings = Settings.of(recipe, given.data, {"seed": seed, "kl_weight": given.kl_weight})
+        settings = RunSettings.of(recipe, given.data, {"seed": seed})
+        if given.kl_weight is not None:
+            settings = settings.changed(kl_weight=given.kl_weight)
         data = load_data(
             given.data, data_root=given.data_root, image_size=settings.image_size, seed=seed, limit=settings.limit,
             validation_fraction=settings.validation_fraction,

@@ -30,7 +30,7 @@ _HOMES = {
         "ModelPosterior", "ProgramPlan", "ReducedPosterior", "evidence_curve", "exhaustive_reduction",
         "greedy_reduction", "reduce",
     ),
-    "fitting": ("Fit", "fit", "load_posterior", "save_posterior"),
+    "fitting": ("Fit", "Settings", "fit", "load_posterior", "save_posterior"),
     "checks": ("check_posterior", "load_datatree", "loo", "save_datatree", "to_datatree"),
     "quality": ("Diagnosis", "compression_curve", "diagnose"),
     "figures": ("plot_evidence_curve", "plot_models", "plot_reductions"),
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         register_reduced_posterior,
     )
     from pyro_bmrs.figures import plot_evidence_curve, plot_models, plot_reductions
-    from pyro_bmrs.fitting import Fit, fit, load_posterior, save_posterior
+    from pyro_bmrs.fitting import Fit, Settings, fit, load_posterior, save_posterior
     from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, predict, recalibrate
     from pyro_bmrs.networks import (
         InputSelection,

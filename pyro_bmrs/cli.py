@@ -5,15 +5,18 @@ Nothing heavy is imported before a command runs: `--help` answers at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 from typer.exceptions import TyperException
 
 from pyro_bmrs import __version__
+from pyro_bmrs.runs.settings import OF_REDUCTION, RunSettings
 
 if TYPE_CHECKING:
     from pyro_bmrs.runs.run import Run
@@ -43,13 +46,66 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"must be a number: got {text!r}") from None
 
 
-# Options that are settings of a run, by the names `runs.Settings` has for them.
-_REDUCE_SETTINGS = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
-_FIT_SETTINGS = (
-    "epochs", "batch_size", "seed", "kl_weight", "learning_rate", "posterior_learning_rate",
-    "draws_per_batch", "removal", "schedule", "weight_decay", "gradient_clip", "accumulate", "patience",
-    "precision", "limit",
-)  # fmt: skip
+_METAVARS = {int: "int", float: "float", str: "str", dict: "JSON"}
+
+
+def _option(name: str, whose: str) -> Any:
+    """The option of a setting, typed and described by its field."""
+    field = RunSettings.model_fields[name]
+    flag = name.replace("_", "-")
+    shown = field.default if name == "data" else f"the {whose}'s"
+    if field.annotation is bool:
+        return Annotated[
+            bool | None,
+            typer.Option(f"--{flag}/--no-{flag}", help=field.description, show_default=shown),
+        ]
+
+    def read(text: str) -> Any:
+        try:
+            return RunSettings.read(name, text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    kinds = [get_origin(kind) or kind for kind in get_args(field.annotation) or (field.annotation,)]
+    metavar = _METAVARS.get(kinds[0]) or "|".join(get_args(field.annotation))
+    if type(None) in kinds:
+        metavar += "|none"
+    metavar = f"<{metavar}>"
+    return Annotated[
+        str | None,
+        typer.Option(f"--{flag}", parser=read, metavar=metavar, help=field.description, show_default=shown),
+    ]
+
+
+def _with_settings[Command: Callable[..., Any]](
+    *names: str, whose: str = "recipe"
+) -> Callable[[Command], Command]:
+    """Gives a command an option for each of these settings; `_given` tells which of them were on the line."""
+
+    def give(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, whose)
+            )
+            for name in names
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return command
+
+    return give
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The settings that the command line gives. None is a value too."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if name in RunSettings.model_fields
+        and getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+    }
+
 
 RecipeFile = Annotated[
     Path,
@@ -59,25 +115,8 @@ RecipeFile = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
-Data = Annotated[
-    str, typer.Option(help="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.")
-]
 Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")]
-Epochs = Annotated[
-    int | None, typer.Option(parser=_whole, help="Of the fit; this and what follows: default the recipe's.")
-]
-BatchSize = Annotated[int | None, typer.Option(parser=_whole, help="Examples per step.")]
-Seed = Annotated[int | None, typer.Option(parser=_whole, help="Of weights, split, order and noise.")]
-KLWeight = Annotated[
-    float | None,
-    typer.Option("--kl-weight", parser=_number, help="Factor on the KL; 1 is the ELBO, more removes more."),
-]
-LearningRate = Annotated[float | None, typer.Option(parser=_number, help="Of the weights.")]
-PosteriorRate = Annotated[float | None, typer.Option(parser=_number, help="Of the posterior's parameters.")]
-Draws = Annotated[
-    int | None, typer.Option(parser=_whole, help="Values of θ per batch; default 16, 0: one per example.")
-]
 PosteriorDraws = Annotated[
     int | None,
     typer.Option(
@@ -90,57 +129,10 @@ Foreign = Annotated[
     str | None,
     typer.Option(help="A data set that is not this one, to see if the network knows; default one at hand."),
 ]
-Removal = Annotated[
-    str | None,
-    typer.Option(help="end, or epoch: shrink after each epoch too, or mask: fix at θ = 0 after each epoch."),
-]
-Schedule = Annotated[str | None, typer.Option(help="Of the learning rates: constant, cosine or linear.")]
-Decay = Annotated[
-    float | None,
-    typer.Option(
-        "--weight-decay",
-        parser=_number,
-        help="Of the network's weights in fit and fine-tuning, decoupled (AdamW).",
-    ),
-]
-Clip = Annotated[
-    float | None, typer.Option("--gradient-clip", parser=_number, help="Largest norm of a step's gradient.")
-]
-Accumulate = Annotated[int | None, typer.Option(parser=_whole, help="Batches per step of the optimiser.")]
-Patience = Annotated[
-    int | None, typer.Option(parser=_whole, help="Stop the fit after so many epochs without progress.")
-]
-Precision = Annotated[str | None, typer.Option(help="Of the network: 32 or bf16-mixed.")]
-Limit = Annotated[int | None, typer.Option(parser=_whole, help="Use only so many training examples.")]
-CriterionName = Annotated[
-    str | None,
-    typer.Option(
-        "--criterion", help="BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, Random:fraction=0.5."
-    ),
-]
-LogOdds = Annotated[
-    float | None,
-    typer.Option(
-        parser=_number,
-        help="Of removal, in nats per structure: 0 is the paper's equation, 0.919 its released code.",
-    ),
-]
-MinKept = Annotated[int | None, typer.Option(parser=_whole, help="Structures that every layer keeps.")]
-RoundTo = Annotated[
-    int | None, typer.Option(parser=_whole, help="Keep channels in multiples of this, such as 8.")
-]
-Recalibrate = Annotated[
-    bool | None,
-    typer.Option("--recalibrate/--no-recalibrate", help="Re-estimate BatchNorm statistics after removal."),
-]
-FineTune = Annotated[int | None, typer.Option(parser=_whole, help="Epochs of fine-tuning the small network.")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Devices = Annotated[
-    int, typer.Option(parser=_whole, help="How many devices to fit on, with a process for each.")
-]
 LoggerName = Annotated[
     str | None, typer.Option("--logger", help="csv or tensorboard: write logs/ while the fit runs.")
 ]
@@ -162,17 +154,18 @@ def _commands(
     """Make neural networks smaller by Bayesian evidence."""
 
 
-def _new_run(given: dict[str, Any]) -> Run:
-    from pyro_bmrs.runs.recipe import Recipe, Settings
+def _new_run(context: typer.Context) -> Run:
+    from pyro_bmrs.runs.recipe import Recipe
     from pyro_bmrs.runs.run import Run
     from pyro_bmrs.runs.shipped import find_recipe
 
-    recipe = Recipe.read(find_recipe(given["recipe"]))
-    overrides = {name: given[name] for name in (*_FIT_SETTINGS, *_REDUCE_SETTINGS)}
+    options, given = context.params, _given(context)
+    recipe = Recipe.read(find_recipe(options["recipe"]))
+    data = given.pop("data", RunSettings.model_fields["data"].default)
     current = Run(
-        given["out"], recipe, Settings.of(recipe, given["data"], overrides), data_root=given["data_root"],
-        device=given["device"], devices=given["devices"], logger=given["logger"], progress=not given["quiet"],
-        overwrite=given["overwrite"],
+        options["out"], recipe, RunSettings.of(recipe, data, given), data_root=options["data_root"],
+        device=options["device"], logger=options["logger"], progress=not options["quiet"],
+        overwrite=options["overwrite"],
     )  # fmt: skip
     weight = current.settings.kl_weight
     print(
@@ -183,12 +176,12 @@ def _new_run(given: dict[str, Any]) -> Run:
     return current
 
 
-def _old_run(given: dict[str, Any], *changes: str) -> Run:
+def _old_run(options: dict[str, Any], changes: dict[str, Any] | None = None) -> Run:
     from pyro_bmrs.runs.run import Run
 
     return Run(
-        given["folder"], changes={name: given[name] for name in changes}, data_root=given["data_root"],
-        device=given["device"], progress=not given["quiet"],
+        options["folder"], changes=changes, data_root=options["data_root"], device=options["device"],
+        progress=not options["quiet"],
     )  # fmt: skip
 
 
@@ -227,7 +220,7 @@ def _print_cells(study: Study) -> None:
 
 
 # The commands take their options from the context by name: each appears once in a signature, for its help
-# and type, and `_new_run` and `_old_run` pick what they need.
+# and type, and `_new_run` and `_old_run` pick what they need. Options that are settings come from their fields.
 
 
 @app.command()
@@ -242,36 +235,14 @@ def new(
 
 
 @app.command()
+@_with_settings(*RunSettings.model_fields)
 def run(
     context: typer.Context,
     recipe: RecipeFile,
-    data: Data = "digits",
     out: Out = Path("runs/latest"),
     overwrite: Overwrite = False,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    kl_weight: KLWeight = None,
-    learning_rate: LearningRate = None,
-    posterior_learning_rate: PosteriorRate = None,
-    draws_per_batch: Draws = None,
-    removal: Removal = None,
-    schedule: Schedule = None,
-    weight_decay: Decay = None,
-    gradient_clip: Clip = None,
-    accumulate: Accumulate = None,
-    patience: Patience = None,
-    precision: Precision = None,
-    limit: Limit = None,
-    criterion: CriterionName = None,
-    prior_log_odds: LogOdds = None,
-    min_kept: MinKept = None,
-    round_to: RoundTo = None,
-    recalibrate: Recalibrate = None,
-    fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
-    devices: Devices = 1,
     logger: LoggerName = None,
     draws: PosteriorDraws = None,
     foreign: Foreign = None,
@@ -284,13 +255,14 @@ def run(
         float | None,
         typer.Option(parser=_number, help="Exit with 1 if the test accuracy, from 0 to 1, is lower."),
     ] = None,
+    **settings: Any,
 ) -> int:
     """Fit, reduce, remove, fine-tune and report; called again it goes on from the last finished stage."""
     required = {"removed": require_removed, "accuracy": require_accuracy}
     for name, least in required.items():
         if least is not None and not 0 <= least <= 1:
             raise ValueError(f"--require-{name} must be a share from 0 to 1: got {least:g}")
-    current = _new_run(context.params)
+    current = _new_run(context)
     if not current.finish(draws=draws, foreign=foreign):
         print(f"{out} already holds this run, complete")
     _print_outcome(current)
@@ -308,60 +280,35 @@ def run(
 
 
 @app.command()
+@_with_settings(*RunSettings.model_fields)
 def fit(
     context: typer.Context,
     recipe: RecipeFile,
-    data: Data = "digits",
     out: Out = Path("runs/latest"),
     overwrite: Overwrite = False,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    kl_weight: KLWeight = None,
-    learning_rate: LearningRate = None,
-    posterior_learning_rate: PosteriorRate = None,
-    draws_per_batch: Draws = None,
-    removal: Removal = None,
-    schedule: Schedule = None,
-    weight_decay: Decay = None,
-    gradient_clip: Clip = None,
-    accumulate: Accumulate = None,
-    patience: Patience = None,
-    precision: Precision = None,
-    limit: Limit = None,
-    criterion: CriterionName = None,
-    prior_log_odds: LogOdds = None,
-    min_kept: MinKept = None,
-    round_to: RoundTo = None,
-    recalibrate: Recalibrate = None,
-    fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
-    devices: Devices = 1,
     logger: LoggerName = None,
     quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Fit the posterior only."""
-    result = _new_run(context.params).fit()
+    result = _new_run(context).fit()
     print(f"{out} already holds this fit" if result is None else result)
 
 
 @app.command()
+@_with_settings(*OF_REDUCTION, whose="run")
 def reduce(
     context: typer.Context,
     folder: RunFolder,
-    criterion: CriterionName = None,
-    prior_log_odds: LogOdds = None,
-    min_kept: MinKept = None,
-    round_to: RoundTo = None,
-    recalibrate: Recalibrate = None,
-    fine_tune: FineTune = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Reduce a fitted run again, by another criterion if you like, and write the small network."""
-    current = _old_run(context.params, *_REDUCE_SETTINGS)
+    current = _old_run(context.params, _given(context))
     current.load_posterior()
     current.reduce()
     _print_outcome(current)

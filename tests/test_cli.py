@@ -15,8 +15,8 @@ from command_line import call
 from pyro_bmrs import cli
 from pyro_bmrs.data import load_data
 from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs.recipe import Recipe, Settings
 from pyro_bmrs.runs.run import Run
+from pyro_bmrs.runs.settings import OF_REDUCTION, RunSettings
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 
@@ -142,11 +142,15 @@ TABLE = [
     (RUN + "--patience 0", "patience", "got 0"),
     (RUN + "--patience x", "--patience", "'x'"),
     (RUN + "--precision 16", "precision", "'16'"),
-    (RUN + "--devices 0", "devices", "got 0"),
-    (RUN + "--devices x", "--devices", "'x'"),
+    (RUN + "--stratified 3", "3"),
+    (RUN + "--warm-up 1.5", "--warm-up", "warm_up must be less than or equal to 1: got 1.5"),
+    (RUN + "--network {3", "network must be JSON", "{3"),
+    (RUN + "--network [3]", "network must be a mapping or None", "[3]"),
+    (RUN + "--validation-fraction 1", "validation_fraction must be less than 1: got 1"),
+    (RUN + "--elbo tight", "elbo must be 'auto', 'fused', 'packed' or 'pyro': got 'tight'"),
     (RUN + "--logger paper", "logger", "'paper'"),
     (RUN + "--limit x", "--limit", "'x'"),
-    (RUN + "--limit 1", "limit is 1"),
+    (RUN + "--limit 1", "limit must be greater than or equal to 2 or None: got 1"),
     (RUN + "--criterion BMRS", "criterion", "'BMRS'"),
     (RUN + "--criterion SNR:level=3", "criterion SNR", "'level=3'"),
     (RUN + "--criterion SNR:threshold=high", "threshold", "'high'"),
@@ -232,13 +236,17 @@ def test_help_is_status_0_and_names_the_program(line, capsys):
     assert "pyro-bmrs" in capsys.readouterr().out
 
 
-def test_run_has_the_options_that_were_asked_for(capsys):
-    assert call("run", "--help") == 0
-    listed = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    assert listed >= {
-        "--data", "--data-root", "--epochs", "--batch-size", "--seed", "--criterion", "--kl-weight",
-        "--prior-log-odds", "--fine-tune", "--device", "--out",
-    }  # fmt: skip
+@pytest.mark.parametrize("command", ["run", "fit", "reduce"])
+def test_every_setting_is_an_option_with_its_help(command, capsys):
+    assert call(command, "--help") == 0
+    printed = capsys.readouterr().out
+    listed = set(re.findall(r"--[a-z-]+", printed))
+    names = OF_REDUCTION if command == "reduce" else RunSettings.model_fields
+    assert listed >= {f"--{name.replace('_', '-')}" for name in names}
+    assert listed >= {"--data-root", "--device"}
+    words = " ".join(printed.split())
+    for name in names:
+        assert RunSettings.model_fields[name].description.split(",")[0][:20] in words, name
 
 
 def test_every_option_of_the_fit_reaches_the_settings(place):
@@ -247,33 +255,33 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "--learning-rate 0.002 --posterior-learning-rate 0.003 --draws-per-batch 2 --removal epoch "
         "--limit 100 --criterion BMRS_U:bits=4 --prior-log-odds -0.5 --min-kept 2 --fine-tune 5 "
         "--round-to 2 --no-recalibrate --device cpu --schedule linear --weight-decay 0.3 --gradient-clip 2.5 "
-        "--accumulate 2 --patience 4 --precision bf16-mixed"
+        "--accumulate 2 --patience 4 --precision bf16-mixed --no-stratified --warm-up 0.5 --no-keep-best "
+        '--elbo packed --validation-fraction 0.3 --network {"units":12} --image-size 8'
     )
     assert call(*line.split()) == 0
-    assert Run("new").settings.__dict__ == {
+    assert Run("new").settings.model_dump() == {
         "data": "digits", "seed": 3, "epochs": 1, "batch_size": 16, "learning_rate": 0.002,
-        "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.25, "draws_per_batch": 2,
-        "removal": "epoch", "image_size": None, "network": None, "validation_fraction": 0.2, "limit": 100,
-        "criterion": "BMRS_U:bits=4",
+        "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.5, "draws_per_batch": 2,
+        "removal": "epoch", "image_size": 8, "network": {"units": 12}, "validation_fraction": 0.3, "limit": 100,
+        "criterion": "BMRS_U:bits=4", "elbo": "packed", "freeze_weights": False, "keep_best": False,
         "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
         "schedule": "linear", "weight_decay": 0.3, "gradient_clip": 2.5, "accumulate": 2,
-        "patience": 4, "precision": "bf16-mixed",
+        "patience": 4, "precision": "bf16-mixed", "stratified": False,
     }  # fmt: skip
 
 
-def test_draws_per_batch_of_0_is_one_per_example(place, monkeypatch):
+def test_draws_per_batch_of_none_is_one_per_example(place, monkeypatch):
     class Begun(Exception):  # noqa: N818 no error
         pass
 
-    def begin(*_, **options):
-        raise Begun(options["draws_per_batch"])
+    def begin(*arguments, **_):
+        raise Begun(arguments[-1].draws_per_batch)
 
     monkeypatch.setattr(runs, "fit", begin)
-    recipe = Recipe.read("tiny.py")
-    for given, reached in ((0, "None"), (3, "3"), (None, "16")):
-        settings = Settings.of(recipe, "digits", {"draws_per_batch": given})
-        with pytest.raises(Begun, match=f"^{reached}$"):
-            Run("new", recipe, settings, progress=False).fit()
+    for given, reached in (("--draws-per-batch none", None), ("--draws-per-batch 3", 3), ("", 16)):
+        with pytest.raises(Begun) as begun:
+            call(*f"fit tiny.py --out new --quiet {given}".split())
+        assert begun.value.args == (reached,)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ nothing above it. So each file that a page links to is copied to `repository/` a
 can't be shown, so a link to one becomes its text; one to the README leads to the first page, one to the
 changelog to its page. A path that does not exist is left as it is, and mkdocs warns of it.
 
-It also writes the help of the command line where a page asks for it.
+It also writes the help of the command line and the table of settings where a page asks for them.
 """
 
 import os
@@ -19,6 +19,7 @@ FOLDER = "repository"  # where copies lie on the site
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 COMMANDS = re.compile(r"<!-- the help of each command: .*? -->", re.DOTALL)
+SETTINGS = re.compile(r"<!-- the settings of a run: .*? -->", re.DOTALL)
 FENCE = re.compile(r"(^```.*?^```\s*?$)", re.MULTILINE | re.DOTALL)
 
 
@@ -59,9 +60,23 @@ def command_line_help():
         yield f"## {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
 
 
+def table_of_settings():
+    """The settings of a run as a Markdown table, from their fields."""
+    from pyro_bmrs.fitting.settings import Settings
+    from pyro_bmrs.runs.settings import RunSettings
+
+    yield "| setting | default | |"
+    yield "|---|---|---|"
+    for name, field in RunSettings.model_fields.items():
+        of = "" if name in Settings.model_fields else "Of `pyro-bmrs run` and recipes. "
+        yield f"| `{name}` | `{field.default}` | {of}{field.description} |"
+
+
 def on_page_markdown(markdown, page, config, files):
     if COMMANDS.search(markdown):
         markdown = COMMANDS.sub(lambda _: "\n".join(command_line_help()), markdown)
+    if SETTINGS.search(markdown):
+        markdown = SETTINGS.sub(lambda _: "\n".join(table_of_settings()), markdown)
     root = Path(config.config_file_path).parent
     start = posixpath.dirname(page.file.src_uri) or "."
 

@@ -25,8 +25,6 @@ from pyro_bmrs.files import (
 
 FORMAT, VERSION = "pyro_bmrs.checkpoint", 1
 LEDGER_COLUMNS = ["epoch", "layer", "unit", "score", "log_evidence_change"]
-# Settings that the fits of earlier versions did not have, and as what these acted.
-LATER_SETTINGS: dict[str, Any] = {"weight_decay": 0.0}
 _NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.safetensors")
 
 
@@ -173,7 +171,6 @@ class Checkpoints:
         return header, tensors
 
     def _check_same_fit(self, path: Path, settings: Mapping[str, Any]) -> None:
-        settings = LATER_SETTINGS | dict(settings)
         changed = [
             f"{name} {settings.get(name)!r} → {self.settings.get(name)!r}"
             for name in dict.fromkeys([*settings, *self.settings])

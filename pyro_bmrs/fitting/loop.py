@@ -24,6 +24,7 @@ from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.programs import check_parameters, local_sites_of, speaks_for_the_data_set
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.resuming import generator_states, load_optimizer, optimizer_tensors, set_generators
+from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
@@ -33,7 +34,6 @@ from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.pruning.criteria import Criterion
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import input_of, reduce_structures
 from pyro_bmrs.pruning.shrink import shrink
@@ -44,12 +44,6 @@ if TYPE_CHECKING:
 # Processes agree on whether to stop once in so many steps.
 _STEPS_BETWEEN_AGREEMENTS = 16
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: 1 - done,
-}
-
 
 @dataclass
 class Task:
@@ -59,9 +53,7 @@ class Task:
     guide: Callable[..., Any] | None
     train: Data
     validation: Data | None
-    settings: dict[str, Any]
-    schedule: str | Callable[[float], float]
-    criterion: Criterion | None
+    settings: Settings
     checkpoints: Path | None
     keep_checkpoints: int
     overwrite: bool
@@ -95,7 +87,7 @@ class Loop:
         self.interrupted = self.stopped_early = False
         self.kept_epoch = 0
         settings, home, (rank, world) = task.settings, fabric.device, (fabric.global_rank, fabric.world_size)
-        size = settings["batch_size"]
+        size = settings.batch_size
         self.batches = Batches(task.train, size, home, "train", rank=rank, world=world)
         self.held_out = (
             None if task.validation is None else Batches(task.validation, 1000, home, "validation")
@@ -108,15 +100,17 @@ class Loop:
             with in_mode(self.model, training=False):
                 self.guide(*self.first)  # parameters come into being, where the model's are
             check_parameters(self.model, self.guide, self.first)
-        self.rates = SCHEDULES[task.schedule] if isinstance(task.schedule, str) else task.schedule
+        countable = isinstance(self.guide, AutoTruncatedLogNormal)
+        self.criterion = settings.made_criterion() if countable else None
         self.checkpoints = None
         if task.checkpoints is not None:
             identity = {
-                **settings, "phase": self.phase, "examples": self.batches.size, "batches": len(self.batches),
+                **settings.model_dump(mode="json", include=set(Settings.model_fields)), "phase": self.phase,
+                "examples": self.batches.size, "batches": len(self.batches),
                 "validation_examples": 0 if self.held_out is None else self.held_out.size, "processes": world,
                 # each process has its own share of it: that of the first stands for all
                 "first_batch": fabric.broadcast(_digest(self.first)), "label": task.label,
-                "schedule": [self.rates(step / 16) for step in range(17)],
+                "schedule": [settings.rate_factor(step / 16) for step in range(17)],
             }  # fmt: skip
             self.checkpoints = Checkpoints(task.checkpoints, task.keep_checkpoints, identity)
         self.objective = self._objective()
@@ -133,39 +127,37 @@ class Loop:
             if self.held_out is not None:  # one that does not fit the model is refused before the first step
                 poutine.trace(self.model).get_trace(*self.held_out.first())
         scaled = speaks_for_the_data_set(trace, len(y), self.batches.size)
-        elbo, draws, world = settings["elbo"], settings["draws_per_batch"], self.fabric.world_size
-        if elbo == "auto" and self.task.validate:
-            elbo = "checked"
+        draws, world = settings.draws_per_batch, self.fabric.world_size
+        elbo = "checked" if settings.elbo == "auto" and self.task.validate else settings.elbo
         with in_mode(self.model, training=False):
             return Objective(
                 self.model, self.guide, self.first, dataset_size=self.batches.size,
-                draws=None if draws is None else max(draws // world, 1), stratified=settings["stratified"],
+                draws=None if draws is None else max(draws // world, 1), stratified=settings.stratified,
                 elbo=elbo, scaled=scaled, local_sites=local_sites_of(trace, len(y)),
             )  # fmt: skip
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = []
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if self.settings["freeze_weights"]:
+        if self.settings.freeze_weights:
             weights = []
-        rate, decay = self.settings["learning_rate"], self.settings["weight_decay"]
-        if decay:
-            # what the model has beside its layers, such as a Regressor's noise scale, is no weight
-            beside = set(self.model.parameters(recurse=False))
-            groups.append({"of": "model", "params": [p for p in weights if p in beside], "lr": rate})
-            weights = [p for p in weights if p not in beside]
-        groups.append({"of": "model", "params": weights, "lr": rate, "weight_decay": decay})
-        groups = [group for group in groups if group["params"]]
-        if isinstance(self.guide, nn.Module):
-            parameters = list(self.guide.parameters())
-            groups.append(
-                {"of": "guide", "params": parameters, "lr": self.settings["posterior_learning_rate"]}
-            )
+        # what the model has beside its layers, such as a Regressor's noise scale, is no weight
+        beside = set(self.model.parameters(recurse=False))
+        guide = self.guide.parameters() if isinstance(self.guide, nn.Module) else ()
+        parts: dict[Any, list[nn.Parameter]] = {
+            "others": [p for p in weights if p in beside],
+            "weights": [p for p in weights if p not in beside],
+            "posterior": list(guide),
+        }
+        groups = [
+            {"of": of, "params": parameters, **self.settings.optimizer_options(of)}
+            for of, parameters in parts.items()
+            if parameters
+        ]
         if not groups:
             raise ValueError("there is nothing to fit: no parameter requires a gradient")
         for group in groups:
             group["given_lr"] = group["lr"]
-        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(groups, fused=True)
 
     def _wrap(self) -> None:
         """Let several processes share the gradients; anew where tensors have changed their shapes."""
@@ -179,10 +171,10 @@ class Loop:
         for _ in self.epochs():
             pass
         self.kept_epoch = self.state.epoch
-        if self.settings["keep_best"] or self.interrupted:
+        if self.settings.keep_best or self.interrupted:
             restore(self.model, self.guide, self.best)
             self.kept_epoch = self.state.best_epoch
-        self.stopped_early = self.state.finished and self.state.epoch < self.settings["epochs"]
+        self.stopped_early = self.state.finished and self.state.epoch < self.settings.epochs
 
     def epochs(self) -> Iterator[int]:
         """One epoch after the other, from the newest checkpoint on where there is one; yields their numbers."""
@@ -194,12 +186,12 @@ class Loop:
             stop = stack.enter_context(StopRequest())
             resumed = self._resume()
             if self.guide is not None:
-                self.guide.kl_weight = float(self.settings["kl_weight"])  # type: ignore[attr-defined]
+                self.guide.kl_weight = self.settings.kl_weight  # type: ignore[attr-defined]
             for row in self.state.history:
                 self._log(row)
             self._wrap()
             display = stack.enter_context(
-                EpochProgress(self.phase, self.settings["epochs"], len(self.batches), enabled=show)
+                EpochProgress(self.phase, self.settings.epochs, len(self.batches), enabled=show)
             )
             display.resume(self.state.epoch * len(self.batches) + self.state.batch)
             while not self.state.finished and not self.interrupted:
@@ -216,7 +208,7 @@ class Loop:
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """In training mode; with `freeze_weights` no gradient is made for weights, and no statistic moves."""
-        freeze = self.settings["freeze_weights"]
+        freeze = self.settings.freeze_weights
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         if freeze:
             self.model.requires_grad_(False)
@@ -232,19 +224,19 @@ class Loop:
         begin = time.perf_counter()
         state, settings, fabric = self.state, self.settings, self.fabric
         epoch, count = state.epoch + 1, len(self.batches)
-        torch.manual_seed(_mixed(settings["seed"], epoch, fabric.global_rank))
-        order = torch.Generator().manual_seed(_mixed(settings["seed"], epoch, "order"))
+        torch.manual_seed(_mixed(settings.seed, epoch, fabric.global_rank))
+        order = torch.Generator().manual_seed(_mixed(settings.seed, epoch, "order"))
         batches = self.batches.epoch(order, start=state.batch)
         if resumed:
             set_generators(resumed, fabric.global_rank, fabric.device)
-        warm_up_steps, total = self._warm_up_steps(), settings["epochs"] * count
-        ramp = 1.0
+        total, ramp = settings.epochs * count, 1.0
         for x, y, weight, examples in batches:
             step = state.epoch * count + state.batch
-            ramp = min((step + 1) / warm_up_steps, 1.0) if warm_up_steps else 1.0
-            self._set_rates(self.rates(step / total))
+            if self.guide is not None:  # there is a KL to warm up
+                ramp = settings.kl_factor(step, total)
+            self._set_rates(settings.rate_factor(step / total))
             with fabric.autocast():
-                loss, likelihood = self.module(x, y, settings["kl_weight"] * ramp)
+                loss, likelihood = self.module(x, y, settings.kl_weight * ramp)
             # one synchronisation with an accelerator for both
             value, likelihood = (
                 float(number) for number in torch.stack([loss.detach(), likelihood]).tolist()
@@ -268,7 +260,7 @@ class Loop:
 
     def _step(self, loss: Tensor, *, last: bool) -> None:
         """Gradients of a batch, and a step where as many as `accumulate` are together."""
-        accumulate, done = self.settings["accumulate"], self.state.batch
+        accumulate, done = self.settings.accumulate, self.state.batch
         due = last or done % accumulate == 0
         if accumulate > 1:  # the last ones of an epoch may be fewer
             begun = (done - 1) // accumulate * accumulate
@@ -280,29 +272,21 @@ class Loop:
                 loss.backward()  # type: ignore[no-untyped-call]
         if not due:
             return
-        if self.settings["gradient_clip"] is not None:
-            for of in ("model", "guide"):
-                groups = [group for group in self.optimizer.param_groups if group["of"] == of]
+        if self.settings.gradient_clip is not None:
+            for of in (("others", "weights"), ("posterior",)):
+                groups = [group for group in self.optimizer.param_groups if group["of"] in of]
                 parameters = [parameter for group in groups for parameter in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.settings["gradient_clip"])
+                nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _set_rates(self, factor: float) -> None:
-        if not (math.isfinite(factor) and factor >= 0):
-            raise ValueError(f"schedule must give finite factors of 0 or more: got {factor!r}")
         for group in self.optimizer.param_groups:
             group["lr"] = group["given_lr"] * factor
 
-    def _warm_up_steps(self) -> int:
-        if self.guide is None:  # no KL to warm up
-            return 0
-        steps: float = self.settings["warm_up"] * self.settings["epochs"] * len(self.batches)
-        return round(steps)
-
     def _is_time_to_stop(self, stop: StopRequest, step: int) -> bool:
         """Whether this process, or of several any, was asked to stop, between two steps of the optimiser."""
-        if self.state.batch % self.settings["accumulate"]:
+        if self.state.batch % self.settings.accumulate:
             return False
         if self.fabric.world_size == 1:
             return stop.asked
@@ -318,10 +302,10 @@ class Loop:
         self._check_finite(epoch)
         loss, likelihood = self._means()
         state.epoch, state.batch, state.steps = epoch, 0, []
-        removed = self._remove(epoch) if settings["removal"] != "end" and ramp >= 1.0 else []
+        removed = self._remove(epoch) if settings.removal == "epoch" and ramp >= 1.0 else []
         if removed:  # whatever happens from here on, there is no way back to what had more structures
             state.best_epoch, self.best = epoch, state_of(self.model, self.guide)
-        row = self._row(epoch, loss, likelihood, settings["kl_weight"] * ramp)
+        row = self._row(epoch, loss, likelihood, settings.kl_weight * ramp)
         row["seconds"] = time.perf_counter() - begin
         state.history.append(row)
         score = self._score(row)
@@ -330,9 +314,9 @@ class Loop:
             state.best_score = math.inf if ramp < 1.0 else score
             state.best_epoch = epoch
             self.best = state_of(self.model, self.guide)
-        patience = settings["patience"]
+        patience = settings.patience
         waited = patience is not None and epoch - state.best_epoch >= patience
-        state.finished = waited or epoch == settings["epochs"]
+        state.finished = waited or epoch == settings.epochs
         if self.checkpoints is not None and removed and self.fabric.is_global_zero:
             self.checkpoints.append_to_ledger(removed)
         self._save()
@@ -384,7 +368,7 @@ class Loop:
         if self.guide is None:
             accuracy = row["validation_accuracy"]
             return float(row["validation_loss"] if math.isnan(accuracy) else -accuracy)
-        penalty = 0.0 if math.isnan(row["kl"]) else self.settings["kl_weight"] * row["kl"] / self.batches.size
+        penalty = 0.0 if math.isnan(row["kl"]) else self.settings.kl_weight * row["kl"] / self.batches.size
         return float(row["validation_loss"] + penalty)
 
     def _share_buffers(self) -> None:
@@ -423,22 +407,28 @@ class Loop:
                 if site in posterior
             )
 
-    def _kept(self) -> int:
-        if self.task.criterion is not None and self.guide is not None and self.settings["removal"] == "end":
+    def _kept(self) -> float:
+        """How many structures `reduce` would keep; NaN where they can't be counted."""
+        if self.criterion is None:
+            return math.nan
+        if self.settings.removal == "epoch":
+            return sum(int(layer.kept.sum()) for layer in noise_layers(self.model).values())
+        try:
             return int(self._plan().widths().after.sum())
-        return sum(int(layer.kept.sum()) for layer in noise_layers(self.model).values())
+        except Exception:
+            if "criterion" in self.settings.model_fields_set:
+                raise
+            return math.nan  # a count that nobody asked for ends no fit
 
     # removal ----------------------------------------------------------------------------------------
 
     def _plan(self) -> NetworkPlan:
-        assert self.task.criterion is not None
+        assert self.criterion is not None
         assert self.guide is not None
-        return reduce_structures(
-            self.model, self.guide, self.task.criterion, min_kept=self.settings["min_kept"]
-        )
+        return reduce_structures(self.model, self.guide, self.criterion, min_kept=self.settings.min_kept)
 
     def _remove(self, epoch: int) -> list[dict[str, Any]]:
-        """Take out, or fix at θ = 0, what the criterion removes; returns a row for each."""
+        """Take out what the criterion removes; returns a row for each."""
         assert isinstance(self.guide, AutoTruncatedLogNormal)
         # decided once: what is equal on all processes is still computed on each
         plan = self._plan()
@@ -457,13 +447,8 @@ class Loop:
         self.state.removals += rows
         layers = noise_layers(self.model)
         kept = {site: plan.kept_mask(site).to(layer.kept.device) for site, layer in layers.items()}
-        if self.settings["removal"] == "mask":
-            for site, layer in layers.items():
-                layer.kept.logical_and_(kept[site])
-                self.guide.site_posterior(site).kept.copy_(layer.kept)
-        else:
-            shrink(self.model, self.guide, kept, self.optimizer, input_of(self.model, self.first))
-            self._wrap()
+        shrink(self.model, self.guide, kept, self.optimizer, input_of(self.model, self.first))
+        self._wrap()
         return rows
 
     # checkpoints ------------------------------------------------------------------------------------

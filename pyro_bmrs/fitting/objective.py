@@ -15,8 +15,6 @@ from pyro_bmrs.inference.likelihoods import has_own_likelihood
 from pyro_bmrs.inference.packed import PackedLatents
 from pyro_bmrs.networks.noise import drawn_together, noise_layers
 
-ELBOS = ("auto", "fused", "packed", "pyro")
-
 
 class Objective(nn.Module):
     """Loss per example of a batch, -(log-likelihood)/B + weight · KL/N, in nats.

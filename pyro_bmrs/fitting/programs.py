@@ -10,15 +10,15 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.inputs import check_finite, check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.pruning.criteria import Criterion
 
 
-def check_programs(model: nn.Module, guide: Callable[..., Any] | None, criterion: Criterion | None) -> None:
+def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings: Settings) -> None:
     """Raise, naming the argument, unless a fit can be made of these."""
     check_module("model", model)
     if guide is not None and not callable(guide):
@@ -29,7 +29,8 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, criterion
         raise ValueError(f"guide must be given for a model with noise layers {sites}")
     if guide is not None and not sites:
         raise ValueError("model must hold MultiplicativeNoise layers when a guide is given: it has none")
-    if criterion is not None and not isinstance(guide, AutoTruncatedLogNormal):
+    asked = "criterion" in settings.model_fields_set or settings.removal == "epoch"
+    if asked and not isinstance(guide, AutoTruncatedLogNormal):
         raise TypeError("criterion needs an AutoTruncatedLogNormal guide; use reduce() after the fit instead")
 
 

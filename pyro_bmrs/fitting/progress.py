@@ -25,7 +25,7 @@ class EpochProgress(Progress):
         words = f"loss {row['loss']:.4f}"
         if row["validation_accuracy"] == row["validation_accuracy"]:
             words += f", validation accuracy {100 * row['validation_accuracy']:.2f} %"
-        if self.what == "fit":
+        if row["kept"] == row["kept"]:  # NaN where they can't be counted
             words += f", {row['kept']} structures kept"
         done = row["epoch"]
         self.note(words)

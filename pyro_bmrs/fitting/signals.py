@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -52,16 +50,3 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handling.__exit__(kind, error, trace)
-
-
-@contextmanager
-def passing_on_signals() -> Iterator[None]:
-    """A context in which SIGINT and SIGTERM ask the processes started from here to stop, and this one waits."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in multiprocessing.active_children():
-            if process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM)
-
-    with _handled_by(pass_on):
-        yield

@@ -372,7 +372,7 @@ def _settings(
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     groups: list[tuple[str, Mapping[str, Any]]] = [
         ("Run", settings or {}),
-        ("Fit", {} if fit is None else fit.settings),
+        ("Fit", {} if fit is None else dict(fit.settings)),
         ("Rule", asdict(plan.rule)),
         ("Diagnosis", {} if diagnosis is None else diagnosis.facts),
     ]

@@ -96,7 +96,7 @@ def methods(
     fit: Fit | None, plan: Plan, diagnosis: Diagnosis | None, settings: Mapping[str, Any] | None
 ) -> str:
     """A paragraph for a paper, of nothing but what was done."""
-    known = {**(fit.settings if fit is not None else {}), **(settings or {})}
+    known = {**dict(fit.settings if fit is not None else {}), **(settings or {})}
     table, widths = plan.table, plan.widths()
     rule = plan.rule
     history = fit.history if fit is not None else None

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.files import read_table, read_text, refuse_newer
-from pyro_bmrs.runs.recipe import Settings
 from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.runs.settings import RunSettings
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
@@ -36,7 +36,7 @@ class RunFolder:
         self.folder = Path(folder)
 
     def stored_settings(self) -> dict[str, Any] | None:
-        """settings (Settings), fit (the part of them the posterior was fitted with), recipe (its name)."""
+        """settings (RunSettings), fit (the part of them the posterior was fitted with), recipe (its name)."""
         path = self.folder / "settings.json"
         if not path.exists():
             return None
@@ -50,7 +50,7 @@ class RunFolder:
         refuse_newer(path, "run", version, VERSION)
         try:
             return {
-                "settings": Settings(**document["settings"]),
+                "settings": RunSettings(**document["settings"]),
                 "fit": dict(document["fit"]),
                 "recipe": str(document["recipe"]),
             }

@@ -1,11 +1,10 @@
-"""A recipe, the Python file that says what network to fit and how; and the settings of a run."""
+"""A recipe, the Python file that says what network to fit and how."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,6 @@ from torch import nn
 
 from pyro_bmrs.data import Dataset
 from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier
-from pyro_bmrs.pruning.criteria import parse_criterion
 
 
 @contextmanager
@@ -101,109 +99,3 @@ class Recipe:
                 f"recipe {self.path}: {function} must return a {kind.__name__}: got {type(result).__name__}"
             )
         return result
-
-
-# Settings that earlier versions did not have, and as what these acted: runs of theirs are the same as with them.
-LATER_SETTINGS: dict[str, Any] = {"weight_decay": 0.0, "validation_fraction": 0.2}
-
-
-def known_before(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that an earlier version had no need to name."""
-    return {
-        name: value
-        for name, value in settings.items()
-        if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]
-    }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that shapes a run. Fields up to `limit` shape the fit, the rest what is done with it.
-
-    What `fit` and `load_data` check before any work is done is not checked here again.
-    """
-
-    data: str = "digits"
-    seed: int = 0
-    epochs: int = 30
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    posterior_learning_rate: float = 5e-3
-    kl_weight: float = 1.0
-    warm_up: float = 0.25
-    draws_per_batch: int = 16
-    removal: str = "end"
-    schedule: str = "constant"
-    weight_decay: float = 0.0
-    gradient_clip: float | None = None
-    accumulate: int = 1
-    patience: int | None = None
-    precision: str = "32"
-    image_size: int | None = None
-    network: dict[str, Any] | None = None
-    validation_fraction: float = 0.2
-    limit: int | None = None
-    criterion: str = "BMRS_N"
-    prior_log_odds: float | None = None
-    min_kept: int = 1
-    round_to: int | None = None
-    recalibrate: bool = True
-    fine_tune: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least, allowed in (
-            ("batch_size", 1, "a number of examples, 1 or more"),
-            ("min_kept", 1, "a number of structures, 1 or more"),
-            ("draws_per_batch", 0, "a number of draws, 1 or more, or 0 for one per example"),
-            ("fine_tune", 0, "a number of epochs, 0 or more"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be {allowed}: got {value!r}")
-        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
-            raise ValueError(
-                f"round_to must be a number of channels, 1 or more, or None: got {self.round_to!r}"
-            )
-        if not isinstance(self.recalibrate, bool):
-            raise ValueError(f"recalibrate must be True or False: got {self.recalibrate!r}")
-        if not isinstance(self.criterion, str):
-            raise ValueError(f"criterion must be a name such as 'BMRS_N': got {self.criterion!r}")
-        parse_criterion(self.criterion, self.prior_log_odds)
-        try:
-            # as settings.json will give it back, with lists for tuples
-            network = json.loads(json.dumps(self.network))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"network must hold what JSON can: got {self.network!r} ({error})") from None
-        if not isinstance(network, dict | None):
-            raise ValueError(f"network must be a dict of arguments of the recipe's network: got {network!r}")
-        object.__setattr__(self, "network", network)
-
-    @classmethod
-    def of(cls, recipe: Recipe, data: str, overrides: Mapping[str, Any]) -> Settings:
-        """The recipe's settings for `data`, with the given ones (None: not given) laid over them."""
-        chosen = recipe.settings(data)
-        known = {field.name for field in fields(cls)} - {"data"}
-        unknown = sorted(map(str, set(chosen) - known))
-        if unknown:
-            raise ValueError(
-                f"recipe {recipe.path} must have known names in SETTINGS, {sorted(known)}: got {unknown}"
-            )
-        return cls(**chosen, data=data).changed(overrides)
-
-    def changed(self, overrides: Mapping[str, Any]) -> Settings:
-        """These settings with the given ones (None: not given) laid over them.
-
-        Another criterion leaves the prior log-odds behind, which belong to the one before.
-        """
-        given = {name: value for name, value in overrides.items() if value is not None}
-        if "criterion" in given:
-            given.setdefault("prior_log_odds", None)
-        return replace(self, **given)
-
-    def of_fit(self) -> dict[str, Any]:
-        """The part that a fitted posterior depends on."""
-        names = [field.name for field in fields(self)]
-        kept = names[: names.index("limit") + 1]
-        if self.removal != "end":  # then the criterion has a hand in the fit
-            kept += ["criterion", "prior_log_odds", "min_kept"]
-        return {name: getattr(self, name) for name in kept}

@@ -9,7 +9,6 @@ import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,9 +23,6 @@ from torch import Tensor, nn
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.data.sources import is_at_hand
-from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
-from pyro_bmrs.reports import report
-from pyro_bmrs.quality.diagnosis import DRAWS
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
 from pyro_bmrs.files import (
     NewerFileError,
@@ -38,7 +34,6 @@ from pyro_bmrs.files import (
 )
 from pyro_bmrs.fitting import Fit, fit
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
-from pyro_bmrs.fitting.devices import check_devices
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference import Classifier, evaluate, recalibrate
 from pyro_bmrs.inference.predict import predict
@@ -48,12 +43,15 @@ from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 from pyro_bmrs.networks.inputs import check_finite
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.runs.recipe import LATER_SETTINGS, Recipe, Settings, blamed, known_before
-from pyro_bmrs.pruning.criteria import parse_criterion
 from pyro_bmrs.pruning.binding import check_examples
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
+from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
+from pyro_bmrs.quality.diagnosis import DRAWS
+from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, FIT_FILES, FORMAT, REDUCE_FILES, REPORT_FILES, VERSION, RunFolder
+from pyro_bmrs.runs.recipe import Recipe, blamed
+from pyro_bmrs.runs.settings import RunSettings
 
 LOGGERS = ("csv", "tensorboard")
 # What is foreign to a data set, of the same form: to see whether a network knows that it does not know.
@@ -120,10 +118,9 @@ class Run(RunFolder):
         folder: where the files are, or will be.
         recipe: the recipe; default the copy that the folder holds.
         settings: default those that the folder holds.
-        changes: to the settings that the folder holds, by name; None: no change.
+        changes: to the settings that the folder holds, by name.
         data_root: where the data sets are.
         device: where to compute: "auto" is the accelerator where there is one.
-        devices: how many, or "auto" for all.
         logger: "csv" or "tensorboard": also write the history, while it grows, to logs/ in the folder.
         progress: show progress.
         overwrite: whether a fit with other settings or another recipe in the folder may be replaced.
@@ -137,33 +134,31 @@ class Run(RunFolder):
         self,
         folder: Path | str,
         recipe: Recipe | None = None,
-        settings: Settings | None = None,
+        settings: RunSettings | None = None,
         *,
         changes: Mapping[str, Any] | None = None,
         data_root: Path | str | None = None,
         device: str = "auto",
-        devices: int | str = 1,
         logger: str | None = None,
         progress: bool = True,
         overwrite: bool = False,
     ) -> None:
         super().__init__(folder)
         self.progress, self.overwrite, self.is_held = progress, overwrite, False
-        check_devices(None, devices, "32")
         if logger not in (None, *LOGGERS):
             raise ValueError(f"logger must be one of {LOGGERS} or None: got {logger!r}")
         if logger == "tensorboard" and not find_spec("tensorboard"):
             raise ValueError("logger tensorboard needs the package: pip install pyro-bmrs[tensorboard]")
-        self.devices, self.logger, self.data_root = devices, logger, data_root
+        self.logger, self.data_root = logger, data_root
         self._foreign_inputs: dict[str, Tensor] = {}
         stored = None if overwrite else self.stored_settings()
         if recipe is None or settings is None:
             if stored is None:
                 raise ValueError(f"run must be a folder with a settings.json: {self.folder} has none")
             recipe = recipe or Recipe.read(self.folder / "recipe.py", stored["recipe"])
-            settings = settings or stored["settings"].changed(changes or {})
+            settings = settings or stored["settings"].changed(**(changes or {}))
         elif stored is not None and self.has("posterior.safetensors"):
-            before, now = LATER_SETTINGS | stored["fit"], settings.of_fit()
+            before, now = stored["fit"], settings.of_fit()
             changed = [
                 f"{name} {before.get(name)!r} → {now.get(name)!r}"
                 for name in dict.fromkeys([*now, *before])
@@ -213,7 +208,7 @@ class Run(RunFolder):
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "settings": asdict(self.settings),
+            "settings": self.settings.model_dump(mode="json"),
             "fit": self.fitted_with,
             "recipe": self.recipe.name,
             "versions": _versions(),
@@ -249,27 +244,18 @@ class Run(RunFolder):
         if self.has("posterior.safetensors") and not self.overwrite:
             self.load_posterior()
             return None
-        settings = self.settings
         self._clear_unfinished()
         self._check_shrinkable()
         result = fit(
-            self.model, self.guide, self.dataset.train, self.dataset.validation, epochs=settings.epochs,
-            batch_size=settings.batch_size, learning_rate=settings.learning_rate,
-            posterior_learning_rate=settings.posterior_learning_rate, kl_weight=settings.kl_weight,
-            warm_up=settings.warm_up, draws_per_batch=settings.draws_per_batch or None,
-            criterion=parse_criterion(settings.criterion, settings.prior_log_odds),
-            removal=settings.removal, min_kept=settings.min_kept, patience=settings.patience,
-            weight_decay=settings.weight_decay, gradient_clip=settings.gradient_clip,
-            accumulate=settings.accumulate, schedule=settings.schedule, precision=settings.precision,
-            seed=settings.seed, checkpoints=self.folder / "checkpoints" / "fit", overwrite=self.overwrite,
-            label=self._fit_name(), device=self.device,
-            devices=self.devices, logger=self._logger("fit"), progress=self.progress,
+            self.model, self.guide, self.dataset.train, self.dataset.validation, self.settings,
+            checkpoints=self.folder / "checkpoints" / "fit", overwrite=self.overwrite, label=self._fit_name(),
+            device=self.device, logger=self._logger("fit"), progress=self.progress,
         )  # fmt: skip
         if result.interrupted:
             raise Interrupted(
                 f"interrupted in epoch {len(result.history) + 1}; the same command goes on from there"
             )
-        self.fitted_with = settings.of_fit()
+        self.fitted_with = self.settings.of_fit()
         copied = self.folder / "recipe.py"
         # the posterior is what says that the folder holds a fit: it goes first and comes last
         self._clear("posterior.safetensors")
@@ -330,9 +316,8 @@ class Run(RunFolder):
         """Reduce, apply, fine-tune, evaluate, and write plan, tables and the small network."""
         settings = self.settings
         self._clear_unfinished()
-        criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
         plan = reduce_structures(
-            self.model, self.guide, criterion,
+            self.model, self.guide, settings.made_criterion(),
             min_kept=settings.min_kept, round_to=settings.round_to,
         ).bound_to(self.network, self._example)  # fmt: skip
         small = plan.apply()
@@ -356,11 +341,8 @@ class Run(RunFolder):
         removals = self._removals(plan, len(history))
         if settings.fine_tune:
             tuned = fit(
-                model, None, self.dataset.train, self.dataset.validation, epochs=settings.fine_tune,
-                batch_size=settings.batch_size, learning_rate=settings.learning_rate, schedule="cosine",
-                weight_decay=settings.weight_decay, gradient_clip=settings.gradient_clip,
-                accumulate=settings.accumulate, precision=settings.precision, seed=settings.seed, checkpoints=tuning,
-                devices=self.devices, logger=self._logger("fine-tune"), progress=self.progress,
+                model, None, self.dataset.train, self.dataset.validation, settings.of_fine_tuning(),
+                checkpoints=tuning, logger=self._logger("fine-tune"), progress=self.progress,
             )  # fmt: skip
             if tuned.interrupted:
                 raise Interrupted(
@@ -388,13 +370,13 @@ class Run(RunFolder):
 
     def _fit_name(self) -> str:
         """Other for each recipe and for all settings of a fit, those included that `fit` does not see."""
-        content = self.recipe.path.read_bytes() + json.dumps(known_before(self.settings.of_fit())).encode()
+        content = self.recipe.path.read_bytes() + json.dumps(self.settings.of_fit()).encode()
         return hashlib.sha256(content).hexdigest()
 
     def _reduction_name(self) -> str:
         """Other for each posterior and each way of reducing it."""
         content = (self.folder / "posterior.safetensors").read_bytes()
-        content += json.dumps(known_before(asdict(self.settings))).encode()
+        content += self.settings.model_dump_json().encode()
         return hashlib.blake2b(content, digest_size=4).hexdigest()
 
     def _model_of(self, small: nn.Module) -> nn.Module:
@@ -439,8 +421,9 @@ class Run(RunFolder):
             write_table(self.folder / "curve.csv", curve)
         epochs = int((history.phase == "fit").sum())
         return report(
-            Fit(history, removals[removals.phase == "fit"], asdict(self.settings), best_epoch=epochs), plan,
-            self.folder / "report.html", costs=self.read_table("costs.csv").set_index("cost"), curve=curve, evaluation=evaluation,
+            Fit(history, removals[removals.phase == "fit"], self.settings, best_epoch=epochs), plan,
+            self.folder / "report.html", costs=self.read_table("costs.csv").set_index("cost"), curve=curve,
+            evaluation=evaluation,
             diagnosis=None if draws == 0 else self._diagnosis(plan, draws, foreign),
             settings={"recipe": self.recipe.name, "data": str(self.dataset), **_versions()},
         )  # fmt: skip

@@ -8,56 +8,57 @@ Every combination is a cell, and every cell the folder of a `pyro_bmrs.runs.run.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator, Field
 
 from pyro_bmrs.files import read_text
-from pyro_bmrs.fitting.devices import PRECISIONS
-from pyro_bmrs.fitting.loop import SCHEDULES
-from pyro_bmrs.runs.recipe import Recipe, Settings
+from pyro_bmrs.fitting.settings import Checked
 from pyro_bmrs.runs.folder import FIT_FILES
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.settings import RunSettings
 from pyro_bmrs.runs.shipped import find_recipe
 
 # The axes of a study: the key in its file, and the setting that the key's values are given to.
 _AXES = {"data": "data", "kl_weights": "kl_weight", "criteria": "criterion", "seeds": "seed"}
-_SETTING_TYPES = get_type_hints(Settings)
-_KEYS = {
-    "out": str, "recipes": str, **{key: _SETTING_TYPES[name] for key, name in _AXES.items()},
-    "settings": dict, "jobs": int, "threads": int, "backend": str,
-}  # fmt: skip
-_REQUIRED = ("out", "recipes", "data")
 _BACKENDS = ("processes", "ray")
-_WORDS = {
-    str: "text", bool: "true or false", int: "a whole number", dict: "a mapping", type(None): "null",
-    float: "a number (YAML reads 1.0e-3 as one, and 1e-3 as text)",
-}  # fmt: skip
-_REMOVALS = ("end", "epoch", "mask")
 
-# What `Settings` leaves to the fit and to the reading of data, where it would be an error of every single cell.
-_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (("seed",), "0 or more", lambda value: value >= 0),
-    (("epochs", "accumulate", "patience", "image_size"), "1 or more", lambda value: value >= 1),
-    (("limit",), "2 or more", lambda value: value >= 2),
-    (
-        ("learning_rate", "posterior_learning_rate", "kl_weight", "weight_decay"),
-        "finite and not negative",
-        lambda value: 0 <= value < math.inf,
-    ),
-    (("gradient_clip",), "finite and positive", lambda value: 0 < value < math.inf),
-    (("warm_up",), "from 0 to 1", lambda value: 0 <= value <= 1),
-    (("validation_fraction",), "between 0 and 1", lambda value: 0 < value < 1),
-    (("removal",), f"one of {', '.join(_REMOVALS)}", _REMOVALS.__contains__),
-    (("schedule",), f"one of {', '.join(SCHEDULES)}", SCHEDULES.__contains__),
-    (("precision",), f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__),
+type _OneOrMore[Value] = Annotated[
+    list[Value],
+    Field(min_length=1),
+    BeforeValidator(lambda values: values if isinstance(values, list) else [values]),
+]
+
+
+class _Document(Checked):
+    """What a study's file may hold. A key of the axes that is not there leaves the setting to the recipe."""
+
+    out: str
+    recipes: _OneOrMore[str]
+    data: _OneOrMore[str]
+    kl_weights: _OneOrMore[float] = []
+    criteria: _OneOrMore[str] = []
+    seeds: _OneOrMore[int] = []
+    settings: dict[str, Any] = {}
+    jobs: int = 1
+    threads: int = 1
+    backend: str = "processes"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
 )
 
 
@@ -73,12 +74,12 @@ class Cell:
     """
 
     recipe: Path
-    settings: Settings
+    settings: RunSettings
     folder: Path
     fit: Path
 
     @classmethod
-    def of(cls, recipe: Path, settings: Settings, out: Path) -> Cell:
+    def of(cls, recipe: Path, settings: RunSettings, out: Path) -> Cell:
         """The cell with its folder in `out`, of a name that depends on nothing but the cell itself."""
         criterion = settings.criterion.replace("=", "")
         weight = f"w{settings.kl_weight}".removesuffix(".0")
@@ -170,29 +171,20 @@ class Study:
 
     @classmethod
     def _of(cls, document: dict[str, Any], place: Path) -> Study:
-        _check_names("keys", document, _KEYS)
-        missing = [key for key in _REQUIRED if key not in document]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given: got {', '.join(document) or 'no key'}")
-        recipes = _values(document, "recipes")
-        axes = [_values(document, key) for key in _AXES]
-        plain = {key: value for key, value in document.items() if key not in (*_AXES, "recipes")}
-        for key, value in plain.items():
-            _check_type(key, value, _KEYS[key])
-        out, settings = Path(plain.pop("out")), plain.pop("settings", {})
-        _check_names("settings", settings, [name for name in _SETTING_TYPES if name not in _AXES.values()])
-        for name, value in settings.items():
-            _check_type(f"settings: {name}", value, _SETTING_TYPES[name])
+        _check_names("keys", document, _Document.model_fields)
+        asked = _Document(**document)
+        axes = {name: getattr(asked, key) for key, name in _AXES.items() if getattr(asked, key)}
+        free = [name for name in RunSettings.model_fields if name not in _AXES.values()]
+        _check_names("settings", asked.settings, free)
         cells = []
-        for given in recipes:
+        for given in asked.recipes:
             recipe = Recipe.read(os.path.normpath(find_recipe(given, place)))
-            for data, *values in product(*axes):
-                varied = dict(zip([*_AXES.values()][1:], values, strict=True))
-                # null is a value here, where the recipe says otherwise
-                chosen = replace(Settings.of(recipe, data, varied), **settings)
-                _check_values(chosen)
-                cells.append(Cell.of(recipe.path, chosen, out))
-        return cls(out, tuple(_with_fits(cells)), **plain)
+            for values in product(*axes.values()):
+                varied = dict(zip(axes, values, strict=True))
+                settings = RunSettings.of(recipe, varied.pop("data"), varied).changed(**asked.settings)
+                cells.append(Cell.of(recipe.path, settings, Path(asked.out)))
+        cells = _with_fits(cells)
+        return cls(Path(asked.out), tuple(cells), asked.jobs, asked.threads, asked.backend)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -204,7 +196,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         # a few lines of them stand for more than any memory holds
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise ValueError("must have no aliases (*name)")
-        document, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        document, node = yaml.load(text, _Loader), yaml.compose(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"is not YAML ({error})") from error
     if not isinstance(document, dict) or node is None:
@@ -225,37 +217,6 @@ def _check_names(what: str, given: Iterable[object], allowed: Collection[str]) -
     unknown = [repr(name) for name in given if name not in allowed]
     if unknown:
         raise ValueError(f"{what} must be of {', '.join(allowed)}: got {', '.join(unknown)}")
-
-
-def _check_type(what: str, value: object, allowed: Any) -> None:
-    """Raise ValueError unless the value is of the type, by YAML's lights: true is no number, 3 is a float."""
-    kinds = tuple(get_origin(kind) or kind for kind in get_args(allowed) or (allowed,))
-    fitting = (*kinds, int) if float in kinds else kinds
-    if not isinstance(value, fitting) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{what} must be {' or '.join(_WORDS[kind] for kind in kinds)}: got {value!r}")
-
-
-def _values(document: dict[str, Any], key: str) -> list[Any]:
-    """The values of a key that takes one or a list; [None], the recipe's own, if it is not there."""
-    if key not in document:
-        return [None]
-    values = document[key] if isinstance(document[key], list) else [document[key]]
-    if not values:
-        raise ValueError(f"{key} must have one value or more: got []")
-    for value in values:
-        _check_type(f"each of {key}", value, _KEYS[key])
-    return values
-
-
-def _check_values(settings: Settings) -> None:
-    """Raise ValueError for a setting of a cell, the recipe's or the file's, that a fit would refuse."""
-    whole = asdict(settings)
-    for name, value in whole.items():
-        _check_type(name, value, _SETTING_TYPES[name])
-    for names, words, allows in _RULES:
-        for name in names:
-            if whole[name] is not None and not allows(whole[name]):
-                raise ValueError(f"{name} must be {words}: got {whole[name]!r}")
 
 
 def _with_fits(cells: list[Cell]) -> list[Cell]:

@@ -206,15 +206,14 @@ def test_regression_fits():
     assert math.isnan(result.history.validation_accuracy.iloc[-1])
 
 
-@pytest.mark.parametrize("removal", ["epoch", "mask"])
-def test_removal_after_each_epoch_is_for_good_and_logged(removal):
+def test_removal_after_each_epoch_is_for_good_and_logged():
     model, guide, result = fitted(
-        epochs=60, kl_weight=5.0, criterion=bmrs.BMRS_N(), removal=removal, keep_best=True
+        epochs=60, kl_weight=5.0, criterion=bmrs.BMRS_N(), removal="epoch", keep_best=True
     )
     layer = noise_layers(model)["2"]
     gone = set(range(12)) - set(layer.units[layer.kept].tolist())
     assert gone
-    assert layer.features == model.net[0].out_features == (12 - len(gone) if removal == "epoch" else 12)
+    assert layer.features == model.net[0].out_features == 12 - len(gone)
     assert set(result.removals.unit) == gone
     assert not result.removals.unit.duplicated().any()
     assert (result.removals.score >= 0).all()
@@ -223,6 +222,63 @@ def test_removal_after_each_epoch_is_for_good_and_logged(removal):
     assert set(plan.table.unit[plan.table.removed]) == gone
     assert int((guide.mean()["2"] > 0).sum()) == 12 - len(gone)
     assert result.history.parameters.iloc[-1] == sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_printed_of_a_fit_is_what_reduce_keeps():
+    """Without a word about the criterion, which is `reduce`'s own."""
+    model, guide, result = fitted(epochs=60, kl_weight=5.0)
+    kept = int(bmrs.reduce(model, guide, bmrs.BMRS_N()).widths().after.sum())
+    assert kept < 12
+    assert f", {kept} structures kept" in str(result)
+
+
+def test_nothing_is_printed_that_a_fit_does_not_have():
+    x, y = data()
+    tuned = bmrs.fit(Classifier(nn.Linear(6, 2)), None, (x, y), (x, y), epochs=1, **QUIET)
+    assert tuned.history.kept.isna().all()
+    assert "structures" not in str(tuned)
+    assert "validation accuracy" in str(tuned)
+    regression = bmrs.fit(Regressor(nn.Linear(6, 1)), None, (x, x[:, :1]), (x, x[:, :1]), epochs=1, **QUIET)
+    assert "accuracy" not in str(regression)
+    assert "nan" not in str(regression)
+
+
+def test_a_count_that_nobody_asked_for_ends_no_fit(monkeypatch):
+    def fail(*_, **__):
+        raise ArithmeticError("a score is not finite")
+
+    monkeypatch.setattr("pyro_bmrs.fitting.loop.reduce", fail)
+    _, _, result = fitted(epochs=2)
+    assert result.history.kept.isna().all()
+    with pytest.raises(ArithmeticError, match="not finite"):
+        fitted(epochs=2, criterion="BMRS_N")
+
+
+def test_settings_are_given_whole_or_by_name_and_kept_with_the_fit():
+    settings = bmrs.Settings(epochs=2, batch_size=50, kl_weight=3)
+    _, _, result = fitted()
+    assert result.settings == bmrs.Settings(
+        epochs=4, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2
+    )
+    model = Classifier(network())
+    guide = AutoTruncatedLogNormal(model)
+    result = bmrs.fit(model, guide, data(), None, settings, epochs=1, **QUIET)
+    assert result.settings == settings.changed(epochs=1)
+    assert len(result.history) == 1
+    assert guide.kl_weight == 3.0
+    with pytest.raises(TypeError, match="settings must be a Settings or None"):
+        bmrs.fit(model, guide, data(), None, {"epochs": 1}, **QUIET)
+
+
+def test_an_error_inside_a_fit_is_one_line_without_a_table_of_sites():
+    x, y = data()
+    model = Classifier(network())
+    one_hot = nn.functional.one_hot(y, 2).float()
+    with pytest.raises(ValueError, match="y") as caught:
+        bmrs.fit(model, AutoTruncatedLogNormal(model), (x, one_hot), epochs=1, **QUIET)
+    assert "\n" not in str(caught.value)
+    assert "Trace Shapes" not in str(caught.value)
+    assert "Trace Shapes" in str(caught.value.__cause__)
 
 
 def test_ctrl_c_leaves_a_usable_state(monkeypatch):
@@ -254,21 +310,19 @@ def test_nan_in_the_data_stops_with_the_last_good_parameters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(epochs=0), "epochs must be a positive integer: got 0"),
-        (dict(epochs=2.5), "epochs must be a positive integer: got 2.5"),
+        (dict(epochs=0), "epochs must be greater than or equal to 1: got 0"),
+        (dict(epochs=2.5), "epochs must be a whole number: got 2.5"),
         (dict(batch_size=-1), "batch_size must be"),
-        (dict(learning_rate=math.nan), "learning_rate must be finite"),
+        (dict(learning_rate=math.nan), "learning_rate must be a finite number: got nan"),
         (dict(posterior_learning_rate=-1.0), "posterior_learning_rate"),
-        (dict(kl_weight=-0.5), "kl_weight must be finite and not negative: got -0.5"),
-        (dict(warm_up=1.5), "warm_up must be a share"),
+        (dict(kl_weight=-0.5), "kl_weight must be greater than or equal to 0: got -0.5"),
+        (dict(warm_up=1.5), "warm_up must be less than or equal to 1: got 1.5"),
         (dict(draws_per_batch=0), "draws_per_batch"),
         (dict(seed=-1), "seed"),
-        (
-            dict(schedule="step"),
-            r"schedule must be one of \('constant', 'cosine', 'linear'\) or a function: got 'step'",
-        ),
-        (dict(removal="sometimes"), "removal must be one of"),
-        (dict(removal="epoch"), "criterion must be given"),
+        (dict(schedule="step"), "schedule must be one of constant, cosine, linear or a function: got 'step'"),
+        (dict(removal="sometimes"), "removal must be 'end' or 'epoch': got 'sometimes'"),
+        (dict(speed=3), "settings must be among epochs, .*: got 'speed'"),
+        (dict(keep_checkpoints=0), "keep_checkpoints must be"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(options, message):

@@ -7,12 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from small_fits import CASES, SmallFit, data, residual
-from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, NetworkPlan
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
-from pyro_bmrs.inference import evaluate, packed
+from pyro_bmrs.inference import evaluate
 from pyro_bmrs.networks import noise_layers
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.export import save_weights
@@ -266,37 +265,3 @@ def test_a_second_fit_goes_on_in_what_is_left(tmp_path):
     path = fit.reduce()
     path.apply()
     assert repr(path.rebuild(fit.fresh())) == repr(small)
-
-
-@pytest.mark.parametrize("case", ["removal", "statistics", "inserted"])
-def test_taking_out_is_fixing_at_zero(case, monkeypatch):
-    """removal="epoch" and "mask" are one fit where both draw the same θ: here always the median.
-
-    In float64: the gradient of a bias before a BatchNorm is rounding alone, which Adam makes whole steps of.
-    """
-    monkeypatch.setattr(
-        packed, "uniforms", lambda draws, units, **_: torch.full((draws, units), 0.5, dtype=torch.float64)
-    )
-    fits = {removal: SmallFit(case) for removal in ("epoch", "mask")}
-    for fit in fits.values():
-        fit.model.double()
-        for module in fit.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # it draws as many numbers as it has inputs
-    results = {removal: fit.run(None, removal=removal)[0] for removal, fit in fits.items()}
-    removals = {
-        removal: result.removals.sort_values(["epoch", "layer", "unit"])
-        for removal, result in results.items()
-    }
-    columns = ["epoch", "layer", "unit"]
-    assert removals["epoch"].epoch.nunique() > 1
-    assert removals["epoch"][columns].to_numpy().tolist() == removals["mask"][columns].to_numpy().tolist()
-    assert removals["epoch"].score.tolist() == pytest.approx(removals["mask"].score.tolist(), rel=1e-6)
-    for column in ("loss", "log_likelihood", "kl", "validation_loss", "kept"):
-        one, other = (results[removal].history[column].tolist() for removal in fits)
-        assert one == pytest.approx(other, rel=1e-7), column
-    ends = [predictions(fit.model, fit.guide, X.double()) for fit in fits.values()]
-    torch.testing.assert_close(ends[0], ends[1], atol=1e-7, rtol=1e-7)
-    smalls = [bmrs.reduce(fit.model, fit.guide, bmrs.BMRS_N()) for fit in fits.values()]
-    assert smalls[0].kept == smalls[1].kept
-    assert repr(smalls[0].apply()) == repr(smalls[1].apply())

@@ -11,7 +11,8 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import remove_structures
-from pyro_bmrs.runs.recipe import Recipe, Settings
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.settings import RunSettings
 
 FOLDER = Path(__file__).parents[2] / "models"
 # the others are Pyro programs without a network: test_programs.py
@@ -39,7 +40,7 @@ PAPER = {
 def built(name, data):
     """(settings, network, model, guide, batch) for random examples of the shape a data set has."""
     recipe = RECIPES[name]
-    settings = Settings.of(recipe, data, {})
+    settings = RunSettings.of(recipe, data, {})
     channels, side, _ = RAW_SHAPES[data]
     side = settings.image_size or side
     x = torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(0))
@@ -56,7 +57,7 @@ def test_the_three_recipes_are_there():
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_has_settings_for_any_data_set(name):
     assert "default" in RECIPES[name].module.SETTINGS
-    assert Settings.of(RECIPES[name], "my.npz", {}).epochs > 0
+    assert RunSettings.of(RECIPES[name], "my.npz", {}).epochs > 0
 
 
 @pytest.mark.parametrize(("name", "data"), CASES)

@@ -21,8 +21,9 @@ from pyro_bmrs.data import load_data
 from pyro_bmrs.files import held
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs.recipe import LATER_SETTINGS, Recipe, Settings
+from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
+from pyro_bmrs.runs.settings import RunSettings
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 CONTRACT = {
@@ -123,19 +124,6 @@ def test_other_fit_settings_are_refused(copied, capsys):
     assert stamps(copied) == before
 
 
-def test_a_run_of_an_earlier_version_is_the_same_run(copied, capsys):
-    """One whose settings lack those that came later."""
-    path = copied / "settings.json"
-    document = json.loads(path.read_text())
-    for name in LATER_SETTINGS:
-        del document["settings"][name], document["fit"][name]
-    path.write_text(json.dumps(document))
-    assert call("run", RECIPE, "--out", copied, "--quiet") == 0
-    assert "complete" in capsys.readouterr().out
-    assert call("run", RECIPE, "--out", copied, "--quiet", "--weight-decay", "0.1") == 2
-    assert "weight_decay 0.0 → 0.1" in capsys.readouterr().err
-
-
 def test_another_recipe_is_refused(copied, tmp_path, capsys):
     other = tmp_path / "tiny_recipe.py"
     other.write_text(RECIPE.read_text() + "\n# another\n")
@@ -208,6 +196,23 @@ def test_another_criterion_leaves_the_old_log_odds_behind(tmp_path):
     assert call("fit", RECIPE, "--out", folder, "--quiet", "--epochs", "1", "--prior-log-odds", "0") == 0
     assert Run(folder, changes={"criterion": "SNR"}).settings.prior_log_odds is None
     assert Run(folder, changes={"fine_tune": 3}).settings.prior_log_odds == 0
+
+
+def test_none_unsets_what_a_run_or_a_recipe_had(copied, tmp_path, capsys):
+    assert call("reduce", copied, "--round-to", "4", "--fine-tune", "0", "--quiet") == 0
+    assert Run(copied).settings.round_to == 4
+    assert call("reduce", copied, "--round-to", "none", "--quiet") == 0
+    assert Run(copied).settings.round_to is None
+    assert Run(copied).settings.fine_tune == 0
+    path = tmp_path / "limited.py"
+    path.write_text(RECIPE.read_text().replace('"limit": 200', '"limit": 200, "round_to": 8, "patience": 3'))
+    line = ("--out", tmp_path / "new", "--quiet", "--round-to", "none", "--patience", "none", "--epochs", "1")
+    assert call("fit", path, *line) == 0
+    settings = Run(tmp_path / "new").settings
+    assert (settings.round_to, settings.patience, settings.limit) == (None, None, 200)
+    capsys.readouterr()
+    assert call("fit", path, "--out", tmp_path / "other", "--epochs", "none") == 2
+    assert "epochs must be a whole number: got 'none'" in capsys.readouterr().err
 
 
 def test_removal_in_the_fit_is_noted_and_ties_the_fit_to_its_criterion(tmp_path, capsys):
@@ -573,24 +578,31 @@ def test_the_command_line_goes_before_the_recipe_which_goes_before_the_defaults(
         "def network(*_): ...\n"
     )
     recipe = Recipe.read(path)
-    assert Settings.of(recipe, "mnist", {}).epochs == 9
-    assert Settings.of(recipe, "mnist", {"seed": None}).seed == 4
-    assert Settings.of(recipe, "mnist", {"seed": 0}).seed == 0
-    assert Settings.of(recipe, "digits", {}) == Settings(epochs=7)  # its own entry, not laid over "default"
-    assert Settings.of(recipe, "mnist", {"criterion": "SNR"}).prior_log_odds is None
-    assert Settings.of(recipe, "mnist", {"criterion": "BMRS_U", "prior_log_odds": 1.0}).prior_log_odds == 1.0
+    assert RunSettings.of(recipe, "mnist", {}).epochs == 9
+    assert RunSettings.of(recipe, "mnist", {}).seed == 4
+    assert RunSettings.of(recipe, "mnist", {"prior_log_odds": None}).prior_log_odds is None
+    with pytest.raises(ValueError, match="seed must be a whole number: got None"):
+        RunSettings.of(recipe, "mnist", {"seed": None})
+    assert RunSettings.of(recipe, "mnist", {"seed": 0}).seed == 0
+    assert RunSettings.of(recipe, "digits", {}) == RunSettings(
+        epochs=7
+    )  # its own entry, not laid over "default"
+    assert RunSettings.of(recipe, "mnist", {"criterion": "SNR"}).prior_log_odds is None
+    assert (
+        RunSettings.of(recipe, "mnist", {"criterion": "BMRS_U", "prior_log_odds": 1.0}).prior_log_odds == 1.0
+    )
 
 
 def test_the_share_of_validation_examples_is_a_setting(tmp_path):
     recipe = Recipe.read(RECIPE)
-    settings = Settings.of(recipe, "digits", {"validation_fraction": 0.1, "limit": 500})
+    settings = RunSettings.of(recipe, "digits", {"validation_fraction": 0.1, "limit": 500})
     dataset = Run(tmp_path / "run", recipe, settings, progress=False).dataset
     assert (len(dataset.train), len(dataset.validation)) == (450, 50)
 
 
 def test_settings_are_equal_after_a_way_through_json():
-    settings = Settings(network={"widths": (3, 4)}, prior_log_odds=0.1)
-    assert Settings(**json.loads(json.dumps(settings.__dict__))) == settings
+    settings = RunSettings(network={"widths": (3, 4)}, prior_log_odds=0.1)
+    assert RunSettings(**json.loads(json.dumps(settings.model_dump()))) == settings
 
 
 def test_reading_a_recipe_leaves_no_bytecode_beside_it(tmp_path):
@@ -615,7 +627,7 @@ def test_what_a_model_learned_round_the_network_stays_in_the_reduced_model(copie
     path = copied.parent / "tempered.py"
     path.write_text(text)
     recipe = Recipe.read(path)
-    run = Run(copied.parent / "tempered", recipe, Settings.of(recipe, "digits", {}), progress=False)
+    run = Run(copied.parent / "tempered", recipe, RunSettings.of(recipe, "digits", {}), progress=False)
     run.model.temperature.data.fill_(2.5)
     small = torch.nn.Linear(4, 2)
     model = run._model_of(small)
@@ -627,5 +639,5 @@ def test_stages_are_quick_to_find_complete(finished):
     """Nothing is computed to say so: a run of hours must answer at once."""
     start = time.perf_counter()
     recipe = Recipe.read(RECIPE)
-    assert Run(finished, recipe, Settings.of(recipe, "digits", {})).complete()
+    assert Run(finished, recipe, RunSettings.of(recipe, "digits", {})).complete()
     assert time.perf_counter() - start < 5

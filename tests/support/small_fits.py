@@ -85,7 +85,6 @@ CASES = {
     "plain": (plain, data, {}),
     "no guide": (None, data, dict(schedule="cosine")),
     "removal": (plain, data, REMOVAL),
-    "mask": (plain, data, {**REMOVAL, "removal": "mask"}),
     "accumulate": (plain, data, {**REMOVAL, "accumulate": 2, "posterior_learning_rate": 0.2}),
     "clip": (plain, data, {**REMOVAL, "gradient_clip": 0.05, "weight_decay": 0.5}),
     "statistics": (with_statistics, data, REMOVAL),

@@ -1,0 +1,186 @@
+"""Stochastic variational inference for networks with noise layers, and fine-tuning of those without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.files import check_folder
+from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
+from pyro_bmrs.fitting.devices import check_device, open_fabric
+from pyro_bmrs.fitting.loop import Loop, Task, isolated
+from pyro_bmrs.fitting.programs import check_programs
+from pyro_bmrs.fitting.settings import Settings
+from pyro_bmrs.inference.batches import Batches, Data
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers.logger import Logger
+
+
+@dataclass
+class Fit:
+    """What happened in a fit.
+
+    Attributes:
+        history: one row per epoch: phase ("fit" or "fine-tune"), epoch (from 1), loss (the objective, nats
+            per example), log_likelihood (nats per example, training), kl (nats, whole data set, unweighted),
+            kl_weight (of this epoch), validation_loss (nats per example, at θ = E[θ]), validation_accuracy,
+            kept (structures that `reduce` would keep by the settings' criterion; NaN where these can't be
+            counted), parameters (of the model, at the end of the epoch), seconds.
+        removals: one row per structure removed during the fit: epoch, layer, unit (its number in the
+            original network), score, log_evidence_change (nats; NaN for criteria without evidence).
+        settings: what shaped it.
+        best_epoch: the epoch whose parameters were kept.
+        interrupted: whether Ctrl-C or SIGTERM ended it early; parameters are then those of the best epoch so
+            far, and a fit with `checkpoints` goes on when called again.
+        stopped_early: whether `patience` ended it.
+    """
+
+    history: pd.DataFrame
+    removals: pd.DataFrame
+    settings: Settings
+    best_epoch: int
+    interrupted: bool = False
+    stopped_early: bool = False
+
+    def __str__(self) -> str:
+        ending = ", interrupted" if self.interrupted else ", stopped early" if self.stopped_early else ""
+        text = f"Fit of {len(self.history)} epochs{ending}"
+        if not self.best_epoch:
+            return text
+        last = self.history.iloc[self.best_epoch - 1]
+        told = [f"loss {last.loss:.4f} nats per example"]
+        if last.validation_accuracy == last.validation_accuracy:  # not NaN
+            told.append(f"validation accuracy {last.validation_accuracy:.4f}")
+        if last.kept == last.kept:
+            told.append(f"{last.kept:.0f} structures kept")
+        return f"{text}; epoch {self.best_epoch} kept: {', '.join(told)}"
+
+
+def fit(
+    model: nn.Module,
+    guide: Callable[..., Any] | None,
+    train: Data,
+    validation: Data | None = None,
+    settings: Settings | None = None,
+    *,
+    checkpoints: Path | str | None = None,
+    keep_checkpoints: int = 2,
+    overwrite: bool = False,
+    label: str = "",
+    device: str | torch.device | None = None,
+    logger: Logger | list[Logger] | None = None,
+    progress: bool = True,
+    validate: bool = False,
+    **changes: Any,
+) -> Fit:
+    """Fit the posterior over structures and the weights by maximising the ELBO; both change in place.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import pyro_bmrs as bmrs
+    >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    >>> model = bmrs.Classifier(net)
+    >>> guide = bmrs.AutoTruncatedLogNormal(model)
+    >>> result = bmrs.fit(model, guide, (x, y), epochs=2, batch_size=32, progress=False)
+    >>> list(result.history.epoch), guide.posterior()["2"].mean.shape
+    ([1, 2], torch.Size([8]))
+
+    The objective per example is -log p(y|x, θ) + kl_weight · KL(q(θ)‖p(θ))/N with N the size of `train`:
+    at kl_weight = 1 the negative ELBO over N, the KL counted once per data set. At another weight w the fit
+    is that of the tempered likelihood p(y|θ)^(1/w), and so are all ΔF read from it (docs/guide.md).
+    Latents other than noise sites keep weight 1 (beside such latents, w ≠ 1 is no tempering of the whole).
+
+    Args:
+        model: any Pyro model called as model(x, y) that observes y and holds noise layers (or none, with
+            guide=None: plain maximum likelihood, as for fine-tuning a reduced network). Its likelihood
+            speaks either for the batch alone or, scaled by N/batch, for the data set; both are recognised.
+        guide: a Pyro guide of the same arguments, or None.
+        train, validation: (x, y) tensors, a Dataset or a DataLoader.
+        settings: what shapes the fit; default `Settings()`. docs/fitting.md lists them all.
+        checkpoints: folder in which the state is kept after each epoch, and when Ctrl-C or SIGTERM end the
+            fit. Called again with it, the fit goes on from there, on the CPU bit for bit as if it had never
+            stopped, in a new process and with a freshly made model too (but for what a loader draws from a
+            generator of its own). Holds the ledger of removals.
+        keep_checkpoints: how many stay, beside that of the best epoch.
+        overwrite: start anew where `checkpoints` holds another fit, or this one finished.
+        label: whatever else makes this fit this one and no other, such as the hash of a file.
+        device: "auto": the accelerator where there is one; None: where the model's parameters are. Under
+            torchrun the fit uses all the processes that it has started.
+        logger: lightning-fabric's CSVLogger or TensorBoardLogger, or several; given a line per epoch.
+        progress: show a bar (a line per epoch where output is not a terminal).
+        validate: run Pyro's checks of shapes and supports at every step; then elbo="auto" leaves the fused path
+            out, where there is nothing to check.
+        changes: settings by name, such as epochs=40, in place of those in `settings`.
+
+    Returns:
+        The `Fit`. Ctrl-C ends early with `interrupted` set and the best parameters so far.
+
+    Raises:
+        ValueError, TypeError: for a bad argument, before any work is done.
+        FloatingPointError: if the loss stops being finite; the best parameters so far are put back.
+    """
+    check(isinstance(settings, Settings | None), "settings", "a Settings or None", settings, TypeError)
+    settings = (settings or Settings()).changed(**changes)
+    check(is_whole(keep_checkpoints, 1), "keep_checkpoints", "a positive integer", keep_checkpoints)
+    _check_surroundings(checkpoints, label, logger)
+    check_device(device)
+    check_programs(model, guide, settings)
+    home = next(model.parameters()).device
+    for name, data in (("train", train), ("validation", validation)):
+        if data is not None:
+            Batches(data, settings.batch_size, home, name)
+    task = Task(
+        model, guide, train, validation, settings, None if checkpoints is None else Path(checkpoints),
+        keep_checkpoints, overwrite, label, progress, validate,
+    )  # fmt: skip
+    fabric = open_fabric(device, settings.precision, home, logger)
+    fabric.launch()
+    with _without_tables_of_sites(), isolated(settings.seed, validate=validate):
+        loop = Loop(fabric, task)
+        loop.run()
+    return Fit(
+        history=pd.DataFrame(loop.state.history, columns=HISTORY_COLUMNS),
+        removals=pd.DataFrame(loop.state.removals, columns=LEDGER_COLUMNS),
+        settings=settings,
+        best_epoch=loop.kept_epoch,
+        interrupted=loop.interrupted,
+        stopped_early=loop.stopped_early,
+    )
+
+
+@contextmanager
+def _without_tables_of_sites() -> Iterator[None]:
+    """What is wrong, in one line: Pyro adds a table of all sites to errors inside a model or a guide."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason, table, _ = str(error).partition("Trace Shapes:")
+        if not table:
+            raise
+        raise type(error)(" ".join(reason.split())) from error
+
+
+def _check_surroundings(checkpoints: object, label: object, logger: object) -> None:
+    if checkpoints is not None:
+        check(isinstance(checkpoints, str | Path), "checkpoints", "a folder or None", checkpoints, TypeError)
+        check_folder("checkpoints", Path(checkpoints))  # type: ignore[arg-type]
+    check(isinstance(label, str), "label", "text", label, TypeError)
+    for one in logger if isinstance(logger, list) else [logger]:
+        good = one is None or hasattr(one, "log_metrics")
+        check(good, "logger", "one of lightning-fabric's loggers, or a list of them", one, TypeError)
+
+
+HISTORY_COLUMNS = [
+    "phase", "epoch", "loss", "log_likelihood", "kl", "kl_weight", "validation_loss",
+    "validation_accuracy", "kept", "parameters", "seconds",
+]  # fmt: skip

@@ -1,0 +1,267 @@
+"""The settings of a fit: one field each, with its type, default, bounds and help, and what follows from them alone.
+
+`fit`, recipes, the command line, studies, checkpoints and the documentation read these fields. A new setting is a
+field here and the line that uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from pyro_bmrs.arguments import check
+
+if TYPE_CHECKING:
+    from pyro_bmrs.pruning.criteria import Criterion
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+
+_CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+# By the first word of pydantic's name for an error of type.
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "True or False", "string": "text", "dict": "a mapping",
+}  # fmt: skip
+
+
+class Checked(BaseModel):
+    """Frozen fields, of which a bad or unknown value is a ValueError of one line."""
+
+    model_config = _CONFIG
+
+    if not TYPE_CHECKING:  # type checkers take the fields from the class
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                problems = [self._problem(str((*one["loc"], "")[0]), one) for one in error.errors()]
+                raise ValueError("; ".join(problems)) from None
+
+    @classmethod
+    def _problem(cls, name: str, error: Any, *, text: bool = False) -> str:
+        """One error of pydantic's: the field, what is allowed, what was given (as a text that stood for a value)."""
+        kind, given = error["type"], error["input"]
+        if kind == "value_error":  # a check of ours, which says all of that
+            return str(error["ctx"]["error"])
+        if kind == "missing":
+            return f"{name} must be given"
+        if kind == "extra_forbidden":
+            return f"settings must be among {', '.join(cls.model_fields)}: got {name!r}"
+        allowed = error["msg"].removeprefix("Input should be ")
+        bound = kind.startswith(("greater", "less", "finite"))
+        if kind == "too_short":
+            allowed = "one value or more"
+        elif not bound:
+            allowed = _KINDS.get(kind.partition("_")[0], allowed)
+        if type(None) in get_args(cls.model_fields[name].annotation):
+            allowed += " or None"
+        return f"{name} must be {allowed}: got {given if text and bound else repr(given)}"
+
+    @classmethod
+    def read(cls, name: str, text: str) -> Any:
+        """The value of a field that a text stands for: "none" is None, braces hold JSON.
+
+        Raises:
+            ValueError: in one line.
+        """
+        field = cls.model_fields[name]
+        value: Any = text
+        if text == "none" and type(None) in get_args(field.annotation):
+            value = None
+        elif text.startswith("{"):
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{name} must be JSON: got {text!r} ({error})") from None
+        kind: Any = Annotated[field.annotation, field]
+        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        try:
+            return adapter.validate_python(value, strict=False)
+        except ValidationError as error:
+            raise ValueError(
+                "; ".join(cls._problem(name, one, text=True) for one in error.errors())
+            ) from None
+
+
+def _text(value: object) -> str:
+    """What to call a criterion or a schedule: the same in every process, so without an address."""
+    text = str(value)
+    if " at 0x" not in text:
+        return text
+    kind: Any = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _checked_schedule(value: object) -> object:
+    known = callable(value) or (isinstance(value, str) and value in SCHEDULES)
+    check(known, "schedule", f"one of {', '.join(SCHEDULES)} or a function", value)
+    return value
+
+
+_Criterion = Annotated[str | Callable[..., Any], PlainValidator(lambda value: value), PlainSerializer(_text)]
+_Schedule = Annotated[
+    str | Callable[[float], float], PlainValidator(_checked_schedule), PlainSerializer(_text)
+]
+
+
+class Settings(Checked):
+    """All that shapes a fit.
+
+    >>> Settings(epochs=40, kl_weight=3).changed(epochs=10).kl_weight
+    3.0
+    >>> Settings(epochs=0, warm_up=2)
+    Traceback (most recent call last):
+        ...
+    ValueError: epochs must be greater than or equal to 1: got 0; warm_up must be less than or equal to 1: got 2
+    """
+
+    epochs: int = Field(default=30, ge=1, description="Passes over the training data.")
+    batch_size: int = Field(
+        default=128, ge=1,
+        description="Examples per step, of all processes together. A DataLoader keeps its own.",
+    )  # fmt: skip
+    learning_rate: float = Field(default=1e-3, ge=0, description="AdamW's, of the model's parameters.")
+    posterior_learning_rate: float = Field(
+        default=5e-3, ge=0, description="AdamW's, of the posterior's parameters."
+    )
+    kl_weight: float = Field(
+        default=1.0, ge=0, description="Factor on the KL of the structures. 1 is the ELBO; more removes more."
+    )
+    warm_up: float = Field(
+        default=0.25, ge=0, le=1,
+        description="Share of the steps over which the KL weight rises from 0, from 0 to 1.",
+    )  # fmt: skip
+    draws_per_batch: int | None = Field(
+        default=16, ge=1,
+        description="Values of each θ per batch; example i uses draw i mod draws. None: one per example.",
+    )  # fmt: skip
+    stratified: bool = Field(
+        default=True,
+        description="Take these draws from equal cells of probability, which lowers the gradient's variance.",
+    )
+    schedule: _Schedule = Field(
+        default="constant",
+        description="Of the learning rates: constant, cosine or linear (to zero). "
+        "In Python also a function of the share of steps done, from 0 to 1, to a factor.",
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0,
+        description="Of the weights of the model's layers, decoupled from the gradient (AdamW). "
+        "The posterior and what a model holds beside its layers do not decay.",
+    )  # fmt: skip
+    gradient_clip: float | None = Field(
+        default=None, gt=0,
+        description="Largest Euclidean norm of a step's gradient, of weights and of posterior each.",
+    )  # fmt: skip
+    accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged for one step.")
+    patience: int | None = Field(
+        default=None, ge=1,
+        description="Stop after this many epochs without a better validation objective, counted from the "
+        "warm-up or the last removal.",
+    )  # fmt: skip
+    criterion: _Criterion = Field(
+        default="BMRS_N",
+        description="What decides about each structure: BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, "
+        "Random:fraction=0.5. A fit counts what it keeps after each epoch.",
+    )
+    prior_log_odds: float | None = Field(
+        default=None,
+        description="Log-odds of removal before seeing data, in nats per structure: 0 is the paper's equation, "
+        "0.919 its released code. None: the criterion's own.",
+    )
+    removal: Literal["end", "epoch"] = Field(
+        default="end",
+        description="epoch: after each epoch past the warm-up, structures with a score of 0 or more leave "
+        "network, posterior and optimizer for good. end: they stay until the network is reduced.",
+    )
+    min_kept: int = Field(default=1, ge=1, description="Structures that every layer keeps.")
+    freeze_weights: bool = Field(
+        default=False,
+        description="Fit the posterior alone. Weights and normalisation statistics stay as they are.",
+    )
+    keep_best: bool = Field(
+        default=True,
+        description="End with the parameters of the best epoch after the warm-up and the last removal: least "
+        "validation objective (training objective without validation data), or without a posterior the "
+        "highest validation accuracy.",
+    )
+    seed: int = Field(default=0, ge=0, description="Of initial weights, split, order of examples and noise.")
+    precision: Literal["32", "bf16-mixed"] = Field(
+        default="32", description="Of the network. Noise, KL and evidence are float64 always."
+    )
+    elbo: Literal["auto", "fused", "packed", "pyro"] = Field(
+        default="auto",
+        description="How the ELBO is computed. auto: the fastest way that model and guide allow.",
+    )
+
+    @model_validator(mode="after")
+    def _check_criterion(self) -> Self:
+        if self.model_fields_set & {"criterion", "prior_log_odds"}:
+            self.made_criterion()
+        return self
+
+    def changed(self, **changes: Any) -> Self:
+        """These settings with others in place of some.
+
+        Another criterion leaves the prior log-odds behind, which belong to the one before.
+        """
+        given = self.given()
+        if "criterion" in changes:
+            given.pop("prior_log_odds", None)
+        return type(self)(**{**given, **changes})
+
+    def given(self) -> dict[str, Any]:
+        """The settings that do not stand at their defaults because nobody gave them."""
+        return {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
+        }
+
+    def made_criterion(self) -> Criterion:
+        """The criterion, made from its name where it is one."""
+        from pyro_bmrs.pruning.criteria import check_criterion, parse_criterion
+
+        if isinstance(self.criterion, str):
+            return parse_criterion(self.criterion, self.prior_log_odds)
+        check_criterion(self.criterion)
+        own = self.prior_log_odds is None
+        check(
+            own,
+            "prior_log_odds",
+            "None beside a criterion that was made: it has its own",
+            self.prior_log_odds,
+        )
+        return cast("Criterion", self.criterion)
+
+    def rate_factor(self, done: float) -> float:
+        """Factor on the learning rates when a share `done` of the steps is done, from 0 to 1."""
+        factor = (SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule)(done)
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"schedule must give finite factors of 0 or more: got {factor!r}")
+        return factor
+
+    def kl_factor(self, step: int, steps: int) -> float:
+        """Factor on the KL weight at a step, counted from 0, of a fit of `steps` steps."""
+        rising = round(self.warm_up * steps)
+        return min((step + 1) / rising, 1.0) if rising else 1.0
+
+    def optimizer_options(self, of: Literal["weights", "others", "posterior"]) -> dict[str, float]:
+        """AdamW's options for weights of layers, for what a model holds beside its layers, and for the posterior."""
+        rate = self.posterior_learning_rate if of == "posterior" else self.learning_rate
+        return {"lr": rate, "weight_decay": self.weight_decay if of == "weights" else 0.0}

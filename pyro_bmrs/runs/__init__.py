@@ -1,0 +1,1 @@
+"""Runs: recipes, the folder of a run, and many runs side by side. Nothing is imported before it is used."""

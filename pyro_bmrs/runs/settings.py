@@ -1,0 +1,96 @@
+"""The settings of a run: those of its fit, of its data and network, and of what is done with the posterior."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field
+
+from pyro_bmrs.fitting.settings import Settings
+
+if TYPE_CHECKING:
+    from pyro_bmrs.runs.recipe import Recipe
+
+# What shapes the reduction and not the fit, unless the fit removes structures by itself.
+OF_REDUCTION = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
+# What has no meaning for a network without a posterior; and its tuning always goes to the end.
+_NOT_OF_TUNING = {
+    "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
+}  # fmt: skip
+
+
+def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
+    """As settings.json will give it back, with lists for tuples."""
+    try:
+        copy: dict[str, Any] | None = json.loads(json.dumps(network))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"network must hold what JSON can: got {network!r} ({error})") from None
+    return copy
+
+
+class RunSettings(Settings):
+    """All that shapes a run: texts and numbers, so that a file can hold them.
+
+    >>> settings = RunSettings(kl_weight=3, round_to=8)
+    >>> settings.changed(round_to=None, data="mnist").given()
+    {'kl_weight': 3.0, 'data': 'mnist', 'round_to': None}
+    """
+
+    criterion: str = Field(default="BMRS_N", description=Settings.model_fields["criterion"].description)
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Of the learning rates: constant, cosine or linear (to zero)."
+    )
+    data: str = Field(
+        default="digits",
+        description="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pixels a side that images are scaled or padded to. None: as they are.",
+    )
+    network: Annotated[dict[str, Any] | None, AfterValidator(_as_json)] = Field(
+        default=None, description="Arguments of the recipe's network by name; on the command line as JSON."
+    )
+    validation_fraction: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="Share of the training examples that are set aside for validation.",
+    )
+    limit: int | None = Field(default=None, ge=2, description="Use only so many training examples.")
+    round_to: int | None = Field(
+        default=None, ge=1, description="Keep channels in multiples of this, such as 8."
+    )
+    recalibrate: bool = Field(default=True, description="Re-estimate BatchNorm statistics after removal.")
+    fine_tune: int = Field(default=0, ge=0, description="Epochs of fine-tuning the small network.")
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: str, changes: Mapping[str, Any]) -> Self:
+        """The recipe's settings for `data`, with those in `changes` laid over them."""
+        chosen = recipe.settings(data)
+        known = cls.model_fields.keys() - {"data"}
+        unknown = sorted(map(str, chosen.keys() - known))
+        if unknown:
+            raise ValueError(
+                f"recipe {recipe.path} must have known names in SETTINGS, {sorted(known)}: got {unknown}"
+            )
+        return cls(**chosen, data=data).changed(**changes)
+
+    def of_fit(self) -> dict[str, Any]:
+        """The part that a fitted posterior depends on, as JSON has it."""
+        left_out = set(OF_REDUCTION)
+        if self.removal != "end":  # then the criterion has a hand in the fit
+            left_out -= {"criterion", "prior_log_odds", "min_kept"}
+        return self.model_dump(mode="json", exclude=left_out)
+
+    def of_fine_tuning(self) -> Settings:
+        """The settings of the fit that tunes the small network."""
+        shared = {
+            name: value
+            for name, value in self.given().items()
+            if name in Settings.model_fields and name not in _NOT_OF_TUNING
+        }
+        return Settings(**{**shared, "epochs": self.fine_tune, "schedule": "cosine"})
