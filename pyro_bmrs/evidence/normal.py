@@ -9,7 +9,8 @@ difference Λ_q - Λ_p of the precisions. Then
 
 where x* is the mean of the reduced posterior and L M⁻¹ Lᵀ its covariance. Means appear only in differences, so no
 digits are lost if all means are large. p̃'s covariance appears only as L, so p̃ may be a point in any direction:
-L = 0 gives the Savage-Dickey density ratio. With full covariances this is the reduction of Friston & Penny (2011, eq. 7).
+L = 0 gives the Savage-Dickey density ratio. With full covariances this is the reduction of Friston & Penny (2011,
+eq. 7).
 """
 
 from __future__ import annotations
