@@ -345,7 +345,7 @@ class Reach:
             yield path
 
     def mixing(self) -> str | None:
-        """Description of a layer that reads all channels at once, so that any removal changes it; None: no such layer."""
+        """Description of a layer that reads all channels at once, so that any removal changes it; None: no layer."""
         for module, path, _, _ in self._modules():
             if isinstance(module, _MIXING):
                 return f"normalised together by {path!r}, a {type(module).__name__}"

@@ -108,7 +108,7 @@ class Nesting:
 
 
 def _owner(inner: StructureGroup, outer: StructureGroup) -> Tensor | None:
-    """For each structure of `inner` the one of `outer` around it, -1 for none; None if `inner` is not inside `outer`."""
+    """For each structure of `inner` the one of `outer` around it, -1 for none; None if `inner` is not in `outer`."""
     made_by = {member.path: member for member in inner.producers}
     passed = {member.path for member in outer.members if member.role == "selection"}
     for member in outer.members:
