@@ -187,7 +187,7 @@ class Cuts:
                     read = module.index[self.rows.get(path, slice(None))]
                     if not read.is_meta and not set(read.tolist()) <= set(kept):
                         raise ValueError(
-                            f"cuts must fit the network: {path!r} can't select features that it is no longer given"
+                            f"cuts must fit the network: {path!r} passes on features that its input has lost"
                         )
                 groups = getattr(module, "groups", 1)
                 if groups > 1 and not is_depthwise(module):

@@ -106,8 +106,8 @@ class DependencyGraph:
                 )
         except Exception as error:
             raise StructureError(
-                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. It "
-                "is not handled as a whole (docs/networks.md); insert_noise may do for a part of it"
+                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. "
+                "docs/networks.md lists what is handled; try insert_noise on a part of the network"
             ) from error
         finally:
             for handle in handles:
@@ -385,7 +385,7 @@ class Reach:
         """(path, description) of a layer that can't be cut; None if there is none."""
         if self.runs_away is not None:
             path = self.graph.paths[self.root]
-            return path, f"{path!r} is tied to itself without end, over {self.runs_away}"
+            return path, f"{path!r} is tied to itself in an endless loop, through {self.runs_away}"
         for module, path, side, pairs in self._modules():
             if channels(module, side) is None:
                 return path, f"{path!r}, a {type(module).__name__}, is no layer that can be cut"
@@ -393,7 +393,7 @@ class Reach:
             if side == ROWS and 1 < groups == channels(module, side):
                 return path, f"{path!r} makes one channel in each of its {groups} groups"
             if any(root is None for _, root in pairs) and not self.attention():
-                return path, f"{path!r} is tied over an expansion that can't be followed"
+                return path, f"{path!r} is tied to channels that can't be followed"
         for owner, path in self._parameters():
             kind = type(owner).__name__
             return path, f"parameter {path!r} of a {kind} is used in a way that can't be followed"

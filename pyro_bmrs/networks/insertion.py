@@ -139,7 +139,7 @@ def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs
             if not distance <= min(1e4 * torch.finfo(wanted.dtype).eps, 0.1) * scale:
                 raise StructureError(
                     f"network can't be given noise: with every θ at 1 output {index} differs by {distance:.3g} from "
-                    f"what it gives, where outputs spread over {scale:.3g}"
+                    f"that of the network without noise, where outputs spread over {scale:.3g}"
                 )
 
 

@@ -193,7 +193,7 @@ def find_structures(
             known = channels(module, ROWS) is not None
             reason = (
                 f"a {type(module).__name__}, no layer that can be cut" if not known or graph.calls[module] else
-                "never called on its own: other code uses its weight, or none"
+                "never called itself: other code uses its weight, or nothing does"
             )  # fmt: skip
             count = channels(module, ROWS) or max(p.shape[0] for p in matrices)
             refused.append(Refused(path or "(itself)", count, reason))
@@ -237,8 +237,8 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
         )
     if group.features != layer.features:
         raise StructureError(
-            f"structures of noise layer {site!r} are tied to each other: {layer.features} of them are only "
-            f"{group.features} that can go alone. {advice}"
+            f"structures of noise layer {site!r} are tied to each other: its {layer.features} form only "
+            f"{group.features} that can be removed alone. {advice}"
         )
     return group
 
