@@ -70,9 +70,8 @@ class Nesting:
     def unread(self, outer: str, gone: Mapping[str, Tensor]) -> Tensor:
         """True for structures of `outer` that no layer reads any more, since all structures inside them are removed."""
         inside = {inner: outers[outer] for inner, outers in self.owners.items() if outer in outers}
-        if (
-            not inside or not inside.keys() <= gone.keys()
-        ):  # no structure of a layer outside `gone` is removed
+        # a layer outside `gone` loses nothing
+        if not inside or not inside.keys() <= gone.keys():
             return torch.zeros_like(gone[outer])
         unread = self.enclosed[outer].clone()
         for inner, owner in inside.items():
