@@ -149,9 +149,8 @@ def _far(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _L
     """Structures whose loc lies more than FAR scales outside of the bounds."""
     below, above = (low - loc) / scale, (loc - high) / scale
     alpha, width = torch.maximum(below, above), (high - low) / scale
-    if bool(
-        (width * (alpha + 0.5 * width) < -EXPONENT_FLOOR).any()
-    ):  # the bounds are so near that both matter
+    # the bounds are so near that both matter
+    if bool((width * (alpha + 0.5 * width) < -EXPONENT_FLOOR).any()):
         exact = tail_arithmetic.quantile_with_slopes(u, loc, scale, low, high)
         return _Law(*exact, *tail_arithmetic.entropy_with_slopes(loc, scale, low, high))
     from_low = below > above
