@@ -33,7 +33,6 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import save_weights
-from pyro_bmrs.pruning import Reduction
 from pyro_bmrs.quality.diagnosis import CRITERIA
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
@@ -109,7 +108,7 @@ def compare_criteria(cell: Cell, rows: Rows, data_root: Path | None) -> None:
                 continue
             variant = plan if place is None else plan.at(threshold_for(plan, place))
             begin = time.perf_counter()
-            small = variant.apply(measure=False)
+            small = variant.apply()
             untuned = measured(small, run.dataset)
             tune(small, run.settings, run.dataset, SHORT)
             rows.add(
@@ -119,7 +118,7 @@ def compare_criteria(cell: Cell, rows: Rows, data_root: Path | None) -> None:
             )  # fmt: skip
 
 
-def threshold_for(plan: Reduction, share: float) -> float:
+def threshold_for(plan: bmrs.NetworkPlan, share: float) -> float:
     """The threshold at which the parameters left are nearest to 1 - share of all."""
     scores = plan.table[plan.table.present].score.sort_values(ascending=False, ignore_index=True)
     wanted = (1 - share) * plan.parameters_before()

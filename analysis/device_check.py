@@ -138,7 +138,7 @@ def main() -> int:
     )  # fmt: skip
     print(f"     {result} ({time.perf_counter() - begin:.1f} s)")
     there = bmrs.reduce(model, guide, bmrs.BMRS_N())
-    small = there.apply(measure=False)
+    small = there.apply()
     model.cpu()
     guide.cpu()
     here = bmrs.reduce(model, guide, bmrs.BMRS_N())
@@ -147,7 +147,7 @@ def main() -> int:
     x = data.test[:200][0]
     with torch.no_grad():
         on_device = small(x.to(device))
-        on_cpu = here.apply(measure=False)(x)
+        on_cpu = here.apply()(x)
     checks.compare("outputs of the smaller network", on_device, on_cpu, 1e-2)
     if there.kept != here.kept:
         print("FAIL the plans keep different structures")

@@ -127,7 +127,7 @@ def study(name: str, seed: int, epochs: int, chosen: list[str] | None) -> list[d
         small = plain
         if kind != "plain":
             loop = loops[kind]
-            small = bmrs.reduce(loop.model, loop.guide, bmrs.BMRS_N()).apply(measure=False)
+            small = bmrs.reduce(loop.model, loop.guide, bmrs.BMRS_N()).apply()
         last = next(row for row in reversed(rows) if row["kind"] == kind)
         last["test_accuracy"] = evaluate(bmrs.Classifier(small), data.test).accuracy
         last["parameters_left"] = sum(parameter.numel() for parameter in small.parameters())

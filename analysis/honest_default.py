@@ -83,7 +83,7 @@ def by_price(trial: Trial) -> nn.Module:
     ((_, model, guide),) = fitted(trial, [1.0], trial.settings.epochs)
     log_odds = prices(model, guide, len(trial.data.train))
     print({layer: round(price, 1) for layer, price in log_odds.items()}, flush=True)
-    return bmrs.reduce(model, guide, PricedEvidence(log_odds)).apply(measure=False)
+    return bmrs.reduce(model, guide, PricedEvidence(log_odds)).apply()
 
 
 def by_path(trial: Trial, stages: Rows) -> nn.Module:
@@ -92,7 +92,7 @@ def by_path(trial: Trial, stages: Rows) -> nn.Module:
     epochs = max(1, trial.settings.epochs // STAGES)
     options = {"schedule": "constant", "warm_up": 0.0, "keep_best": False}
     for weight, model, guide in fitted(trial, weights, epochs, **options):
-        small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
+        small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
         none: Mapping[str, Tensor] = {}
         scored = predictions(bmrs.Classifier(small), trial.data.validation, none)
         losses = -np.log(scored.probability[np.arange(len(scored.label)), scored.label].clip(1e-300))

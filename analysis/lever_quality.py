@@ -49,7 +49,7 @@ def main() -> None:
             guide = recipe.guide(model)
             bmrs.fit(model, guide, data.train, data.validation, seed=seed, **options, **path)
             plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
-            small = plan.apply(measure=False)
+            small = plan.apply()
             left = sum(parameter.numel() for parameter in small.parameters())
             removed, accuracy = (
                 1 - left / plan.parameters_before(),

@@ -118,7 +118,7 @@ def small_network(lever: str, trial: Trial) -> nn.Module:
         model, guide = base(trial)
     settings, data = trial.settings, trial.data
     settings = settings.changed({"weight_decay": OF_FIT.get(lever, {}).get("weight_decay")})
-    small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
+    small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
     if lever.startswith("soft targets"):
         tune_softly(small, teacher(model, guide, trial), 0.5 if "half" in lever else 1.0, settings, data)
     elif lever == "twice the tuning rate":

@@ -41,7 +41,7 @@ def row_of(run: Run, epochs: int) -> dict[str, Any]:
     teacher = trained(run.recipe, settings, data, settings.epochs + settings.fine_tune)
     soft = logits(teacher, data.train[:][0])
     criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
-    student = bmrs.reduce(run.model, run.guide, criterion).apply(measure=False)
+    student = bmrs.reduce(run.model, run.guide, criterion).apply()
     tuning = settings.changed({"fine_tune": epochs})
     tune_softly(student, soft, 1.0, tuning, data, temperature=TEMPERATURE)
     return {

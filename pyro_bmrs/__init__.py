@@ -24,9 +24,10 @@ _HOMES = {
         "InputSelection", "MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise",
     ),
     "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
-    "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "Random", "Reduction", "WeightNorm"),
+    "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "NetworkPlan", "Random", "Rule", "WeightNorm"),
     "programs": (
-        "ModelPosterior", "ReducedPosterior", "evidence_curve", "exhaustive_reduction", "greedy_reduction", "reduce",
+        "ModelPosterior", "ProgramPlan", "ReducedPosterior", "evidence_curve", "exhaustive_reduction",
+        "greedy_reduction", "reduce",
     ),
     "fitting": ("Fit", "fit"),
     "checks": ("check_posterior", "load_datatree", "loo", "save_datatree", "to_datatree"),
@@ -64,13 +65,14 @@ if TYPE_CHECKING:
     )
     from pyro_bmrs.programs import (
         ModelPosterior,
+        ProgramPlan,
         ReducedPosterior,
         evidence_curve,
         exhaustive_reduction,
         greedy_reduction,
         reduce,
     )
-    from pyro_bmrs.pruning import BMRS_N, BMRS_U, SNR, ExpectedScale, Random, Reduction, WeightNorm
+    from pyro_bmrs.pruning import BMRS_N, BMRS_U, SNR, ExpectedScale, NetworkPlan, Random, Rule, WeightNorm
     from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
     from pyro_bmrs.reports.report import report
 

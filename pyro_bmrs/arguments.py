@@ -18,11 +18,13 @@ def check(good: bool, name: str, allowed: str, given: object, kind: type[Excepti
         good: whether the value is allowed.
         name: of the argument.
         allowed: what would be, in words that follow "must be".
-        given: what was passed; of a class that can't be shown in a line, say its name.
+        given: what was passed; or its type, for what is too long to show.
         kind: of the exception.
     """
     if not good:
-        raise kind(f"{name} must be {allowed}: got {given!r}")
+        raise kind(
+            f"{name} must be {allowed}: got {given.__name__ if isinstance(given, type) else repr(given)}"
+        )
 
 
 def is_whole(value: object, least: int = 0) -> bool:

@@ -152,7 +152,7 @@ def saved_run(names):
     with torch.no_grad():
         guide(x, torch.zeros(5, dtype=torch.long))
     plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5))
-    small = plan.apply(seconds=0)
+    small = plan.apply()
     plan.save("plan.json")
     save_weights(small, "small.safetensors")
     export_program(small, x, "small.pt2")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pyro_bmrs import files
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.pruning import Reduction
+from pyro_bmrs.pruning import NetworkPlan
 from pyro_bmrs.runs.study import Study
 
 INPUTS = 150
@@ -114,7 +114,7 @@ def test_text_without_end_is_refused_after_a_bounded_part_of_it(tmp_path, monkey
     path = tmp_path / "plan.json"
     path.write_text(f'{{"format": "{"x" * 1000}"}}')
     with pytest.raises(ValueError, match=r"plan\.json is no JSON \(it has more than 1,000 bytes\)"):
-        Reduction.load(path)
+        NetworkPlan.load(path)
 
 
 @pytest.mark.parametrize("layer", ["../../outside", "/etc/passwd", "..", "a/../../b"])
@@ -129,7 +129,7 @@ def test_names_of_layers_in_a_plan_are_no_paths(layer, formats, tmp_path):
     assert attempt(formats["plan.json"], content)
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"path must be a whole plan with its \.safetensors beside it"):
-        Reduction.load(tmp_path / "plan.json")
+        NetworkPlan.load(tmp_path / "plan.json")
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "plan.json"}
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import Plan
 
 TABLE_COLUMNS = (
     "layer",
@@ -110,7 +110,7 @@ def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> N
         )
 
 
-def score_label(plan: Reduction) -> str:
+def score_label(plan: Plan) -> str:
     """Name the score of a plan with its unit, and with the KL weight where the score is evidence.
 
     Args:
@@ -121,15 +121,14 @@ def score_label(plan: Reduction) -> str:
         criterion's name takes the unit's place.
 
     Example:
-        >>> import pandas as pd
         >>> from types import SimpleNamespace
-        >>> table = pd.DataFrame({"log_evidence_change": [-1.0]})
-        >>> score_label(SimpleNamespace(table=table, criterion="BMRS_N()", kl_weight=100.0))
+        >>> from pyro_bmrs import Rule
+        >>> score_label(SimpleNamespace(rule=Rule(criterion="BMRS_N", prior_log_odds=0.0, kl_weight=100.0)))
         'score, from ΔF (nats, KL weight 100)'
     """
-    if np.isfinite(_floats(plan.table, "log_evidence_change")).any():
-        return f"score, from {evidence_label(plan.kl_weight)}"
-    return f"score ({_shortened(str(plan.criterion).split('(')[0], 30)})"
+    if plan.rule.has_evidence:
+        return f"score, from {evidence_label(plan.rule.kl_weight)}"
+    return f"score ({_shortened(plan.rule.criterion, 30)})"
 
 
 def evidence_label(kl_weight: float) -> str:
@@ -148,7 +147,7 @@ def evidence_label(kl_weight: float) -> str:
     return "ΔF (nats)" if kl_weight == 1 else f"ΔF (nats, KL weight {kl_weight:g})"
 
 
-def plot_structures(plan: Reduction) -> Figure:
+def plot_structures(plan: Plan) -> Figure:
     """Map every unit of every layer: what was kept, what was removed, and how clear the case was.
 
     One row of cells per layer (wrapped where it is long), one cell per unit, sorted by score, the
@@ -157,8 +156,8 @@ def plot_structures(plan: Reduction) -> Figure:
 
     Args:
         plan: has ``table``, a DataFrame with a row per unit and the columns ``layer``, ``unit``, ``loc``,
-            ``scale``, ``mean``, ``snr``, ``score`` (in the criterion's unit, removal where >= 0),
-            ``log_evidence_change`` (nats) and ``removed``; ``criterion``, a text; and ``kl_weight``.
+            ``scale``, ``mean``, ``snr``, ``score`` (in the criterion's unit),
+            ``log_evidence_change`` (nats) and ``removed``; and its ``rule``.
 
     Returns:
         A figure 5 inches wide, as high as the units need.
@@ -174,7 +173,8 @@ def plot_structures(plan: Reduction) -> Figure:
         ...     "mean": [0.9, 1e-4], "snr": [9.0, 0.1], "score": [-90.0, 2.0],
         ...     "log_evidence_change": [-91.0, 1.0], "removed": [False, True],
         ... })
-        >>> figure = plot_structures(SimpleNamespace(table=table, criterion="BMRS_N()", kl_weight=1.0))
+        >>> from pyro_bmrs import Rule
+        >>> figure = plot_structures(SimpleNamespace(table=table, rule=Rule(criterion="BMRS_N", prior_log_odds=0.0)))
         >>> float(figure.get_figwidth())
         5.0
     """
@@ -340,7 +340,7 @@ def plot_compression_curve(curve: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_scores(plan: Reduction) -> Figure:
+def plot_scores(plan: Plan) -> Figure:
     """Draw the histogram of the scores, kept and removed, with the decision line at zero.
 
     Where scores exceed 10 the axis is linear between -1 and 1 and logarithmic beyond. Scores that are no
@@ -363,7 +363,8 @@ def plot_scores(plan: Reduction) -> Figure:
         ...     "mean": [0.9, 1e-4], "snr": [9.0, 0.1], "score": [-8.0, 0.9],
         ...     "log_evidence_change": float("nan"), "removed": [False, True],
         ... })
-        >>> figure = plot_scores(SimpleNamespace(table=table, criterion="SNR(threshold=1)", kl_weight=1.0))
+        >>> from pyro_bmrs import Rule
+        >>> figure = plot_scores(SimpleNamespace(table=table, rule=Rule(criterion="SNR")))
         >>> figure.axes[0].get_xlabel()
         '← keep | score (SNR) | remove →'
     """
@@ -384,10 +385,14 @@ def plot_scores(plan: Reduction) -> Figure:
     else:
         forward = backward = np.asarray
     position = forward(np.where(finite, scores, 0.0))
-    lowest, highest = min(position.min(), 0.0), max(position.max(), 0.0)
+    threshold = math.inf if plan.rule.threshold is None else plan.rule.threshold
+    drawn = math.isfinite(threshold)
+    decided = float(forward(np.float64(threshold if drawn else 0.0)))
+    lowest, highest = min(position.min(), decided), max(position.max(), decided)
     width = (highest - lowest) / 32 or 1.0
-    # Zero is an edge, so that no bar holds units of both decisions.
-    edges = width * np.arange(math.floor(lowest / width), math.floor(highest / width) + 2)
+    # The threshold is an edge, so that no bar holds structures of both decisions.
+    steps = np.arange(math.floor((lowest - decided) / width), math.floor((highest - decided) / width) + 2)
+    edges = decided + width * steps
 
     with rc_context(STYLE):
         figure = new_figure(3.3)
@@ -413,7 +418,8 @@ def plot_scores(plan: Reduction) -> Figure:
                 label=f"{label} ({int(chosen.sum()):,})",
             )
             below = below + count
-        axes.axvline(0, color=BLACK, linestyle="--", linewidth=1.5, label="decision")
+        if drawn:
+            axes.axvline(threshold, color=BLACK, linestyle="--", linewidth=1.5, label="threshold")
         if logarithmic:
             axes.set_xscale("symlog", linthresh=1.0)
             axes.set_xticks(_decades(bounds[0], bounds[-1]))
@@ -551,7 +557,7 @@ def new_figure(height: float, layout: Literal["constrained"] | None = "constrain
     return Figure(figsize=(FIGURE_WIDTH, height), layout=layout)
 
 
-def _units(plan: Reduction) -> pd.DataFrame:
+def _units(plan: Plan) -> pd.DataFrame:
     require_columns("plan.table", plan.table, TABLE_COLUMNS)
     if plan.table.empty:
         raise ValueError("plan.table has no rows: there is no unit to show")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import Plan
 
 RELIABILITY_COLUMNS = ("network", "prediction", "lower", "upper", "count", "confidence", "accuracy")
 WIDTH_COLUMNS = ("layer", "before", "after")
@@ -74,7 +74,7 @@ HATCHES = (None, "////", "\\\\\\\\", "|||")
 LEGEND_LINE = 0.19  # inches
 
 
-def plot_forest(plan: Reduction, *, log_low: float = -20.0, log_high: float = 0.0) -> Figure:
+def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) -> Figure:
     """Draw the posterior of every unit's θ: median and 5 to 95 % interval, a panel per layer.
 
     Units stand side by side, the largest median first. A filled circle is kept, a cross removed. Above 500

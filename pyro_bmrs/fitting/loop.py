@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,9 @@ from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.programs.reduce import reduce
 from pyro_bmrs.pruning.criteria import Criterion
-from pyro_bmrs.pruning.plan import Reduction
-from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.pruning.reduce import input_of, reduce_structures
 from pyro_bmrs.pruning.shrink import shrink
 
 if TYPE_CHECKING:
@@ -444,18 +443,20 @@ class Loop:
 
     # removal ----------------------------------------------------------------------------------------
 
-    def _plan(self) -> Reduction:
+    def _plan(self) -> NetworkPlan:
         assert self.task.criterion is not None
         assert self.guide is not None
-        return reduce(self.model, self.guide, self.task.criterion, min_kept=self.settings["min_kept"])
+        return reduce_structures(
+            self.model, self.guide, self.task.criterion, min_kept=self.settings["min_kept"]
+        )
 
     def _remove(self, epoch: int) -> list[dict[str, Any]]:
         """Take out, or fix at θ = 0, what the criterion removes; returns a row for each."""
         assert isinstance(self.guide, AutoTruncatedLogNormal)
         # decided once: what is equal on all processes is still computed on each
-        plan: Reduction = self._plan()
+        plan = self._plan()
         table = self.fabric.broadcast(plan.table)
-        plan.table = table
+        plan = replace(plan, table=table)
         gone = table[table.removed & ~table.removed_in_fit]
         if gone.empty:
             return []

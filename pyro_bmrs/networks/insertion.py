@@ -99,7 +99,7 @@ def insert_noise[Network: nn.Module](
 
     The given network is unchanged. The copy has its class, its forward signature and its parameters under
     the same names. `nn.MultiheadAttention` becomes an equal `SeparateAttention`, which loads the original's
-    weights too; where `Reduction.apply` removes no head, torch's own comes back. A latent site has the name of the
+    weights too; where `apply` removes no head, torch's own comes back. A latent site has the name of the
     first module that makes its structures.
 
     Args:

@@ -168,6 +168,7 @@ def remove_structures(
     scales: Mapping[str, Tensor],
     example_input: Inputs,
     *,
+    groups: Mapping[str, StructureGroup] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Surgery:
     """A copy of `network` without noise, with only the kept structures and with θ folded into the weights.
@@ -179,6 +180,7 @@ def remove_structures(
             into the columns of the layers that read the structure.
         example_input: more than one example, so that outputs have a spread: a tensor (batch, …), a tuple
             of arguments, or a mapping of keyword arguments.
+        groups: the network's structures, by site; None: they are found from the network.
         tolerance: of `check_equal`, which runs in float64. A network that can't run in float64 is
             checked in its own precision, to 1e-5.
 
@@ -210,7 +212,7 @@ def remove_structures(
     device = next(network.parameters()).device
     dtypes = {name: tensor.dtype for name, tensor in _floating(network)}
     usual = next(iter(dtypes.values()))
-    groups = structure_groups(network, example_input)
+    groups = structure_groups(network, example_input) if groups is None else groups
     cuts = gone(network, groups.values(), kept)
     reduced = copy.deepcopy(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)

@@ -6,10 +6,10 @@ closed form wherever log_evidence_change has one, so only the outer one is taken
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyro.distributions as dist
 import torch
@@ -17,13 +17,27 @@ from torch import Tensor
 
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
 from pyro_bmrs.evidence.importance import ImportanceEstimate, check_support, log_ratio
+from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import MultivariateChange
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, guide_values, model_at
-from pyro_bmrs.programs.sites import LatentSite, per_element
+from pyro_bmrs.programs.sites import LatentSite, Selection, per_element
 from pyro_bmrs.progress import bar
 
-if TYPE_CHECKING:
-    from pyro_bmrs.programs.latents import Latents, Selection
+
+class Asked(Protocol):
+    """What the average needs to know of model, guide and the sites asked about; `Latents` is one."""
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    draws: int
+    sites: dict[str, LatentSite]
+
+    def looking(self, stream: int = 0) -> AbstractContextManager[None]: ...
+
+    def by_block(self, chosen: Selection) -> list[tuple[Block, dict[str, Tensor]]]: ...
+
+    def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> GroupReduction: ...
 
 
 # Priors whose support is compared with the reduced prior's: they are of one type.
@@ -33,7 +47,7 @@ _CHECKED = 3
 class Averaging:
     """Joint draws of a guide, the priors at each, and ΔF given all else."""
 
-    def __init__(self, latents: Latents) -> None:
+    def __init__(self, latents: Asked) -> None:
         self.latents = latents
         self._given: dict[str, Tensor] = {}
 

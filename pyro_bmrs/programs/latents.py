@@ -42,9 +42,8 @@ from pyro_bmrs.programs.reduced_posterior import (
     SitePart,
     WeightedDraws,
 )
-from pyro_bmrs.programs.sites import LatentSite, group_of, latent_site
+from pyro_bmrs.programs.sites import LatentSite, Selection, group_of, latent_site
 
-Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 DependentPriors = Literal["raise", "average"]
 
 

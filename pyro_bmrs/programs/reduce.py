@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from pyro.distributions import Delta
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.latents import DependentPriors, Latents
+from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduction import (
     Groups,
     check_log_odds,
@@ -24,15 +25,15 @@ from pyro_bmrs.programs.reduction import (
     selections,
 )
 from pyro_bmrs.programs.sites import elementary_law
-from pyro_bmrs.pruning.criteria import Criterion, ReducedPriors
-from pyro_bmrs.pruning.plan import Reduction
+from pyro_bmrs.pruning.criteria import BMRS_N, Criterion, ReducedPriors, text_of
+from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of, reduce_structures
 
 
 def reduce(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    criterion: Criterion | Mapping[str, Any],
+    criterion: Criterion | Mapping[str, Any] = BMRS_N(),  # noqa: B008 it is frozen
     *model_args: Any,
     min_kept: int = 1,
     round_to: int | None = None,
@@ -42,7 +43,7 @@ def reduce(
     dependent_priors: DependentPriors = "raise",
     draws: int = DRAWS,
     seed: int = 0,
-) -> Reduction:
+) -> NetworkPlan | ProgramPlan:
     """Decide, from the guide's parameters alone, which structures (or latents) the model is better without.
 
     >>> import torch
@@ -55,7 +56,7 @@ def reduce(
     >>> plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5, seed=1))
     >>> plan.widths().values.tolist()
     [['2', 8, 4]]
-    >>> plan.apply(measure=False)[0]
+    >>> plan.apply()[0]
     Linear(in_features=4, out_features=4, bias=True)
 
     A structure is removed where its score is ≥ 0, or if it was removed during the fit; removal is never
@@ -110,25 +111,23 @@ def reduce(
         UnreadablePosteriorError: naming a site whose posterior is a Delta, a flow, or depends on another latent.
         ValueError, TypeError: for a bad argument, or a noise layer without a posterior in the guide.
     """
-    if not isinstance(min_kept, int) or min_kept < 1:
-        raise ValueError(f"min_kept must be an integer of at least 1: got {min_kept!r}")
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
-        raise ValueError(f"round_to must be a positive integer or None: got {round_to!r}")
-    if not callable(model):
-        raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
-    if not callable(guide):
-        raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
-    if kl_weight is not None and not 0 <= kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be finite and not negative, or None: got {kl_weight!r}")
+    check(is_whole(min_kept, 1), "min_kept", "an integer of at least 1", min_kept)
+    check(round_to is None or is_whole(round_to, 1), "round_to", "a positive integer or None", round_to)
+    check(callable(model), "model", "a Pyro model", type(model), TypeError)
+    check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
+    good = kl_weight is None or (is_number(kl_weight) and kl_weight >= 0)
+    check(good, "kl_weight", "finite and not negative, or None", kl_weight)
     arguments = arguments_of(guide, model_args)
     weight = kl_weight if kl_weight is not None else kl_weight_of(guide)
     if not isinstance(criterion, Mapping):
         if groups is not None or prior_log_odds or dependent_priors != "raise":
             raise ValueError(
                 "groups, prior_log_odds and dependent_priors go with a mapping of sites to reduced priors: got "
-                f"them with {criterion}"
+                f"them with {text_of(criterion)}"
             )
-        return reduce_structures(model, guide, criterion, arguments, min_kept, round_to, weight)
+        return reduce_structures(
+            model, guide, criterion, arguments, min_kept=min_kept, round_to=round_to, kl_weight=weight
+        )
     log_odds = check_log_odds(prior_log_odds)
     latents = Latents(
         model, guide, criterion, arguments, dependent_priors=dependent_priors, draws=draws, seed=seed
@@ -149,27 +148,24 @@ def reduce_by_priors(
     min_kept: int = 1,
     round_to: int | None = None,
     kl_weight: float,
-) -> Reduction:
+) -> ProgramPlan | StructuresByPriors:
     """The plan that reduced priors lead to; of structures of a network where they say that θ is as good as 0."""
     if not removes_structures(latents):
         return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=kl_weight)
     chosen = selections(latents, groups)
     laws = {name: elementary_law(name, law) for name, law in latents.given.items()}
     plan = reduce_structures(
-        latents.model,
-        latents.guide,
-        ReducedPriors(laws, log_odds),
-        latents.args,
-        min_kept,
-        round_to,
-        kl_weight,
-    )
-    return replace(
-        plan,
+        latents.model, latents.guide, ReducedPriors(laws, log_odds), latents.args,
+        min_kept=min_kept, round_to=round_to, kl_weight=kl_weight,
+    )  # fmt: skip
+    parts = {entry.name: getattr(plan, entry.name) for entry in fields(plan)}
+    whole = StructuresByPriors(
+        **parts,
         sites=evidence_of_sites(latents),
         groups=evidence_of_groups(latents, chosen),
         _latents=latents,
     )
+    return whole.at(0.0)
 
 
 # Of a reduced prior that removes structures so much lies where θ is lost at so many bits: the paper's largest interval.

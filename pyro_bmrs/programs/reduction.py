@@ -1,4 +1,4 @@
-"""The reduction of any Pyro program's latents, from reduced priors to a `Reduction`."""
+"""The reduction of any Pyro program's latents, from reduced priors to a `ProgramPlan`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
-from pyro_bmrs.programs.latents import Evidence, Latents, Selection
-from pyro_bmrs.programs.sites import LatentSite
+from pyro_bmrs.arguments import check, is_number
+from pyro_bmrs.programs.latents import Evidence, Latents
+from pyro_bmrs.programs.plan import ProgramPlan
+from pyro_bmrs.programs.sites import LatentSite, Selection
 from pyro_bmrs.pruning.criteria import reduced_priors_text
-from pyro_bmrs.pruning.plan import COLUMNS, ESTIMATE_COLUMNS, Reduction
+from pyro_bmrs.pruning.plan import COLUMNS, ESTIMATE_COLUMNS
+from pyro_bmrs.pruning.rule import Rule
 
 # Of a site, the elements of a group: a number, several, a slice, a bool tensor of its shape, or ... for all.
 Elements = int | Sequence[int] | slice | Tensor | Any
@@ -27,22 +30,24 @@ class NonFiniteEvidenceError(ArithmeticError):
 
 def reduce_latents(
     latents: Latents, *, groups: Groups | None, prior_log_odds: float, kl_weight: float
-) -> Reduction:
+) -> ProgramPlan:
     """ΔF per element, per site and per group of what `latents` asks about; reduced where ΔF + log-odds is ≥ 0."""
     chosen = selections(latents, groups)
     frames = [
         _rows(site, latents.elements[name], prior_log_odds, kl_weight, latents.draws)
         for name, site in latents.sites.items()
     ]
-    return Reduction(
+    undecided = ProgramPlan(
         table=pd.concat(frames, ignore_index=True),
-        criterion=reduced_priors_text(latents.sites, prior_log_odds),
-        kl_weight=kl_weight,
-        min_kept=0,
+        rule=Rule(
+            criterion=reduced_priors_text(latents.sites), prior_log_odds=prior_log_odds, min_kept=0,
+            kl_weight=kl_weight,
+        ),
         sites=evidence_of_sites(latents),
         groups=evidence_of_groups(latents, chosen),
         _latents=latents,
-    )
+    )  # fmt: skip
+    return undecided.at(0.0)
 
 
 def evidence_of_sites(latents: Latents) -> pd.DataFrame:
@@ -83,7 +88,6 @@ def _rows(
         )
     loc, scale = _parameters(site)
     mean, deviation = _moments(site, draws)
-    gone = ~site.kept
     columns = {
         "unit": site.units,
         "loc": loc,
@@ -92,9 +96,9 @@ def _rows(
         "snr": mean / deviation,
         "score": change + prior_log_odds,
         "log_evidence_change": change,
-        "removed": (change + prior_log_odds >= 0) | gone,
-        "removed_in_fit": gone,
-        "present": torch.ones_like(gone),
+        "removed": torch.zeros_like(site.kept),
+        "removed_in_fit": ~site.kept,
+        "present": torch.ones_like(site.kept),
         "standard_error": evidence.standard_error,
         "khat": evidence.khat,
     }
@@ -184,6 +188,5 @@ def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
 
 def check_log_odds(prior_log_odds: object) -> float:
     """The number, or ValueError."""
-    if not isinstance(prior_log_odds, int | float) or not math.isfinite(prior_log_odds):
-        raise ValueError(f"prior_log_odds must be a finite number: got {prior_log_odds!r}")
-    return float(prior_log_odds)
+    check(is_number(prior_log_odds), "prior_log_odds", "a finite number", prior_log_odds)
+    return float(prior_log_odds)  # type: ignore[arg-type]

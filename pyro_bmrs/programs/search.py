@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, by_themselves, reduce_group
 from pyro_bmrs.inference.posteriors import JointNormalBlock
-from pyro_bmrs.programs.latents import Latents, Selection
+from pyro_bmrs.programs.latents import Latents
+from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduce import reduce_by_priors, removes_structures
 from pyro_bmrs.programs.reduction import Groups, check_log_odds, selections
+from pyro_bmrs.programs.sites import Selection
 from pyro_bmrs.progress import bar
-from pyro_bmrs.pruning.plan import Reduction
 from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of
 
 MOST_GROUPS = 20
@@ -116,7 +117,7 @@ def greedy_reduction(
     prior_log_odds: LogOdds = 0.0,
     draws: int = DRAWS,
     seed: int = 0,
-) -> Reduction:
+) -> ProgramPlan | StructuresByPriors:
     """Reduce the group that raises the evidence most, update the posterior, and repeat while any does.
 
     >>> import torch, pyro, pyro.distributions as dist
@@ -172,8 +173,7 @@ def greedy_reduction(
             for state, joint in zip(states, space.joints, strict=True)
         ]
     steps = pd.DataFrame(rows, columns=["step", "group", "gain", "log_evidence_change"])
-    plan = _plan(space.latents, [space.selections[name] for name in steps.group], "greedy reduction")
-    return replace(plan, steps=steps)
+    return replace(_plan(space, steps.group.tolist(), "greedy search"), steps=steps)
 
 
 class _Room:
@@ -181,15 +181,20 @@ class _Room:
 
     def __init__(self, space: _Space) -> None:
         floor = int(removes_structures(space.latents))
-        self.selections = list(space.selections.values())
-        self.left = {name: int(site.kept.sum()) - floor for name, site in space.latents.sites.items()}
+        sites = space.latents.sites
+        self.left = {name: int(site.kept.sum()) - floor for name, site in sites.items()}
+        # what a fit has removed before takes no room
+        self._counts = [
+            {name: int((mask & sites[name].kept).sum()) for name, mask in chosen.items()}
+            for chosen in space.selections.values()
+        ]
 
     def for_group(self, number: int) -> bool:
-        return all(int(mask.sum()) <= self.left[name] for name, mask in self.selections[number].items())
+        return all(count <= self.left[name] for name, count in self._counts[number].items())
 
     def take(self, number: int) -> None:
-        for name, mask in self.selections[number].items():
-            self.left[name] -= int(mask.sum())
+        for name, count in self._counts[number].items():
+            self.left[name] -= count
 
 
 def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> float:
@@ -203,17 +208,49 @@ def _gain(space: _Space, states: list[tuple[Tensor, Tensor]], number: int) -> fl
     return gain
 
 
-def _plan(latents: Latents, chosen: list[Selection], what: str) -> Reduction:
-    """The plan that reduces what is chosen and what leaves along with it; of a network every layer keeps one."""
+def _plan(space: _Space, names: Sequence[str], what: str) -> ProgramPlan | StructuresByPriors:
+    """The plan that reduces the named groups and what goes along; of a network every layer keeps one.
+
+    A score in its table is the element's ΔF alone and the prior log-odds of its group. It did not decide: the groups
+    were judged together, so the rule has no threshold.
+    """
+    latents = space.latents
     plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
-    layers = plan.candidates(math.inf)
-    for selection in chosen:
-        for name, mask in selection.items():
-            removed = layers[name].removed
-            present = torch.tensor(plan.table.present[plan.table.layer == name].to_numpy())
-            removed = removed.masked_scatter(present, removed[present] | mask.flatten().cpu())
-            layers[name] = replace(layers[name], removed=removed)
-    return plan.deciding(layers, f"{what} by {plan.criterion.split(' (')[0]}")
+    odds = {name: torch.zeros(site.shape, dtype=torch.float64) for name, site in latents.sites.items()}
+    chosen = {name: torch.zeros(site.shape, dtype=torch.bool) for name, site in latents.sites.items()}
+    for group, log_odds in zip(space.names, space.log_odds.tolist(), strict=True):
+        for name, mask in space.selections[group].items():
+            odds[name][mask.cpu()] = log_odds
+            if group in names:
+                chosen[name] |= mask.cpu()
+    table = plan.table.copy()
+    asked = table.present & table.layer.isin(list(latents.sites))
+    # in the order of the table
+    rows = [name for name in plan.layers if name in latents.sites]
+    flat = torch.cat([odds[name].flatten() for name in rows]).numpy()
+    table.loc[asked, "score"] = table.log_evidence_change[asked] + flat
+    taken = table.removed_in_fit.copy()
+    taken[asked] |= torch.cat([chosen[name].flatten() for name in rows]).numpy()
+    rule = replace(
+        plan.rule,
+        criterion=f"{what} by {plan.rule.criterion}",
+        prior_log_odds=_odds_of_rule(space),
+        threshold=None,
+    )
+    plan = replace(plan, table=table, rule=rule)
+    if isinstance(plan, ProgramPlan):
+        return plan.reducing(taken)
+    layers = {
+        layer: replace(candidates, removed=torch.tensor(taken[table.layer == layer].to_numpy()))
+        for layer, candidates in plan.candidates(math.inf).items()
+    }
+    return plan.deciding(layers)
+
+
+def _odds_of_rule(space: _Space) -> float | dict[str, float]:
+    """The prior log-odds of all groups: one number where they are equal."""
+    odds = dict(zip(space.names, space.log_odds.tolist(), strict=True))
+    return next(iter(odds.values()), 0.0) if len({*odds.values()}) <= 1 else odds
 
 
 @dataclass(frozen=True)
@@ -301,7 +338,7 @@ class ModelPosterior:
         near = near[log_probability[near].argsort(descending=True, stable=True)]
         return self._rows(near)
 
-    def plan(self, model: int | None = None) -> Reduction:
+    def plan(self, model: int | None = None) -> ProgramPlan | StructuresByPriors:
         """The plan of one model, by default the most probable: its `reduced_posterior()` predicts.
 
         In a network every layer keeps one structure, whatever the model says.
@@ -311,7 +348,7 @@ class ModelPosterior:
         """
         names = self.reduced(self.best if model is None else model)
         what = f"model {self.best if model is None else model} of {len(self.log_evidence_change)}"
-        return _plan(self._space.latents, [self._space.selections[name] for name in names], what)
+        return _plan(self._space, names, what)
 
     def __str__(self) -> str:
         total = len(self.log_evidence_change)

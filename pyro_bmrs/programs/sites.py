@@ -18,6 +18,8 @@ from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
 from pyro_bmrs.inference.guides import elementary, mask_of
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
 
+Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
+
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality
 class LatentSite:

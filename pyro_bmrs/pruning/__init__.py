@@ -5,15 +5,18 @@ from pyro_bmrs.pruning.criteria import (
     BMRS_U,
     SNR,
     Criterion,
+    CriterionError,
     EvidenceCriterion,
     ExpectedScale,
     Random,
     WeightNorm,
 )
-from pyro_bmrs.pruning.plan import Reduction
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.reduce import NonFiniteScoreError
+from pyro_bmrs.pruning.rule import Rule
 
 __all__ = [
-    "BMRS_N", "BMRS_U", "SNR", "Criterion", "EvidenceCriterion", "ExpectedScale", "NonFiniteScoreError", "Random",
-    "Reduction", "WeightNorm",
+    "BMRS_N", "BMRS_U", "SNR", "Criterion", "CriterionError", "EvidenceCriterion", "ExpectedScale", "NetworkPlan",
+    "NonFiniteScoreError", "Plan", "Random", "Rule", "WeightNorm",
 ]  # fmt: skip

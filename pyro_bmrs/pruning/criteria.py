@@ -1,20 +1,21 @@
 """Criteria: which structures a network is better without.
 
-One convention for all: a criterion maps the layers' structures to a score per structure, in its own unit,
-and a structure is removed where its score is ≥ 0.
+A criterion maps the layers' structures to a score for each structure, in its own unit. A structure is removed where
+its score is ≥ 0. Any function of `Layers` that returns such scores is a criterion.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence import log_evidence_change
 
@@ -69,16 +70,68 @@ def joined_priors(
     return type(priors[0])(*_concatenated(parts, shapes), validate_args=False)
 
 
-@runtime_checkable
 class Criterion(Protocol):
-    """Anything that scores structures: `criterion(layers)` gives, per layer, float64 scores (features,).
+    """Anything that scores structures: `criterion(layers)` gives, for each layer, a tensor of scores (features,).
 
-    `unit` is the unit of the scores.
+    A plain function is one:
+
+    >>> def narrow(layers):
+    ...     return {name: layer.posterior.snr - 30.0 for name, layer in layers.items()}
+
+    An attribute `unit` names the unit of the scores.
     """
 
-    unit: ClassVar[str]
+    def __call__(self, layers: Layers) -> Mapping[str, Tensor]: ...
 
-    def __call__(self, layers: Layers) -> Scores: ...
+
+class CriterionError(ValueError):
+    """A criterion returned something other than scores of the layers' structures."""
+
+
+def scores_of(criterion: Criterion, layers: Layers, found: Mapping[str, Tensor]) -> Scores:
+    """What a criterion returned, as float64 on the CPU.
+
+    Raises:
+        CriterionError: unless it is a tensor of scores (features,) for each layer.
+    """
+    sizes = {name: len(layer.kept) for name, layer in layers.items()}
+    given: object = found
+    if isinstance(found, Mapping):
+        given = {
+            name: tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            for name, score in found.items()
+        }
+        if given == {name: (size,) for name, size in sizes.items()} and not any(
+            score.is_complex() for score in found.values()
+        ):
+            return {name: found[name].detach().double().cpu() for name in layers}
+    raise CriterionError(
+        f"criterion must return a tensor of scores for each layer, of the sizes {sizes}: {text_of(criterion)} "
+        f"returned {given if isinstance(found, Mapping) else type(found).__name__}"
+    )
+
+
+def text_of(criterion: object) -> str:
+    """What to call a criterion: the text that `parse_criterion` takes, or the name of a function.
+
+    The prior log-odds are left out: a `Rule` names them by themselves.
+
+    >>> text_of(BMRS_N()), text_of(BMRS_U(bits=4, prior_log_odds=0.0)), text_of(len)
+    ('BMRS_N', 'BMRS_U:bits=4', 'builtins.len')
+    """
+    if is_dataclass(criterion) and type(criterion) in CRITERIA.values():
+        changed = {
+            entry.name: getattr(criterion, entry.name)
+            for entry in fields(criterion)
+            if entry.name != "prior_log_odds" and getattr(criterion, entry.name) != entry.default
+        }
+        arguments = ",".join(f"{name}={value:g}" for name, value in changed.items())
+        return type(criterion).__name__ + (f":{arguments}" if arguments else "")
+    text = str(criterion)
+    if " at 0x" not in text and not text.startswith("<"):
+        return text
+    named = criterion if hasattr(criterion, "__qualname__") else type(criterion)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 class EvidenceCriterion:
@@ -200,7 +253,7 @@ class ReducedPriors(EvidenceCriterion):
     prior_log_odds: float = PAPER_LOG_ODDS
 
     def __str__(self) -> str:
-        return reduced_priors_text(self.reduced_priors, self.prior_log_odds)
+        return reduced_priors_text(self.reduced_priors)
 
     def log_evidence_change(self, layers: Layers) -> Scores:
         return {
@@ -211,9 +264,9 @@ class ReducedPriors(EvidenceCriterion):
         }
 
 
-def reduced_priors_text(reduced_priors: Mapping[str, object], prior_log_odds: float) -> str:
+def reduced_priors_text(reduced_priors: Mapping[str, object]) -> str:
     """What to call a reduction by reduced priors."""
-    return f"reduced priors of {', '.join(reduced_priors)} (prior log-odds {prior_log_odds:g})"
+    return f"reduced priors of {', '.join(reduced_priors)}"
 
 
 @dataclass(frozen=True)
@@ -263,8 +316,7 @@ class WeightNorm:
 
     def __call__(self, layers: Layers) -> Scores:
         norms = {name: layer.weight_norm().double() for name, layer in layers.items()}
-        cut = _smallest(self.fraction, norms, layers)
-        return {name: cut - norm for name, norm in norms.items()}
+        return _lowest_share(self.fraction, norms, layers)
 
 
 @dataclass(frozen=True)
@@ -285,8 +337,7 @@ class Random:
             name: torch.rand(layer.kept.shape, generator=generator, dtype=torch.float64).to(layer.kept.device)
             for name, layer in layers.items()
         }
-        cut = _smallest(self.fraction, draws, layers)
-        return {name: cut - draw for name, draw in draws.items()}
+        return _lowest_share(self.fraction, draws, layers)
 
 
 def _parameter(criterion: EvidenceCriterion, name: str, given: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -300,19 +351,30 @@ def _split(values: Tensor, layers: Layers) -> Scores:
     return dict(zip(layers, torch.split(values, sizes), strict=True))
 
 
-def _smallest(fraction: float, values: Scores, layers: Layers) -> Tensor:
-    """The value at or below which lie `fraction` of the structures that are not removed yet."""
-    pool = torch.cat([values[name][layer.kept] for name, layer in layers.items()]).sort().values
-    count = round(fraction * len(pool))
-    return pool[count - 1] if count else pool.new_tensor(-math.inf).clamp(min=torch.finfo(pool.dtype).min)
+def _lowest_share(fraction: float, values: Scores, layers: Layers) -> Scores:
+    """Scores that remove just the given fraction of what is left, the lowest values; of equal ones the first.
+
+    Score = cut - value, with `cut` the highest value that goes.
+    """
+    kept = torch.cat([layer.kept for layer in layers.values()])
+    pool = torch.cat([*values.values()])
+    order = pool.masked_fill(~kept, math.inf).argsort(stable=True)
+    count = round(fraction * int(kept.sum()))
+    cut = pool[order[count - 1]] if count else pool.new_tensor(torch.finfo(pool.dtype).min)
+    scores = cut - pool
+    chosen = torch.zeros_like(kept).index_fill(0, order[:count], True)
+    # what ties with the last that goes has a score of 0 too, and must stay
+    scores = scores.masked_fill(~chosen & (scores >= 0), -torch.finfo(pool.dtype).tiny)
+    return _split(scores, layers)
 
 
 def check_criterion(criterion: object) -> None:
-    """Raise TypeError unless this is a criterion: a callable with a unit, made and not just named."""
-    if isinstance(criterion, type) or not callable(criterion) or not hasattr(criterion, "unit"):
-        hint = f"; make one: {criterion.__name__}()" if isinstance(criterion, type) else ""
+    """Raise TypeError unless this is a criterion: something to be called with layers, made and not just named."""
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be made, {criterion.__name__}(): got the class {criterion!r}")
+    if not callable(criterion) or isinstance(criterion, nn.Module):
         raise TypeError(
-            f"criterion must be one of pyro_bmrs's or a callable with a unit: got {criterion!r}{hint}"
+            f"criterion must be one of pyro_bmrs's or a function of layers that returns scores: got {criterion!r}"
         )
 
 
@@ -321,8 +383,12 @@ def _check(name: str, value: object, allows: Callable[[Any], bool], allowed: str
         good = allows(value)
     except TypeError:  # text, say, is no number to compare
         good = False
-    if not good:
-        raise ValueError(f"{name} must be {allowed}: got {value!r}")
+    check(good, name, allowed, value)
+
+
+CRITERIA: dict[str, Any] = {
+    kind.__name__: kind for kind in (BMRS_N, BMRS_U, SNR, ExpectedScale, WeightNorm, Random)
+}
 
 
 def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion:
@@ -334,11 +400,9 @@ def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion
     Raises:
         ValueError: for an unknown name or argument, or log-odds for a criterion without evidence.
     """
-    known = {kind.__name__: kind for kind in (BMRS_N, BMRS_U, SNR, ExpectedScale, WeightNorm, Random)}
     name, _, rest = text.partition(":")
-    if name not in known:
-        raise ValueError(f"criterion must be one of {', '.join(known)}: got {name!r}")
-    allowed = [field.name for field in fields(known[name])]
+    check(name in CRITERIA, "criterion", f"one of {', '.join(CRITERIA)}", name)
+    allowed = [field.name for field in fields(CRITERIA[name])]
     arguments: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
@@ -349,8 +413,8 @@ def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion
         except ValueError:
             raise ValueError(f"criterion {name} needs a number for {key}: got {value!r}") from None
     if prior_log_odds is not None:
-        if not issubclass(known[name], EvidenceCriterion):
+        if not issubclass(CRITERIA[name], EvidenceCriterion):
             raise ValueError(f"prior_log_odds goes with BMRS_N and BMRS_U only: got it with {name}")
         arguments["prior_log_odds"] = prior_log_odds
-    criterion: Criterion = known[name](**arguments)
+    criterion: Criterion = CRITERIA[name](**arguments)
     return criterion

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
 from pyro_bmrs.networks.cuts import selections as tensors_of_side
@@ -23,7 +24,7 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
-from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.pruning.binding import Binding
 from pyro_bmrs.pruning.criteria import (
     Criterion,
     EvidenceCriterion,
@@ -31,9 +32,12 @@ from pyro_bmrs.pruning.criteria import (
     ReducedPriors,
     check_criterion,
     joined,
+    scores_of,
+    text_of,
 )
-from pyro_bmrs.pruning.decision import Candidates, least_kept, removals
-from pyro_bmrs.pruning.plan import COLUMNS, Reduction
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.pruning.plan import COLUMNS
+from pyro_bmrs.pruning.rule import Rule
 
 
 class NonFiniteScoreError(ArithmeticError):
@@ -56,98 +60,90 @@ def reduce_structures(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     criterion: Criterion,
-    arguments: tuple[Any, ...],
-    min_kept: int,
-    round_to: int | None,
-    weight: float,
-) -> Reduction:
+    arguments: tuple[Any, ...] = (),
+    *,
+    min_kept: int = 1,
+    round_to: int | None = None,
+    kl_weight: float | None = None,
+) -> NetworkPlan:
+    """The plan of a network by a criterion: see `pyro_bmrs.reduce`."""
     check_criterion(criterion)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    check(isinstance(model, nn.Module), "model", "a torch.nn.Module", type(model), TypeError)
+    assert isinstance(model, nn.Module)
+    arguments = arguments_of(guide, arguments)
     posterior = read_posterior(guide, *arguments)
     layers = noise_layers(model)
     for site in layers:
         if site not in posterior:
             raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
     originals = {site: _original(guide, site, layer, posterior) for site, layer in layers.items()}
-    network = network_of(model)
-
-    @cache
-    def example_input() -> Inputs:
-        return input_of(model, arguments)
-
-    @cache
-    def groups() -> dict[str, StructureGroup]:
-        return structure_groups(network, example_input())
-
+    binding = Binding(network_of(model), partial(input_of, model, arguments) if arguments else None)
     structures = {
         site: LayerStructures(
             posterior=original.posterior,
             prior=original.prior,
             kept=original.kept,
             weight_norm=lambda site=site, original=original: original.spread(  # type: ignore[misc]
-                _weight_norm(network, groups()[site]), math.nan
+                _weight_norm(binding.network, binding.groups[site]), math.nan
             ),
         )
         for site, original in originals.items()
     }
-    evidence: dict[str, Tensor] = {}
-    if isinstance(criterion, EvidenceCriterion):
-        evidence = criterion.log_evidence_change(structures)
-    if evidence and type(criterion).__call__ is EvidenceCriterion.__call__:
-        scores = criterion.scores(evidence)  # type: ignore[attr-defined]
-    else:
-        scores = criterion(structures)
-    scores = {site: scores[site].detach().double().cpu() for site in structures}
+    scores, evidence = _scored(criterion, structures)
+    rule = Rule(
+        criterion=text_of(criterion),
+        prior_log_odds=criterion.prior_log_odds if isinstance(criterion, EvidenceCriterion) else None,
+        min_kept=min_kept,
+        round_to=round_to,
+        kl_weight=kl_weight_of(guide) if kl_weight is None else kl_weight,
+    )
     asked = criterion.reduced_priors if isinstance(criterion, ReducedPriors) else structures
-    candidates = {}
-    for site, view in structures.items():
-        score, kept = scores[site], view.kept.cpu()
+    for site, score in scores.items():
         bad = torch.nonzero(~torch.isfinite(score) & originals[site].present.cpu()).flatten().tolist()
         if bad and site in asked:
             raise NonFiniteScoreError(
-                f"{criterion} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
+                f"{rule} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
                 f"({[float(score[index]) for index in bad[:3]]}); nothing is removed"
             )
-        least = least_kept(min_kept, round_to, layers[site].channels)
-        candidates[site] = Candidates((score >= 0) | ~kept, score, kept, *least)
-    nested = any(isinstance(module, InputSelection) for module in network.modules())
-    nesting = Nesting.of(groups().values()) if nested else Nesting()
-    nesting = nesting.spread({site: original.present for site, original in originals.items()})
-    removed = removals(candidates, nesting)
+    nested = any(isinstance(module, InputSelection) for module in binding.network.modules())
+    nesting = Nesting.of(binding.groups.values()) if nested else Nesting()
     q = joined([view.posterior for view in structures.values()])
-    every_score = torch.cat(list(scores.values()))
     columns = {
         "unit": torch.cat([original.units for original in originals.values()]),
         "loc": q.loc.double(),
         "scale": q.scale.double(),
         "mean": q.mean.double(),
         "snr": q.snr.double(),
-        "score": every_score,
-        "log_evidence_change": (
-            torch.cat([evidence[site].double() for site in structures])
-            if evidence
-            else torch.full_like(every_score, torch.nan)
-        ),
-        "removed": torch.cat([*removed.values()]),
+        "score": torch.cat([*scores.values()]),
+        "log_evidence_change": torch.cat([*evidence.values()]),
+        "removed": torch.zeros(len(q.loc), dtype=torch.bool),
         "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
         "present": torch.cat([original.present for original in originals.values()]),
     }
     names = [site for site, score in scores.items() for _ in range(len(score))]
     numbers = {name: value.detach().cpu().numpy() for name, value in columns.items()}
-    table = pd.DataFrame({"layer": names, **numbers, "kl_weight": weight})
-    return Reduction(
+    table = pd.DataFrame({"layer": names, **numbers, "kl_weight": rule.kl_weight})
+    undecided = NetworkPlan(
         table=table[COLUMNS],
-        criterion=str(criterion),
-        kl_weight=weight,
-        min_kept=min_kept,
-        round_to=round_to,
+        rule=rule,
         channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
-        nesting=nesting,
-        _asked={site: layer.removed for site, layer in candidates.items()},
-        _network=network,
-        _find_input=example_input,
+        nesting=nesting.spread({site: original.present for site, original in originals.items()}),
+        _binding=binding,
     )
+    return undecided.at(0.0)
+
+
+def _scored(
+    criterion: Criterion, structures: Mapping[str, LayerStructures]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(scores, ΔF or NaN where the criterion has no evidence) of each layer's structures, float64 on the CPU."""
+    if not isinstance(criterion, EvidenceCriterion):
+        scores = scores_of(criterion, structures, criterion(structures))
+        return scores, {site: torch.full_like(score, math.nan) for site, score in scores.items()}
+    evidence = scores_of(criterion, structures, criterion.log_evidence_change(structures))
+    if type(criterion).__call__ is EvidenceCriterion.__call__:
+        return scores_of(criterion, structures, criterion.scores(evidence)), evidence
+    return scores_of(criterion, structures, criterion(structures)), evidence
 
 
 @dataclass(frozen=True)

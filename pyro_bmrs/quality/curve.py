@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
+from pyro_bmrs.arguments import check, is_whole
+
 if TYPE_CHECKING:
     from pyro_bmrs.inference.batches import Data
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import NetworkPlan
 
 
-def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: int = 15) -> pd.DataFrame:
+def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points: int = 15) -> pd.DataFrame:
     """Remove more and more structures, highest score first, and look at the accuracy without fine-tuning.
 
     Args:
@@ -30,34 +35,39 @@ def compression_curve(model: nn.Module, plan: Reduction, data: Data, *, points: 
         ValueError: if points < 2, or the plan was loaded from disk and holds no network.
     """
     from pyro_bmrs.inference.evaluate import evaluate
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import NetworkPlan
 
-    if not isinstance(plan, Reduction):
-        raise TypeError(f"plan must be a Reduction: got {type(plan).__name__}")
-    if not isinstance(points, int) or points < 2:
-        raise ValueError(f"points must be at least 2: got {points!r}")
-    rows_left = plan.table[plan.table.present]
-    scores = rows_left.score.sort_values(ascending=False, ignore_index=True)
-    total, own = len(scores), int(rows_left.removed.sum())
+    check(isinstance(plan, NetworkPlan), "plan", "a NetworkPlan", type(plan), TypeError)
+    check(is_whole(points, 2), "points", "at least 2", points)
+    full = plan.parameters_before()
+    device = next(model.parameters()).device
+    # a layer that the criterion was not asked about has no scores, and keeps its structures
+    asked = plan.table[plan.table.present & np.isfinite(plan.table.score)]
+    scores = asked.score.sort_values(ascending=False, ignore_index=True)
+    total, own = len(scores), int(asked.removed.sum())
     counts = [round(index * total / (points - 1)) for index in range(points)]
     beyond = points // 3 + 1
     counts += [own + round(index * (total - own) / beyond) for index in range(1, beyond)]
-    thresholds = {float("inf") if count == 0 else float(scores[count - 1]) for count in counts} | {0.0}
-    full = plan.parameters_before()
-    device = next(model.parameters()).device
+    thresholds = {math.inf if count == 0 else float(scores[count - 1]) for count in counts}
+    own_threshold = plan.rule.threshold
+    if own_threshold is None:  # no threshold says what a search decided, so the plan is a point by itself
+        ranked, variants = replace(plan, rule=replace(plan.rule, threshold=0.0)), [(math.nan, plan)]
+    else:
+        ranked, variants = plan, [(own_threshold, plan)]
+    variants += [(threshold, ranked.at(threshold)) for threshold in thresholds - {own_threshold}]
+    variants.sort(key=lambda pair: pair[0], reverse=True)
     rows = []
-    falling = sorted(thresholds, reverse=True)
-    variants = [plan if threshold == 0.0 else plan.at(threshold) for threshold in falling]
-    for threshold, variant, left in zip(falling, variants, plan.parameters_of(variants), strict=True):
-        scales = {site: scale.to(device).float() for site, scale in variant.scales().items()}
-        result = evaluate(model, data, scales)
+    left_of = plan.parameters_of([variant for _, variant in variants])
+    for (threshold, variant), left in zip(variants, left_of, strict=True):
+        means = {site: mean.to(device).float() for site, mean in variant.theta_mean().items()}
+        result = evaluate(model, data, means)
         rows.append(
             {
                 "parameters_removed": 1 - left / full,
                 "accuracy": result.accuracy,
                 "loss": result.loss,
                 "score_threshold": threshold,
-                "is_plan": threshold == 0.0,
+                "is_plan": variant is plan,
             }
         )
     return pd.DataFrame(rows)

@@ -39,7 +39,6 @@ from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.looking import looking
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.programs.reduce import reduce
 from pyro_bmrs.pruning.criteria import (
     BMRS_N,
     BMRS_U,
@@ -49,14 +48,15 @@ from pyro_bmrs.pruning.criteria import (
     Random,
     WeightNorm,
     check_criterion,
+    text_of,
 )
-from pyro_bmrs.pruning.reduce import NonFiniteScoreError
+from pyro_bmrs.pruning.reduce import NonFiniteScoreError, reduce_structures
 from pyro_bmrs.quality.calibration import Predictions, predictions, quality, reliability, risk_coverage
 from pyro_bmrs.quality.curve import compression_curve
 from pyro_bmrs.quality.what_if import what_if
 
 if TYPE_CHECKING:
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import NetworkPlan
 
 FORMAT, VERSION = "pyro_bmrs.diagnosis", 1
 
@@ -187,7 +187,7 @@ FACTS = (
 def diagnose(
     model: nn.Module,
     guide: Callable[..., Any],
-    plan: Reduction,
+    plan: NetworkPlan,
     train: Data,
     test: Data,
     *,
@@ -238,12 +238,12 @@ def diagnose(
     foreign = _foreign(out_of_distribution, _batches("test", test, batch_size, device))
     looked_at = first_of(train, examples or size)
     checks = check_posterior(
-        model, guide, looked_at, draws=draws, seed=seed, kl_weight=plan.kl_weight,
+        model, guide, looked_at, draws=draws, seed=seed, kl_weight=plan.rule.kl_weight,
         dataset_size=size, batch_size=batch_size,
     )  # fmt: skip
     found = Diagnosis(
         facts=dict(
-            draws=draws, seed=seed, examples=checks.examples, dataset_size=size, kl_weight=plan.kl_weight,
+            draws=draws, seed=seed, examples=checks.examples, dataset_size=size, kl_weight=plan.rule.kl_weight,
             out_of_distribution=next(iter(foreign), None),
             curves_of="test" if validation is None else "validation",
         )
@@ -254,7 +254,10 @@ def diagnose(
         found.contraction = None
         found.notes.append("k̂ by part and contraction: the guide does not show a posterior of each site")
     _leave_one_out(found, model, guide, looked_at, batch_size)
-    found.what_if = what_if(plan)
+    if plan.rule.threshold is None:
+        found.notes.append("what if: a search decided about all structures together, without a threshold")
+    else:
+        found.what_if = what_if(plan)
     if _predict(found, model, guide, plan, test, fine_tuned, foreign, batch_size):
         curve_data = first_of(test if validation is None else validation, CURVE_EXAMPLES)
         found.curves = criterion_curves(model, guide, plan, curve_data, criteria, found.notes)
@@ -269,14 +272,14 @@ def _check_programs(
     criteria: object,
 ) -> None:
     """Refuse what is of the wrong kind, and a plan of another model."""
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import NetworkPlan
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     if not callable(guide):
         raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
-    if not isinstance(plan, Reduction):
-        raise TypeError(f"plan must be a Reduction: got {type(plan).__name__}")
+    if not isinstance(plan, NetworkPlan):
+        raise TypeError(f"plan must be a NetworkPlan: got {type(plan).__name__}")
     if not isinstance(fine_tuned, nn.Module | None):
         raise TypeError(f"fine_tuned must be a Pyro model or None: got {type(fine_tuned).__name__}")
     if fine_tuned is not None and not _takes_two(fine_tuned):
@@ -388,7 +391,7 @@ def _predict(
     found: Diagnosis,
     model: nn.Module,
     guide: Callable[..., Any],
-    plan: Reduction,
+    plan: NetworkPlan,
     test: Data,
     fine_tuned: nn.Module | None,
     foreign: Mapping[str, Tensor],
@@ -406,7 +409,7 @@ def _predict(
         )
         return False
     drawn = {name: torch.stack([draw[name] for draw in values]) * layers[name].kept for name in layers}
-    means = {name: value.float() for name, value in plan.scales().items()}
+    means = {name: value.float() for name, value in plan.theta_mean().items()}
     full = {name: draws.mean(0) for name, draws in drawn.items()}
     if isinstance(guide, AutoTruncatedLogNormal):
         full = guide.mean()  # not of draws
@@ -457,7 +460,7 @@ def _entropies(name: str, seen: Predictions) -> pd.DataFrame:
 def criterion_curves(
     model: nn.Module,
     guide: Callable[..., Any],
-    plan: Reduction,
+    plan: NetworkPlan,
     data: Data,
     criteria: Mapping[str, Criterion] | None = None,
     notes: list[str] | None = None,
@@ -474,18 +477,19 @@ def criterion_curves(
         As `compression_curve`, with a column criterion. `is_plan` marks where each criterion stops by itself; random
         removal has no such point.
     """
-    own = plan.criterion.split("(")[0]
-    curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
+    rule = plan.rule
+    curves = [compression_curve(model, plan, data).assign(criterion=f"{rule.criterion} (this plan)")]
     # another guide than this one remembers no arguments to be called with
     remembers, device = isinstance(guide, AutoTruncatedLogNormal), next(model.parameters()).device
     arguments = () if remembers else _first(Batches(data, 1000, device, "data"))
     for name, criterion in (CRITERIA if criteria is None else criteria).items():
-        if str(criterion) == plan.criterion:
+        odds = getattr(criterion, "prior_log_odds", None)
+        if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
             continue
         try:
             with looking(model, 0):
-                other = reduce(
-                    model, guide, criterion, *arguments, min_kept=plan.min_kept, round_to=plan.round_to
+                other = reduce_structures(
+                    model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
                 )
         except (NonFiniteScoreError, ValueError) as error:
             if notes is not None:

@@ -16,7 +16,7 @@ from pyro_bmrs.checks.draws import check_whole
 from pyro_bmrs.pruning.decision import least_kept, removals
 
 if TYPE_CHECKING:
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import NetworkPlan
 
 # More thresholds than these are not told apart on a slider, and each costs a look at the dependency graph.
 MOST_THRESHOLDS = 300
@@ -24,7 +24,7 @@ MOST_THRESHOLDS = 300
 MOST_CELLS = 2000
 
 
-def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
+def leaving_thresholds(plan: NetworkPlan) -> NDArray[np.float64]:
     """The highest threshold at which each structure goes, floors, rounding and nesting included.
 
     `plan.at(t)` removes structure i where t ≤ leaving_thresholds(plan)[i]: a structure's own score, unless it is
@@ -38,7 +38,7 @@ def leaving_thresholds(plan: Reduction) -> NDArray[np.float64]:
     return _decisions(plan)[0]
 
 
-def _decisions(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(the highest threshold at which each structure goes, all finite ones at which something changes, falling)."""
     if plan.nesting.owners:
         return _of_nested_layers(plan)
@@ -47,7 +47,8 @@ def _decisions(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64
     gone = plan.table["removed_in_fit"].to_numpy(dtype=bool)
     layers = plan.table["layer"].to_numpy()
     for layer in plan.layers:
-        least, multiple = least_kept(plan.min_kept, plan.round_to, plan.channels.get(layer, 1))
+        rule = plan.rule
+        least, multiple = least_kept(rule.min_kept, rule.round_to, plan.channels.get(layer, 1))
         rows = np.flatnonzero((layers == layer) & ~gone)
         rows = rows[np.argsort(score[rows], kind="stable")]
         for rank, row in enumerate(rows):
@@ -59,7 +60,7 @@ def _decisions(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64
     return found, np.unique(found[np.isfinite(found)])[::-1]
 
 
-def _of_nested_layers(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _of_nested_layers(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The same where what goes of a layer depends on others: by deciding at every score."""
     layers = plan.candidates(math.inf)
     scores = torch.cat([layer.score[layer.kept] for layer in layers.values()]).numpy()
@@ -80,7 +81,7 @@ def _of_nested_layers(plan: Reduction) -> tuple[NDArray[np.float64], NDArray[np.
     return leaving.numpy(), np.array(turns)
 
 
-def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
+def what_if(plan: NetworkPlan, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
     """Structures and parameters left at every threshold at which something changes.
 
     Args:
@@ -96,35 +97,41 @@ def what_if(plan: Reduction, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
         ValueError: if most < 2, or the plan holds no network.
     """
     check_whole("most", most, 2)
+    own = _threshold_of(plan)
     _, changes = _decisions(plan)
     if len(changes) > most:
         changes = changes[np.unique(np.linspace(0, len(changes) - 1, most).round().astype(int))]
-    thresholds = [math.inf, *sorted({*changes.tolist(), 0.0}, reverse=True)]
+    thresholds = sorted({math.inf, own, *changes.tolist()}, reverse=True)
     plans = [plan.at(threshold) for threshold in thresholds]
     return pd.DataFrame(
         {
             "score_threshold": thresholds,
-            "prior_log_odds": own_log_odds(plan) - np.array(thresholds),
+            "prior_log_odds": [plan.rule.log_odds_at(threshold) for threshold in thresholds],
             "structures": [int((~other.table.removed).sum()) for other in plans],
             "parameters": plan.parameters_of(plans),
         }
     )
 
 
-def own_log_odds(plan: Reduction) -> float:
-    """The prior log-odds of a plan's criterion in nats, score less ΔF; NaN for a criterion without evidence."""
-    difference = (plan.table["score"] - plan.table["log_evidence_change"]).to_numpy(dtype=float)
-    finite = difference[np.isfinite(difference)]
-    return float(np.median(finite)) if len(finite) else math.nan
+def _threshold_of(plan: NetworkPlan) -> float:
+    threshold = plan.rule.threshold
+    if threshold is None:
+        raise ValueError(
+            f"plan must be decided by a threshold, to ask what another one does: got {plan.rule}"
+        )
+    return threshold
 
 
-def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -> dict[str, Any] | None:
+def slider(
+    plan: NetworkPlan, changes: pd.DataFrame, curve: pd.DataFrame | None, before: int | None = None
+) -> dict[str, Any] | None:
     """What the page's slider needs: each unit's own threshold, parameters at every change, accuracy on a grid.
 
     Args:
         plan: the plan.
         changes: of `what_if`.
         curve: of `compression_curve`; None or without accuracies: none is shown.
+        before: parameters of the full network; None: the plan's network says it.
 
     Returns:
         evidence (whether the slider is one of prior log-odds, not of a threshold on the score), own (where the plan
@@ -133,13 +140,16 @@ def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -
     from markupsafe import Markup
 
     leaving, values = _decisions(plan)
-    own = own_log_odds(plan)
-    evidence = math.isfinite(own)
+    threshold = _threshold_of(plan)
+    log_odds = plan.rule.log_odds_at(0.0)
+    evidence = math.isfinite(log_odds)
     if not len(values):
         return None
-    asked = own - values if evidence else values
+    asked = log_odds - values if evidence else values
     margin = max(0.1, 0.02 * float(np.abs(asked).max()))
-    decided = own if evidence else 0.0
+    lowest, highest = float(asked.min()) - margin, float(asked.max()) + margin
+    decided = plan.rule.log_odds_at(threshold) if evidence else threshold
+    decided = min(max(decided, lowest), highest) if math.isinf(decided) else decided
     layers = []
     for layer in plan.layers:
         rows = (plan.table["layer"] == layer).to_numpy()
@@ -156,15 +166,16 @@ def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -
     shown = ["score_threshold", "accuracy", "parameters_removed"]
     grid = pd.DataFrame(columns=shown) if curve is None else curve[shown].astype(float).dropna()
     # with the two that `what_if` adds, if it has left out none
-    every = {math.inf, 0.0, *values.tolist()}
+    every = {math.inf, threshold, *values.tolist()}
     data = {
         "evidence": evidence,
         "own": decided,
-        "lowest": min(float(asked.min()) - margin, decided),
-        "highest": max(float(asked.max()) + margin, decided),
+        "log_odds": log_odds if evidence else 0.0,
+        "lowest": min(lowest, decided),
+        "highest": max(highest, decided),
         "most": MOST_CELLS,
         "exact": len(changes) == len(every),
-        "before": _parameters_before(plan, changes),
+        "before": plan.parameters_before() if before is None else before,
         "layers": layers,
         "parameters": [
             {"threshold": threshold if math.isfinite(threshold) else None, "parameters": left}
@@ -182,16 +193,6 @@ def slider(plan: Reduction, changes: pd.DataFrame, curve: pd.DataFrame | None) -
     # inside a script element only "<" could end it
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return {"evidence": evidence, "own": decided, "json": Markup(text)}
-
-
-def _parameters_before(plan: Reduction, changes: pd.DataFrame) -> int:
-    """Of the original network; of what a fit has left of it where the plan, read from disk, knows no other."""
-    if plan.costs is not None and "parameters" in plan.costs.index:
-        return int(plan.costs["before"]["parameters"])
-    try:
-        return plan.parameters_before()
-    except ValueError:
-        return int(changes["parameters"].max())
 
 
 def _falling(table: pd.DataFrame, by: str, *columns: str) -> list[list[float]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from pyro_bmrs.reports.page import svg, write_page
 from pyro_bmrs.reports.words import (
     EVALUATION_COLUMNS,
     WIDTH_COLUMNS,
+    decision,
     khat_text,
     methods,
     posterior_warnings,
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyro_bmrs.fitting import Fit
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import NetworkPlan
 
 COST_COLUMNS = ("before", "after")
 
@@ -80,9 +82,10 @@ _COST_NAMES = {
 
 def report(
     fit: Fit | None,
-    plan: Reduction,
+    plan: NetworkPlan,
     out: str | os.PathLike[str] = "report.html",
     *,
+    costs: pd.DataFrame | None = None,
     curve: pd.DataFrame | None = None,
     evaluation: pd.DataFrame | None = None,
     diagnosis: Diagnosis | None = None,
@@ -94,8 +97,9 @@ def report(
 
     Args:
         fit: the fit, for its ``history``, ``removals`` and ``settings``; None leaves the training out.
-        plan: the reduction, for its ``table``, ``widths()``, ``costs``, ``criterion`` and ``kl_weight``.
+        plan: of ``reduce``.
         out: the HTML file to write; its folder is made if need be. The Markdown has the same name with ``.md``.
+        costs: None, or what ``plan.costs`` measured: rows such as ``parameters``, columns ``before`` and ``after``.
         curve: None, or accuracy against parameters, with the columns ``parameters_removed`` (0 to 1),
             ``accuracy`` (0 to 1), ``score_threshold`` and ``is_plan`` (the criterion's own stopping point).
         evaluation: None, or a row per network and split, in the order of the work, with the columns
@@ -112,20 +116,15 @@ def report(
         ValueError: a table lacks a column, or ``plan.table`` has no rows. An existing file stays untouched.
 
     Example:
-        >>> import pandas as pd, tempfile
-        >>> from types import SimpleNamespace
-        >>> table = pd.DataFrame({
-        ...     "layer": "fc1", "unit": [0, 1], "loc": [-0.1, -15.0], "scale": [0.1, 3.0],
-        ...     "mean": [0.9, 1e-4], "snr": [9.0, 0.1], "score": [-90.0, 2.0],
-        ...     "log_evidence_change": [-91.0, 1.0], "removed": [False, True],
-        ... })
-        >>> plan = SimpleNamespace(
-        ...     table=table, criterion="BMRS_N()", kl_weight=1.0, costs=None,
-        ...     widths=lambda: pd.DataFrame({"layer": ["fc1"], "before": [2], "after": [1]}),
-        ... )
+        >>> import tempfile, torch, pyro_bmrs as bmrs
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), bmrs.MultiplicativeNoise(2), torch.nn.Linear(2, 2))
+        >>> model = bmrs.Classifier(net)
+        >>> guide = bmrs.AutoTruncatedLogNormal(model)
+        >>> _ = guide(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+        >>> plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = report(None, plan, f"{folder}/report.html")
-        ...     "50.0 % of 2 units removed" in path.read_text(encoding="utf-8")
+        ...     "50.0 % of 2 structures removed" in path.read_text(encoding="utf-8")
         True
     """
     out = Path(out)
@@ -139,8 +138,8 @@ def report(
     widths = plan.widths()
     require_columns("plan.table", plan.table, TABLE_COLUMNS)
     require_columns("plan.widths()", widths, WIDTH_COLUMNS)
-    if plan.costs is not None:
-        require_columns("plan.costs", plan.costs, COST_COLUMNS)
+    if costs is not None:
+        require_columns("costs", costs, COST_COLUMNS)
     if fit is not None:
         require_columns("fit.history", fit.history, HISTORY_COLUMNS)
     if curve is not None:
@@ -152,21 +151,21 @@ def report(
     curves = None if diagnosis is None else diagnosis.curves
     if curve is None and curves is not None:
         curve = curves[curves["criterion"] == curves["criterion"].iloc[0]]
-    units = _shown_units(plan.table)
+    units = _shown_units(plan.table, _threshold(plan))
     shown_widths = widths.assign(removed=1 - widths["after"] / widths["before"].where(widths["before"] > 0))
     content = dict(
         title="Reduction report",
-        verdict=verdict(history, plan, curve, evaluation),
+        verdict=verdict(history, plan, curve, evaluation, costs),
         warnings=[*removal_warnings(evaluation), *warnings_of(plan, widths), *posterior_warnings(diagnosis)],
-        criterion=str(plan.criterion),
-        costs=_costs(plan.costs),
+        rule=f"{plan.rule}. {decision(plan.rule)}.",
+        costs=_costs(costs),
         widths=rows_of(shown_widths, (*WIDTH_COLUMNS, "removed")),
         widths_total=(int(widths["before"].sum()), int(widths["after"].sum())),
         evaluation=None if evaluation is None else rows_of(evaluation, EVALUATION_COLUMNS),
         figures=_figures(fit, history, plan, widths, curve, diagnosis),
         what_if=None
         if diagnosis is None or diagnosis.what_if is None
-        else slider(plan, diagnosis.what_if, curve),
+        else slider(plan, diagnosis.what_if, curve, _parameters_before(plan, diagnosis.what_if, costs)),
         posterior=_posterior(diagnosis),
         quality=None
         if diagnosis is None or diagnosis.quality is None
@@ -206,7 +205,7 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _figures(
     fit: Fit | None,
     history: pd.DataFrame | None,
-    plan: Reduction,
+    plan: NetworkPlan,
     widths: pd.DataFrame,
     curve: pd.DataFrame | None,
     diagnosis: Diagnosis | None,
@@ -245,7 +244,7 @@ def _chosen(table: pd.DataFrame) -> pd.DataFrame:
     return table[by_draws] if (table["prediction"] == "draws").any() else table
 
 
-def _removals(fit: Fit | None, plan: Reduction) -> pd.DataFrame | None:
+def _removals(fit: Fit | None, plan: NetworkPlan) -> pd.DataFrame | None:
     """What went in the fit, as it noted it, and by this plan after the fit's last epoch."""
     if fit is None or "removed_in_fit" not in plan.table:
         return None
@@ -281,7 +280,7 @@ def _facts(diagnosis: Diagnosis | None) -> dict[str, Any]:
     return {**dict.fromkeys(FACTS), **({} if diagnosis is None else diagnosis.facts)}
 
 
-def _unit_columns(plan: Reduction, diagnosis: Diagnosis | None) -> list[tuple[str, str, str]]:
+def _unit_columns(plan: NetworkPlan, diagnosis: Diagnosis | None) -> list[tuple[str, str, str]]:
     columns = [
         ("layer", "layer", "text"),
         ("unit", "unit", ".0f"),
@@ -296,11 +295,11 @@ def _unit_columns(plan: Reduction, diagnosis: Diagnosis | None) -> list[tuple[st
     return [
         *columns,
         ("score", score_label(plan), ".4g"),
-        ("log_evidence_change", evidence_label(plan.kl_weight), ".4g"),
+        ("log_evidence_change", evidence_label(plan.rule.kl_weight), ".4g"),
     ]
 
 
-def _unit_rows(units: pd.DataFrame, plan: Reduction, diagnosis: Diagnosis | None) -> list[dict[str, Any]]:
+def _unit_rows(units: pd.DataFrame, plan: NetworkPlan, diagnosis: Diagnosis | None) -> list[dict[str, Any]]:
     """The table's rows with contraction, and the decision in words."""
     contraction: dict[tuple[str, int], float] = {}
     if diagnosis is not None and diagnosis.contraction is not None:
@@ -309,7 +308,9 @@ def _unit_rows(units: pd.DataFrame, plan: Reduction, diagnosis: Diagnosis | None
             zip(zip(found["site"], found["unit"], strict=True), found["contraction"], strict=True)
         )
     in_fit = units["removed_in_fit"] if "removed_in_fit" in units else pd.Series(False, units.index)
-    held = "kept by the floor" if getattr(plan, "round_to", None) is None else "kept by floor or rounding"
+    rule = plan.rule
+    held = "kept by the floor" if rule.round_to is None else "kept by floor or rounding"
+    bar = math.inf if rule.threshold is None else rule.threshold
     rows = rows_of(units.assign(removed_in_fit=in_fit), (*TABLE_COLUMNS, "removed_in_fit"))
     for row in rows:
         row["gone"] = bool(row["removed"])
@@ -318,7 +319,7 @@ def _unit_rows(units: pd.DataFrame, plan: Reduction, diagnosis: Diagnosis | None
         if row["removed"]:
             row["decision"] = "removed in the fit" if row["removed_in_fit"] else "removed"
         else:
-            row["decision"] = "kept" if score is None or score < 0 else held
+            row["decision"] = "kept" if score is None or score < bar else held
     return rows
 
 
@@ -343,22 +344,38 @@ def _costs(costs: pd.DataFrame | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown_units(table: pd.DataFrame) -> pd.DataFrame:
-    """Return all units, or of very many the ones whose case was closest, in the order of the table."""
+def _threshold(plan: NetworkPlan) -> float:
+    """Of the rule; 0 where a search decided, or the threshold is infinite."""
+    threshold = plan.rule.threshold
+    return 0.0 if threshold is None or math.isinf(threshold) else threshold
+
+
+def _parameters_before(plan: NetworkPlan, changes: pd.DataFrame, costs: pd.DataFrame | None) -> int:
+    """Of the full network; of what a fit has left of it where the plan, read from disk, knows no other."""
+    if costs is not None and "parameters" in costs.index:
+        return int(costs["before"]["parameters"])
+    try:
+        return plan.parameters_before()
+    except ValueError:
+        return int(changes["parameters"].max())
+
+
+def _shown_units(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """All structures, or of very many those whose score is closest to the threshold, in the order of the table."""
     if len(table) <= MOST_ROWS:
         return table
-    distance = np.abs(table["score"].to_numpy(dtype=float, na_value=np.nan))
+    distance = np.abs(table["score"].to_numpy(dtype=float, na_value=np.nan) - threshold)
     closest = np.argsort(distance, kind="stable")[:SHOWN_ROWS]
     return table.iloc[np.sort(closest)]
 
 
 def _settings(
-    fit: Fit | None, plan: Reduction, settings: Mapping[str, Any] | None, diagnosis: Diagnosis | None
+    fit: Fit | None, plan: NetworkPlan, settings: Mapping[str, Any] | None, diagnosis: Diagnosis | None
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     groups: list[tuple[str, Mapping[str, Any]]] = [
         ("Run", settings or {}),
         ("Fit", {} if fit is None else fit.settings),
-        ("Reduction", {"criterion": plan.criterion, "kl_weight": plan.kl_weight}),
+        ("Rule", asdict(plan.rule)),
         ("Diagnosis", {} if diagnosis is None else diagnosis.facts),
     ]
     return [(title, list(_flat(values))) for title, values in groups if values]

@@ -11,16 +11,15 @@ import numpy as np
 import pandas as pd
 
 from pyro_bmrs.numerals import finite, number, percent, plain_number
-from pyro_bmrs.quality.what_if import own_log_odds
 
 if TYPE_CHECKING:
     from pyro_bmrs.fitting import Fit
-    from pyro_bmrs.pruning import Reduction
+    from pyro_bmrs.pruning import Plan, Rule
     from pyro_bmrs.quality.diagnosis import Diagnosis
 
 EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
 WIDTH_COLUMNS = ("layer", "before", "after")
-# Scores this close to zero (criterion's unit) were decided by next to nothing.
+# Scores this close to the threshold (criterion's unit) were decided by next to nothing.
 NARROW = 0.1
 # Removing what has no evidence should cost next to nothing: more than this (nats per example) is no detail.
 COSTLY = 0.25
@@ -74,13 +73,33 @@ def posterior_warnings(diagnosis: Diagnosis | None) -> list[str]:
     ]
 
 
+def decision(rule: Rule) -> str:
+    """How a rule decides, in one sentence without its full stop.
+
+    >>> from pyro_bmrs import Rule
+    >>> decision(Rule(criterion="BMRS_N", prior_log_odds=0.0).at(-2.0))
+    'Structures were removed where ΔF of BMRS_N plus the prior log-odds of 0 nats was at least -2'
+    """
+    if rule.threshold is None:
+        return f"A {rule.criterion} decided about all structures together"
+    odds = rule.prior_log_odds
+    if odds is None:
+        return (
+            f"Structures were removed where the score of {rule.criterion} was at least {rule.threshold:.4g}"
+        )
+    return (
+        f"Structures were removed where ΔF of {rule.criterion} plus the prior log-odds of {odds:.4g} nats was at least "
+        f"{rule.threshold:.4g}"
+    )
+
+
 def methods(
-    fit: Fit | None, plan: Reduction, diagnosis: Diagnosis | None, settings: Mapping[str, Any] | None
+    fit: Fit | None, plan: Plan, diagnosis: Diagnosis | None, settings: Mapping[str, Any] | None
 ) -> str:
     """A paragraph for a paper, of nothing but what was done."""
     known = {**(fit.settings if fit is not None else {}), **(settings or {})}
     table, widths = plan.table, plan.widths()
-    log_odds = own_log_odds(plan)
+    rule = plan.rule
     history = fit.history if fit is not None else None
     first = (
         "Each structure (neuron, filter or head) carried a multiplicative latent scale θ; its posterior, of truncated "
@@ -90,25 +109,19 @@ def methods(
     if history is not None and len(history):
         first += f", for {int((history['phase'] == 'fit').sum())} epochs"
         first += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
-    first += f" with the KL divergence weighted by {plan.kl_weight:g}"
+    first += f" with the KL divergence weighted by {rule.kl_weight:g}"
     first += f", seed {known['seed']}." if "seed" in known else "."
     text = [first]
-    if plan.kl_weight not in (0, 1):
+    if rule.has_evidence and rule.kl_weight not in (0, 1):
         text.append(
-            f"Changes in evidence are therefore those of the model with likelihood p(y|θ)^(1/{plan.kl_weight:g})."
+            f"Changes in evidence are therefore those of the model with likelihood p(y|θ)^(1/{rule.kl_weight:g})."
         )
-    if math.isfinite(log_odds):
-        rule = (
-            f"Structures were removed where the change in log-evidence under the reduced prior of {plan.criterion} "
-            f"and prior log-odds of {log_odds:.4g} nats together were at least 0 (Bayesian model reduction; Wright, "
-            "Igel and Selvan, NeurIPS 2024)"
-        )
-    else:
-        rule = f"Structures were removed where the score of {plan.criterion} was at least 0"
-    least, multiple = getattr(plan, "min_kept", 1), getattr(plan, "round_to", None)
-    rule += f", but for {least} that every layer keeps at least" if least else ""
-    rule += f", and those that make channels a multiple of {multiple}" if multiple else ""
-    text.append(f"{rule}.")
+    decided = decision(rule)
+    if rule.has_evidence:
+        decided += " (Bayesian model reduction; Wright, Igel and Selvan, NeurIPS 2024)"
+    decided += f"; every layer kept at least {rule.min_kept}" if rule.min_kept else ""
+    decided += f", and channels a multiple of {rule.round_to}" if rule.round_to else ""
+    text.append(f"{decided}.")
     in_fit = int(table["removed_in_fit"].sum()) if "removed_in_fit" in table else 0
     if in_fit:
         text.append(f"{in_fit:,} of them were removed during the fit, after an epoch, by the same rule then.")
@@ -139,15 +152,18 @@ def markdown(value: object) -> str:
 
 def verdict(
     history: pd.DataFrame | None,
-    plan: Reduction,
+    plan: Plan,
     curve: pd.DataFrame | None,
     evaluation: pd.DataFrame | None,
+    costs: pd.DataFrame | None = None,
 ) -> str:
     """Say in one sentence how much went and what is left of the accuracy."""
-    removed = f"{percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} units removed"
-    if plan.costs is not None and "parameters" in plan.costs.index:
-        before = finite(plan.costs["before"]["parameters"])
-        after = finite(plan.costs["after"]["parameters"])
+    removed = (
+        f"{percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} structures removed"
+    )
+    if costs is not None and "parameters" in costs.index:
+        before = finite(costs["before"]["parameters"])
+        after = finite(costs["after"]["parameters"])
         if before and after is not None:
             removed = f"{percent(1 - after / before)} of {before:,.0f} parameters removed"
 
@@ -172,39 +188,36 @@ def verdict(
     return f"{removed}."
 
 
-def warnings_of(plan: Reduction, widths: pd.DataFrame) -> list[str]:
-    found = []
-    if plan.kl_weight == 0:
-        found.append("At a KL weight of 0 nothing held the posterior to its prior: ΔF has no meaning.")
-    elif plan.kl_weight != 1:
-        found.append(
-            f"The posterior was fitted with a KL weight of w = {number(plan.kl_weight)}, so "
-            "ΔF is the evidence of the tempered model p(y|θ)^(1/w), not of the model itself."
-        )
+def warnings_of(plan: Plan, widths: pd.DataFrame) -> list[str]:
+    rule = plan.rule
+    found = rule.cautions()
     table = plan.table
     removed = table["removed"].astype(bool)
+    # of a search no threshold says what it wanted
+    wanted = table["score"] >= (math.inf if rule.threshold is None else rule.threshold)
     for row in rows_of(widths, WIDTH_COLUMNS):
-        held = int(((table["layer"] == row["layer"]) & ~removed & (table["score"] >= 0)).sum())
+        held = int(((table["layer"] == row["layer"]) & ~removed & wanted).sum())
         if row["after"] == 1:
             found.append(
                 f"Layer {row['layer']} is at its floor of 1 unit (of {row['before']:,})"
                 + (
-                    "; its last unit has a score of 0 or more and stays only because of the floor."
+                    "; the score of its last structure is above the threshold; it stays only because of the floor."
                     if held
                     else "."
                 )
             )
         elif held:
             found.append(
-                f"Layer {row['layer']} keeps {held:,} of its {row['after']:,} units only because of its floor or of "
-                "rounding: their score is 0 or more."
+                f"Layer {row['layer']} keeps {held:,} of its {row['after']:,} structures only because of its floor or "
+                "of rounding: their score is above the threshold."
             )
-    narrow = int((removed & (table["score"].abs() <= NARROW)).sum())
-    if narrow:
-        found.append(
-            f"{narrow:,} of {int(removed.sum()):,} removed units have a score within {NARROW} of zero: "
-            "a small change of the criterion or the seed would have kept them."
-        )
+    if rule.threshold is not None:
+        narrow = int((removed & ((table["score"] - rule.threshold).abs() <= NARROW)).sum())
+        if narrow:
+            found.append(
+                f"{narrow:,} of {int(removed.sum()):,} removed structures have a score within {NARROW} of the "
+                "threshold: a small change of the criterion or the seed would have kept them."
+            )
     unknown = int((~np.isfinite(table["score"].to_numpy(dtype=float, na_value=np.nan))).sum())
     if unknown:
         found.append(f"{unknown:,} of {len(table):,} units: the score is not a finite number.")

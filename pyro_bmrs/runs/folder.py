@@ -11,14 +11,15 @@ import pandas as pd
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.files import read_table, read_text, refuse_newer
 from pyro_bmrs.runs.recipe import Settings
-from pyro_bmrs.pruning.plan import Reduction
+from pyro_bmrs.pruning.network_plan import NetworkPlan
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
 # What each stage leaves. The last of a stage's files is written last: where it is, the stage is done.
 FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "posterior.safetensors")
 REDUCE_FILES = (
-    "evaluation.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.safetensors", "plan.json",
+    "evaluation.csv", "costs.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.numbers.safetensors",
+    "plan.json",
 )  # fmt: skip
 REPORT_FILES = ("curve.csv", "report.md", "report.html")
 DIAGNOSIS = "diagnosis"  # a folder of tables; a run is complete without
@@ -103,10 +104,10 @@ class RunFolder:
         removed = 1 - table.parameters.iloc[-1] / table.parameters.iloc[0]
         return {"removed": float(removed), "accuracy": float(table.accuracy.iloc[-1])}
 
-    def plan(self) -> Reduction:
+    def plan(self) -> NetworkPlan:
         """The folder's plan."""
         self._need("plan.json")
-        return Reduction.load(self.folder / "plan.json")
+        return NetworkPlan.load(self.folder / "plan.json")
 
     def diagnosis(self) -> Diagnosis | None:
         """The folder's diagnosis, None where it has none."""

@@ -49,8 +49,9 @@ from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.runs.recipe import LATER_SETTINGS, Recipe, Settings, blamed, known_before
 from pyro_bmrs.pruning.criteria import parse_criterion
-from pyro_bmrs.pruning.plan import Reduction, check_examples
-from pyro_bmrs.programs.reduce import reduce
+from pyro_bmrs.pruning.binding import check_examples
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.runs.folder import DIAGNOSIS, FIT_FILES, FORMAT, REDUCE_FILES, REPORT_FILES, VERSION, RunFolder
 
 LOGGERS = ("csv", "tensorboard")
@@ -326,16 +327,17 @@ class Run(RunFolder):
         load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
 
     @_alone
-    def reduce(self) -> tuple[Reduction, nn.Module]:
+    def reduce(self) -> tuple[NetworkPlan, nn.Module]:
         """Reduce, apply, fine-tune, evaluate, and write plan, tables and the small network."""
         settings = self.settings
         self._clear_unfinished()
         criterion = parse_criterion(settings.criterion, settings.prior_log_odds)
-        plan = reduce(
-            self.model, self.guide, criterion, min_kept=settings.min_kept, round_to=settings.round_to
-        )
-        plan = plan.bound_to(self.network, self._example)
+        plan = reduce_structures(
+            self.model, self.guide, criterion,
+            min_kept=settings.min_kept, round_to=settings.round_to,
+        ).bound_to(self.network, self._example)  # fmt: skip
         small = plan.apply()
+        costs = plan.costs(small)
         if settings.recalibrate:
             recalibrate(small, self.dataset.train, batch_size=settings.batch_size, seed=settings.seed)
         model = self._model_of(small)
@@ -376,6 +378,7 @@ class Run(RunFolder):
         write_table(self.folder / "history.csv", history)
         write_table(self.folder / "removals.csv", removals)
         write_table(self.folder / "evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
+        write_table(self.folder / "costs.csv", costs.reset_index(names="cost"))
         write_table(self.folder / "structures.csv", plan.table)
         small.cpu()  # so that the program can be loaded where there is no accelerator
         save_weights(small, self.folder / "small.safetensors")
@@ -403,7 +406,7 @@ class Run(RunFolder):
         model.load_state_dict({n: t for n, t in state.items() if id(t) not in network}, strict=False)
         return model.to(self.device)
 
-    def _removals(self, plan: Reduction, epochs: int) -> pd.DataFrame:
+    def _removals(self, plan: NetworkPlan, epochs: int) -> pd.DataFrame:
         """A row per removed structure: those of the fit as it noted them, then those of this reduction."""
         noted = self.read_table("removals.csv", *_REMOVAL_COLUMNS)
         noted = noted[noted.phase == "fit"]
@@ -429,7 +432,7 @@ class Run(RunFolder):
         history = self.read_table("history.csv", "phase", "epoch")
         removals = self.read_table("removals.csv", *_REMOVAL_COLUMNS)
         evaluation = self.read_table("evaluation.csv", "network", "parameters", "accuracy")
-        plan = Reduction.load(self.folder / "plan.json").bound_to(self.network, self._example)
+        plan = self.plan().bound_to(self.network, self._example)
         if self.has("curve.csv"):
             curve = self.read_table("curve.csv")
         else:
@@ -438,12 +441,12 @@ class Run(RunFolder):
         epochs = int((history.phase == "fit").sum())
         return report(
             Fit(history, removals[removals.phase == "fit"], asdict(self.settings), best_epoch=epochs), plan,
-            self.folder / "report.html", curve=curve, evaluation=evaluation,
+            self.folder / "report.html", costs=self.read_table("costs.csv").set_index("cost"), curve=curve, evaluation=evaluation,
             diagnosis=None if draws == 0 else self._diagnosis(plan, draws, foreign),
             settings={"recipe": self.recipe.name, "data": str(self.dataset), **_versions()},
         )  # fmt: skip
 
-    def _diagnosis(self, plan: Reduction, draws: int | None, foreign: str | None) -> Diagnosis:
+    def _diagnosis(self, plan: NetworkPlan, draws: int | None, foreign: str | None) -> Diagnosis:
         """The folder's diagnosis, made anew where there is none, or another is asked for."""
         found = self._stored_diagnosis(draws)
         if found is not None:

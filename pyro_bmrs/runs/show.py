@@ -40,7 +40,7 @@ def show_run(folder: Path | str, console: Console | None = None) -> None:
     console.print(
         Text(
             f"{stored['recipe']} on {settings.data}, seed {settings.seed}, KL weight {settings.kl_weight:g}, "
-            f"{plan.criterion}"
+            f"{plan.rule}"
         )
     )
     console.print(

@@ -63,7 +63,7 @@ def test_the_caller_gets_the_smaller_model_and_torchrun_and_spawn_agree(ranks):
         assert torch.equal(tensor, state["model"][name]), name
     assert bmrs.reduce(model, guide, bmrs.BMRS_N()).kept == state["kept"]
     assert guide.kl_weight == 5.0
-    small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
+    small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
     assert small(torch.zeros(2, 6)).shape == (2, 2)
 
 

@@ -40,7 +40,7 @@ def test_it_learns_and_finds_idle_units():
     assert evaluate(model, data(500, 2), guide.mean()).accuracy > 0.93
     plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
     assert 1 <= len(plan.kept["2"]) <= 8
-    small = plan.apply(measure=False)
+    small = plan.apply()
     assert evaluate(Classifier(small), data(500, 2)).accuracy > 0.9
     history = result.history
     assert list(history.columns) == [
@@ -147,7 +147,7 @@ def test_any_pyro_model_of_x_and_y():
     assert math.isnan(result.history.validation_accuracy.iloc[-1])
     assert model.log_scale != 0
     plan = bmrs.reduce(model, guide, bmrs.Random(0.5))
-    small = plan.apply(measure=False)
+    small = plan.apply()
     assert small[0].out_features == 6
 
 
@@ -237,7 +237,7 @@ def test_ctrl_c_leaves_a_usable_state(monkeypatch):
     assert result.interrupted
     assert len(result.history) == 3
     assert result.best_epoch in (1, 2, 3)
-    assert bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)(torch.zeros(2, 6)).shape == (2, 2)
+    assert bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()(torch.zeros(2, 6)).shape == (2, 2)
 
 
 def test_nan_in_the_data_stops_with_the_last_good_parameters():
@@ -342,7 +342,7 @@ def test_looking_at_a_model_changes_nothing():
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     for criterion in (bmrs.WeightNorm(0.3), bmrs.BMRS_N(), bmrs.SNR(1e-9)):
         plan = bmrs.reduce(model, guide, criterion)
-        plan.apply(measure=False)
+        plan.apply()
     compression_curve(model, plan, data(50, 3), points=3)
     evaluate(model, data(50, 3))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -122,7 +122,7 @@ def test_an_error_in_the_epoch_of_a_shrink_is_itself_and_leaves_a_usable_model(m
             bmrs.fit(model, guide, data(200, 0), **options)
     assert model.net[0].out_features < 12
     assert model(torch.zeros(2, 6)).shape == (2, 2)
-    assert bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)(torch.zeros(2, 6)).shape == (2, 2)
+    assert bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()(torch.zeros(2, 6)).shape == (2, 2)
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused_and_stays(tmp_path):

@@ -243,7 +243,7 @@ def test_what_an_interrupted_fit_leaves_is_its_best_epoch(case, tmp_path):
     assert result.best_epoch in (1, 2)
     equal(tensors, {name: t for name, t in best.items() if name.startswith(("model.", "guide."))})
     plan = bmrs.reduce(fit.model, fit.guide, bmrs.BMRS_N())
-    assert plan.apply(measure=False)(torch.zeros(3, 6)).shape == (3, 2)
+    assert plan.apply()(torch.zeros(3, 6)).shape == (3, 2)
     assert not any(name.startswith(".") for name in names(folder))
     assert "interrupted" in str(result)
 

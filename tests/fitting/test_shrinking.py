@@ -10,7 +10,7 @@ from small_fits import CASES, SmallFit, data, residual
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs import AutoTruncatedLogNormal, Classifier, Reduction
+from pyro_bmrs import AutoTruncatedLogNormal, Classifier, NetworkPlan
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference import evaluate, packed
 from pyro_bmrs.networks import noise_layers
@@ -93,7 +93,7 @@ def test_a_plan_lists_every_structure_of_the_original(shrunk, criterion):
         assert (rows.removed_in_fit == ~rows.present).all()
         assert rows.removed[~rows.present].all()
         # what `apply` and `shrink` work with is of the network as it is
-        assert len(plan.kept_mask(site)) == len(plan.scales()[site]) == layers[site].features
+        assert len(plan.kept_mask(site)) == len(plan.theta_mean()[site]) == layers[site].features
         assert plan.kept[site] == rows.unit[~rows.removed].tolist()
     assert plan.widths().before.tolist() == list(shrunk.sizes.values())
     # the last parameters of what is gone, those of today of what is there
@@ -144,8 +144,8 @@ def test_apply_and_rebuild_from_a_fresh_original(shrunk, criterion, tmp_path):
     plan = shrunk.reduce(criterion)
     if not isinstance(criterion, bmrs.BMRS_N):
         assert plan.table.removed.sum() > len(shrunk.gone())
-    small = plan.apply(measure=False)
-    with torch.no_grad(), fixed_scales(shrunk.net, {s: t.float() for s, t in plan.scales().items()}):
+    small = plan.apply()
+    with torch.no_grad(), fixed_scales(shrunk.net, {s: t.float() for s, t in plan.theta_mean().items()}):
         expected = shrunk.net.eval()(X)
     torch.testing.assert_close(outputs(small), expected, atol=1e-5, rtol=1e-5)
     assert sum(parameter.numel() for parameter in small.parameters()) == plan.parameters_left()
@@ -153,14 +153,14 @@ def test_apply_and_rebuild_from_a_fresh_original(shrunk, criterion, tmp_path):
     weights = save_weights(small, tmp_path / "small.safetensors")
     fresh = shrunk.fresh()
     before = copy.deepcopy(fresh.state_dict())
-    for again in (Reduction.load(path).rebuild(fresh, weights), plan.rebuild(shrunk.original, weights)):
+    for again in (NetworkPlan.load(path).rebuild(fresh, weights), plan.rebuild(shrunk.original, weights)):
         assert torch.equal(outputs(again), outputs(small))
         assert repr(again) == repr(small)
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
-    loaded = Reduction.load(path)
+    loaded = NetworkPlan.load(path)
     pd.testing.assert_frame_equal(loaded.table, plan.table, check_exact=True)
     # a loaded plan goes on with the network as it is
-    assert torch.equal(outputs(loaded.apply(shrunk.net, X, measure=False)), outputs(small))
+    assert torch.equal(outputs(loaded.apply(shrunk.net, X)), outputs(small))
 
 
 def test_a_posterior_on_disk_shrinks_a_fresh_model(shrunk, tmp_path):
@@ -175,7 +175,7 @@ def test_a_posterior_on_disk_shrinks_a_fresh_model(shrunk, tmp_path):
     assert guide.kl_weight == shrunk.options["kl_weight"]
     plans = [bmrs.reduce(m, g, bmrs.BMRS_N()) for m, g in ((model, guide), (shrunk.model, shrunk.guide))]
     pd.testing.assert_frame_equal(plans[0].table, plans[1].table, check_exact=True)
-    assert torch.equal(outputs(plans[0].apply(measure=False)), outputs(plans[1].apply(measure=False)))
+    assert torch.equal(outputs(plans[0].apply()), outputs(plans[1].apply()))
     assert plans[0].parameters_before() == shrunk.parameters
     # loaded again it changes nothing
     load_posterior(path, model, guide)
@@ -262,9 +262,9 @@ def test_a_second_fit_goes_on_in_what_is_left(tmp_path):
         set(zip(table.layer[~table.present], table.unit[~table.present], strict=True)) == fit.gone() | second
     )
     assert table.groupby("layer").unit.apply(list).map(lambda units: units == list(range(len(units)))).all()
-    small = fit.reduce().apply(measure=False)
+    small = fit.reduce().apply()
     path = fit.reduce()
-    path.apply(measure=False)
+    path.apply()
     assert repr(path.rebuild(fit.fresh())) == repr(small)
 
 
@@ -299,4 +299,4 @@ def test_taking_out_is_fixing_at_zero(case, monkeypatch):
     torch.testing.assert_close(ends[0], ends[1], atol=1e-7, rtol=1e-7)
     smalls = [bmrs.reduce(fit.model, fit.guide, bmrs.BMRS_N()) for fit in fits.values()]
     assert smalls[0].kept == smalls[1].kept
-    assert repr(smalls[0].apply(measure=False)) == repr(smalls[1].apply(measure=False))
+    assert repr(smalls[0].apply()) == repr(smalls[1].apply())

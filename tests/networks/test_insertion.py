@@ -119,7 +119,7 @@ def test_a_network_that_can_not_run_in_float64_is_checked_as_it_is():
         lambda s, x: s.b(relu(s.a(torch.ones(5, 5) @ x))).mean(1), a=nn.Linear(4, 8), b=nn.Linear(8, 3)
     )
     _, _, plan = fitted(net, torch.randn(6, 5, 4))
-    assert plan.apply(measure=False).a.out_features < 8
+    assert plan.apply().a.out_features < 8
 
 
 def test_a_gated_recurrent_unit_is_named():
@@ -233,7 +233,7 @@ def test_weights_of_the_original_load_into_the_network_with_noise():
 def test_concatenation_wherever_the_channels_lie(net, shape, sites):
     _, _, plan = fitted(net, torch.randn(6, *shape))
     assert set(plan.layers) == sites
-    plan.apply(measure=False)
+    plan.apply()
 
 
 def test_a_plan_made_after_shrinking_rebuilds_the_original(tmp_path):
@@ -244,11 +244,11 @@ def test_a_plan_made_after_shrinking_rebuilds_the_original(tmp_path):
     model, guide, plan = fitted(original(), x)
     plan.shrink(model, guide)
     second = bmrs.reduce(model, guide, bmrs.Random(0.3, seed=3))
-    small = second.apply(measure=False)
+    small = second.apply()
     from pyro_bmrs.networks.export import save_weights
 
     save_weights(small, tmp_path / "small.safetensors")
-    again = bmrs.Reduction.load(second.save(tmp_path / "plan.json"))
+    again = bmrs.NetworkPlan.load(second.save(tmp_path / "plan.json"))
     rebuilt = again.rebuild(original(), tmp_path / "small.safetensors")
     torch.testing.assert_close(rebuilt(x), small(x))
     assert again.cuts.rows["0"] == again.kept["0"]

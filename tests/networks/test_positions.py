@@ -78,7 +78,7 @@ def reduced(request):
         kl_weight=1.0, removal=request.param, criterion=bmrs.BMRS_N(), seed=1, progress=False,
     )  # fmt: skip
     plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
-    return plan, plan.apply(measure=False), model, guide
+    return plan, plan.apply(), model, guide
 
 
 def test_positions_of_filters_that_stay_go_alone(reduced):
@@ -103,7 +103,7 @@ def test_what_lies_inside_of_what_goes_goes(reduced):
 
 def test_the_plan_goes_to_disk_and_back_with_what_lies_inside_what(reduced, tmp_path):
     plan, small, *_ = reduced
-    loaded = bmrs.Reduction.load(plan.save(tmp_path / "plan.json"))
+    loaded = bmrs.NetworkPlan.load(plan.save(tmp_path / "plan.json"))
     for threshold in (-5.0, 0.5):
         assert loaded.at(threshold).kept == plan.at(threshold).kept
     again = loaded.rebuild(network(), weights=None)
@@ -118,12 +118,12 @@ def test_a_plan_of_version_4_knows_what_lies_inside_what(reduced, tmp_path):
     document = json.loads(path.read_text())
     nesting = document.pop("nesting")
     path.write_text(json.dumps({**document, "version": 4, "owners": nesting["owners"]}))
-    loaded = bmrs.Reduction.load(path)
+    loaded = bmrs.NetworkPlan.load(path)
     assert loaded.nesting.owners["5"]["2"].tolist() == plan.nesting.owners["5"]["2"].tolist()
     assert not loaded.nesting.enclosed["2"].any()
     del document["cuts"]
     path.write_text(json.dumps({**document, "version": 3, "cuts": None}))
-    assert not bmrs.Reduction.load(path).nesting.owners
+    assert not bmrs.NetworkPlan.load(path).nesting.owners
 
 
 def test_it_is_exported(reduced, tmp_path):
@@ -144,7 +144,7 @@ def test_a_filter_goes_with_its_positions_whatever_they_score():
     assert inside.removed.all()
     assert (inside.score < 0).all()
     assert not table.loc["5"].iloc[16:].removed.any()
-    assert plan.apply(measure=False)[4].features == 64
+    assert plan.apply()[4].features == 64
 
 
 def test_a_filter_goes_once_all_of_its_positions_have(tmp_path):
@@ -154,10 +154,10 @@ def test_a_filter_goes_once_all_of_its_positions_have(tmp_path):
     filters = plan.table[plan.table.layer == "2"]
     assert filters.removed.tolist() == [False, True, False, False, False]
     assert (filters.score < 0).all()
-    small = plan.apply(measure=False)
+    small = plan.apply()
     assert small[0].out_channels == 4
     bmrs.insert_noise(small, x)
-    loaded = bmrs.Reduction.load(plan.save(tmp_path / "plan.json"))
+    loaded = bmrs.NetworkPlan.load(plan.save(tmp_path / "plan.json"))
     assert loaded.at(0.0).kept == plan.kept
 
 
@@ -181,7 +181,7 @@ def test_a_filter_goes_whose_layer_is_not_asked_about():
     idle(guide, 1, torch.arange(80) // 16 == 1)
     plan = bmrs.reduce(model, guide, {"5": bmrs.LogUniform(-20.0, -5.0)})
     assert plan.kept["2"] == [0, 2, 3, 4]
-    bmrs.insert_noise(plan.apply(measure=False), x)
+    bmrs.insert_noise(plan.apply(), x)
 
 
 def test_what_only_goes_along_is_no_evidence():
@@ -221,7 +221,7 @@ def test_a_filter_that_something_else_reads_stays_without_its_positions():
     gone = {site: torch.zeros(layer.features) > 0 for site, layer in noise_layers(model).items()}
     plan = bmrs.reduce(model, guide, Given({**gone, "positions": torch.arange(48) < 16}))
     assert plan.kept["filters"] == [0, 1, 2]
-    assert plan.apply(measure=False).conv.out_channels == 3
+    assert plan.apply().conv.out_channels == 3
 
 
 def test_a_position_of_a_network_is_read_by_its_weights():
@@ -244,9 +244,9 @@ def test_any_plan_is_the_reduced_model(data, filters):
             data.draw(st.lists(st.booleans(), min_size=layer.features, max_size=layer.features), label=site)
         )
     plan = bmrs.reduce(model, guide, Given(masks))
-    small = plan.apply(measure=False)  # raises unless it is equal
+    small = plan.apply()  # raises unless it is equal
     plan.shrink(model, guide)
-    again = bmrs.reduce(model, guide, bmrs.Random(fraction=0.0)).apply(measure=False)
+    again = bmrs.reduce(model, guide, bmrs.Random(fraction=0.0)).apply()
     assert torch.allclose(again(x), small(x), atol=1e-5)
 
 

@@ -38,7 +38,7 @@ def small(request):
         model, guide, data, epochs=60, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2,
         kl_weight=2.0, removal=request.param, criterion=bmrs.BMRS_N(), seed=1, progress=False,
     )  # fmt: skip
-    return bmrs.reduce(model, guide, bmrs.BMRS_N()).apply(measure=False)
+    return bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
 
 
 def test_the_features_that_say_nothing_go(small):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pyro_bmrs import BMRS_N, BMRS_U, SNR, ExpectedScale, LogUniform, Random, TruncatedLogNormal, WeightNorm
-from pyro_bmrs.pruning import Criterion, EvidenceCriterion
-from pyro_bmrs.pruning.criteria import LayerStructures, parse_criterion
+from pyro_bmrs.pruning import CriterionError, EvidenceCriterion
+from pyro_bmrs.pruning.criteria import LayerStructures, check_criterion, parse_criterion, scores_of, text_of
 
 CRITERIA = [
     BMRS_N(), BMRS_N(prior_log_odds=0.0), BMRS_N(scale=0.1, loc=-15.0), BMRS_U(), BMRS_U(bits=4, floor_bits=23),
@@ -34,7 +34,12 @@ def layers(dtype=torch.float32):
 def test_conformance(criterion, dtype):
     given = layers(dtype)
     scores = criterion(given)
-    assert isinstance(criterion, Criterion)
+    check_criterion(criterion)
+    assert parse_criterion(text_of(criterion), getattr(criterion, "prior_log_odds", None)) == criterion
+    assert {name: len(score) for name, score in scores_of(criterion, given, scores).items()} == {
+        "first": 5,
+        "second": 5,
+    }
     assert isinstance(criterion.unit, str)
     assert set(scores) == set(given)
     for name, score in scores.items():
@@ -84,6 +89,42 @@ def test_the_deadest_unit_needs_the_whole_interval():
 def test_fractions_are_of_all_structures(kind, fraction, expected):
     scores = kind(fraction)(layers())
     assert sum(int((score >= 0).sum()) for score in scores.values()) == expected
+
+
+def test_a_fraction_of_equal_weights_is_no_more():
+    """Of 10 equal structures a quarter goes, not all: ties are broken by order."""
+    equal = {
+        name: LayerStructures(layer.posterior, layer.prior, layer.kept, lambda: torch.ones(5))
+        for name, layer in layers().items()
+    }
+    scores = torch.cat([*WeightNorm(0.25)(equal).values()])
+    assert (scores >= 0).tolist() == [True, True] + [False] * 8
+
+
+def test_a_plain_function_is_a_criterion():
+    def narrow(given):
+        return {name: layer.posterior.scale for name, layer in given.items()}
+
+    check_criterion(narrow)
+    assert text_of(narrow).endswith("narrow")
+    assert scores_of(narrow, layers(), narrow(layers()))["first"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None, [torch.ones(5)], {"first": torch.ones(5)}, {"first": torch.ones(5), "second": torch.ones(4)},
+        {"first": [1.0] * 5, "second": torch.ones(5)}, {"first": torch.ones(5), "other": torch.ones(5)},
+        {"first": torch.ones(5, 1), "second": torch.ones(5)}, {"first": 1j * torch.ones(5), "second": torch.ones(5)},
+    ],
+    ids=lambda wrong: str(wrong)[:30],
+)  # fmt: skip
+def test_a_wrong_return_is_one_clear_error(wrong):
+    message = (
+        r"criterion must return a tensor of scores for each layer, of the sizes {'first': 5, 'second': 5}"
+    )
+    with pytest.raises(CriterionError, match=message):
+        scores_of(len, layers(), wrong)
 
 
 def test_random_follows_its_seed():

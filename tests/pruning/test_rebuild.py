@@ -2,13 +2,14 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Reduction
+from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, NetworkPlan
 from pyro_bmrs.networks.attention import SeparateAttention
 from pyro_bmrs.networks.export import save_weights
 
@@ -87,7 +88,7 @@ class Problem:
 
     def applied(self):
         """The smaller network, and the paths of plan and weights."""
-        self.small = self.plan.apply(measure=False)
+        self.small = self.plan.apply()
         path = self.plan.save(self.folder / "plan.json")
         return self.small, path, save_weights(self.small, self.folder / "small.safetensors")
 
@@ -110,7 +111,7 @@ def test_plan_and_weights_are_all_it_takes(problem):
     small, path, weights = problem.applied()
     fresh = problem.fresh()
     before = copy.deepcopy(fresh.state_dict())
-    again = Reduction.load(path).rebuild(fresh, weights)
+    again = NetworkPlan.load(path).rebuild(fresh, weights)
     assert type(again) is type(fresh)
     assert not again.training
     assert torch.equal(outputs(again, problem.x), outputs(small, problem.x))
@@ -131,14 +132,14 @@ def test_from_the_network_with_noise_too(problem):
     small, path, weights = problem.applied()
     before = copy.deepcopy(problem.net.state_dict())
     for network in (problem.net, copy.deepcopy(problem.net)):
-        again = Reduction.load(path).rebuild(network, weights)
+        again = NetworkPlan.load(path).rebuild(network, weights)
         assert torch.equal(outputs(again, problem.x), outputs(small, problem.x))
     assert all(torch.equal(value, before[name]) for name, value in problem.net.state_dict().items())
 
 
 def test_weights_of_the_network_itself_where_none_are_given(problem):
     _, path, _ = problem.applied()
-    plan = Reduction.load(path)
+    plan = NetworkPlan.load(path)
     fresh = problem.fresh()
     bare = plan.rebuild(fresh)
     assert repr(bare) == repr(problem.small.eval())
@@ -147,14 +148,14 @@ def test_weights_of_the_network_itself_where_none_are_given(problem):
     noisy = fresh
     if problem.make is not by_hand:
         noisy = bmrs.insert_noise(fresh, problem.x)
-    wanted = plan.apply(noisy, problem.x, measure=False)
+    wanted = plan.apply(noisy, problem.x)
     torch.testing.assert_close(outputs(bare, problem.x), outputs(wanted, problem.x))
 
 
 def test_heads_are_gone_in_the_rebuilt_network(tmp_path):
     problem = Problem("vision_transformer", tmp_path)
     _, path, weights = problem.applied()
-    again = Reduction.load(path).rebuild(problem.fresh(), weights)
+    again = NetworkPlan.load(path).rebuild(problem.fresh(), weights)
     heads = [module.num_heads for module in again.modules() if isinstance(module, SeparateAttention)]
     assert heads == [len(rows) for site, rows in problem.plan.kept.items() if "attention" in site]
 
@@ -164,28 +165,26 @@ def test_attention_that_keeps_all_heads_is_torchs_own_again(tmp_path):
     sites = [site for site in problem.plan.layers if "attention" in site]
     problem.plan.table.loc[problem.plan.table.layer == sites[0], "removed"] = False
     small, path, weights = problem.applied()
-    again = Reduction.load(path).rebuild(problem.fresh(), weights)
+    again = NetworkPlan.load(path).rebuild(problem.fresh(), weights)
     for net in (small, again):
         assert type(net.get_submodule(sites[0])) is nn.MultiheadAttention
         assert isinstance(net.get_submodule(sites[1]), SeparateAttention)
     assert torch.equal(outputs(again, problem.x), outputs(small, problem.x))
 
 
-def test_a_plan_that_was_never_applied_says_so(problem):
-    path = problem.plan.save(problem.folder / "plan.json")
-    for plan in (problem.plan, Reduction.load(path)):
-        with pytest.raises(ValueError, match="plan must have been applied before it was saved"):
-            plan.rebuild(problem.fresh())
-    problem.plan.apply(measure=False)
-    # a plan at another threshold is another plan
-    with pytest.raises(ValueError, match="plan must have been applied"):
-        problem.plan.at(0.1).rebuild(problem.fresh())
+def test_a_plan_need_not_be_applied_to_say_what_it_cuts(problem):
+    loaded = NetworkPlan.load(problem.plan.save(problem.folder / "plan.json"))
+    assert loaded.cuts == problem.plan.cuts
+    # a plan at another threshold is another plan, and one from disk has no network to say what it cuts
+    assert problem.plan.at(-math.inf).cuts != problem.plan.cuts
+    with pytest.raises(ValueError, match="plan must say what to cut"):
+        loaded.at(0.1).rebuild(problem.fresh())
     assert problem.plan.rebuild(problem.fresh())
 
 
 def test_foreign_and_damaged_weights_are_refused(problem):
     _, path, weights = problem.applied()
-    plan = Reduction.load(path)
+    plan = NetworkPlan.load(path)
     whole = weights.read_bytes()
     full = save_weights(problem.fresh(), problem.folder / "full.safetensors")
     other = save_weights(nn.Linear(2, 2), problem.folder / "other.safetensors")
@@ -205,7 +204,7 @@ def test_foreign_and_damaged_weights_are_refused(problem):
 
 def test_a_plan_of_another_network_names_the_module(problem):
     _, path, weights = problem.applied()
-    plan = Reduction.load(path)
+    plan = NetworkPlan.load(path)
     first = next(iter(plan.cuts.rows))
     for stranger in (nn.Linear(4, 4), nn.Sequential(nn.Identity(), nn.Linear(3, 3)), nn.ReLU()):
         before = copy.deepcopy(stranger.state_dict())
@@ -220,7 +219,7 @@ def test_a_narrower_network_of_the_same_class_is_refused(tmp_path):
     narrow = problem.fresh()
     narrow[5], narrow[8] = nn.Linear(8 * 16, 2), nn.Linear(2, 3)
     with pytest.raises(ValueError, match="'5' has rows 0 to 1, and increasing indices"):
-        Reduction.load(path).rebuild(narrow, weights)
+        NetworkPlan.load(path).rebuild(narrow, weights)
 
 
 def hostile(cuts):
@@ -270,11 +269,11 @@ def test_hostile_plans_are_refused(family, tmp_path):
         fresh = problem.fresh()
         before, printed = copy.deepcopy(fresh.state_dict()), repr(fresh)
         with pytest.raises(ValueError, match="cuts"):
-            Reduction.load(path).rebuild(fresh, weights)
+            NetworkPlan.load(path).rebuild(fresh, weights)
         assert repr(fresh) == printed, name
         assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items()), name
     path.write_text(json.dumps(document))
     assert torch.equal(
-        outputs(Reduction.load(path).rebuild(problem.fresh(), weights), problem.x),
+        outputs(NetworkPlan.load(path).rebuild(problem.fresh(), weights), problem.x),
         outputs(problem.small, problem.x),
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Reduction
+from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, NetworkPlan
 from pyro_bmrs.networks.noise import noise_layers
 
 quick = settings(max_examples=60, deadline=None)
@@ -105,7 +105,7 @@ def test_a_moved_threshold_rounds_too(problem, threshold):
     plan = problem.plan()
     moved = plan.at(threshold)
     assert moved.kept == {site: problem.expected(site, threshold) for site in problem.scores}
-    assert moved.round_to == problem.round_to
+    assert moved.rule.round_to == problem.round_to
     assert moved.at(0.0).kept == plan.kept
     assert plan.kept == {site: problem.expected(site) for site in problem.scores}  # itself unchanged
 
@@ -142,16 +142,16 @@ def test_the_best_of_those_that_would_have_gone_stay():
 def test_files_keep_it(tmp_path):
     plan = example().plan()
     path = plan.save(tmp_path / "plan.json")
-    assert json.loads(path.read_text())["round_to"] == 32
-    loaded = Reduction.load(path)
-    assert (loaded.round_to, loaded.kept) == (32, plan.kept)
+    assert json.loads(path.read_text())["rule"]["round_to"] == 32
+    loaded = NetworkPlan.load(path)
+    assert (loaded.rule.round_to, loaded.kept) == (32, plan.kept)
     assert loaded.channels == {"1": 4}
-    assert loaded.summary() == plan.summary()
+    assert loaded.rule == plan.rule
     for threshold, count in ((-math.inf, 8), (0.25, 8), (0.45, 12)):
         assert loaded.at(threshold).kept == plan.at(threshold).kept
         assert len(loaded.at(threshold).kept["1"]) == count
-    none = Reduction.load(example(round_to=None).plan().save(tmp_path / "none.json"))
-    assert none.round_to is None
+    none = NetworkPlan.load(example(round_to=None).plan().save(tmp_path / "none.json"))
+    assert none.rule.round_to is None
 
 
 def test_summary_says_so():
@@ -189,6 +189,6 @@ def test_heads_are_rounded_by_their_channels():
     scores = {"attention": [1.0, -1.0, 2.0, 0.5], "hidden": [1.0, 2.0, -1.0, 0.5, -1.0, -1.0]}
     plan = bmrs.reduce(model, guide, Given(scores), round_to=4)
     assert plan.kept == {"attention": [1, 3], "hidden": [2, 3, 4, 5]}
-    small = plan.apply(measure=False)
+    small = plan.apply()
     assert small.attention.query.out_features == 4
     assert small.hidden.out_features == 4

@@ -12,7 +12,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Reduction
+from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, NetworkPlan
 from pyro_bmrs.networks.hooked_noise import hooked_noise
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.surgery import EqualityError
@@ -313,9 +313,9 @@ def test_later_plans_number_structures_as_the_original_did(family):
         assert (rows.removed & rows.removed_in_fit)[~rows.present].all()
         assert set(second.kept[site]) <= set(first.kept[site])
     assert sum(map(len, second.kept.values())) < sum(map(len, first.kept.values()))
-    small = second.apply(measure=False)
+    small = second.apply()
     fit.net.eval()
-    with torch.no_grad(), fixed_scales(fit.net, second.scales()):
+    with torch.no_grad(), fixed_scales(fit.net, second.theta_mean()):
         torch.testing.assert_close(small.eval()(fit.x), fit.net(fit.x), rtol=1e-9, atol=1e-9)
     left = second.parameters_left()
     assert left == sum(parameter.numel() for parameter in small.parameters())
@@ -439,7 +439,7 @@ def test_a_second_time_is_refused():
     with pytest.raises(ValueError, match="model must have the structures of the plan"):
         plan.shrink(fit.model, fit.guide, fit.optimizer)
     with pytest.raises(ValueError, match="network must have the noise layers of the plan"):
-        plan.apply(measure=False)
+        plan.apply()
     assert same(fit.snapshot(), before)
 
 
@@ -512,7 +512,7 @@ def test_shrunken_state_goes_into_an_equally_shrunken_copy(family, tmp_path):
 def test_a_plan_from_a_file_shrinks_what_it_is_bound_to(tmp_path):
     fit = Fitted("residual")
     plan = fit.reduce()
-    loaded = Reduction.load(plan.save(tmp_path / "plan.json"))
+    loaded = NetworkPlan.load(plan.save(tmp_path / "plan.json"))
     before = fit.snapshot()
     with pytest.raises(ValueError, match="network must be given"):
         loaded.shrink(fit.model, fit.guide, fit.optimizer)
@@ -582,4 +582,4 @@ def test_a_grouped_convolution_with_one_channel_a_group_left_is_still_read():
     plan.shrink(model, guide)
     assert (model.net[2].in_channels, model.net[2].out_channels, model.net[2].groups) == (4, 4, 4)
     later = bmrs.reduce(model, guide, bmrs.Random(0.0))
-    assert later.apply(measure=False)(x).shape == (6, 2)
+    assert later.apply()(x).shape == (6, 2)

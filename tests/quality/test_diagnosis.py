@@ -68,7 +68,7 @@ def fitted():
     train, validation, test = data(80, 0), data(40, 1), data(60, 2)
     fit(model, guide, train)
     plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
-    tuned = Classifier(plan.apply(measure=False))
+    tuned = Classifier(plan.apply())
     fit(tuned, None, train, epochs=3)
     foreign = {"far away": 6 + torch.rand(30, 4)}
     return SimpleNamespace(
@@ -623,7 +623,7 @@ def test_a_bad_argument_is_named_before_any_work(fitted, monkeypatch, name, valu
 def test_a_plan_without_its_network_is_refused_before_any_work(fitted, tmp_path, monkeypatch):
     fitted.plan.save(tmp_path / "plan.json")
     monkeypatch.setattr(diagnosis_module, "check_posterior", lambda *_, **__: pytest.fail("it began"))
-    loaded = bmrs.Reduction.load(tmp_path / "plan.json")
+    loaded = bmrs.NetworkPlan.load(tmp_path / "plan.json")
     with pytest.raises(ValueError, match=r"^plan must .*network"):
         diagnose(fitted.model, fitted.guide, loaded, fitted.train, fitted.test)
 

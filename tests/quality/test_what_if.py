@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.nesting import Nesting
-from pyro_bmrs.quality.what_if import _decisions, leaving_thresholds, own_log_odds, slider, what_if
+from pyro_bmrs.quality.what_if import _decisions, leaving_thresholds, slider, what_if
 
 quick = settings(max_examples=70, deadline=None)
 
@@ -202,16 +202,17 @@ def test_a_plan_from_disk_has_no_network_to_count(tmp_path):
     plan = make_plan({"a": [1.0, -1.0]})
     plan.save(tmp_path / "plan.json")
     with pytest.raises(ValueError, match="network must be given"):
-        what_if(bmrs.Reduction.load(tmp_path / "plan.json"))
+        what_if(bmrs.NetworkPlan.load(tmp_path / "plan.json"))
 
 
-def test_own_log_odds():
-    assert own_log_odds(make_plan({"a": [3.0, -1e6, 2.0]}, log_odds=0.919)) == pytest.approx(0.919, abs=1e-9)
-    assert own_log_odds(make_plan({"a": [3.0, -1.0]}, log_odds=0.0)) == 0.0
-    assert own_log_odds(make_plan({"a": [3.0, math.nan]}, log_odds=-2.0, gone=[("a", 1)])) == -2.0
-    assert math.isnan(own_log_odds(make_plan({"a": [3.0, -1.0]}, log_odds=None)))
+def test_log_odds_of_each_threshold():
+    table = what_if(make_plan({"a": [3.0, -6.0, 2.0]}, log_odds=0.919))
+    assert (table.prior_log_odds + table.score_threshold).iloc[1:].tolist() == pytest.approx(
+        [0.919] * (len(table) - 1)
+    )
+    assert what_if(make_plan({"a": [3.0, -1.0]}, log_odds=None)).prior_log_odds.isna().all()
     released = bmrs.BMRS_N()
-    assert own_log_odds(fitted(released)[2]) == pytest.approx(released.prior_log_odds)
+    assert fitted(released)[2].rule.prior_log_odds == released.prior_log_odds
 
 
 # --- for the page ----------------------------------------------------------------------------------------
@@ -308,12 +309,9 @@ def test_shares_are_of_the_original_network_as_everywhere_else():
     data = strict(slider(plan, changes, None)["json"])
     assert data["before"] == plan.parameters_before() > changes.parameters.max()
     assert changes.parameters.max() == sum(p.numel() for p in model.parameters())
-    # a plan that was loaded knows no network; what was measured when it was applied, it knows
-    plan.apply(measure=True, seconds=0.0)
-    loose = replace(plan, _network=None, _find_input=None)
-    assert strict(slider(loose, changes, None)["json"])["before"] == data["before"]
-    unmeasured = replace(loose, costs=None)
-    assert strict(slider(unmeasured, changes, None)["json"])["before"] == changes.parameters.max()
+    # a plan that was loaded knows no network, and is told
+    loose = replace(plan, _binding=None)
+    assert strict(slider(loose, changes, None, data["before"])["json"])["before"] == data["before"]
 
 
 def fitted(criterion):
@@ -344,10 +342,10 @@ def test_structures_that_a_fit_took_out_stay_out():
     model, _, plan = fitted(bmrs.SNR())
     table = what_if(plan)
     assert table.structures.iloc[0] == 8
-    assert math.isnan(own_log_odds(plan))
+    assert not plan.rule.has_evidence
     assert table.prior_log_odds.isna().all()
     for row in table.itertuples():
-        small = plan.at(row.score_threshold).apply(measure=False)
+        small = plan.at(row.score_threshold).apply()
         assert isinstance(small, nn.Module)
         assert row.parameters == sum(parameter.numel() for parameter in small.parameters())
     assert table.parameters.iloc[0] == sum(parameter.numel() for parameter in model.parameters())

@@ -19,7 +19,7 @@ from diagnosed import (
     random_scores,
 )
 
-from pyro_bmrs import Reduction
+from pyro_bmrs import NetworkPlan
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.comparison import report_runs
@@ -657,7 +657,7 @@ def test_a_plan_from_disk_makes_the_same_page(by_hand, tmp_path):
     by_hand.plan.save(tmp_path / "plan.json")
     diagnosis = make_diagnosis(by_hand.plan)
     diagnosis.save(tmp_path)
-    loaded = Reduction.load(tmp_path / "plan.json")
+    loaded = NetworkPlan.load(tmp_path / "plan.json")
     with pytest.raises(ValueError, match="network"):
         loaded.parameters_before()
     page = written(tmp_path, loaded, curve=by_hand.curve, diagnosis=Diagnosis.load(tmp_path))

@@ -7,6 +7,7 @@ import html.parser
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from pyro_bmrs.figures.plots import (
     plot_structures,
 )
 from pyro_bmrs.numerals import percent
+from pyro_bmrs.pruning import Rule
 from pyro_bmrs.reports.report import report
 from pyro_bmrs.reports.words import EVALUATION_COLUMNS, WIDTH_COLUMNS, removal_warnings
 
@@ -37,7 +39,6 @@ def make_plan(
     *,
     kl_weight: float = 1.0,
     evidence: bool = True,
-    costs: bool = True,
     margin: float = 1.0,
 ) -> SimpleNamespace:
     """A plan in which about two thirds of the units score at least ``margin``, the others at most -30."""
@@ -71,15 +72,19 @@ def make_plan(
 
     return SimpleNamespace(
         table=table,
-        criterion="BMRS_N(scale=1e-06, prior_log_odds=0.919)" if evidence else "SNR(threshold=1)",
-        kl_weight=kl_weight,
+        rule=Rule(
+            criterion="BMRS_N" if evidence else "SNR",
+            prior_log_odds=0.919 if evidence else None,
+            kl_weight=kl_weight,
+        ),
         widths=widths,
-        costs=pd.DataFrame(
-            {"before": [61706, 416520, 1.9], "after": [3949, 98000, float("nan")]},
-            index=["parameters", "multiply_accumulates", "milliseconds_batch_1_one_thread"],
-        )
-        if costs
-        else None,
+    )
+
+
+def make_costs() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"before": [61706, 416520, 1.9], "after": [3949, 98000, float("nan")]},
+        index=["parameters", "multiply_accumulates", "milliseconds_batch_1_one_thread"],
     )
 
 
@@ -135,6 +140,7 @@ def write(path: Path, plan: SimpleNamespace | None = None, **changes: object) ->
         "fit": make_fit(),
         "curve": make_curve(),
         "evaluation": make_evaluation(),
+        "costs": make_costs(),
         "settings": {"recipe": "models/lenet5.py", "data": "mnist", "versions": {"torch": "2.6.0"}},
     }
     given.update(changes)
@@ -177,12 +183,14 @@ def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
 
 
 def test_leaves_out_what_is_not_given(tmp_path: Path) -> None:
-    plan = make_plan(costs=False)
-    page = write(tmp_path / "report.html", plan, fit=None, curve=None, evaluation=None, settings=None)
+    plan = make_plan()
+    page = write(
+        tmp_path / "report.html", plan, fit=None, curve=None, evaluation=None, costs=None, settings=None
+    )
     assert page.count("<svg") == 4
     assert 'id="history"' not in page
     share = plan.table["removed"].mean()
-    assert f"{100 * share:.1f} % of 226 units removed." in page
+    assert f"{100 * share:.1f} % of 226 structures removed." in page
 
 
 def test_verdict_falls_back_to_validation_and_then_to_the_curve(tmp_path: Path) -> None:
@@ -203,7 +211,7 @@ def test_rounding_never_claims_all_or_nothing(fraction: float, text: str) -> Non
 def test_users_text_is_escaped(tmp_path: Path) -> None:
     other = "$\\frac{\"'&</svg>\n名"
     plan = make_plan({HOSTILE: 8, other: 8})
-    plan.criterion = HOSTILE
+    plan.rule = replace(plan.rule, criterion=HOSTILE)
     evaluation = make_evaluation().assign(network=HOSTILE, split=HOSTILE)
     page = write(tmp_path / "report.html", plan, evaluation=evaluation, settings={HOSTILE: HOSTILE})
     assert HOSTILE not in page
@@ -265,7 +273,10 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     large = make_plan({"narrow": 4, **{f"wide {layer}": 2000 for layer in range(10)}})
     page = write(tmp_path / "large.html", large)
     assert len(page.encode()) < 2_000_000
-    assert "2,000 of 20,004 units with a score closest to 0; all of them are in structures.csv" in page
+    assert (
+        "2,000 of 20,004 units with a score closest to the threshold; all of them are in structures.csv"
+        in page
+    )
     assert page[page.index("<tbody>", page.index('data-name="units"')) :].count("<tr") == 2000
 
 
@@ -285,21 +296,27 @@ def test_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def without_column(name: str, column: str) -> dict[str, object]:
-    plan, fit, curve, evaluation = make_plan(), make_fit(), make_curve(), make_evaluation()
+    plan, fit, curve, evaluation, costs = (
+        make_plan(),
+        make_fit(),
+        make_curve(),
+        make_evaluation(),
+        make_costs(),
+    )
     if name == "plan.table":
         plan.table = plan.table.drop(columns=column)
     elif name == "plan.widths()":
         widths = plan.widths().drop(columns=column)
         plan.widths = lambda: widths
-    elif name == "plan.costs":
-        plan.costs = plan.costs.drop(columns=column)
+    elif name == "costs":
+        costs = costs.drop(columns=column)
     elif name == "fit.history":
         fit.history = fit.history.drop(columns=column)
     elif name == "curve":
         curve = curve.drop(columns=column)
     else:
         evaluation = evaluation.drop(columns=column)
-    return {"plan": plan, "fit": fit, "curve": curve, "evaluation": evaluation}
+    return {"plan": plan, "fit": fit, "curve": curve, "evaluation": evaluation, "costs": costs}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +324,7 @@ def without_column(name: str, column: str) -> dict[str, object]:
     [
         ("plan.table", "score", plots.TABLE_COLUMNS),
         ("plan.widths()", "after", WIDTH_COLUMNS),
-        ("plan.costs", "before", report_module.COST_COLUMNS),
+        ("costs", "before", report_module.COST_COLUMNS),
         ("fit.history", "kept", plots.HISTORY_COLUMNS),
         ("curve", "is_plan", plots.CURVE_COLUMNS),
         ("evaluation", "split", EVALUATION_COLUMNS),
@@ -407,10 +424,10 @@ def test_warns_of_floors_and_narrow_decisions(tmp_path: Path) -> None:
     plan.table.loc[[10, 11], ["score", "removed"]] = [[0.05, True], [0.1, True]]
     plan.table.loc[12, ["score", "removed"]] = [-0.05, False]
     text = " ".join(Page(write(tmp_path / "report.html", plan)).texts)
-    assert "Layer conv1 is at its floor of 1 unit (of 6); its last unit has a score of 0 or more" in text
+    assert "Layer conv1 is at its floor of 1 unit (of 6); the score of its last structure is above" in text
     assert "Layer fc1" not in text
     removed = int(plan.table["removed"].sum())
-    assert f"2 of {removed} removed units have a score within 0.1 of zero" in text
+    assert f"2 of {removed} removed structures have a score within 0.1 of the threshold" in text
 
 
 def test_numbers_that_are_not_finite_are_dashes(tmp_path: Path) -> None:

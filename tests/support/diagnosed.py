@@ -1,6 +1,5 @@
 """Reductions, diagnoses and runs to show: some made by hand in no time, one really fitted, in seconds."""
 
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from command_line import call
 from torch import nn
 
-from pyro_bmrs import MultiplicativeNoise, Reduction
+from pyro_bmrs import MultiplicativeNoise, NetworkPlan, Rule
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.quality.calibration import Predictions, quality, reliability, risk_coverage
 from pyro_bmrs.quality.what_if import what_if
@@ -82,16 +81,16 @@ def make_plan(
             "present": True,
         }
     )
-    plan = Reduction(
+    plan = NetworkPlan(
         table=table,
-        criterion=criterion or ("SNR(threshold=1.0)" if log_odds is None else f"Given({log_odds})"),
-        kl_weight=kl_weight,
-        min_kept=min_kept,
-        round_to=round_to,
+        rule=Rule(
+            criterion=criterion or ("SNR" if log_odds is None else "Given"), prior_log_odds=log_odds,
+            min_kept=min_kept, round_to=round_to, kl_weight=kl_weight,
+        ),
         channels=channels or {},
-    )
+    )  # fmt: skip
     network = chain({layer: len(values) for layer, values in scores.items()})
-    return replace(plan, table=plan.at(0.0).table).bound_to(network, lambda: torch.zeros(4, INPUTS))
+    return plan.at(0.0).bound_to(network, lambda: torch.zeros(4, INPUTS))
 
 
 INPUTS, OUTPUTS = 3, 2
@@ -178,11 +177,12 @@ def make_diagnosis(plan, *, foreign="elsewhere", names=("full", "reduced"), note
         risk_coverage=pd.concat(coverages, ignore_index=True),
         entropy=pd.DataFrame({"data": ["test"] * 50 + [foreign] * 50, "entropy": random.random(100)}),
         curves=pd.concat(
-            [curve.assign(criterion=f"{name} of {plan.criterion}") for name in ("one", "other")]
+            [curve.assign(criterion=f"{name} of {plan.rule.criterion}") for name in ("one", "other")]
         ),
         what_if=what_if(plan, most=most),
         facts=dict(
-            draws=100, seed=0, examples=150, dataset_size=200, kl_weight=plan.kl_weight, out_of_distribution=foreign,
+            draws=100, seed=0, examples=150, dataset_size=200, kl_weight=plan.rule.kl_weight,
+            out_of_distribution=foreign,
         ),
         notes=list(notes),
     )  # fmt: skip
@@ -204,7 +204,7 @@ def make_fit(plan):
         }
     )
     removals = plan.table.loc[plan.table.removed_in_fit, ["layer", "unit"]].assign(phase="fit", epoch=2)
-    settings = {"epochs": 3, "batch_size": 32, "kl_weight": plan.kl_weight, "seed": 0}
+    settings = {"epochs": 3, "batch_size": 32, "kl_weight": plan.rule.kl_weight, "seed": 0}
     return SimpleNamespace(history=history, removals=removals, settings=settings)
 
 

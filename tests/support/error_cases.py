@@ -1122,24 +1122,24 @@ REDUCTIONS = [
         r"^curve lacks the columns 'log_evidence_change', 'reduced', 'chosen', 'mixture'; it needs .* and has bits$",
     ),
     function(
-        "Reduction.apply", "a plan of no network", lambda: search(bmrs.reduce).apply(), ValueError,
+        "NetworkPlan.apply", "a plan of no network", lambda: search(bmrs.reduce).apply(), ValueError,
         r"^plan has nothing to remove from a network: ",
     ),
     function(
-        "Reduction.apply", "another network", lambda: fitted().plan.apply(wide(), X), ValueError,
+        "NetworkPlan.apply", "another network", lambda: fitted().plan.apply(wide(), X), ValueError,
         r"^network must have the noise layers of the plan, \{'2': 12, '5': 8\}: got \{'2': 9\}$",
     ),
     function(
-        "Reduction.apply", "example_input of another width",
+        "NetworkPlan.apply", "example_input of another width",
         lambda: fitted().plan.apply(fitted().model.net, X[:, :5]), ValueError,
         r"^example_input must be what network can be called with: Sequential fails with RuntimeError: (?P<library>.*)$",
     ),
     function(
-        "Reduction.apply", "seconds is negative", lambda: fitted().plan.apply(seconds=-1.0), ValueError,
+        "NetworkPlan.apply", "seconds is negative", lambda: fitted().plan.apply(seconds=-1.0), ValueError,
         r"^seconds must be 0 or more: got -1\.0$",
     ),
     function(
-        "Reduction.apply", "NaN in the weights", lambda: fitted().plan.apply(broken(noisy()), X), ValueError,
+        "NetworkPlan.apply", "NaN in the weights", lambda: fitted().plan.apply(broken(noisy()), X), ValueError,
         r"^network must have finite parameters: got NaN or inf in '0\.weight'$",
     ),
     function(
@@ -1450,7 +1450,7 @@ DATA = [
 
 
 def load_plan():
-    return bmrs.Reduction.load("run/plan.json")
+    return bmrs.NetworkPlan.load("run/plan.json")
 
 
 def rebuild():
@@ -1490,7 +1490,7 @@ PLAN, NUMBERS = "run/plan.json", "run/plan.safetensors"
 POSTERIOR, SMALL, SETTINGS = "run/posterior.safetensors", "run/small.safetensors", "run/settings.json"
 FILES = [
     on_disk(
-        "Reduction.load", "a name that does not end in .json", lambda: bmrs.Reduction.load("run/plan"),
+        "NetworkPlan.load", "a name that does not end in .json", lambda: bmrs.NetworkPlan.load("run/plan"),
         ValueError, r"^path must end in \.json: got run/plan$",
     ),
     on_disk(

@@ -26,7 +26,7 @@ from pyro_bmrs.data import load_data
 from pyro_bmrs.files import read_tensors
 from pyro_bmrs.fitting.checkpoints import Checkpoints
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
-from pyro_bmrs.pruning import Reduction
+from pyro_bmrs.pruning import NetworkPlan
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs.folder import RunFolder
 from pyro_bmrs.runs.study import Study
@@ -226,10 +226,10 @@ def targets(place: Path) -> dict[str, Target]:
     whole = checkpoint.read_bytes()
     settings_of_fit = read_tensors(checkpoint)[0]["settings"]
     return {
-        "plan.json": Target(of_text(plan_json), file("plan.json", Reduction.load), _as_json(plan_json)),
+        "plan.json": Target(of_text(plan_json), file("plan.json", NetworkPlan.load), _as_json(plan_json)),
         "plan.safetensors": Target(
             of_tensors(bytes_of("plan.safetensors")),
-            file("numbers/plan.safetensors", lambda path: Reduction.load(path.with_suffix(".json"))),
+            file("numbers/plan.safetensors", lambda path: NetworkPlan.load(path.with_suffix(".json"))),
             bytes_of("plan.safetensors"),
         ),
         "study.yaml": Target(of_text(study, _as_yaml), file("study.yaml", Study.read), _as_yaml(study)),

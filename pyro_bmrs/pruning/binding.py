@@ -1,0 +1,83 @@
+"""A live network and how to call it: what a plan of it needs to count, to cut and to compare costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from pyro_bmrs.networks.cost import multiply_accumulates
+from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.hooked_noise import without_noise
+from pyro_bmrs.networks.inputs import Inputs, blamed_on_input
+from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.noise import at_one
+from pyro_bmrs.networks.structures import structure_groups
+from pyro_bmrs.pruning.shrink import earlier_cuts, original_network
+
+# Enough examples for outputs to spread in the equality check, few enough for float64 (of large networks: two).
+CHECK_EXAMPLES = 32
+_CHECK_MULTIPLY_ACCUMULATES = 1e10
+
+
+class Binding:
+    """A network with noise layers, and a way to a batch of its inputs.
+
+    Args:
+        network: the network.
+        find_input: gives a batch of inputs; called when one is needed, once. None: nobody knows any.
+    """
+
+    def __init__(self, network: nn.Module, find_input: Callable[[], Inputs] | None) -> None:
+        self.network, self._find_input = network, find_input
+
+    @property
+    def has_input(self) -> bool:
+        """Whether there is a way to a batch of inputs."""
+        return self._find_input is not None
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether `groups` have been found already, which may take seconds."""
+        return "groups" in vars(self)
+
+    @cached_property
+    def example_input(self) -> Inputs:
+        """A batch of inputs.
+
+        Raises:
+            ValueError: where nobody knows any.
+        """
+        if self._find_input is None:
+            raise ValueError("example_input must be given: a batch of inputs of the network")
+        return self._find_input()
+
+    @cached_property
+    def groups(self) -> dict[str, StructureGroup]:
+        """What goes along with the structures of each site. Found once: a trial of each removal is part of it."""
+        return structure_groups(self.network, self.example_input)
+
+    def full_network(self) -> nn.Module:
+        """The network without noise as it was made, to measure its costs: with random weights if it has shrunk."""
+        if not earlier_cuts(self.network):
+            return without_noise(copy.deepcopy(self.network))
+        full = copy.deepcopy(original_network(self.network))
+        full = full.to_empty(device=next(self.network.parameters()).device)
+        with torch.no_grad(), torch.random.fork_rng():
+            for parameter in full.parameters():
+                parameter.normal_(0.0, 0.02)
+            for buffer in full.buffers():
+                # an index must lie in what it looks up
+                buffer.fill_(1 if buffer.is_floating_point() else 0)
+        return full
+
+
+def check_examples(network: nn.Module, example_input: Inputs) -> int:
+    """How many examples the equality check takes: fewer of a network that is slow in float64."""
+    looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
+    with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
+        one = multiply_accumulates(looked_at, example_input)
+    return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)

@@ -1,0 +1,319 @@
+"""The plan of a network: which structures stay, which are removed, and from it a smaller network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pyro_bmrs.arguments import is_whole
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.cost import compare_costs
+from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.export import load_weights
+from pyro_bmrs.networks.groups import gone
+from pyro_bmrs.networks.hooked_noise import without_noise
+from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
+from pyro_bmrs.networks.nesting import Nesting
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
+from pyro_bmrs.pruning.binding import Binding, check_examples
+from pyro_bmrs.pruning.decision import Candidates, least_kept, removals
+from pyro_bmrs.pruning.plan import Plan
+from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
+
+# Above this log θ, starting at 0, a posterior has had no time to say anything.
+LITTLE_TRAVEL = -3.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NetworkPlan(Plan):
+    """Which structures of a network stay, which are removed, and why.
+
+    `reduce` makes it with its network, so that `apply` needs no argument. A plan that was loaded or unpickled is given
+    one: `apply(network, example_input)`.
+
+    Attributes:
+        nesting: which structures lie inside others (`InputSelection`), in the order of the table.
+        channels: by layer, channels that one structure has where it is made, if more than 1.
+    """
+
+    kind = "network"
+
+    nesting: Nesting = field(default_factory=Nesting, repr=False)
+    channels: Mapping[str, int] = field(default_factory=dict, repr=False)
+    _cuts: Cuts | None = field(default=None, repr=False)
+    _binding: Binding | None = field(default=None, repr=False, metadata={"live": True})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cuts": self.cuts}
+
+    # decisions --------------------------------------------------------------------------------------
+
+    def theta_mean(self) -> dict[str, Tensor]:
+        """E[θ] of each kept structure and 0 of each removed one in the network, by layer, float64."""
+        rows = {layer: self._present(layer) for layer in self.layers}
+        return {
+            layer: torch.tensor(present["mean"].where(~present.removed, 0.0).to_numpy())
+            for layer, present in rows.items()
+        }
+
+    def at(self, threshold: float) -> Self:
+        rule = self.rule.at(threshold)
+        return replace(self.deciding(self.candidates(threshold)), rule=rule)
+
+    def deciding(self, layers: Mapping[str, Candidates]) -> Self:
+        """The plan that removes what the candidates of all layers, in the order of the table, lead to."""
+        removed = torch.cat([*removals(layers, self.nesting).values()]).numpy()
+        return replace(self, table=self.table.assign(removed=removed), _cuts=None)
+
+    def candidates(self, threshold: float) -> dict[str, Candidates]:
+        """What of each layer is to be removed where score ≥ threshold, and what may be."""
+        layers = {}
+        for layer, rows in self.table.groupby("layer", sort=False):
+            score = torch.tensor(rows.score.to_numpy())
+            before = torch.tensor(rows.removed_in_fit.to_numpy())
+            channels = self.channels.get(str(layer), 1)
+            least = least_kept(self.rule.min_kept, self.rule.round_to, channels)
+            layers[str(layer)] = Candidates((score >= threshold) | before, score, ~before, *least)
+        return layers
+
+    # a smaller network ------------------------------------------------------------------------------
+
+    def bound_to(self, network: nn.Module, find_input: Callable[[], Inputs]) -> Self:
+        """This plan with a network to apply it to and a way to an example input, as `load` can't know them."""
+        return replace(self, _binding=Binding(network, find_input))
+
+    def _bound(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> Binding:
+        """What is given, or else what the plan is bound to; raises ValueError where something is missing."""
+        own = self._binding
+        if network is None:
+            if own is None:
+                raise ValueError("network must be given: this plan was loaded from disk and holds none")
+            network = own.network
+        if example_input is None:
+            if own is None:
+                raise ValueError("example_input must be given: a batch of inputs of the network")
+            if network is own.network:
+                return own
+            return Binding(network, lambda: own.example_input)
+        return Binding(network, lambda: example_input)
+
+    @property
+    def cuts(self) -> Cuts | None:
+        """What `apply` cuts of each module, all that `rebuild` needs; None where no network says it."""
+        if self._cuts is not None or self._binding is None or not self._binding.has_input:
+            return self._cuts
+        network = self._binding.network
+        if self._planned() != _features(network):  # it has shrunk since, and is another one
+            return None
+        return earlier_cuts(network).then(gone(network, self._binding.groups.values(), self.kept_masks()))
+
+    def apply(
+        self,
+        network: nn.Module | None = None,
+        example_input: Inputs | None = None,
+        *,
+        tolerance: float = TOLERANCE,
+    ) -> nn.Module:
+        """The smaller network: a plain module with E[θ] folded in, proved equal to the reduced model.
+
+        Args:
+            network: the network with noise layers; default the one that was reduced.
+            example_input: a batch of inputs: a tensor, a tuple of arguments, or a mapping of keyword
+                arguments; default what the guide was first called with.
+            tolerance: allowed difference in float64, of the outputs and of every layer that reads
+                structures, relative to their spread over at most 32 examples of the batch.
+
+        Returns:
+            The network, in evaluation mode.
+
+        Raises:
+            ValueError: where a network or an example input is needed and missing, or does not match.
+            EqualityError: if the smaller network does not compute what the reduced model computes; the
+                message has the largest difference.
+        """
+        binding = self._bound(network, example_input)
+        self._check_layers(binding.network)
+        inputs = binding.example_input
+        surgery = remove_structures(
+            binding.network, self.kept_masks(), self.theta_mean(),
+            first_examples(inputs, check_examples(binding.network, inputs)),
+            groups=binding.groups, tolerance=tolerance,
+        )  # fmt: skip
+        return surgery.network.eval()
+
+    def costs(
+        self,
+        small: nn.Module,
+        network: nn.Module | None = None,
+        example_input: Inputs | None = None,
+        *,
+        seconds: float = 4.0,
+    ) -> pd.DataFrame:
+        """What `small` costs beside the full network: see `compare_costs`.
+
+        Args:
+            small: what `apply` gave.
+            network, example_input: as in `apply`.
+            seconds: for all timings together; what would take longer is NaN. 0 for none.
+
+        Returns:
+            Rows parameters, multiply_accumulates (of one example), file_bytes, peak_bytes…, milliseconds…; columns
+            before and after.
+        """
+        binding = self._bound(network, example_input)
+        return compare_costs(binding.full_network(), small, binding.example_input, seconds=seconds)
+
+    def _planned(self) -> dict[str, int]:
+        return {layer: len(self._present(layer)) for layer in self.layers}
+
+    def _check_layers(self, network: nn.Module) -> None:
+        """Raise ValueError for a network that is not the one that was reduced."""
+        planned, found = self._planned(), _features(network)
+        if found != planned:
+            raise ValueError(f"network must have the noise layers of the plan, {planned}: got {found}")
+
+    def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
+        """Number of parameters that `apply` would leave, counted without cutting."""
+        return _parameters_left([self], self._bound(network, example_input))[0]
+
+    def parameters_at(self, thresholds: Sequence[float]) -> list[int]:
+        """Number of parameters that the plans `at` these thresholds would leave, counted without cutting."""
+        return self.parameters_of([self.at(threshold) for threshold in thresholds])
+
+    def parameters_of(self, plans: Sequence[NetworkPlan]) -> list[int]:
+        """Number of parameters that other plans for this one's network would leave, counted without cutting."""
+        return _parameters_left(plans, self._bound())
+
+    def parameters_before(self, network: nn.Module | None = None) -> int:
+        """Number of parameters of the original network, whatever a fit has removed since."""
+        network = network if network is not None else self._bound().network
+        return sum(parameter.numel() for parameter in original_network(network).parameters())
+
+    def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
+        """The smaller network from a fresh one of the original class: no data, no posterior, no pickle.
+
+        >>> plan = NetworkPlan.load("plan.json")  # doctest: +SKIP
+        >>> small = plan.rebuild(resnet18(), "small.safetensors")  # doctest: +SKIP
+
+        Args:
+            network: as the original was made, with noise or without; left unchanged.
+            weights: a safetensors file of the smaller network's weights; None leaves those of `network`,
+                without E[θ].
+
+        Returns:
+            The network in evaluation mode.
+
+        Raises:
+            ValueError: if nothing says what to cut, or network or weights don't belong to the plan.
+        """
+        cuts = self.cuts
+        if cuts is None:
+            raise ValueError(
+                "plan must say what to cut: this one was made without a network, or that has shrunk since"
+            )
+        small = copy.deepcopy(network)
+        separate_attention(small)
+        cuts.cut(small)
+        small = without_noise(small)
+        if weights is not None:
+            try:
+                small.load_state_dict(load_weights(weights))
+            except (OSError, SafetensorError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"weights {weights} are damaged, or not of this plan: {reason}") from error
+            check_finite(f"weights {weights}", small)
+        return small.eval()
+
+    def shrink(
+        self,
+        model: nn.Module,
+        guide: AutoTruncatedLogNormal,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Take the removed structures out of model, guide and optimizer, in place, so that fitting goes on.
+
+        The noise stays on what is left; nothing is folded. Parameters stay the same objects with fewer
+        entries, and the optimizer's state of each keeps the entries that belong to them. Tables of later
+        plans number structures as the original network did.
+
+        Args:
+            model: the Pyro model that was reduced.
+            guide: its guide.
+            optimizer: of their parameters, of your own loop (`fit` makes a new one); one whose state has the
+                shapes of the parameters, such as Adam or SGD.
+
+        Raises:
+            ValueError, TypeError: if model, guide or optimizer don't match the plan; nothing is changed then.
+            EqualityError: if the smaller model would not compute the same; nothing is changed then.
+        """
+        shrink(model, guide, self.kept_masks(), optimizer, self._bound().example_input)
+
+    # words and files --------------------------------------------------------------------------------
+
+    def _details(self) -> list[str]:
+        lines = []
+        known = self._binding is not None and self._binding.has_groups
+        if known and self.cuts is not None:
+            before, after = self.parameters_before(), self.parameters_left()
+            share = 100 * (1 - after / before)
+            lines.append(f"parameters: {before:,} → {after:,} ({share:.1f} % less)")
+        if self.rule.round_to is not None:
+            lines.append(f"channels rounded up to multiples of {self.rule.round_to}, by score")
+        widths = self.widths()
+        if not self.table.removed.any():
+            advice = _advice(float(self.table["loc"].min())) if self.rule.has_evidence else ""
+            lines.append(f"nothing to remove{advice}")
+        floor = self.rule.min_kept
+        held = widths.layer[(widths.after <= floor) & (widths.before > floor)]
+        if len(held):
+            lines.append(f"at the floor of {floor} kept: {', '.join(map(str, held))}")
+        return lines
+
+    def _document(self) -> dict[str, Any]:
+        cuts = self.cuts
+        return {
+            "channels": dict(self.channels),
+            "nesting": self.nesting.to_json(),
+            "cuts": None if cuts is None else cuts.to_json(),
+        }
+
+    @classmethod
+    def _parts(cls, document: Mapping[str, Any]) -> dict[str, Any]:
+        channels = document["channels"]
+        if not all(is_whole(count, 1) for count in channels.values()):
+            raise ValueError(f"its channels can't be {channels!r}"[:200])
+        return {
+            "channels": channels,
+            "nesting": Nesting.from_json(document["nesting"], document["layers"]),
+            "_cuts": None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
+        }
+
+
+def _features(network: nn.Module) -> dict[str, int]:
+    return {site: layer.features for site, layer in noise_layers(network).items()}
+
+
+def _parameters_left(plans: Sequence[NetworkPlan], binding: Binding) -> list[int]:
+    network, groups = binding.network, binding.groups.values()
+    return [gone(network, groups, plan.kept_masks()).parameters_left(network) for plan in plans]
+
+
+def _advice(lowest: float) -> str:
+    """What to do where nothing is to be removed, by the lowest log θ: it has not come far, or it is held there."""
+    told = f": the lowest log θ is {lowest:.1f}"
+    if lowest > LITTLE_TRAVEL:
+        return (
+            f"{told}, hardly below 0 where it began. A step moves it by at most posterior_learning_rate: give more "
+            "epochs, smaller batches or a higher rate"
+        )
+    return f"{told}, and the data need each structure at this KL weight: raise it, such as to three times as much"
