@@ -1,6 +1,6 @@
-"""LeNet5 with ReLU and max pooling, and one latent scale per filter and per unit (the paper's LeNet5).
+"""LeNet5 with ReLU and max pooling, and one latent θ per filter and hidden unit (the paper's LeNet5).
 
-A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`; it may also define
+A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`. It may also define
 `model(network)` and `guide(model)`.
 """
 
@@ -8,9 +8,9 @@ from torch import nn
 
 from pyro_bmrs import InputSelection, MultiplicativeNoise
 
-# One entry per data set, "default" for all others; options of the command line go before it.
+# One entry per data set; "default" is for all others. Options of the command line override it.
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix. At a KL weight
-# of 1, the ELBO, the posterior removes little; the weights below are what a first study chose.
+# of 1, the ELBO, little is removed. A first study chose the KL weights below.
 SETTINGS = {
     "default": {
         "image_size": 32,
@@ -55,7 +55,7 @@ SETTINGS = {
 class LeNet5(nn.Module):
     """Two convolutions of 5×5, each max-pooled, and three linear layers.
 
-    Noise stands where the next layer reads: after the pooling, which commutes with a positive scale. With
+    Noise stands where the next layer reads: after the pooling, which commutes with a positive θ. With
     `select_positions` every position of a flattened filter is a structure too.
     """
 

@@ -1,6 +1,6 @@
-"""LeNet-5-Caffe, 20-50-500, the network of the published studies of Bayesian compression: 431,080 parameters.
+"""LeNet-5-Caffe, 20-50-500 with 431,080 parameters: the network of published studies of Bayesian compression.
 
-A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`; it may also define
+A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`. It may also define
 `model(network)` and `guide(model)`.
 """
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from pyro_bmrs import InputSelection, MultiplicativeNoise
 
-# One entry per data set, "default" for all others; options of the command line go before it.
+# One entry per data set; "default" is for all others. Options of the command line override it.
 SETTINGS = {
     "default": {
         "image_size": 28,
@@ -37,7 +37,7 @@ def network(
     widths: tuple[int, int, int] = (20, 50, 500),
     select_positions: bool = False,
 ) -> nn.Sequential:
-    """Two max-pooled 5×5 convolutions without activation, as in Caffe's file, and a layer of ReLU units.
+    """Two max-pooled 5×5 convolutions without activation, as in Caffe's file, and a hidden layer with ReLU.
 
     With `select_positions` every position of a flattened filter is a structure too.
     """

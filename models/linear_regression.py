@@ -1,6 +1,6 @@
-"""Linear regression with known scales on scikit-learn's diabetes data: every evidence is known exactly.
+"""Linear regression with known scales on scikit-learn's diabetes data, where the exact evidence is known.
 
-442 patients, 10 measurements and the progression of the disease a year later, all standardised. Which of the
+The data are 10 measurements of 442 patients and the progression of the disease a year later, all standardised. Which
 measurements are needed? `reduce` and `exhaustive_reduction` answer from one posterior:
 
     x, y = diabetes()
@@ -17,7 +17,7 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
 
 PRIOR_SCALE = 0.5  # of each weight; all variables are standardised
-NOISE = 0.7  # standard deviation of what the measurements don't explain
+NOISE = 0.7  # standard deviation of y around x weights
 NAMES = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6")
 
 
@@ -34,24 +34,24 @@ def model(x, y=None):
     zeros = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
     weights = pyro.sample("weights", dist.Normal(zeros, PRIOR_SCALE).to_event(1))
     with pyro.plate("patients", len(x)):
-        # not x @ weights: so the model takes any number of draws of the weights at once
+        # not x @ weights: this takes any number of draws of the weights at once
         pyro.sample("y", dist.Normal((x * weights).sum(-1), NOISE), obs=y)
 
 
 def exact_posterior(x, y):
-    """(mean, covariance) of the weights."""
+    """(mean, covariance) of the weights, given the data."""
     precision = x.T @ x / NOISE**2 + torch.eye(x.shape[1], dtype=x.dtype) / PRIOR_SCALE**2
     covariance = torch.linalg.inv(precision)
     return covariance @ (x.T @ y) / NOISE**2, covariance
 
 
 def posterior(x, y, *, mean_field=False):
-    """A guide at its optimum, set without fitting: the exact posterior, or its mean-field approximation.
+    """A guide at its optimum, set without a fit: the exact posterior, or its mean-field approximation.
 
-    The mean-field normal nearest to a normal has its mean, and the diagonal of its precision.
+    The mean-field normal nearest to a normal has the same mean and the same diagonal of the precision.
     """
     guide = (AutoDiagonalNormal if mean_field else AutoMultivariateNormal)(model)
-    guide(x, y)  # makes the parameters
+    guide(x, y)  # creates the parameters
     mean, covariance = exact_posterior(x, y)
     guide.loc.data = mean
     if mean_field:
@@ -64,7 +64,7 @@ def posterior(x, y, *, mean_field=False):
 
 
 def log_evidence(x, y):
-    """log p(y) in nats, exactly: y is normal with covariance NOISE² I + PRIOR_SCALE² x xᵀ."""
+    """The exact log p(y) in nats: y is normal with covariance NOISE² I + PRIOR_SCALE² x xᵀ."""
     n, columns = x.shape
     inner = torch.eye(columns, dtype=x.dtype) + (PRIOR_SCALE / NOISE) ** 2 * x.T @ x
     factor = torch.linalg.cholesky(inner)

@@ -1,10 +1,10 @@
-"""A mixture of two normals for twelve points, small enough that its evidence is a sum over all assignments.
+"""A mixture of two normals for twelve points. Its evidence is a sum over all assignments.
 
     guide = fit(POINTS)
-    bmrs.reduce(model, guide, {"share": dist.Beta(20.0, 20.0)}, POINTS)   # are the halves equally large?
+    bmrs.reduce(model, guide, {"share": dist.Beta(20.0, 20.0)}, POINTS)   # are the components equally large?
 
-The guide is written by hand: a beta law for the share and normals for the means, so that ΔF is read in closed
-form; the assignments are summed out.
+The guide is written by hand: a Beta for the share and normals for the means, so that ΔF has a closed
+form. The assignments are summed out.
 """
 
 import itertools
@@ -17,14 +17,14 @@ from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from torch.distributions import constraints
 
 POINTS = torch.tensor([-3.1, -2.6, -2.2, -1.9, -1.4, 1.2, 1.7, 1.8, 2.3, 2.5, 2.9, 3.4], dtype=torch.float64)
-SHARE = (2.0, 2.0)  # of the beta prior of the second component's share
-MEANS, SPREAD = (-2.0, 2.0), 1.5  # of the normal priors of the two means
+SHARE = (2.0, 2.0)  # concentrations of the Beta prior of component 1's share
+MEANS, SPREAD = (-2.0, 2.0), 1.5  # locs and scale of the normal priors of the two means
 NOISE = 0.8  # standard deviation of each component
 
 
 @config_enumerate
 def model(points):
-    """share ~ Beta, means ~ Normal, each point from component 1 with probability share, else from 0."""
+    """share ~ Beta, means ~ Normal; each point is from component 1 with probability share, else from component 0."""
     ones = torch.ones((), dtype=points.dtype, device=points.device)
     share = pyro.sample("share", dist.Beta(SHARE[0] * ones, SHARE[1]))
     centres = torch.tensor(MEANS, dtype=points.dtype, device=points.device)
@@ -35,7 +35,7 @@ def model(points):
 
 
 def guide(points):
-    """A beta law and two normals, independent of each other."""
+    """A Beta and two normals, independent of each other."""
     ones = torch.ones(2, dtype=points.dtype, device=points.device)
     counts = pyro.param("counts", 4 * ones, constraint=constraints.positive)
     loc = pyro.param("loc", lambda: torch.tensor(MEANS, dtype=points.dtype, device=points.device))
@@ -56,7 +56,7 @@ def fit(points, *, steps=1500, seed=0):
 
 
 def log_evidence(points, *, share=SHARE, means=MEANS, spread=SPREAD):
-    """log p(y) in nats: the sum over all 2ⁿ assignments of the points, each with its parameters integrated out."""
+    """The exact log p(y) in nats: a sum over all 2ⁿ assignments, each with the parameters integrated out."""
     n = len(points)
     assignments = torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)), dtype=points.dtype)
     second = assignments.sum(-1)

@@ -1,7 +1,7 @@
-"""A multilayer perceptron with tanh units and one latent scale per hidden unit (the paper's MLP).
+"""A multilayer perceptron with tanh and one latent θ per hidden unit (the paper's MLP).
 
-Copy this file to start a recipe of your own. A recipe defines `network(input_shape, num_classes, …)` and
-`SETTINGS`; it may also define `model(network)` and `guide(model)`.
+Copy this file to start your own recipe. A recipe defines `network(input_shape, num_classes, …)` and
+`SETTINGS`. It may also define `model(network)` and `guide(model)`.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_bmrs import InputSelection, MultiplicativeNoise
 
-# One entry per data set, "default" for all others; options of the command line go before it.
+# One entry per data set; "default" is for all others. Options of the command line override it.
 # Widths, batch sizes and learning rates: Wright et al. (2024), section 4 and appendix.
 SETTINGS = {
     "default": {
@@ -62,7 +62,7 @@ def network(
     widths: tuple[int, ...] = (100,) * 3,
     select_inputs: bool = False,
 ) -> nn.Sequential:
-    """Hidden layers of the given widths; the noise stands after each tanh, where the next layer reads it.
+    """Hidden layers of the given widths. Noise stands after each tanh, where the next layer reads.
 
     With `select_inputs` every pixel is a structure too.
     """

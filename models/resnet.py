@@ -1,7 +1,7 @@
 """Residual networks: torchvision's ResNet-18 and ResNet-50, and the small ones for 32×32 images.
 
-`plain` is the network without noise, to train first or to load weights into; `network` puts one latent
-scale on every channel that can be removed, those of the residual streams included.
+`plain` makes the network without noise, to train first or to load weights into. `network` puts one latent
+θ on every channel that can be removed, including those of the residual streams.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock
 
 import pyro_bmrs as bmrs
 
-# From random weights. How a trained network is made smaller: analysis/pretrained.py.
+# For a fit from random weights. For a trained network see analysis/pretrained.py.
 SETTINGS = {
     "default": {
         "image_size": 32,
@@ -37,7 +37,7 @@ SETTINGS = {
 class SmallResNet(nn.Module):
     """Three stages of `blocks` basic blocks, 16, 32 and 64 channels wide: He et al. (2016), section 4.2.
 
-    With a convolution in the shortcut where the shape changes, as torchvision's networks have it.
+    Where the shape changes the shortcut has a convolution, as in torchvision's networks.
     """
 
     def __init__(self, channels: int, num_classes: int, blocks: int) -> None:
@@ -63,7 +63,7 @@ class SmallResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
 
     def forward(self, x):
-        # the order of values in memory in which CPUs convolve faster, by a third here
+        # CPUs convolve faster in this memory format, by a third here
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
@@ -71,10 +71,10 @@ class SmallResNet(nn.Module):
 
 
 def plain(input_shape: tuple[int, ...], num_classes: int, depth: int = 20) -> nn.Module:
-    """A ResNet without noise: depth 18 or 50 torchvision's, depth 6n + 2 otherwise the small one.
+    """A ResNet without noise: torchvision's for depth 18 or 50, the small one for depth 6n + 2.
 
     For images of at most 64 pixels torchvision's first convolution becomes 3×3 with stride 1, and its
-    pooling goes: with 7×7 at stride 2 and pooling, little of a small image would be left.
+    pooling is dropped: 7×7 at stride 2 with pooling would leave little of a small image.
     """
     if len(input_shape) != 3:
         raise ValueError(f"a ResNet takes images (channels, height, width): got input shape {input_shape}")
@@ -94,5 +94,5 @@ def plain(input_shape: tuple[int, ...], num_classes: int, depth: int = 20) -> nn
 
 
 def network(input_shape: tuple[int, ...], num_classes: int, depth: int = 20) -> nn.Module:
-    """The same with noise on every removable channel."""
+    """The same network with noise on every removable channel."""
     return bmrs.insert_noise(plain(input_shape, num_classes, depth), torch.zeros(2, *input_shape))

@@ -1,13 +1,13 @@
 """Sparse linear regression (automatic relevance determination) on scikit-learn's diabetes data.
 
-Each weight has a precision of its own, and that is a latent too. So the prior of a weight depends on another
-latent, and ΔF of setting the weight to 0 is an average over the posterior of its precision:
+Each weight has its own precision, which is a latent too. So the prior of a weight depends on another
+latent, and ΔF of setting the weight to 0 averages over the posterior of its precision:
 
     x, y = diabetes()
     guide = fit(x, y)
     bmrs.reduce(model, guide, {"weights": 0.0}, x, y, dependent_priors="average")
 
-`log_evidence` is the truth to compare with, by long importance sampling: given the precisions, the weights
+`log_evidence` is the reference, from long importance sampling over the precisions. Given these, the weights
 are integrated out exactly.
 """
 
@@ -19,8 +19,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-NOISE = 0.7  # standard deviation of what the measurements don't explain; all variables are standardised
-SHAPE, RATE = 2.0, 0.2  # of the gamma prior of each precision: weights of about 0.3
+NOISE = 0.7  # standard deviation of y around x weights; all variables are standardised
+SHAPE, RATE = 2.0, 0.2  # of the Gamma prior of each precision: weights of about 0.3
 
 
 def diabetes():
@@ -38,7 +38,7 @@ def model(x, y=None):
     precision = pyro.sample("precision", dist.Gamma(SHAPE * ones, RATE).to_event(1))
     weights = pyro.sample("weights", dist.Normal(0 * ones, precision.rsqrt()).to_event(1))
     with pyro.plate("patients", len(x)):
-        # not x @ weights: so the model takes any number of draws of the weights at once
+        # not x @ weights: this takes any number of draws of the weights at once
         pyro.sample("y", dist.Normal((x * weights).sum(-1), NOISE), obs=y)
 
 
@@ -55,9 +55,9 @@ def fit(x, y, *, guide=None, steps=1500, seed=0):
 
 
 def log_evidence(x, y, *, draws=200_000, seed=0):
-    """(log p(y), its standard error) in nats, from draws of the precisions by importance sampling.
+    """(log p(y), its standard error) in nats, by importance sampling of the precisions.
 
-    The proposal of each log precision is a normal whose mean and scale were adapted in three rounds.
+    The proposal of each log precision is a normal. Three rounds adapt its mean and scale.
     """
     generator = torch.Generator().manual_seed(seed)
     n, columns = x.shape
@@ -87,6 +87,8 @@ def log_evidence(x, y, *, draws=200_000, seed=0):
         )
         weights = log_weights.softmax(0)
         loc = weights @ log_precision
-        scale = (weights @ (log_precision - loc) ** 2).sqrt() * 1.2  # wider than the posterior, for its tails
+        scale = (
+            weights @ (log_precision - loc) ** 2
+        ).sqrt() * 1.2  # wider than the posterior, to cover its tails
     error = (float(weights.square().sum()) - 1 / count) ** 0.5
     return float(log_weights.logsumexp(0)) - math.log(count), error

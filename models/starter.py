@@ -1,7 +1,7 @@
-"""A small network to start a recipe of your own from: two convolutions and a hidden layer, for images of any size.
+"""A recipe to start from: two convolutions and a hidden layer, for images of any size.
 
-A recipe is a Python file. Two names in it are looked for: `network`, a function that makes the network with a noise
-layer wherever structures may go, and `SETTINGS`. Two more may be there: `model(network)`, the Pyro model round it
+A recipe is a Python file that defines `network` and `SETTINGS`. `network` is a function that makes the network, with a
+noise layer wherever structures may be removed. The file may also define `model(network)`, the Pyro model around it
 (default: a classifier), and `guide(model)`.
 """
 
@@ -9,21 +9,21 @@ from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise
 
-# By data set, as `--data` names it; "default" is for all that have no entry. What the command line says goes before.
+# By data set, as `--data` names it; "default" is for all others. Options of the command line override it.
 SETTINGS = {
     "default": {
-        # Images are scaled or padded to so many pixels a side; None leaves them as they are.
+        # Images are scaled or padded to this number of pixels a side; None leaves them unchanged.
         "image_size": None,
         # Arguments of `network` below, by name.
         "network": {"widths": (16, 32, 64)},
-        # Epochs of the fit, and of tuning the small network when it has been cut out.
+        # Epochs of the fit, and of fine-tuning the small network.
         "epochs": 30,
         "fine_tune": 15,
         "batch_size": 32,
-        # Adam's, of the weights; and of the posterior, which is another scale: too high, and units die at once.
+        # Adam's learning rates of the weights and of the posterior. If the second is too high, structures die at once.
         "learning_rate": 1e-3,
         "posterior_learning_rate": 1e-2,
-        # 1 is the ELBO and removes little; more removes more. Try 3, 10, 30 and look at the report.
+        # 1 is the ELBO and removes little; a higher weight removes more. Try 3, 10, 30 and look at the report.
         "kl_weight": 3.0,
     },
 }
@@ -35,9 +35,9 @@ def network(
     """The network for images (channels, height, width) of at least 4 pixels a side.
 
     Args:
-        input_shape: of one example of the data set.
-        num_classes: how many logits to return.
-        widths: filters of both convolutions and units of the hidden layer, before anything is removed.
+        input_shape: shape of one example of the data set.
+        num_classes: number of logits to return.
+        widths: filters of the two convolutions and hidden units, before anything is removed.
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
         raise ValueError(
@@ -45,7 +45,7 @@ def network(
         )
     channels, height, width = input_shape
     first, second, third = widths
-    # A noise layer stands where its structures are read by the next layer: after activation and pooling.
+    # A noise layer stands where the next layer reads its structures: after activation and pooling.
     return nn.Sequential(
         nn.Conv2d(channels, first, 3, padding=1),
         nn.ReLU(),

@@ -1,7 +1,7 @@
-"""A vision transformer, torchvision's, with one latent scale per attention head and per hidden unit.
+"""torchvision's vision transformer, with one latent θ per attention head and hidden unit.
 
-`plain` is the network without noise, to train first or to load weights into; `network` adds the noise.
-The channels between the blocks feed layer normalisation, so they stay.
+`plain` makes the network without noise, to train first or to load weights into. `network` adds the noise.
+The channels between the blocks feed a LayerNorm, so they stay.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torchvision.models import VisionTransformer
 
 import pyro_bmrs as bmrs
 
-# From random weights. How a trained network is made smaller: analysis/pretrained.py.
+# For a fit from random weights. For a trained network see analysis/pretrained.py.
 SETTINGS = {
     "default": {
         "image_size": 32,
@@ -42,7 +42,7 @@ def plain(
     width: int = 96,
     hidden: int = 192,
 ) -> VisionTransformer:
-    """A vision transformer without noise for square images, `patch` pixels to a token's side."""
+    """A vision transformer without noise for square images. A token is a square of `patch` pixels a side."""
     if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] % patch:
         raise ValueError(
             f"a vision transformer takes square images of a multiple of {patch} pixels: got input shape {input_shape}"
@@ -51,11 +51,11 @@ def plain(
     net = VisionTransformer(side, patch, layers, heads, width, hidden, num_classes=num_classes)
     if channels != 3:
         net.conv_proj = nn.Conv2d(channels, width, patch, patch)
-    # torchvision starts the head at zero, where no gradient reaches what comes before it
+    # torchvision starts the head at zero; then no gradient reaches the layers before it
     nn.init.normal_(net.heads.head.weight, std=0.02)
     return net
 
 
 def network(input_shape: tuple[int, ...], num_classes: int, **sizes: int) -> nn.Module:
-    """The same with noise on every head and every hidden unit of the feed-forward layers."""
+    """The same network with noise on every head and every hidden unit of the feed-forward layers."""
     return bmrs.insert_noise(plain(input_shape, num_classes, **sizes), torch.zeros(2, *input_shape))

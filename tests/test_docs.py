@@ -152,13 +152,13 @@ def saved_run(names):
     with torch.no_grad():
         guide(x, torch.zeros(5, dtype=torch.long))
     plan = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5))
-    small = plan.apply(seconds=0)
+    small = plan.apply()
     plan.save("plan.json")
     save_weights(small, "small.safetensors")
     export_program(small, x, "small.pt2")
     export_onnx(small, x, "small.onnx")
     with torch.no_grad():
-        names.update(make_network=small_network, x=x, wanted=small(x))
+        names.update(make_network=small_network, x=x, plan=plan, small=small, wanted=small(x))
 
 
 def small_problem(names):
@@ -194,6 +194,7 @@ def finished_study(_):
 PREPARED = {
     ("README.md", 3): saved_run,
     ("docs/fitting.md", 0): small_problem,
+    ("docs/serve_it.md", 0): saved_run,
     ("docs/sweeps.md", 0): finished_study,
 }
 
@@ -246,6 +247,10 @@ def page_on_diagnostics(names, printed, _):
     assert "all latents" in printed
 
 
+def same_logits(names, *_):
+    torch.testing.assert_close(torch.as_tensor(names.pop("logits")), names["wanted"], atol=1e-5, rtol=0)
+
+
 # What holds after the block of a number, beyond that it runs and prints what the page says.
 CHECKED = {
     ("README.md", 0): readme_of_ten_lines,
@@ -256,6 +261,9 @@ CHECKED = {
     ("docs/evidence.md", 0): page_on_evidence,
     ("docs/evidence.md", 1): lambda *_: Path("curve.svg").stat().st_size > 10_000 or pytest.fail("no curve"),
     ("docs/diagnostics.md", 0): page_on_diagnostics,
+    ("docs/serve_it.md", 1): same_logits,
+    ("docs/serve_it.md", 2): same_logits,
+    ("docs/serve_it.md", 3): same_logits,
     ("docs/diagnostics.md", 1): lambda *_: Path("posterior.nc").exists() or pytest.fail("no posterior.nc"),
 }
 

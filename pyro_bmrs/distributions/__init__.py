@@ -1,4 +1,4 @@
-"""Distributions of structure scales, and the tail arithmetic under them."""
+"""Distributions of θ, and the tail arithmetic that they use."""
 
 from pyro_bmrs.distributions.log_uniform import LogUniform
 from pyro_bmrs.distributions.truncated_log_normal import TruncatedLogNormal

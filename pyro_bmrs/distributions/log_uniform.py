@@ -1,4 +1,4 @@
-"""The log-uniform law: the prior of a structure's scale θ."""
+"""The log-uniform distribution: the prior of a structure's θ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is unty
 
     >>> import torch
     >>> p = LogUniform(-20.0, 0.0, validate_args=False)
-    >>> log_prob = p.log_prob(torch.tensor([1.0, 2.0]))  # 1/(θ L) at the closed upper end; nothing beyond
+    >>> log_prob = p.log_prob(torch.tensor([1.0, 2.0]))  # 1/(θ L) at the closed upper bound; -inf beyond
     >>> [round(value, 4) for value in log_prob.tolist()]
     [-2.9957, -inf]
 
@@ -26,7 +26,7 @@ class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is unty
         log_low, log_high: bounds of log θ. Shape: batch.
 
     The density is 1/(θ L) on the closed interval [e^log_low, e^log_high], L = log_high - log_low
-    (paper section 2), with the same slack of one float32 rounding as `TruncatedLogNormal`.
+    (Wright et al., 2024, section 2). It has the slack of one float32 rounding, as `TruncatedLogNormal`.
 
     Raises:
         ValueError: if log_low ≥ log_high or a bound is not finite.
@@ -46,7 +46,7 @@ class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is unty
         validate = self._validate_args if validate_args is None else validate_args
         check_bounds(log_low, log_high, ("log_low", "log_high"), validate=validate)
         low, high = broadcast(log_low=log_low, log_high=log_high)
-        # the base's own check would refuse a closed upper end
+        # the base's own check would refuse the closed upper bound
         super().__init__(Uniform(low, high, validate_args=False), ExpTransform(), validate_args=validate_args)
 
     @property
@@ -69,7 +69,7 @@ class LogUniform(TransformedDistribution):  # type: ignore[misc]  # Pyro is unty
         return expanded
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """-log θ - log L in nats; -inf outside the interval."""
+        """-log θ - log L, in nats; -inf outside the interval."""
         if self._validate_args:
             self._validate_sample(value)
         x = value.log()

@@ -1,10 +1,10 @@
-"""Draws and KL of many truncated log-normal latents at once, in few operations: what a step of a fit pays.
+"""Draws and KL of many truncated log-normal latents at once, in few operations, for the steps of a fit.
 
-The same laws and gradients as `TruncatedLogNormal`, packed: all units of a network in one tensor, the
-quantile, the exponential and the KL in one autograd node whose backward pass is four sums over the draws.
-Up to α = FAR, where Φ(-α) is still a float64, one direct formula serves every unit: its cancellations cost
-it no more than nine digits of sixteen there, where a training step needs six. Beyond, few terms of
-asymptotic series do.
+Distribution and gradients are those of `TruncatedLogNormal`. All structures of a network are in one tensor. The
+quantile, the exponential and the KL are one autograd node, whose backward pass is four sums over the draws.
+Up to α = FAR, where Φ(-α) is still a float64, one direct formula serves every structure. Its cancellations cost
+at most nine of sixteen digits there; a training step needs six. Beyond FAR a few terms of asymptotic series
+suffice.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from torch import Tensor
 from pyro_bmrs.distributions import tail_arithmetic
 from pyro_bmrs.distributions.tail_arithmetic import EXPONENT_FLOOR, FAR, LOG_SQRT_2PI, SQRT_HALF
 
-# Half of a float32 uniform's last bit: no probability comes nearer to 0 or 1.
+# Half of the last bit of a float32 uniform: no probability comes nearer to 0 or 1.
 NEAREST = 2.0**-25
 
 
 def uniforms(draws: int, units: int, *, stratified: bool, device: torch.device | None = None) -> Tensor:
-    """Probabilities in (0, 1) for `draws` draws of each unit, float64. Shape: (draws, units).
+    """Probabilities in (0, 1) for `draws` draws of each structure, float64. Shape: (draws, structures).
 
     >>> u = uniforms(8, 3, stratified=True)
     >>> (8 * u).floor().sort(0).values[:, 0].tolist()  # one in each eighth
     [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
     Args:
-        stratified: u_bk = frac(U_k + a_k b/draws), a_k random and coprime with `draws`: the draws of a unit
-            fall one into each of `draws` equal cells. At any b the U_k make the units independent, each
-            uniform, so that an average over b keeps its expectation and loses variance. False: all
+        draws, units: number of draws and of structures.
+        stratified: True: u_bk = frac(U_k + a_k b/draws), with a_k random and coprime with `draws`. Then one draw
+            of a structure falls into each of `draws` equal cells. At any b the structures are independent and
+            uniform, so an average over b keeps its expectation and has less variance. False: all are
             independent.
     """
     if not stratified:
@@ -51,10 +52,10 @@ def _coprime(draws: int) -> tuple[int, ...]:
 
 
 class _DrawWithKL(torch.autograd.Function):
-    """θ = exp(F⁻¹(u)) and Σ KL(q‖log-uniform), of the law N(loc, scale²) on [low, high] of log θ.
+    """θ = exp(F⁻¹(u)) and Σ KL(q‖log-uniform), for log θ ~ N(loc, scale²) on [low, high].
 
-    In the frame of the bound nearer to the mass, x = loc ± scale z, α ≤ z ≤ β, Q(z) = Q(α) - v Z with v = u
-    seen from the lower bound and 1 - u from the upper. With r = φ(α)/φ(z) and c = φ(β)/φ(α) the implicit
+    In the frame of the bound nearer to the mass: x = loc ± scale z, α ≤ z ≤ β, Q(z) = Q(α) - v Z, where v is u
+    from the lower bound and 1 - u from the upper one. With r = φ(α)/φ(z) and c = φ(β)/φ(α) the implicit
     derivatives at fixed u (Figurnov et al., 2018) are
 
         ∂x/∂loc = 1 - r (1-v) - r c v,    ∂x/∂scale = ±(z - α r (1-v) - β r c v),
@@ -74,7 +75,7 @@ class _DrawWithKL(torch.autograd.Function):
         alpha, beta = torch.maximum(below, above), -torch.minimum(below, above)
         far = alpha > FAR
         some_far = not far.is_meta and bool(far.any())
-        if some_far:  # any α that the direct formulas can take will do where they are not used
+        if some_far:  # the direct results are not used there: any α without overflow will do
             alpha = torch.where(far, FAR, alpha)
             beta = torch.where(far, FAR + 1.0, beta)
         edge = torch.where(alpha > 0, torch.erfc(alpha * SQRT_HALF), torch.erf(alpha * SQRT_HALF))
@@ -119,7 +120,7 @@ class _DrawWithKL(torch.autograd.Function):
         gr = g * ratio
         above = (gr * u).sum(0)
         below = gr.sum(0) - above
-        # weighted by the probability on the far and on the near side
+        # weighted by the probability on the far and the near side
         far, near = torch.where(from_low, above, below), torch.where(from_low, below, above)
         by_loc = g.sum(0) - near - decay * far
         by_scale = (g * z).sum(0) - alpha * near - beta_decay * far
@@ -134,7 +135,7 @@ class _DrawWithKL(torch.autograd.Function):
 
 
 class _Law(NamedTuple):
-    """Draws x (draws, units) with their derivatives, and the entropy (units,) with its."""
+    """Draws x (draws, structures) and the entropy (structures,), each with its derivatives."""
 
     x: Tensor
     by_loc: Tensor
@@ -145,10 +146,11 @@ class _Law(NamedTuple):
 
 
 def _far(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Law:
-    """Units whose location lies more than FAR scales outside of the bounds."""
+    """Structures whose loc lies more than FAR scales outside of the bounds."""
     below, above = (low - loc) / scale, (loc - high) / scale
     alpha, width = torch.maximum(below, above), (high - low) / scale
-    if bool((width * (alpha + 0.5 * width) < -EXPONENT_FLOOR).any()):  # bounds so near that both count
+    # the bounds are so near that both matter
+    if bool((width * (alpha + 0.5 * width) < -EXPONENT_FLOOR).any()):
         exact = tail_arithmetic.quantile_with_slopes(u, loc, scale, low, high)
         return _Law(*exact, *tail_arithmetic.entropy_with_slopes(loc, scale, low, high))
     from_low = below > above
@@ -168,7 +170,7 @@ def _far(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _L
 def draw_with_kl(
     loc: Tensor, scale: Tensor, log_low: Tensor, log_high: Tensor, kept: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """θ at the probabilities u, and KL(q‖LogUniform) summed over the units, differentiable in loc and scale.
+    """θ at the probabilities u, and KL(q‖LogUniform) summed over structures; differentiable in loc and scale.
 
     >>> loc, scale = torch.tensor([-0.5, -15.0]), torch.tensor([0.02, 2.0])
     >>> bounds = torch.tensor([-20.0, -20.0]), torch.tensor([0.0, 0.0])
@@ -178,13 +180,13 @@ def draw_with_kl(
     (0.6065, 6.401)
 
     Args:
-        loc, scale: of log θ, before truncation; scale > 0. Shape: (units,).
-        log_low, log_high: bounds of log θ. Shape: (units,).
-        kept: bool; where False θ is 0, and neither it nor the KL has a gradient. Shape: (units,).
-        u: probabilities in (0, 1), float64, from `uniforms`. Shape: (draws, units).
+        loc, scale: of log θ, before truncation; scale > 0. Shape: (structures,).
+        log_low, log_high: bounds of log θ. Shape: (structures,).
+        kept: bool; where False, θ is 0 and has no gradient and no KL. Shape: (structures,).
+        u: probabilities in (0, 1), float64, from `uniforms`. Shape: (draws, structures).
 
     Returns:
-        θ of the dtype of `loc`, (draws, units), and the KL in nats, a float64 number.
+        θ in the dtype of `loc`, shape (draws, structures), and the KL in nats, a float64 scalar.
     """
     result: tuple[Tensor, Tensor] = _DrawWithKL.apply(loc, scale, log_low, log_high, kept, u)
     return result

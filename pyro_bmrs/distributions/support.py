@@ -1,4 +1,4 @@
-"""The closed intervals that the library's distributions live on, and how parameters lie in memory."""
+"""The closed intervals that the distributions live on, and checks of their parameters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 from torch.distributions.utils import broadcast_all
 
-# One rounding to float32 moves θ by 2⁻²⁴ of itself and log θ by 2⁻²⁴ of its size; four times that is
-# still far below any difference a posterior can express.
+# One rounding to float32 moves θ, and log θ, by a share of 2⁻²⁴. Four times that is
+# still far below any difference that a posterior can express.
 ROUNDING = 2.0**-22
 
 
 class _ClosedInterval(constraints.interval):
-    """[lower, upper], both ends included, with the slack that a round trip through float32 needs."""
+    """[lower, upper], bounds included, with the slack that a round trip through float32 needs."""
 
     def __init__(self, lower_bound: Tensor, upper_bound: Tensor, slack_below: Tensor, slack_above: Tensor):
         super().__init__(lower_bound, upper_bound)  # type: ignore[no-untyped-call]
@@ -30,11 +30,11 @@ class _ClosedInterval(constraints.interval):
         return inside
 
 
-ClosedInterval = _ClosedInterval  # the underscore is what torch's repr of a constraint strips
+ClosedInterval = _ClosedInterval  # torch's repr of a constraint strips the underscore
 
 
 def _open_interval(registry: Any, constraint: ClosedInterval) -> Transform:
-    # an optimiser or sampler never needs the slack: it moves in the open interval
+    # optimisers and samplers move in the open interval and need no slack
     transform: Transform = registry(constraints.interval(constraint.lower_bound, constraint.upper_bound))  # type: ignore[no-untyped-call]
     return transform
 
@@ -49,13 +49,13 @@ def slack(low: Tensor, high: Tensor) -> Tensor:
 
 
 def exponential_interval(low: Tensor, high: Tensor) -> ClosedInterval:
-    """[e^low, e^high] with the slack of [low, high], carried over."""
+    """[e^low, e^high] with the slack of [low, high], in the same relation."""
     lower, upper, width = low.exp(), high.exp(), slack(low, high)
     return ClosedInterval(lower, upper, lower * width, upper * width)
 
 
 def check_numbers(**given: object) -> None:
-    """Raise TypeError, naming the argument, for what is neither a number nor a tensor."""
+    """Raise TypeError, naming the argument, unless all are numbers or tensors."""
     for name, value in given.items():
         if not isinstance(value, Tensor | Real):
             raise TypeError(f"{name} must be a number or a tensor: got {value!r}")
@@ -65,7 +65,7 @@ def broadcast(**given: Tensor | float) -> tuple[Tensor, ...]:
     """The parameters of a distribution as tensors of one shape.
 
     Raises:
-        TypeError, ValueError: naming them, where they are no numbers, or there is no such shape.
+        TypeError, ValueError: naming the parameters, if they are no numbers or do not broadcast.
     """
     check_numbers(**given)
     try:
@@ -78,7 +78,7 @@ def broadcast(**given: Tensor | float) -> tuple[Tensor, ...]:
 def check_bounds(
     low: Tensor | float, high: Tensor | float, names: tuple[str, str], *, validate: bool
 ) -> None:
-    """Raise unless low < high, both finite: numbers always, tensors if `validate` (it costs a sync)."""
+    """Raise unless low < high, both finite. Tensors are checked only if `validate`: reading them costs a sync."""
     check_numbers(**dict(zip(names, (low, high), strict=True)))
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = torch.as_tensor(low), torch.as_tensor(high)
@@ -96,10 +96,10 @@ def check_bounds(
 
 
 def without_expansion(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, of one common shape, with every dimension cut to 1 along which none of them varies.
+    """The tensors, of one common shape, with each dimension cut to 1 along which none of them varies.
 
-    A distribution expanded over a plate repeats its parameters by stride 0; whatever depends on the
-    parameters alone is then computed once and not once per element of the plate.
+    A distribution expanded over a plate repeats its parameters by stride 0. This way, what depends on the
+    parameters alone is computed once, not once per element of the plate.
     """
     shape = tensors[0].shape
     for dim in range(len(shape)):

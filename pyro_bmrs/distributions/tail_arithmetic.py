@@ -1,26 +1,26 @@
-"""Arithmetic of a normal law restricted to an interval, accurate far into both tails.
+"""Arithmetic of a normal distribution restricted to an interval, accurate far into both tails.
 
-Every function takes the location and scale of the parent normal and the two bounds, and works in
-float64 whatever the inputs are: a float32 difference of Φ underflows 5.4 standard deviations out, a
-float64 one at 8.3, and a literal `log Z` cancels against the quadratic it stands beside long before.
+Every function takes the normal's loc and scale before truncation and the two bounds. All arithmetic is in
+float64, whatever the inputs are: a difference of Φ underflows at 5.4 standard deviations in float32 and
+at 8.3 in float64, and the literal `log Z` cancels against the quadratic beside it long before.
 
-Two ideas carry everything.
+There are two ideas.
 
-*The near edge.* The law is looked at from the bound that is nearer to where its mass lies. With
-α the signed distance, in standard deviations, from `loc` to that bound and β to the other one, α ≤ β,
+*The near edge.* The edge is the bound nearer to the mass, and all is measured from it. Let
+α be the signed distance, in standard deviations, from `loc` to that bound, and β to the other one. Then α ≤ β,
 and α > 0 means that `loc` lies outside the interval. The mirror image needs no second formula.
 
-*The anchor.* The largest value the normal's density takes on the interval is at the anchor
-max(α, 0). Log-masses are carried relative to it,
+*The anchor.* On the interval the normal's density is largest at the anchor
+max(α, 0). Log-masses are stored relative to it,
 
     K = log Z + max(α, 0)²/2,    Z = Φ(β) - Φ(α),
 
-so that two of them can be subtracted: for α > 0, K = log(½ erfcx(α/√2)) + (far edge), of size log α
-where log Z is of size α²/2.
+so that two of them can be subtracted. For α > 0, K = log(½ erfcx(α/√2)) + (far edge) is of size log α,
+while log Z is of size α²/2.
 
 Beyond α = 8 the differences λ - α (λ the inverse Mills ratio) and the moments of the excess
 S = (x - bound)/scale come from the continued fraction r_n = n / (α + r_{n+1}) of the ratios
-r_n = E[Sⁿ]/E[Sⁿ⁻¹], all of whose terms are positive (Abramowitz & Stegun 7.1.14; the recurrence of
+r_n = E[Sⁿ]/E[Sⁿ⁻¹]. All its terms are positive (Abramowitz & Stegun 7.1.14; the recurrence of
 repeated integrals of erfc, 7.2.5).
 """
 
@@ -38,24 +38,24 @@ SQRT_HALF = math.sqrt(0.5)
 SQRT_HALF_PI = math.sqrt(math.pi / 2)
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
-# Where the direct formulas hand over to the continued fraction: at 8 the former still keep 13 digits,
-# and the latter needs only the depths below to reach the last bit.
+# Above this α the continued fraction replaces the direct formulas. At 8 these still have 13 digits,
+# and the fraction reaches the last bit with the depths below.
 TAIL = 8.0
 MOMENT_DEPTH = 18
 MILLS_DEPTH = 14
-# From here on Φ(-α) is no float64 any more, and few terms of the asymptotic series reach single precision.
+# Above this α, Φ(-α) underflows in float64, and a few terms of the asymptotic series reach single precision.
 FAR = 37.0
 # Below this standard deviation of x, two cumulants give log E[θ²] - 2 log E[θ] to 2e-7, relative.
 NARROW = 2e-4
 # Below this standard deviation of order · x, two cumulants give the derivatives of log E[exp(order · x)]
-# to 1e-8, relative, and from it on a difference of two laws' moments does.
+# to 1e-8, relative. Above it a difference of moments does.
 NARROW_TILT = 1e-4
-# exp of anything smaller is zero in float64; clamping there keeps 0 · inf out of products.
+# exp of anything smaller is nearly zero in float64; clamping there keeps 0 · inf out of products.
 EXPONENT_FLOOR = -700.0
 
 
 class _AttachDerivatives(torch.autograd.Function):
-    """`value`, differentiated by the given derivatives instead of by how it was computed."""
+    """`value` with the given derivatives, instead of those of its computation."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *inputs_and_derivatives: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _in_float64[Result](function: Callable[..., Result]) -> Callable[..., Result
 
 
 class NearFrame(NamedTuple):
-    """The law seen from its near edge: α, β and whether that edge is the lower bound."""
+    """α and β from the near edge, and whether that edge is the lower bound."""
 
     alpha: Tensor
     beta: Tensor
@@ -113,7 +113,7 @@ def near_frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> NearFra
 
 
 def _occurs(mask: Tensor) -> bool:
-    """Whether a branch is needed at all; always, on devices where asking would cost more than computing."""
+    """Whether a branch is needed. Always True on accelerators, where reading the mask costs more than the branch."""
     return mask.device.type != "cpu" or bool(mask.any())
 
 
@@ -132,7 +132,7 @@ def _excess_ratios(a: Tensor, order: int, depth: int) -> list[Tensor]:
     ratio = 0.5 * (torch.sqrt(a * a + 4 * (depth + 1)) - a)
     ratios: list[Tensor] = []
     for n in range(depth, 0, -1):
-        ratio.add_(a).reciprocal_().mul_(n)  # in place: this loop is most of what a draw costs
+        ratio.add_(a).reciprocal_().mul_(n)  # in place: this loop is most of the cost of a draw
         if n <= order:
             ratios.append(ratio.clone() if n > 1 else ratio)
     return ratios[::-1]
@@ -145,7 +145,7 @@ def _mills_deficit(a: Tensor) -> Tensor:
 
 
 class _EdgeTerms(NamedTuple):
-    """What the two bounds contribute, with λ_α = φ(α)/Z and λ_β = φ(β)/Z."""
+    """The contributions of the two bounds, with λ_α = φ(α)/Z and λ_β = φ(β)/Z."""
 
     log_mass: Tensor  # K
     near_excess: Tensor  # λ_α - max(α, 0)
@@ -163,7 +163,7 @@ def _edge_terms(alpha: Tensor, beta: Tensor) -> _EdgeTerms:
     if _occurs(a > TAIL):
         deficit = torch.where(a > TAIL, _mills_deficit(a.clamp(min=TAIL)), deficit)
     tail_log_mass = torch.log(near_ratio) + torch.log1p(-decay * far_ratio / near_ratio) - LOG_SQRT_2PI
-    # inside: the mass is a sum of two positive parts, or one less two small tails
+    # inside: the mass is a sum of two positive parts, or 1 minus two small tails
     b = alpha.clamp(max=0.0)
     tails = 0.5 * (torch.erfc(-b * SQRT_HALF) + torch.erfc(beta * SQRT_HALF))
     inner = 0.5 * (torch.erf(beta * SQRT_HALF) - torch.erf(b * SQRT_HALF))
@@ -208,7 +208,7 @@ def _moments(alpha: Tensor, beta: Tensor, edges: _EdgeTerms) -> _Moments:
 
 
 def _tail_moments(a: Tensor, beta: Tensor) -> _Moments:
-    """From the moments of the excess s over the near edge, less what lies past the far edge; a ≥ TAIL."""
+    """From the moments of the excess s over the near edge, minus those past the far edge; a ≥ TAIL."""
     b = torch.maximum(beta, a)
     width = b - a
     decay = torch.exp((-0.5 * width * (b + a)).clamp(min=EXPONENT_FLOOR))
@@ -217,7 +217,7 @@ def _tail_moments(a: Tensor, beta: Tensor) -> _Moments:
         near_raw.append(near_raw[-1] * ratio)
     for ratio in _excess_ratios(b, 4, MOMENT_DEPTH):
         far_raw.append(far_raw[-1] * ratio)
-    # past 700 widths² the decay is an exact zero in the result, and width⁴ must not overflow against it
+    # where the decay is zero in the result, width⁴ must not overflow
     gap = torch.where(decay > 1e-300, width, 0.0)
     raw = [
         near_raw[n] - decay * sum(math.comb(n, k) * gap ** (n - k) * far_raw[k] for k in range(n + 1))
@@ -254,10 +254,10 @@ def log_mass(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def log_integral_from(
     reference_minus_loc: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:
-    """log ∫ exp(-((x - loc)² - (e - loc)²) / 2 scale²) dx over [low, high], e the reference point.
+    """log ∫ exp(-((x - loc)² - (e - loc)²) / 2 scale²) dx over [low, high], with e the reference point.
 
-    The integral of the bell relative to its height at e. Sums of such terms at one common e need no
-    cancelling of quadratics: that is how the evidence is put together.
+    This is the integral of the bell relative to its height at e. Sums of such terms at one common e cancel no
+    quadratics. The evidence is computed from them.
     """
     frame = near_frame(loc, scale, low, high)
     # from loc to the point of [low, high] where the density is largest
@@ -268,7 +268,7 @@ def log_integral_from(
 
 @_in_float64
 def log_density(x: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Log-density at x in [low, high], in nats. Bounds are not checked here."""
+    """Log-density at x in [low, high], in nats. x is not checked."""
     frame = near_frame(loc, scale, low, high)
     outside = frame.alpha > 0
     z = (x - loc) / scale
@@ -309,7 +309,7 @@ def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 @_in_float64
 def mean_from(point: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """E[x] - point, not rounded to the size of x; `point` is a constant."""
+    """E[x] - point, without rounding to the size of x; `point` is a constant."""
     alpha, beta, from_low = near_frame(loc, scale, low, high)
     with torch.no_grad():
         edges = _edge_terms(alpha, beta)
@@ -331,7 +331,7 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 @_in_float64
 def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Var(x). Carries no gradient."""
+    """Var(x), without gradient."""
     with torch.no_grad():
         alpha, beta, _ = near_frame(loc, scale, low, high)
         return scale**2 * _moments(alpha, beta, _edge_terms(alpha, beta)).variance
@@ -354,15 +354,15 @@ def squared_distance(point: Tensor, loc: Tensor, scale: Tensor, low: Tensor, hig
 def log_exponential_moment(order: int, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """log E[exp(order · x)], in nats: E[θᵏ] = exp(kμ + k²σ²/2) Z(μ + kσ²)/Z(μ), at a common reference.
 
-    With E_k the expectation under the law tilted by exp(k x), ∂/∂loc = (E_k[x] - E[x])/scale² and
-    ∂/∂scale = (E_k[(x - loc)²] - E[(x - loc)²])/scale³: both from the anchors, and by two cumulants
-    where the law is so narrow that the tilt hardly moves it.
+    Let E_k be the expectation under the density tilted by exp(k x). Then ∂/∂loc = (E_k[x] - E[x])/scale² and
+    ∂/∂scale = (E_k[(x - loc)²] - E[(x - loc)²])/scale³. Both are computed from the anchors, or from two cumulants
+    where the distribution is so narrow that the tilt hardly moves it.
     """
     differentiable = torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)
     with torch.no_grad():
         tilt = order * scale**2
         tilted_from_low = near_frame(loc + tilt, scale, low, high).from_low
-        # (low - loc - k scale²)/scale, without first adding k scale² to loc, which would lose it
+        # (low - loc - k scale²)/scale; adding k scale² to loc first would round it away
         shift = torch.where(tilted_from_low, 1.0, -1.0) * order * scale
         below, above = (low - loc) / scale, (loc - high) / scale
         tilted = NearFrame(
@@ -383,7 +383,7 @@ def log_exponential_moment(order: int, loc: Tensor, scale: Tensor, low: Tensor, 
         moments, tilted_moments = (
             _moments(frame.alpha, frame.beta, e) for frame, e in ((plain, edges), (tilted, tilted_edges))
         )
-        # E[z] less the anchor, in the near frame
+        # E[z] minus the anchor, in the near frame
         step, tilted_step = (e.near_excess - e.far for e in (edges, tilted_edges))
         spread, tilted_spread = moments.variance + step**2, tilted_moments.variance + tilted_step**2
         moved = (end - start) / scale + tilted_sign * tilted_step - sign * step
@@ -401,9 +401,9 @@ def log_exponential_moment(order: int, loc: Tensor, scale: Tensor, low: Tensor, 
 
 @_in_float64
 def squared_coefficient_of_variation(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Var(θ)/E[θ]² for θ = exp(x): expm1(log E[θ²] - 2 log E[θ]), or two cumulants of x where it is narrow.
+    """Var(θ)/E[θ]² for θ = exp(x): expm1(log E[θ²] - 2 log E[θ]), or from two cumulants of x where it is narrow.
 
-    There the gradient is that of Var(x) alone: right to a few NARROW, relative.
+    There the gradient is that of Var(x) alone, with a relative error of a few NARROW.
     """
     with torch.no_grad():
         alpha, beta, from_low = near_frame(loc, scale, low, high)
@@ -421,7 +421,7 @@ def squared_coefficient_of_variation(loc: Tensor, scale: Tensor, low: Tensor, hi
 
 
 def _edge_series(mass: Tensor, alpha: Tensor) -> Tensor:
-    """The s with ∫₀ˢ exp(-α t - t²/2) dt = mass, for mass · max(1, |α|) below 1e-3."""
+    """The s with ∫₀ˢ exp(-α t - t²/2) dt = mass, if mass · max(1, |α|) is below 1e-3."""
     a2, am = alpha * alpha, alpha * mass
     m2 = mass * mass
     # a₁ … a₅ of the reverted series, in powers of the mass
@@ -443,7 +443,7 @@ class Quantile(NamedTuple):
 def _implicit_derivatives(
     s: Tensor, z: Tensor, u: Tensor, alpha: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of the point at fixed probability u, in the frame of the edge it is measured from.
+    """Derivatives of the quantile at fixed probability u, in the frame of its edge.
 
     With e_z = φ(β)/φ(z): ∂x/∂loc = 1 - (1-u) φ(α)/φ(z) - u e_z and
     ∂x/∂scale = z - (1-u) α φ(α)/φ(z) - u β e_z. Beyond TAIL the first is a difference of Mills ratios,
@@ -509,7 +509,7 @@ def far_quantile(u: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """(excess s, ∂x/∂loc) at probability u from the near edge, for α ≥ FAR and no mass at the far edge.
 
     With v = α s + s²/2 and ρ = R(z)/R(α), z² = α² + 2v, the survival is exp(-v) ρ = 1 - u, and ∂x/∂loc =
-    1 - ρ. log ρ moves with v so little, by 1/α² at most, that two rounds from the first-order solution
+    1 - ρ. log ρ changes with v by at most 1/α², so two rounds from the first-order solution
     reach 1e-9.
     """
     w = 1 / (alpha * alpha)
@@ -531,7 +531,7 @@ def _log_scaled_mills(w: Tensor) -> Tensor:
 def far_entropy(alpha: Tensor) -> tuple[Tensor, Tensor]:
     """(entropy + log α - log scale, α ∂entropy/∂α) in nats, for α ≥ FAR and no mass at the far edge.
 
-    Of x nearly exponential with mean scale/α: asymptotic series in w = 1/α², to 1e-8 and 1e-9.
+    Here x is nearly exponential with mean scale/α. Asymptotic series in w = 1/α², to 1e-8 and 1e-9.
     """
     w = 1 / (alpha * alpha)
     value = 1 + w * (w * (7.5 + w * (441.25 * w - 148 / 3)) - 2)
@@ -542,7 +542,7 @@ def far_entropy(alpha: Tensor) -> tuple[Tensor, Tensor]:
 def quantile_with_slopes(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Quantile:
     """The x in [low, high] with P(X ≤ x) = u, and its implicit derivatives; all arguments float64."""
     below, above = (low - loc) / scale, (loc - high) / scale
-    # outside the interval look from the near edge; inside, from the edge nearer in probability
+    # loc outside the interval: from the near edge; inside: from the edge nearer in probability
     outside = torch.maximum(below, above) > 1
     from_low = torch.where(outside, below > above, u <= 0.5)
     alpha = torch.where(from_low, below, above)
@@ -550,7 +550,7 @@ def quantile_with_slopes(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, hig
     u = torch.where(from_low, u, 1 - u)
     width = (high - low) / scale
 
-    # moderate α: through ndtri, of the lower or the upper tail, whichever keeps its digits
+    # moderate α: ndtri of the lower or the upper tail, whichever keeps its digits
     a = alpha.clamp(max=TAIL)
     upper = a > 1
     b = torch.maximum(beta, a)
@@ -566,7 +566,7 @@ def quantile_with_slopes(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, hig
     z = torch.minimum(torch.maximum(z, a), b)
     s = z - a
 
-    # a sliver at the edge: reverted power series, since z - α has lost its digits there
+    # a sliver at the edge: reverted power series, since z - α has no digits left there
     sliver_mass = u * mass / _density(a)
     sliver = sliver_mass * a.abs().clamp(min=1.0) < 1e-3
     s = torch.where(sliver, _edge_series(torch.where(sliver, sliver_mass, 0.0), a), s)
@@ -582,7 +582,7 @@ def quantile_with_slopes(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, hig
     value = torch.where(outside | sliver, edge + sign * scale * s, loc + sign * scale * z)
     value = torch.minimum(torch.maximum(value, low), high)
     d_loc, d_scale = _implicit_derivatives(s, z, u, alpha, beta)
-    # the far end itself, where no probability is left to invert and which no parameter moves
+    # the far bound itself: there is no probability left to invert, and no parameter moves it
     end = u >= 1
     return Quantile(
         torch.where(end, torch.where(from_low, high, low), value),
@@ -595,8 +595,8 @@ def quantile_with_slopes(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, hig
 def quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The x in [low, high] with P(X ≤ x) = u, differentiable in loc and scale at fixed u.
 
-    The derivatives are the implicit reparameterisation gradients -(∂F/∂·)/(∂F/∂x), computed beside the
-    value and not by differentiating the inversion (Figurnov et al., 2018). Finite for every u in [0, 1].
+    The derivatives are the implicit reparameterisation gradients -(∂F/∂·)/(∂F/∂x) (Figurnov et al., 2018). They
+    are computed beside the value, not by differentiating the inversion. Finite for every u in [0, 1].
     """
     result = quantile_with_slopes(u, loc, scale, low, high)
     return attach_derivatives(result.value, [(loc, result.d_loc), (scale, result.d_scale)])

@@ -1,4 +1,4 @@
-"""The truncated log-normal law: the posterior of a structure's scale θ."""
+"""The truncated log-normal distribution: the posterior of a structure's θ."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class TruncatedLogNormal(TransformedDistribution):  # type: ignore[misc]  # Pyro
     torch.Size([3, 2])
 
     Args:
-        loc, scale: parameters of the parent normal, in log space; scale > 0. Shape: batch.
-        log_low, log_high: bounds of log θ, -20 and 0 as in the paper: θ is in [2.1e-9, 1].
+        loc, scale: of log θ before truncation; scale > 0. Shape: batch.
+        log_low, log_high: bounds of log θ, by default -20 and 0 as in the paper: θ is in [2.1e-9, 1].
 
-    Formulas (paper section 2; Neklyudov et al., 2017), with α, β, Z as in `TruncatedNormal`:
+    Formulas (Wright et al., 2024, section 2; Neklyudov et al., 2017), with α, β the bounds in standard deviations
+    from loc and Z the mass between them:
     E[θᵏ] = exp(k loc + k² scale²/2) [Φ(β - k scale) - Φ(α - k scale)]/Z and SNR = E[θ]/sqrt(Var θ).
     KL against `LogUniform` is log L - log scale - log Z - ½ log 2πe - (α φ(α) - β φ(β))/2Z,
-    L = log_high - log_low; it and the gradients are exact far into both tails.
+    L = log_high - log_low. KL and gradients are exact far into both tails.
 
     Raises:
         ValueError: if log_low ≥ log_high, a bound is not finite, or (with validation) scale ≤ 0.
@@ -87,7 +88,7 @@ class TruncatedLogNormal(TransformedDistribution):  # type: ignore[misc]  # Pyro
             self._validate_sample(value)
         x = value.log()
         density = self.base_dist.log_prob(x)
-        # the Jacobian of what is not inside may be infinite
+        # outside the interval the Jacobian may be infinite
         return torch.where(torch.isneginf(density), density, density - x)
 
     def log_mean(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A normal law restricted to a closed interval, as a Pyro distribution."""
+"""A normal distribution restricted to a closed interval, for Pyro."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class TruncatedNormal(TorchDistribution):  # type: ignore[misc]  # Pyro is untyp
 
     >>> import torch
     >>> q = TruncatedNormal(torch.tensor([-3.0, -40.0]), torch.tensor([0.3, 1.0]), -20.0, 0.0)
-    >>> [round(value, 3) for value in q.log_mass().tolist()]  # in nats; a literal Φ(β) - Φ(α) gives -inf
+    >>> [round(value, 3) for value in q.log_mass().tolist()]  # in nats; the literal formula Φ(β) - Φ(α) gives -inf
     [-0.0, -203.917]
 
     Args:
-        loc: location of the parent normal, any real number, also outside [low, high]. Shape: batch.
-        scale: standard deviation of the parent normal, positive. Broadcasts with `loc`.
-        low, high: bounds, finite, low < high. Constants: no gradient flows to them.
+        loc: mean before truncation; any real number, also outside [low, high]. Shape: batch.
+        scale: standard deviation before truncation, positive. Broadcasts with `loc`.
+        low, high: bounds, finite, low < high. They are constants: no gradient flows to them.
 
     The density is φ((x - loc)/scale) / (scale · Z), Z = Φ((high - loc)/scale) - Φ((low - loc)/scale),
     and zero outside (log_prob is -inf). A value that one rounding to float32 has pushed past a bound
-    counts as lying on it. All arithmetic is done in float64 and returned in the dtype of `loc`.
-    `rsample` carries implicit reparameterisation gradients (Figurnov et al., 2018).
+    counts as lying on it. All arithmetic is in float64; results have the dtype of `loc`.
+    `rsample` has implicit reparameterisation gradients (Figurnov et al., 2018).
 
     Raises:
         ValueError: if low ≥ high, a bound is not finite, or (with validation) scale is not positive.
@@ -107,11 +107,11 @@ class TruncatedNormal(TorchDistribution):  # type: ignore[misc]  # Pyro is untyp
         """Draws of shape sample_shape + batch, differentiable in loc and scale."""
         shape = self._extended_shape(torch.Size(sample_shape))
         uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
-        # `rand` rounds down, to 0 once in 2²⁴ float32 draws: the bound itself, however far in the tail
+        # `rand` rounds down, to 0 once in 2²⁴ float32 draws. That would give the bound, however far in the tail
         return self.icdf(uniform.clamp(min=0.5 * torch.finfo(uniform.dtype).eps))
 
     def icdf(self, probability: Tensor) -> Tensor:
-        """The quantile, differentiable in loc and scale at fixed probability; always in [low, high]."""
+        """The quantile, always in [low, high]; differentiable in loc and scale at fixed probability."""
         return tail_arithmetic.quantile(probability, *self._compact).to(self.loc.dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class TruncatedNormal(TorchDistribution):  # type: ignore[misc]  # Pyro is untyp
 
 @register_kl(TruncatedNormal, Uniform)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
-    """log L - entropy(p), inf where p reaches outside q's interval (paper section 1)."""
+    """log L - entropy(p), in nats; inf where p reaches outside q's interval."""
     low, high, p_low, p_high = without_expansion(
         *(t.expand(p.batch_shape) for t in (q.low, q.high, p.low, p.high))
     )
@@ -150,7 +150,7 @@ def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
 
 @register_kl(TruncatedNormal, TruncatedNormal)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl_truncated_normal_truncated_normal(p: TruncatedNormal, q: TruncatedNormal) -> Tensor:
-    """-entropy(p) - E_p[log q], with E_p[(x - loc_q)²] taken from p's moments about q's near edge."""
+    """-entropy(p) - E_p[log q], in nats; E_p[(x - loc_q)²] comes from p's moments about q's near bound."""
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)  # type: ignore[no-untyped-call]
     loc, scale, low, high = (t.double() for t in p.expand(shape)._compact)
     q_loc, q_scale, q_low, q_high = (t.double() for t in q.expand(shape)._compact)

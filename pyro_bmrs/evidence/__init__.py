@@ -1,4 +1,4 @@
-"""Changes in model evidence, from the posterior alone."""
+"""ΔF, the change of a model's log-evidence under another prior, from the posterior alone."""
 
 from pyro_bmrs.evidence import exponential_family as exponential_family
 from pyro_bmrs.evidence import normal as normal

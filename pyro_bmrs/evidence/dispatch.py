@@ -1,4 +1,4 @@
-"""Functions of (posterior, prior, reduced prior), chosen by their three types as KL is by two."""
+"""Functions of (posterior, prior, reduced prior), chosen by their three types, as torch chooses KL by two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Types = tuple[type[Distribution], type[Distribution], type[Distribution]]
 
 
 class TripleDispatch:
-    """Rules for triples of types and their subclasses; of several that fit the closest types win."""
+    """Rules for triples of types and their subclasses. If several match, that of the closest types is used."""
 
     def __init__(self) -> None:
         self.rules: dict[Types, Callable[..., Any]] = {}
@@ -23,7 +23,7 @@ class TripleDispatch:
         prior: type[Distribution],
         reduced_prior: type[Distribution],
     ) -> Callable[[Rule], Rule]:
-        """Decorator: the rule for a triple of types."""
+        """Decorator: registers the rule for a triple of types."""
         for name, kind in (("posterior", posterior), ("prior", prior), ("reduced_prior", reduced_prior)):
             if not isinstance(kind, type) or not issubclass(kind, Distribution):
                 raise TypeError(f"{name} must be a type of distribution: got {kind!r}")
@@ -35,7 +35,7 @@ class TripleDispatch:
         return decorate
 
     def find(self, members: tuple[Distribution, Distribution, Distribution]) -> Callable[..., Any] | None:
-        """The rule for three distributions, if there is one."""
+        """The rule for three distributions; None if there is none."""
         lineages = [type(member).__mro__ for member in members]
         matches = [key for key in product(*lineages) if key in self.rules]
 

@@ -1,13 +1,12 @@
-"""ΔF where posterior, prior and reduced prior are of one exponential family.
+"""ΔF where posterior, prior and reduced prior belong to one exponential family.
 
 With densities h(θ) exp(η·T(θ) - A(η)) the product q p̃/p has natural parameter η_q + η_p̃ - η_p, and
 
     ΔF = A(η_q + η_p̃ - η_p) - A(η_q) - A(η_p̃) + A(η_p).
 
-This is the one file that uses torch's private `_natural_params` and `_log_normalizer`. torch gives them for
-values outside the parameter space too (the log-gamma of a negative number is a number), so whether the product
-is a density is asked first. Normals are not here: their A is a square of the mean
-that cancels, see `normal.py`.
+This is the only file that uses torch's private `_natural_params` and `_log_normalizer`. torch computes them
+outside the parameter space too (the log-gamma of a negative number is a number), so it is checked first that the
+product is a density. Normals are in `normal.py`: their A is a square of the mean, which cancels.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def _wishart(scale: Tensor, degrees: Tensor) -> Wishart:
     return Wishart(degrees * 2 + scale.shape[-1] + 1, precision_matrix=-2 * scale, validate_args=False)
 
 
-# The member of a family with the given natural parameters, as torch gives them.
+# By family: the distribution with given natural parameters, in torch's order.
 _FROM_NATURAL: dict[type[ExponentialFamily], Callable[..., ExponentialFamily]] = {
     Beta: lambda first, second: dist.Beta(first, second, validate_args=False),
     ContinuousBernoulli: lambda logits: dist.ContinuousBernoulli(logits=logits, validate_args=False),
@@ -65,7 +64,7 @@ def _wishart_domain(scale: Tensor, degrees: Tensor) -> dict[str, tuple[Tensor, f
     }
 
 
-# Of natural parameters, what must lie above which number for the density to have a finite integral.
+# By family: name of a quantity, its value, and the number it must exceed for the density to have an integral.
 _DOMAIN: dict[type[ExponentialFamily], Callable[..., dict[str, tuple[Tensor, float]]]] = {
     Beta: lambda first, second: {"concentration1": (first, 0.0), "concentration0": (second, 0.0)},
     Dirichlet: lambda concentration: {"concentration": (concentration, 0.0)},
@@ -99,13 +98,13 @@ def _natural(family: type, member: Any) -> tuple[Tensor, ...]:
 
 
 def _product(family: type[ExponentialFamily], q: Any, p: Any, reduced: Any) -> tuple[Tensor, ...]:
-    """Natural parameters of the member of the family that is proportional to q p̃/p.
+    """Natural parameters of the distribution proportional to q p̃/p.
 
     Raises:
-        ValueError: where they lie outside the family's parameter space.
+        ValueError: if they lie outside the family's parameter space.
     """
     of_q, of_p, of_reduced = (_natural(family, member) for member in (q, p, reduced))
-    # this order gives η_q itself where p̃ is p
+    # in this order the sum is exactly η_q where p̃ is p
     eta = tuple(
         q_part + (r_part - p_part) for q_part, p_part, r_part in zip(of_q, of_p, of_reduced, strict=True)
     )
@@ -133,7 +132,7 @@ def _register(
     kinds: tuple[type[Distribution], ...],
     convert: Callable[[Any], Any] = lambda member: member,
 ) -> None:
-    """The rules of one family, whose members may be of several types."""
+    """Register the rules of one family, whose distributions may be of several types."""
     for types in product((family,), kinds, kinds):
 
         @register_log_evidence_change(*types)
@@ -156,8 +155,8 @@ _register(Beta, (Beta, Uniform), _as_beta)
 
 
 def _log_probabilities(member: Any) -> Tensor:
-    """Log-probability of each value, along a last dimension, normalised."""
-    # torch's logits of a probability 0 are those of a small one
+    """Normalised log-probability of each value, along the last dimension."""
+    # for a probability of 0 torch has the logits of a small one
     if isinstance(member, Bernoulli):
         if "probs" in vars(member):
             return torch.stack([torch.log1p(-member.probs), member.probs.log()], -1)
@@ -173,7 +172,7 @@ def _log_weights(q: Any, p: Any, reduced: Any) -> Tensor:
         for name, of_outer in (("prior", of_p), ("posterior", of_q)):
             if bool(((of_outer == -math.inf) & (of_reduced > -math.inf)).any()):
                 raise ValueError(f"reduced_prior must lie within the support of the {name}")
-    # a value that no prior allows has no weight, and -inf - -inf no meaning
+    # a value that p̃ excludes has no weight; -inf - -inf would be NaN
     return torch.where(of_reduced == -math.inf, -math.inf, of_q + (of_reduced - of_p))
 
 

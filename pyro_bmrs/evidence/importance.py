@@ -1,4 +1,4 @@
-"""ΔF from draws, where there is no closed form: importance weights, their tail smoothed, and what they are worth."""
+"""ΔF from draws, where there is no closed form: Pareto-smoothed importance weights, and how reliable they are."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pyro_bmrs.evidence.unwrapping import (
 )
 
 DRAWS = 4000
-# Fewer draws than these can't tell the size of a tail, nor the error of a mean.
+# With fewer draws neither the size of a tail nor the error of a mean can be estimated.
 LEAST_CARRYING = 50
 LEAST_DRAWS = 100
-# The share of all weight that the carrying draws hold.
+# Share of the total weight that the carrying draws hold.
 CARRIED = 0.99
-# Weights that differ by no more than this, relatively, are equal: what is left is rounding.
+# Weights whose relative difference is at most this are equal: the rest is rounding.
 EQUAL = 1e-8
 
 
@@ -36,22 +36,22 @@ class ImportanceError(ArithmeticError):
 
 
 class UnreliableEstimateWarning(UserWarning):
-    """The tail of the importance weights is too heavy for the estimate to be believed."""
+    """The tail of the importance weights is too heavy: the estimate is not reliable."""
 
 
 @dataclass(frozen=True)
 class ImportanceEstimate:
-    """An estimate of ΔF = log E_q[p̃/p] from draws of q, with what it is worth. All tensors float64, of batch shape.
+    """An estimate of ΔF = log E_q[p̃/p] from draws of q, and its reliability. All tensors: float64, batch shape.
 
     Attributes:
-        estimate: of ΔF, in nats, from Pareto-smoothed weights (Vehtari et al., 2024).
-        standard_error: of it, in nats: the relative standard error of the mean weight.
-        khat: shape of the generalised Pareto law of the largest weights; -inf where they are all equal, as
-            where the reduced prior is the prior: nothing could be better.
+        estimate: ΔF in nats, from Pareto-smoothed weights (Vehtari et al., 2024).
+        standard_error: of `estimate`, in nats: the relative standard error of the mean weight.
+        khat: shape of the generalised Pareto distribution of the largest weights; -inf, the best value, where all
+            weights are equal, for example if the reduced prior is the prior.
         effective_sample_size: 1/Σw² of the normalised weights, in draws.
-        carrying_draws: the fewest draws that hold 99 % of the weight.
-        draws: S, of the posterior.
-        log_weights: normalised and smoothed, -inf for draws without weight. Shape: (draws, *batch).
+        carrying_draws: the smallest number of draws that hold 99 % of the weight.
+        draws: number S of posterior draws.
+        log_weights: normalised and smoothed; -inf for draws without weight. Shape: (draws, *batch).
     """
 
     estimate: Tensor
@@ -64,17 +64,17 @@ class ImportanceEstimate:
 
     @property
     def khat_threshold(self) -> float:
-        """min(1 - 1/log10 S, 0.7): above it the estimate is not to be believed (Vehtari et al., 2024)."""
+        """min(1 - 1/log10 S, 0.7). An estimate with a larger k̂ is not reliable (Vehtari et al., 2024)."""
         return khat_threshold(self.draws)
 
     @property
     def reliable(self) -> Tensor:
-        """Whether k̂ is no larger than the threshold. Bool, of batch shape."""
+        """Whether k̂ is at most the threshold. Bool, batch shape."""
         return self.khat <= self.khat_threshold
 
 
 def khat_threshold(draws: int) -> float:
-    """min(1 - 1/log10 S, 0.7).
+    """min(1 - 1/log10 S, 0.7), the largest k̂ of a reliable estimate from S draws.
 
     >>> khat_threshold(100), khat_threshold(4000)
     (0.5, 0.7)
@@ -83,7 +83,7 @@ def khat_threshold(draws: int) -> float:
 
 
 def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
-    """log of the mean of weights, from their logarithms, with Pareto-smoothed tails.
+    """Log of the mean of weights, given their logarithms, with Pareto-smoothed tails.
 
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(4000, dtype=torch.float64)  # E[exp(x)] = e^½
@@ -92,13 +92,13 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
     True
 
     Args:
-        log_weights: Shape: (draws, *batch).
+        log_weights: in nats. Shape: (draws, *batch).
 
     Warns:
-        UnreliableEstimateWarning: where k̂ is above min(1 - 1/log10 S, 0.7).
+        UnreliableEstimateWarning: if k̂ is above min(1 - 1/log10 S, 0.7).
 
     Raises:
-        ImportanceError: where fewer than 50 draws carry weight: 99 % of it lies on fewer.
+        ImportanceError: if fewer than 50 draws hold 99 % of the weight.
         ValueError: for a log-weight that is NaN or +inf, or fewer than 100 draws.
     """
     draws = log_weights.shape[0]
@@ -146,17 +146,17 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
 
 
 def _carrying(log_weights: Tensor) -> Tensor:
-    """The fewest draws that hold 99 % of the weight. Shape: (draws, batch) → (batch,)."""
+    """The smallest number of draws that hold 99 % of the weight. Shape: (draws, batch) → (batch,)."""
     ordered = log_weights.softmax(0).nan_to_num(0.0).sort(0, descending=True).values
     carrying = (ordered.cumsum(0) < CARRIED * (1 - EQUAL)).sum(0) + 1
     return torch.where((log_weights > -math.inf).any(0), carrying, 0)
 
 
 def _smoothed(log_weights: Tensor, carrying: int) -> tuple[Tensor, float]:
-    """Log-weights with the largest replaced by quantiles of a generalised Pareto law, and its shape k̂.
+    """Log-weights whose largest are replaced by quantiles of a generalised Pareto distribution, and its shape k̂.
 
-    The law is fitted to the largest min(S/5, 3 √S). Where no more draws than twice as many carry weight, most of what
-    it is fitted to weighs nothing, and it would be wrong about the rest: the weights then stay as they are.
+    The distribution is fitted to the largest min(S/5, 3 √S) weights. If at most twice as many draws carry weight,
+    most of these weights are nearly 0 and the fit is wrong about the others. Then the weights stay unsmoothed.
     """
     positive = log_weights > -math.inf
     values = log_weights[positive]
@@ -166,26 +166,26 @@ def _smoothed(log_weights: Tensor, carrying: int) -> tuple[Tensor, float]:
     tail = min(len(values) / 5, 3 * len(values) ** 0.5)
     if carrying <= 2 * tail:
         return log_weights, float(khat)
-    lowest = values.argmin()  # not in the tail, so unchanged but for the normalising
+    lowest = values.argmin()  # not in the tail: only the normalisation changes it
     result = log_weights.clone()
     result[positive] = smoothed + (values[lowest] - smoothed[lowest])
     return result, float(khat)
 
 
 def pareto_khat(log_weights: Tensor) -> float:
-    """k̂ of importance weights: the shape of the generalised Pareto law of the largest min(S/5, 3√S).
+    """k̂ of importance weights: the shape of the generalised Pareto distribution of the largest min(S/5, 3√S).
 
-    >>> pareto_khat(torch.zeros(1000))  # all weights equal: the draws are of the target itself
+    >>> pareto_khat(torch.zeros(1000))  # all weights equal: the draws come from the target itself
     -inf
 
     Args:
-        log_weights: in nats, -inf for draws without weight. Shape: (draws,).
+        log_weights: in nats; -inf for draws without weight. Shape: (draws,).
 
     Returns:
-        k̂; below `khat_threshold(draws)` the draws can stand for the target; -inf where the weights are all
-        equal; inf where they are too unequal for a law to be fitted to them.
+        k̂. Up to `khat_threshold(draws)` the draws can represent the target. -inf: all weights are
+        equal. inf: they are too unequal to fit a Pareto distribution.
 
-    Source: Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling" (2024); of variational
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling" (2024); for variational
     posteriors Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?" (2018).
 
     Raises:
@@ -200,26 +200,26 @@ def pareto_khat(log_weights: Tensor) -> float:
     weights = log_weights.detach().double()
     carrying = int(_carrying(weights.unsqueeze(-1)))
     positive = weights[weights > -math.inf]
-    with np.errstate(all="ignore"):  # where weights underflow
+    with np.errstate(all="ignore"):  # weights may underflow
         khat = _pareto(positive)[1] if len(positive) >= LEAST_CARRYING else math.inf
-    # of weights so unequal that all but a few underflow, the tail looks flat, or light
+    # if all weights but a few underflow, the tail looks flat or light
     return math.inf if carrying < LEAST_CARRYING and khat <= khat_threshold(len(weights)) else khat
 
 
 def _pareto(log_weights: Tensor) -> tuple[Tensor | None, float]:
-    """Finite log-weights, smoothed and normalised, and their k̂; None and -inf where there is no tail to smooth."""
+    """Smoothed and normalised log-weights from finite ones, and their k̂; None and -inf if there is no tail."""
     from arviz_stats.base import array_stats
 
     if float(log_weights.max() - log_weights.min()) <= EQUAL:
         return None, -math.inf
     try:
-        # what ArviZ takes are minus the log-weights, and what it gives is normalised
+        # ArviZ takes the negative log-weights and returns normalised ones
         given, khat = array_stats.psislw(-log_weights.cpu().numpy())
     except ValueError as error:
         if "same" not in str(error):
             raise
         return None, -math.inf  # the largest weights are all equal: there is no tail
-    if math.isnan(khat):  # of discrete laws: the largest weights are few different numbers
+    if math.isnan(khat):  # discrete distributions: the largest weights have only a few values
         return None, -math.inf
     return torch.as_tensor(given).to(log_weights), float(khat)
 
@@ -232,7 +232,7 @@ def estimate_log_evidence_change(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> ImportanceEstimate:
-    """ΔF = log E_q[p̃(θ)/p(θ)] estimated from draws of the posterior, for any three densities.
+    """ΔF = log E_q[p̃(θ)/p(θ)] in nats, estimated from draws of the posterior, for any three densities.
 
     >>> from torch.distributions import Laplace, Normal
     >>> found = estimate_log_evidence_change(Normal(1.0, 0.3), Laplace(0.0, 1.0), Normal(0.0, 1.0))
@@ -240,16 +240,15 @@ def estimate_log_evidence_change(
     (0.23, True)
 
     Args:
-        posterior, prior, reduced_prior: as in `log_evidence_change`; with more than one element each is
-            estimated on its own.
-        draws: S, at least 100.
-        seed: of the draws; torch's own generator is left as it was.
+        posterior, prior, reduced_prior: as in `log_evidence_change`. Each element is estimated separately.
+        draws: number S of posterior draws, at least 100.
+        seed: of the draws; torch's own generator is unchanged.
 
     Raises:
-        ImportanceError: where fewer than 50 draws carry weight: a reduced prior that is much narrower than
+        ImportanceError: if fewer than 50 draws carry weight. A reduced prior much narrower than
             the posterior, or a point, can't be estimated this way.
-        ValueError: where draws of the reduced prior lie outside the support of posterior or prior: then part
-            of the expectation is missing, whatever the draws say.
+        ValueError: if draws of the reduced prior lie outside the support of posterior or prior. Then the draws
+            miss a part of the expectation.
     """
     if not isinstance(draws, int):
         raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
@@ -257,7 +256,7 @@ def estimate_log_evidence_change(
         raise ValueError(f"seed must be an integer: got {seed!r}")
     check_distributions((posterior, prior, reduced_prior))
     wide = (in_float64(posterior), in_float64(prior), in_float64(reduced_prior))
-    # elements that are hidden don't count, and each element is drawn
+    # masked elements don't count; each element is drawn
     triple, wrappings = unwrapped(*wide, stop=lambda found: True)
     shape = batch_shape_of(triple)
     q, p, reduced = (member.expand(shape) for member in triple)
@@ -272,7 +271,7 @@ def estimate_log_evidence_change(
 
 
 def log_ratio(prior: Distribution, reduced_prior: Distribution, theta: Tensor) -> Tensor:
-    """log p̃(θ) - log p(θ), -inf where p̃ has no mass."""
+    """log p̃(θ) - log p(θ), in nats; -inf where p̃ has no mass."""
     of_reduced = log_density(reduced_prior, theta)
     return torch.where(of_reduced == -math.inf, -math.inf, of_reduced - log_density(prior, theta))
 

@@ -1,16 +1,16 @@
-"""Groups of coordinates of a joint normal posterior, reduced one after the other or in every combination.
+"""Groups of coordinates of a joint normal posterior, reduced one after another or in every combination.
 
-With independent priors, ΔF of several groups is a sum along any order of them,
+With independent priors, ΔF of several groups is a sum in any order of them,
 
     ΔF(g₁, g₂, …) = ΔF(g₁) + ΔF(g₂ | g₁) + …,
 
-where each term reads only the marginal of its own group under the posterior reduced so far, and the other
+where each term needs only the marginal of its own group under the posterior reduced so far. The other
 coordinates x_r follow a reduced group x_g by the regression K = Σ_rg Σ_gg⁻¹:
 
     loc_r + K (loc'_g - loc_g),    Σ_rr - K (Σ_gg - Σ'_gg) Kᵀ.
 
-A group that is kept is marginalised out: its rows and columns go. So 2ⁿ models are the leaves of a tree whose
-matrices shrink on the way down, and nearly all of its nodes are as small as a single number.
+A group that is kept is marginalised out: its rows and columns are dropped. So 2ⁿ models are the leaves of a tree
+whose matrices shrink on the way down. At nearly all of its nodes they are single numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributions import MultivariateNormal
 
 from pyro_bmrs.evidence.normal import MultivariateChange, cholesky, multivariate_change, normal_change
 
-# Numbers of float64 that a node of the tree may need at once for its matrices and what is made of them.
+# Largest number of float64 values that a node of the tree may need at once, for its matrices and their copies.
 _BUDGET = 2**24
 _COPIES = 6
 
@@ -34,12 +34,12 @@ class GroupReduction:
     """The prior and the reduced prior of a group of n coordinates.
 
     Attributes:
-        coordinates: of the joint normal, in the order of the others. Shape: (n,).
-        reduced_loc: Shape: (n,).
+        coordinates: indices into the joint normal; the other attributes have the same order. Shape: (n,).
+        reduced_loc: mean of the reduced prior. Shape: (n,).
         reduced_factor: L of the reduced prior's covariance L Lᵀ; zero for a point. Shape: (n, n).
-        prior_loc, prior_covariance: Shape: (n,) and (n, n); None where the prior is no normal and the reduced
-            prior a point.
-        log_prior_density: of these coordinates at that point, where the prior is no normal, in nats.
+        prior_loc, prior_covariance: of the prior. Shape: (n,) and (n, n). None if the prior is not normal; then the
+            reduced prior is a point.
+        log_prior_density: of the prior at that point, in nats; given if the prior is not normal.
     """
 
     coordinates: Tensor
@@ -50,7 +50,7 @@ class GroupReduction:
     log_prior_density: Tensor | None = None
 
     def change(self, loc: Tensor, covariance: Tensor) -> MultivariateChange:
-        """ΔF, and the reduced posterior, for posteriors of these coordinates. Shapes: (batch, n), (batch, n, n)."""
+        """ΔF and the reduced posterior, for posteriors of these coordinates. Shapes: (batch, n), (batch, n, n)."""
         if self.prior_loc is None or self.prior_covariance is None:
             assert self.log_prior_density is not None
             factor = cholesky("posterior", covariance)
@@ -61,7 +61,7 @@ class GroupReduction:
             density = -0.5 * z.square().sum(-1) - half_log_det - normaliser
             point = self.reduced_loc.expand_as(loc)
             return MultivariateChange(density - self.log_prior_density, point, torch.zeros_like(covariance))
-        if len(self.coordinates) == 1:  # a million of these cost less than a second
+        if len(self.coordinates) == 1:  # a million of these take less than a second
             found = normal_change(
                 loc[..., 0], covariance[..., 0, 0].sqrt(),
                 self.prior_loc[0], self.prior_covariance[0, 0].sqrt(),
@@ -79,7 +79,7 @@ def as_one(groups: Sequence[GroupReduction]) -> GroupReduction:
     """Several groups as one.
 
     Raises:
-        NotImplementedError: if some have no normal prior and others are not reduced to points.
+        NotImplementedError: if some priors are not normal and some groups are not reduced to points.
     """
     coordinates = torch.cat([group.coordinates for group in groups])
     loc = torch.cat([group.reduced_loc for group in groups])
@@ -96,7 +96,7 @@ def as_one(groups: Sequence[GroupReduction]) -> GroupReduction:
 
 
 def by_themselves(groups: Sequence[GroupReduction]) -> tuple[Tensor, list[GroupReduction]]:
-    """(coordinates of all groups, the groups as they lie among those alone)."""
+    """(coordinates of all groups, the groups with indices into these coordinates)."""
     coordinates = torch.cat([group.coordinates for group in groups])
     numbers = torch.arange(len(coordinates), device=coordinates.device)
     own = numbers.tensor_split(torch.tensor([len(group.coordinates) for group in groups]).cumsum(0)[:-1])
@@ -104,7 +104,7 @@ def by_themselves(groups: Sequence[GroupReduction]) -> tuple[Tensor, list[GroupR
 
 
 def _as_density(group: GroupReduction) -> GroupReduction:
-    """A point, with its prior known by its density there alone.
+    """The group of a point, with the prior's density there in place of the prior.
 
     Raises:
         NotImplementedError: if the reduced prior is no point.
@@ -121,7 +121,7 @@ def _as_density(group: GroupReduction) -> GroupReduction:
 
 
 def reduce_group(loc: Tensor, covariance: Tensor, group: GroupReduction) -> tuple[Tensor, Tensor, Tensor]:
-    """(ΔF, loc, covariance) of all coordinates after a group is reduced; batches allowed."""
+    """(ΔF, loc, covariance) of all coordinates after a group is reduced. Batches are allowed."""
     n = loc.shape[-1]
     others = torch.ones(n, dtype=torch.bool, device=loc.device).index_fill(0, group.coordinates, False)
     order = torch.cat([group.coordinates, torch.nonzero(others).flatten()])
@@ -144,12 +144,12 @@ class _Rest:
 def _split(
     loc: Tensor, covariance: Tensor, group: GroupReduction
 ) -> tuple[Tensor, MultivariateChange, _Rest]:
-    """Reduce the first coordinates; what that does to themselves and to the others."""
+    """Reduce the first coordinates. Returns ΔF, their reduced posterior, and that of the others."""
     n = len(group.coordinates)
     own_loc, own_covariance = loc[..., :n], covariance[..., :n, :n]
     found = group.change(own_loc, own_covariance)
     across = covariance[..., n:, :n]
-    # a million divisions cost less than a million solutions
+    # a million divisions are faster than a million solutions
     regression = across / own_covariance if n == 1 else torch.linalg.solve(own_covariance, across.mT).mT
     moved = (regression @ (found.loc - own_loc).unsqueeze(-1)).squeeze(-1)
     narrowed = regression @ (own_covariance - found.covariance) @ regression.mT
@@ -163,7 +163,7 @@ def all_subsets(
     groups: Sequence[GroupReduction],
     on_models: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
-    """ΔF in nats of each of the 2ⁿ models that n disjoint groups span: model i reduces group k where bit k of i is 1.
+    """ΔF in nats of each of the 2ⁿ models of n disjoint groups. Model i reduces group k if bit k of i is 1.
 
     >>> eye = torch.eye(2, dtype=torch.float64)
     >>> spike = torch.zeros(1, 1, dtype=torch.float64)
@@ -174,18 +174,18 @@ def all_subsets(
     [0.0, 2.3, -10.2, -7.89]
 
     Args:
-        loc, covariance: of the posterior, over at least the coordinates of the groups. Shapes: (d,), (d, d).
+        loc, covariance: of the posterior, for at least the coordinates of the groups. Shapes: (d,), (d, d).
         groups: up to 30.
-        on_models: is told how many more models are done.
+        on_models: called with the number of further models done.
 
     Returns:
-        Shape: (2ⁿ,). Beside it some hundred MB are used, whatever the number and size of the groups.
+        Shape: (2ⁿ,). The computation needs a few hundred MB more, for any number and size of groups.
     """
     order = torch.cat([group.coordinates for group in groups])
     result = torch.empty(2 ** len(groups), dtype=loc.dtype, device=loc.device)
     start = torch.zeros(1, dtype=torch.long, device=loc.device)
     nothing = torch.zeros(1, dtype=loc.dtype, device=loc.device)
-    # a stack and no recursion, so that a node's matrices are gone while its children are made
+    # a stack, not recursion: a node's matrices are freed before its children are made
     nodes = [(0, start, nothing, loc[order].unsqueeze(0), covariance[order][:, order].unsqueeze(0))]
     while nodes:
         level, models, changes, mean, spread = nodes.pop()

@@ -1,4 +1,4 @@
-"""The change in log-evidence under a reduced prior, and the posterior under it, without fitting again."""
+"""ΔF under a reduced prior, and the posterior under it, without fitting again."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ type Register[Result] = Callable[[Callable[..., Result]], Callable[..., Result]]
 def register_log_evidence_change(
     posterior: type[Distribution], prior: type[Distribution], reduced_prior: type[Distribution]
 ) -> Register[Tensor]:
-    """Decorator: the rule for a triple of types and their subclasses; the closest types win.
+    """Decorator: registers the rule of ΔF for a triple of types and their subclasses; the closest types win.
 
-    A rule gets the three distributions with float64 parameters and without what they were wrapped in
-    (Independent, Masked, Expanded), and gives ΔF in nats, which broadcasts to their batch shape.
+    A rule gets the three distributions with float64 parameters and without wrappers
+    (Independent, Masked, Expanded). It returns ΔF in nats, which broadcasts to their batch shape.
     """
     return _CHANGES.register(posterior, prior, reduced_prior)
 
@@ -37,12 +37,12 @@ def register_log_evidence_change(
 def register_reduced_posterior(
     posterior: type[Distribution], prior: type[Distribution], reduced_prior: type[Distribution]
 ) -> Register[Distribution]:
-    """Decorator: as `register_log_evidence_change`, for `reduced_posterior`."""
+    """Decorator: the same for `reduced_posterior`. The rule returns a distribution."""
     return _POSTERIORS.register(posterior, prior, reduced_prior)
 
 
 def log_evidence_change(posterior: Distribution, prior: Distribution, reduced_prior: Distribution) -> Tensor:
-    """ΔF = log p̃(y) - log p(y) = log E_q[ p̃(θ)/p(θ) ], in nats.
+    """ΔF = log p̃(y) - log p(y) = log E_q[ p̃(θ)/p(θ) ], the log Bayes factor of the reduced model, in nats.
 
     >>> import torch
     >>> from pyro_bmrs import LogUniform, TruncatedLogNormal
@@ -51,30 +51,35 @@ def log_evidence_change(posterior: Distribution, prior: Distribution, reduced_pr
     >>> log_evidence_change(q, LogUniform(), spike).round(decimals=3).tolist()
     [-19008.118, 3.34]
 
-    There is a closed form for truncated normals and log-normals under truncated or uniform priors; for
-    normals and multivariate normals; where all three are of one exponential family (Gamma, Beta, Dirichlet,
-    Exponential, Poisson, Wishart, …) or of one finite support; for what any of them becomes under a common
-    one-to-one map; and for every posterior and prior with densities where reduced_prior is a point mass
-    (Pyro's `Delta`): the Savage-Dickey density ratio log q(θ₀) - log p(θ₀). Independent, Masked and
-    Expanded are looked through. docs/evidence.md derives them.
+    There are closed forms for
+
+    - truncated normals and log-normals under truncated or uniform priors;
+    - normals and multivariate normals;
+    - three distributions of one exponential family (Gamma, Beta, Dirichlet, Exponential, Poisson, Wishart, …) or
+      of one finite support;
+    - all of these under a common one-to-one map;
+    - any posterior and prior with densities, if reduced_prior is a point mass (Pyro's `Delta`): the Savage-Dickey
+      density ratio log q(θ₀) - log p(θ₀).
+
+    Independent, Masked and Expanded distributions are unwrapped. docs/evidence.md has the derivations.
 
     Args:
-        posterior: q(θ), the posterior that was fitted under `prior`.
-        prior: p(θ), the prior it was fitted under.
-        reduced_prior: p̃(θ), the prior of the reduced model. All three broadcast, and have as many event
+        posterior: q(θ), fitted under `prior`.
+        prior: p(θ).
+        reduced_prior: p̃(θ), the prior of the reduced model. All three broadcast and have the same number of event
             dimensions.
 
     Returns:
-        ΔF in float64, of the batch shape. Positive: the reduced model has the higher evidence, as far as q is
-        the posterior (Wright et al., 2024, eq. 5; Friston & Penny, 2011). 0 for elements that posterior or
+        ΔF in float64, of the batch shape. If it is positive the reduced model has more evidence, as far as q is
+        the exact posterior (Wright et al., 2024, eq. 5; Friston & Penny, 2011). 0 for elements that posterior or
         prior mask out.
 
     Raises:
-        NotImplementedError: for a triple of types without a closed form; it names the three.
-            `estimate_log_evidence_change` then estimates ΔF from draws.
-        ValueError: where the reduced prior has mass outside the prior's or the posterior's support; where
-            q p̃/p has no finite integral (the posterior is wider than its prior, and the reduced prior wider
-            still); where event dimensions differ.
+        NotImplementedError: for three types without a closed form; the message names them.
+            `estimate_log_evidence_change` estimates ΔF from draws.
+        ValueError: if the reduced prior has mass outside the support of prior or posterior; if
+            q p̃/p has no finite integral (the posterior is wider than its prior, and the reduced prior is wider
+            still); if event dimensions differ.
     """
     triple, wrappings, rule = _find(_CHANGES, (posterior, prior, reduced_prior))
     change: Tensor = rule(*triple)
@@ -98,10 +103,10 @@ def reduced_posterior(
         posterior, prior, reduced_prior: as in `log_evidence_change`.
 
     Returns:
-        In float64, of the batch and event shape of the three. Where the reduced prior is a point mass, that.
+        In float64, of the common batch and event shape. If the reduced prior is a point mass, the same point mass.
 
     Raises:
-        NotImplementedError, ValueError: as `log_evidence_change`.
+        NotImplementedError, ValueError: as in `log_evidence_change`.
     """
     triple, wrappings, rule = _find(_POSTERIORS, (posterior, prior, reduced_prior))
     result: Any = rule(*triple)

@@ -1,15 +1,16 @@
-"""ΔF of normals, of one variable or of many with any covariance, by differences of means.
+"""ΔF of normals, in one or more dimensions with any covariance, from differences of means.
 
-Since E_q[p̃/p] = E_p̃[q/p], with x = loc_p̃ + L z, p̃'s covariance L Lᵀ and z standard normal, and with D the
-difference Λ_q - Λ_p of the precisions,
+E_q[p̃/p] = E_p̃[q/p]. Let x = loc_p̃ + L z, with p̃'s covariance L Lᵀ and z standard normal, and let D be the
+difference Λ_q - Λ_p of the precisions. Then
 
     M = I + Lᵀ D L,    z* = -M⁻¹ Lᵀ (Λ_q (loc_p̃ - loc_q) - Λ_p (loc_p̃ - loc_p)),    x* = loc_p̃ + L z*,
     ΔF = ½ log|Σ_p| - ½ log|Σ_q| - ½ log|M| - ½ Q,
     Q = (x* - loc_q)ᵀ Λ_q (x* - loc_q) + z*ᵀ z* - (x* - loc_p)ᵀ Λ_p (x* - loc_p),
 
-where x* is the mean of the reduced posterior and L M⁻¹ Lᵀ its covariance. No mean stands alone, so nothing is
-lost where all of them are large; p̃ enters by L only, so it may be a point in any direction: L = 0 is the
-Savage-Dickey density ratio. With full covariances this is the reduction of Friston & Penny (2011, eq. 7).
+where x* is the mean of the reduced posterior and L M⁻¹ Lᵀ its covariance. Means appear only in differences, so no
+digits are lost if all means are large. p̃'s covariance appears only as L, so p̃ may be a point in any direction:
+L = 0 gives the Savage-Dickey density ratio. With full covariances this is the reduction of Friston & Penny (2011,
+eq. 7).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _WIDER = (
 
 
 class NormalChange(NamedTuple):
-    """ΔF in nats (batch), and the mean and scale of the reduced posterior (batch)."""
+    """ΔF in nats, and mean and standard deviation of the reduced posterior. Shapes: batch."""
 
     log_evidence_change: Tensor
     loc: Tensor
@@ -51,7 +52,7 @@ class NormalChange(NamedTuple):
 def normal_change(
     q_loc: Tensor, q_scale: Tensor, p_loc: Tensor, p_scale: Tensor, reduced_loc: Tensor, reduced_scale: Tensor
 ) -> NormalChange:
-    """The formula above in one dimension; all arguments broadcast, reduced_scale may be 0.
+    """The formula above in one dimension. All arguments broadcast; reduced_scale may be 0.
 
     Raises:
         ValueError: if the product of the three has no finite integral.
@@ -61,7 +62,7 @@ def normal_change(
     spread = 1 + (reduced_scale / q_scale) ** 2 * (narrowing / p_scale**2)
     if not spread.is_meta and not bool((spread > 0).all()):
         raise ValueError(_WIDER)
-    # (to_q/q² - to_p/p²) and the difference of squares below, without the cancelling where q is nearly p
+    # (to_q/q² - to_p/p²) and the difference of squares below, without cancellation where q is nearly p
     gradient = between / q_scale**2 + to_p * narrowing / (q_scale * p_scale) ** 2
     z = -reduced_scale * gradient / spread
     step = reduced_scale * z
@@ -88,12 +89,13 @@ def multivariate_change(
     reduced_loc: Tensor,
     reduced_factor: Tensor,
 ) -> MultivariateChange:
-    """The formula above for any number of dimensions n; batches broadcast.
+    """The formula above in n dimensions. Batches broadcast.
 
     Args:
         q_loc, p_loc, reduced_loc: means. Shape: (batch, n).
         q_covariance, p_covariance: positive definite. Shape: (batch, n, n).
-        reduced_factor: L of the reduced prior's covariance L Lᵀ, with rows of zeros where it is a point.
+        reduced_factor: L of the reduced prior's covariance L Lᵀ; rows of zeros where it is a point.
+            Shape: (batch, n, n).
 
     Raises:
         ValueError: if the product of the three has no finite integral.
@@ -126,7 +128,7 @@ def multivariate_change(
 
 
 def cholesky(name: str, covariance: Tensor) -> Tensor:
-    """The factor of a covariance, or ValueError."""
+    """The Cholesky factor of a covariance; ValueError if there is none."""
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed.is_meta and bool(failed.any()):
@@ -174,7 +176,7 @@ def _normal_posterior(q: Normal, p: Normal, reduced: Normal) -> Distribution:
     return result
 
 
-# the folded halves of normals round zero: ΔF is that of the wholes
+# half-normals are normals around zero, folded: ΔF is the same
 @register_log_evidence_change(HalfNormal, HalfNormal, HalfNormal)
 def _half_normal(q: HalfNormal, p: HalfNormal, reduced: HalfNormal) -> Tensor:
     return _of_triple(q, p, reduced).log_evidence_change
@@ -187,7 +189,7 @@ def _half_normal_posterior(q: HalfNormal, p: HalfNormal, reduced: HalfNormal) ->
 
 
 def normal_of_vectors(member: Any) -> tuple[Tensor, Tensor] | None:
-    """(mean (batch, n), factor of the covariance (batch, n, n)) of a law of vectors, if it is a normal or a point."""
+    """(mean (batch, n), factor of the covariance (batch, n, n)) of a normal or point over vectors; None for others."""
     if isinstance(member, Delta) and len(member.event_shape) == 1:
         return member.v, torch.zeros(
             *member.v.shape, member.v.shape[-1], dtype=member.v.dtype, device=member.v.device
@@ -224,7 +226,7 @@ def _required(name: str, member: Any) -> tuple[Tensor, Tensor]:
 _VECTORS = (MultivariateNormal, LowRankMultivariateNormal, Independent)
 for _types in product(_VECTORS, _VECTORS, (*_VECTORS, Delta)):
     if not {MultivariateNormal, LowRankMultivariateNormal} & set(_types):
-        continue  # independent throughout: taken apart
+        continue  # all are independent: these are unwrapped
 
     @register_log_evidence_change(*_types)
     def _multivariate(q: Any, p: Any, reduced: Any) -> Tensor:

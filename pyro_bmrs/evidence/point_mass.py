@@ -18,7 +18,7 @@ def savage_dickey(q: Any, p: Any, reduced: Delta) -> Tensor:
     """log q(θ₀) - log p(θ₀) in nats (Dickey, 1971).
 
     Raises:
-        ValueError: if θ₀ is outside a support, or a density there is zero or infinite.
+        ValueError: if θ₀ is outside a support, or a density at θ₀ is zero or infinite.
     """
     densities = {}
     for name, member in (("posterior", q), ("prior", p)):

@@ -1,15 +1,15 @@
-"""Closed-form evidence changes for truncated normals and uniforms, and for their exponentials.
+"""ΔF in closed form for truncated normals and uniforms, and for their exponentials.
 
-Each of the three laws is a bell (or flat, a bell of zero precision) cut to an interval, so that
-q p̃ / p is again a bell of precision 1/s² = 1/s_q² + 1/s_p̃² - 1/s_p², cut to the interval of p̃.
-Written relative to the heights at one common reference point e,
+Each of the three densities is a bell (a flat one has zero precision) cut to an interval. So
+q p̃ / p is again a bell, of precision 1/s² = 1/s_q² + 1/s_p̃² - 1/s_p², cut to the interval of p̃.
+Relative to the heights at one common reference point e,
 
     ΔF = J_c(e) - J_q(e) - J_p̃(e) + J_p(e),    J(e) = log ∫ bell(x)/bell(e) dx,
 
-with no residual quadratic. With e at the mode of the product, inside the interval of p̃, every J is
-either of order log(scale) or as large as ΔF itself: nothing cancels, whereas the paper's eq. 8 is a
-difference of terms near 4·10¹⁴ at its own reduced prior. For p flat this is eq. 8 (BMRS_N) when p̃ is
-a truncated log-normal, and the interval formula of BMRS_U when p̃ is log-uniform.
+without a quadratic beside it. Let e be the mode of the product, inside the interval of p̃. Then every J is
+either of order log(scale) or as large as ΔF itself, and nothing cancels. The paper's eq. 8 is a
+difference of terms near 4·10¹⁴ at its own reduced prior. For flat p this formula is eq. 8 (BMRS_N) if p̃ is
+a truncated log-normal, and the interval formula of BMRS_U if p̃ is log-uniform.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _check_nested(inner: _Bell, outer: _Bell, outer_name: str) -> None:
 
 
 class _Product(NamedTuple):
-    """q p̃/p: its location less any point, its scale, and whether q is p, so that p̃ stays what it is."""
+    """q p̃/p: its loc minus any point, its scale, and whether q equals p, so that the product is p̃."""
 
     minus: Callable[[Tensor], Tensor]
     scale: Tensor
@@ -78,7 +78,7 @@ def _product(q: _Bell, p: _Bell, reduced: _Bell) -> _Product:
     _check_nested(reduced, p, "prior")
     _check_nested(reduced, q, "posterior")
     weighted = ((q, q.precision), (reduced, reduced.precision), (p, -p.precision))
-    # where the data said nothing ΔF is 0 whatever p̃ is, even one too wide for the product to be a bell
+    # where q equals p, ΔF is 0 for every p̃, even one too wide for the product to be a bell
     unmoved = (q.loc == p.loc) & (q.scale == p.scale) & (q.low == p.low) & (q.high == p.high)
     precision = torch.where(unmoved, 1.0, q.precision + reduced.precision - p.precision)
     if not precision.is_meta and not bool((precision > 0).all()):
@@ -89,7 +89,7 @@ def _product(q: _Bell, p: _Bell, reduced: _Bell) -> _Product:
         )
 
     def minus(point: Tensor) -> Tensor:
-        """Mode of the product less `point`, from differences of locations alone."""
+        """Mode of the product minus `point`, from differences of locs alone."""
         pulls = [share * (bell.loc - point) for bell, share in weighted]
         return (pulls[0] + pulls[1] + pulls[2]) / precision
 
@@ -126,7 +126,7 @@ def _truncated_normal(
     return torch.where(unmoved, 0.0, change)
 
 
-# A bell so many times wider than its interval is flat on it to the last digit.
+# A bell this many times wider than its interval is flat on it to the last digit.
 _FLAT = 1e9
 
 

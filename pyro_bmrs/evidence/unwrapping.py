@@ -1,4 +1,4 @@
-"""What distributions are wrapped in, taken off three at a time, and their parameters in float64."""
+"""Unwraps three distributions together (Independent, Masked, Expanded, transforms); parameters in float64."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NAMES = ("posterior", "prior", "reduced_prior")
 
 @dataclass(frozen=True)
 class Wrapping:
-    """One wrapping that all three wore: what it does to ΔF, and how the reduced posterior wears it again.
+    """A wrapper that was removed from all three.
 
     Attributes:
-        of_change: of ΔF and the number of dimensions before its batch shape, those of draws.
-        of_distribution: of the reduced posterior.
+        of_change: what it does to ΔF, given ΔF and the number of dimensions (of draws) before its batch shape.
+        of_distribution: wraps the reduced posterior again.
     """
 
     of_change: Callable[[Tensor, int], Tensor]
@@ -42,7 +42,7 @@ class Wrapping:
 
 
 def check_distributions(triple: Triple) -> None:
-    """Raise TypeError, naming the argument, for what is no distribution."""
+    """Raise TypeError, naming the argument, unless all three are distributions."""
     for name, member in zip(NAMES, triple, strict=True):
         if not isinstance(member, Distribution):
             raise TypeError(f"{name} must be a distribution: got {type(member).__name__}")
@@ -51,14 +51,14 @@ def check_distributions(triple: Triple) -> None:
 def unwrapped(
     posterior: Distribution, prior: Distribution, reduced_prior: Distribution, stop: Callable[[Triple], bool]
 ) -> tuple[Triple, list[Wrapping]]:
-    """The elementary distributions inside, and what was taken off them, outermost first.
+    """The elementary distributions inside, and the wrappers that were removed, outermost first.
 
     Args:
-        stop: whether there is a rule for three distributions as they are: a transformation is taken off
-            only where there is none.
+        stop: whether there is a rule for three distributions as they are. Transformations are removed
+            only if there is none.
 
     Raises:
-        ValueError: if their shapes don't fit, or reduced_prior hides elements that the others count.
+        ValueError: if shapes don't match, or reduced_prior masks elements that the others count.
     """
     triple: Triple = (posterior, prior, reduced_prior)
     wrappings: list[Wrapping] = []
@@ -122,7 +122,7 @@ def _check_shapes(triple: Triple) -> None:
 
 
 def batch_shape_of(triple: Triple) -> torch.Size:
-    """The batch shape that the three broadcast to, or ValueError."""
+    """The batch shape that the three broadcast to; ValueError if there is none."""
     shapes = [member.batch_shape for member in triple]
     try:
         return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call, no-any-return]
@@ -132,7 +132,7 @@ def batch_shape_of(triple: Triple) -> torch.Size:
 
 
 def _mask(triple: Triple) -> Wrapping:
-    """Elements that posterior or prior hide don't count: their ΔF is 0."""
+    """Elements that posterior or prior mask don't count: their ΔF is 0."""
     masks = [
         torch.as_tensor(member._mask) if isinstance(member, MaskedDistribution) else None for member in triple
     ]
@@ -152,14 +152,14 @@ def _mask(triple: Triple) -> Wrapping:
 
 
 def _widened(change: Tensor, draws: int, shape: torch.Size) -> Tensor:
-    """ΔF whose batch, behind the dimensions of draws, is expanded to a shape."""
+    """ΔF expanded to a batch shape, behind the dimensions of draws."""
     missing = len(shape) - (change.dim() - draws)
     lead = change.shape[:draws]
     return change.reshape(lead + (1,) * missing + change.shape[draws:]).expand(lead + shape)
 
 
 def expanded_to(distribution: Any, shape: torch.Size) -> Distribution:
-    """The distribution, of a batch shape; itself where it has it."""
+    """The distribution expanded to a batch shape; itself if it has that shape."""
     same: Distribution = distribution if distribution.batch_shape == shape else distribution.expand(shape)
     return same
 
@@ -194,7 +194,7 @@ def _independent(dims: int, shape: torch.Size) -> Wrapping:
 
 
 def _transformed(transforms: list[Transform]) -> Wrapping:
-    # one-to-one maps leave ΔF as it is
+    # one-to-one maps don't change ΔF
     return Wrapping(lambda change, draws: change, lambda base: PyroTransformed(base, transforms))
 
 
@@ -213,7 +213,7 @@ def _equal(one: Transform, other: Transform) -> bool:
 
 
 def flat(transforms: list[Transform]) -> list[Transform]:
-    """The elementary maps that a list of maps is composed of, in order; none of the identity.
+    """The elementary maps that a list of maps is composed of, in order, without identities.
 
     >>> from torch.distributions import AffineTransform, ExpTransform
     >>> flat([ComposeTransform([ExpTransform(), AffineTransform(0.0, 2.0)])])[0]
@@ -231,7 +231,7 @@ def flat(transforms: list[Transform]) -> list[Transform]:
 
 
 def _is_identity(transform: Transform) -> bool:
-    """Such as the shift by 0 that torch's map to the positive numbers ends with."""
+    """Whether a map is the identity, such as the shift by 0 that ends torch's map to the positive numbers."""
     if transform is identity_transform:
         return True
     if not isinstance(transform, AffineTransform):
@@ -246,7 +246,7 @@ def _is_identity(transform: Transform) -> bool:
 
 
 def with_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a distribution (or transform) with a function applied to all its real parameters; it checks nothing."""
+    """A copy of a distribution or transform with a function applied to its real parameters; the copy checks nothing."""
     if isinstance(value, Tensor):
         return function(value) if value.is_floating_point() else value
     if isinstance(value, list | tuple):
@@ -256,7 +256,7 @@ def with_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, _InverseTransform):
         return with_tensors(value.inv, function).inv
     new = copy.copy(value)
-    # a transform remembers its inverse, which remembers it
+    # a transform and its inverse refer to each other
     own = {name: member for name, member in vars(value).items() if name != "_inv"}
     vars(new).update({name: with_tensors(member, function) for name, member in own.items()})
     if isinstance(new, Distribution):
@@ -280,7 +280,7 @@ def fixed(value: Any) -> Any:
 
 
 def device_of(distribution: Distribution) -> torch.device:
-    """Of its parameters, whatever they are called."""
+    """The device of a distribution's parameters, whatever their names."""
     devices: list[torch.device] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -292,13 +292,13 @@ def device_of(distribution: Distribution) -> torch.device:
 
 
 def log_density(member: Distribution, value: Tensor) -> Tensor:
-    """log_prob of a distribution that checks nothing, with -inf outside its support. Shape: draws + batch."""
+    """log_prob in nats, with -inf outside the support, for a distribution that checks nothing. Shape: draws + batch."""
     density: Tensor = member.log_prob(value)
     support = member.support
     if support is None:
         return density
     inside = support.check(value)  # type: ignore[no-untyped-call]
-    # a support of single entries speaks of each, and an event is inside where all are
+    # a support of single entries checks each entry; an event is inside if all its entries are
     missing = len(member.event_shape) - support.event_dim
     inside = inside.flatten(-missing).all(-1) if missing > 0 else inside
     return torch.where(inside, density, -torch.inf)

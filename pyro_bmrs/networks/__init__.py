@@ -1,4 +1,4 @@
-"""Networks: the noise layer, what can be removed and what is tied to it, and removing it for real."""
+"""Networks: the noise layer, the structures that can be removed, and their removal."""
 
 from pyro_bmrs.networks.dependency_graph import StructureError
 from pyro_bmrs.networks.export import export_onnx

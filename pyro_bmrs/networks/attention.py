@@ -1,4 +1,4 @@
-"""Attention with separate projections, equal to `nn.MultiheadAttention`, whose heads can be removed."""
+"""Attention equal to `nn.MultiheadAttention`, with separate projections, so that heads can be removed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class SeparateAttention(nn.Module):
-    """What `nn.MultiheadAttention` computes, called as it is, but with one linear layer per projection.
+    """`nn.MultiheadAttention` with one linear layer per projection. It is called in the same way.
 
-    torch's module keeps query, key and value weights in one tensor and can't hold fewer heads than make up
-    its embedding; here the number of heads times `head_size` may be less than the embedding. Weights of the
+    torch's module keeps the weights of query, key and value in one tensor, and its heads must fill the
+    embedding. Here the number of heads times `head_size` may be less than the embedding. Weights of the
     original load under their old names (`in_proj_weight`, …).
 
     >>> import torch
@@ -25,7 +25,7 @@ class SeparateAttention(nn.Module):
     True
     """
 
-    # torch's transformer layers look at these before they take a path that reads the weights themselves
+    # torch's transformer layers check these before they take a path that reads the weights directly
     in_proj_weight = None
     in_proj_bias = None
     bias_k = None
@@ -46,7 +46,7 @@ class SeparateAttention(nn.Module):
 
     @classmethod
     def of(cls, original: nn.MultiheadAttention) -> SeparateAttention:
-        """An equal attention with tensors of its own.
+        """An equal attention with its own tensors.
 
         Raises:
             ValueError: if the original appends a bias or zeros to its keys.
@@ -73,7 +73,7 @@ class SeparateAttention(nn.Module):
 
     @property
     def is_whole(self) -> bool:
-        """Whether no head is missing, so that torch's own module can hold it."""
+        """Whether no head is missing. Then torch's own module can hold it."""
         sizes = (self.query.in_features, self.out_proj.in_features, self.out_proj.out_features)
         return all(size == self.embed_dim for size in sizes)
 
@@ -111,7 +111,7 @@ class SeparateAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`; weights, where wanted, are of the heads that are left."""
+        """As `nn.MultiheadAttention.forward`. Attention weights, if wanted, are those of the remaining heads."""
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given where is_causal is: got None")
         single = query.dim() == 2
@@ -144,7 +144,7 @@ class SeparateAttention(nn.Module):
     def _mask(
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor | None:
-        """Both masks as one that is added to the logits, (batch or 1, heads or 1, queries or 1, keys)."""
+        """Both masks as one to add to the logits. Shape: (batch or 1, heads or 1, queries or 1, keys)."""
         total = None
         if attn_mask is not None:
             mask = _additive(attn_mask, q)
@@ -162,7 +162,7 @@ class SeparateAttention(nn.Module):
         return total
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Takes a state_dict of the original too."""
+        """Loads a state_dict of the original too."""
         names = ("query", "key", "value")
         for kind in ("weight", "bias"):
             joint = state_dict.pop(f"{prefix}in_proj_{kind}", None)
@@ -180,7 +180,7 @@ class SeparateAttention(nn.Module):
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of True where attention is forbidden, or of numbers to add, as numbers to add."""
+    """A mask as numbers to add to the logits. A bool mask is True where attention is forbidden."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
@@ -205,10 +205,10 @@ def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 def separate_attention(network: nn.Module) -> None:
     """Replace, in place, each `nn.MultiheadAttention` by `SeparateAttention`.
 
-    Not those that append a bias or zeros to their keys, nor those with hooks of the user's, which would be lost.
+    Not those that append a bias or zeros to their keys, nor those with hooks, which would be lost.
     """
     separate: dict[nn.Module, SeparateAttention] = {}
-    with torch.random.fork_rng():  # new layers draw weights that are not used
+    with torch.random.fork_rng():  # new layers draw weights that nobody uses
         _separate(network, separate)
 
 
@@ -223,7 +223,7 @@ def _separate(network: nn.Module, separate: dict[nn.Module, SeparateAttention]) 
 
 
 def join_attention(network: nn.Module) -> None:
-    """Put, in place, torch's own attention back wherever no head is missing."""
+    """Put torch's own attention back, in place, wherever no head is missing."""
     joined: dict[nn.Module, nn.MultiheadAttention] = {}
     with torch.random.fork_rng():
         _join(network, joined)

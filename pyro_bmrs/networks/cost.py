@@ -21,17 +21,17 @@ from pyro_bmrs.networks.inputs import Inputs, call, first_examples, repeated, te
 from pyro_bmrs.networks.modes import in_mode, torch_threads
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
-# Batch sizes at which latency is measured, and the larger at which memory is.
+# Batch sizes at which latency is measured. Memory is measured at the larger one.
 BATCHES = (1, 128)
 
 
 def parameters(network: nn.Module) -> int:
-    """Number of parameters, noise layers having none."""
+    """Number of parameters. Noise layers have none."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
-    """Multiply-accumulates of one example, as torch's own operation counter sees them."""
+    """Multiply-accumulates of one example, by torch's own operation counter."""
     with torch.no_grad(), _attention_in_steps(), FlopCounterMode(display=False) as counter:
         call(network, first_examples(example_input, 1))
     return int(counter.get_total_flops()) // 2
@@ -39,14 +39,14 @@ def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
 
 @contextmanager
 def _attention_in_steps() -> Iterator[None]:
-    """Attention as matrix products: the counter does not know the kernels that do all of it at once."""
+    """Attention as matrix products, since the counter does not know the fused kernels."""
     with _no_fused_layers(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 @contextmanager
 def _no_fused_layers() -> Iterator[None]:
-    """Without the path on which torch's attention computes all at once, unless something in it was replaced."""
+    """Turns off the fast path of torch's attention, on which all is computed at once unless a part was replaced."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -56,14 +56,14 @@ def _no_fused_layers() -> Iterator[None]:
 
 
 def file_bytes(network: nn.Module) -> int:
-    """Size of the network's weights as a safetensors file."""
+    """Size in bytes of the network's weights as a safetensors file."""
     from safetensors.torch import save
 
     return len(save(weights(network)))
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
-    """The state_dict as safetensors takes it: on the CPU, every tensor with memory of its own."""
+    """The state_dict as safetensors needs it: on the CPU, each tensor with its own memory."""
     state = network.state_dict().items()
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state
@@ -71,10 +71,10 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def peak_bytes(network: nn.Module, example_input: Inputs) -> int:
-    """Most bytes alive at once in one forward pass: weights, input and everything computed on the way.
+    """Largest number of bytes in use at once in one forward pass: weights, input and intermediate tensors.
 
-    Counted from the tensors that torch's operations give, on any device; what a kernel needs for itself
-    while it runs is not seen.
+    Counted from the tensors that torch's operations return, on any device. Memory that a kernel uses
+    while it runs is not counted.
     """
     live = _LiveBytes()
     with torch.no_grad(), _no_fused_layers(), live:
@@ -85,7 +85,7 @@ def peak_bytes(network: nn.Module, example_input: Inputs) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the memory of tensors as they come, and takes it off as they go."""
+    """Adds the memory of tensors when they are made, and subtracts it when they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -121,14 +121,14 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def latency_milliseconds(
     networks: Sequence[nn.Module], example_input: Inputs, *, repeats: int = 30, seconds: float = math.inf
 ) -> list[float]:
-    """Median time of one forward pass for each network, in milliseconds, runs interleaved in one process.
+    """Median time of one forward pass of each network, in milliseconds; runs are interleaved in one process.
 
-    On this device with the thread count torch has now; compare ratios, not machines.
+    Measured on this device with torch's current thread count. Compare ratios, not machines.
 
     Args:
         repeats: timed runs of each network, after one that is not timed.
-        seconds: time they may take in all. Fewer repeats are made where they would take longer, and where
-            not even three would fit, none: the times are NaN.
+        seconds: limit for all runs together. If they would take longer, fewer runs are made. If not even three
+            fit, the times are NaN.
     """
     devices = {tensor.device for tensor in tensors_of(example_input)}
 
@@ -158,13 +158,16 @@ def compare_costs(
 
     Rows: parameters, multiply_accumulates (of one example), file_bytes (of the weights as safetensors),
     peak_bytes_batch_128 (weights and activations), and the medians of interleaved runs
-    milliseconds_batch_1_one_thread, …_batch_128_one_thread, …_batch_1_all_threads, …_batch_128_all_threads;
-    all threads are as many as torch has been told to use. On other devices than CPUs threads make no
-    difference, and only the latter pair is measured.
+    milliseconds_batch_1_one_thread, …_batch_128_one_thread, …_batch_1_all_threads, …_batch_128_all_threads.
+    "All threads" is torch's current thread count. On accelerators threads make no
+    difference, and only the last two are measured.
 
     Args:
-        example_input: examples, repeated to make the batches.
-        seconds: for all timings together; 0 for none. What would take longer is NaN.
+        example_input: examples; they are repeated to fill the batches.
+        seconds: limit for all timings together; 0 for none. What would take longer is NaN.
+
+    Raises:
+        ValueError: if a network has noise layers, or seconds is negative.
     """
     for name, network in (("before", before), ("after", after)):
         if any(isinstance(module, MultiplicativeNoise) for module in network.modules()):
@@ -183,7 +186,7 @@ def compare_costs(
             for batch in BATCHES:
                 single = sum(timed.get(f"milliseconds_batch_1_{words}", [0.0])) / 1e3
                 wanted = seconds and (on_cpu or words == "all_threads")
-                # a batch can't be much faster than a quarter of its examples one by one
+                # a batch takes at least about a quarter of the time of its examples one by one
                 times = [math.nan, math.nan]
                 if wanted and 3 * batch * single / 4 <= seconds / 4:
                     with torch_threads(count):

@@ -1,4 +1,4 @@
-"""Cutting: which rows and columns of which tensors go when a module loses channels."""
+"""Cutting: which rows and columns of which tensors are removed when a module loses channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from pyro_bmrs.networks.selection import InputSelection
 
 ROWS, COLUMNS = "rows", "columns"
-# Names under which attention modules keep their number of query heads, the number of key and value heads, and
+# Attributes in which attention modules keep their number of query heads, their number of key and value heads, and
 # the width of all query heads together.
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -24,7 +24,7 @@ COUNTS = (*HEADS, *KEY_HEADS, *HEADS_WIDTH)
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether every filter of a convolution reads one channel, its own."""
+    """Whether each filter of a convolution reads only its own channel."""
     return (
         isinstance(module, _ConvNd)
         and module.groups > 1
@@ -33,7 +33,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def channels(module: nn.Module, side: str) -> int | None:
-    """How many channels a module makes (rows) or reads (columns); None for one that can't be cut there."""
+    """Number of channels that a module makes (rows) or reads (columns); None if it can't be cut there."""
     if isinstance(module, nn.Linear):
         return module.out_features if side == ROWS else module.in_features
     if isinstance(module, _ConvTransposeNd) and module.groups != 1:
@@ -54,7 +54,7 @@ def channels(module: nn.Module, side: str) -> int | None:
 
 
 def channel_dimension(module: nn.Module) -> int:
-    """Dimension of a module's input and output that counts channels, from the end."""
+    """Dimension of a module's input and output that counts channels. For most modules it is counted from the end."""
     if isinstance(module, _ConvNd):
         return -1 - len(module.kernel_size)
     if isinstance(module, InputSelection):
@@ -63,9 +63,9 @@ def channel_dimension(module: nn.Module) -> int:
 
 
 def selections(module: nn.Module, side: str) -> list[tuple[str, int]]:
-    """The tensors of a module, by name, and the dimension of each that runs over its rows or columns."""
+    """(name, dimension) of each tensor of a module that has its rows or columns in that dimension."""
     if side == COLUMNS and isinstance(module, InputSelection):
-        return []  # it holds numbers of columns, which are counted anew
+        return []  # it holds numbers of columns, which `renumber` changes
     if isinstance(module, nn.Linear | _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)
         if side == COLUMNS:
@@ -99,9 +99,9 @@ def _attributes(module: nn.Module, side: str, count: int) -> dict[str, int]:
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other contents, of another shape, while it stays the same object."""
+    """Replace a tensor's contents by others of another shape. It stays the same object."""
     if tensor.is_floating_point():
-        # a graph that is still alive would remember the old shape; another dtype makes torch forget it
+        # an autograd graph that still exists remembers the old shape; another dtype makes torch forget it
         other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
         tensor.data = tensor.data.new_empty(0, dtype=other)
     tensor.data = data
@@ -110,11 +110,11 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What is left of each module that loses something: enough to cut the original network anew.
+    """What stays of each module that loses something. The original network can be cut again from this.
 
     Attributes:
         rows, columns: by module path, the indices in the original module that stay.
-        attributes: by module path, numbers that a module keeps about itself, such as its count of heads.
+        attributes: by module path, numbers that a module stores about itself, such as its number of heads.
     """
 
     rows: Mapping[str, list[int]] = field(default_factory=dict)
@@ -130,18 +130,18 @@ class Cuts:
                 yield network.get_submodule(path), side, kept
 
     def tensors(self, network: nn.Module) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """(tensor, dimension, indices to keep) for everything in `network` that gets smaller."""
+        """(tensor, dimension, indices to keep) of each tensor in `network` that gets smaller."""
         for module, side, kept in self._sides(network):
             local = kept
             if side == COLUMNS and isinstance(module, _ConvNd):
-                # each group of a grouped convolution numbers its own input channels
+                # a grouped convolution numbers input channels within each group
                 local = [index for index in kept if index < module.in_channels // module.groups]
             for name, dim in selections(module, side):
                 tensor = getattr(module, name)
                 yield tensor, dim, torch.tensor(local, dtype=torch.long, device=tensor.device)
 
     def parameters_left(self, network: nn.Module) -> int:
-        """Parameters that `network` has after these cuts."""
+        """Number of parameters of `network` after these cuts."""
         left = {id(parameter): parameter.numel() for parameter in network.parameters()}
         for tensor, dim, kept in self.tensors(network):
             if id(tensor) in left:
@@ -150,7 +150,7 @@ class Cuts:
 
     @torch.no_grad()
     def cut(self, network: nn.Module) -> None:
-        """Make `network` smaller, in place; its parameters stay the same objects.
+        """Make `network` smaller, in place. Its parameters stay the same objects.
 
         Raises:
             ValueError: if a path or index is not in `network`; nothing is cut then.
@@ -168,13 +168,13 @@ class Cuts:
                 setattr(network.get_submodule(path), name, value)
 
     def check(self, network: nn.Module) -> None:
-        """Raise ValueError, naming the module, unless `network` has all that is to be cut."""
+        """Raise ValueError, naming the module, unless the cuts fit `network`."""
         modules = dict(network.named_modules())
         for side, table in ((ROWS, self.rows), (COLUMNS, self.columns)):
             for path, kept in table.items():
                 size = channels(modules[path], side) if path in modules else None
                 if size is not None and side == COLUMNS and is_depthwise(modules[path]) and len(kept) < size:
-                    size = None  # its columns go with its rows
+                    size = None  # its columns are cut with its rows
                 whole = all(type(index) is int for index in kept) and sorted(set(kept)) == kept
                 if size is None or not kept or not whole or kept[0] < 0 or kept[-1] >= size:
                     raise ValueError(
@@ -187,7 +187,7 @@ class Cuts:
                     read = module.index[self.rows.get(path, slice(None))]
                     if not read.is_meta and not set(read.tolist()) <= set(kept):
                         raise ValueError(
-                            f"cuts must fit the network: {path!r} can't select features that it is no longer given"
+                            f"cuts must fit the network: {path!r} passes on features that its input has lost"
                         )
                 groups = getattr(module, "groups", 1)
                 if groups > 1 and not is_depthwise(module):
@@ -206,7 +206,7 @@ class Cuts:
                     raise ValueError(f"cuts must fit the network: {path!r} has no number {name!r}")
 
     def then(self, later: Cuts) -> Cuts:
-        """These cuts and, of what they leave, `later` ones: as cuts of the original network."""
+        """These cuts followed by `later` ones, as cuts of the original network."""
 
         def composed(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> dict[str, list[int]]:
             both = {
@@ -221,7 +221,7 @@ class Cuts:
         return Cuts(composed(self.rows, later.rows), composed(self.columns, later.columns), attributes)
 
     def below(self, path: str) -> Cuts:
-        """Those of the part of the network at `path`, seen from there."""
+        """The cuts of the submodule at `path`, with paths relative to it."""
         if not path:
             return self
         start = f"{path}."

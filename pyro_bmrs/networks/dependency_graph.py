@@ -1,8 +1,8 @@
-"""Which channels of a network's layers are tied together, read from torch-pruning's dependency graph.
+"""Which channels of a network's layers are tied together, from torch-pruning's dependency graph.
 
-This file is the only one that knows torch-pruning. The graph takes every operation it does not know for one
-that acts on single channels, so what it says is a proposal: `pyro_bmrs.networks.insertion` tries each proposed
-removal before any of them is offered.
+This is the only file that knows torch-pruning. The graph assumes that an operation it does not know
+acts on single channels. So it only proposes: `pyro_bmrs.networks.insertion` tries each proposed
+removal before it is offered.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from pyro_bmrs.networks.inputs import Inputs, call, first_examples, map_tensors,
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
 
-# Names under which attention modules keep the size of a head.
+# Attributes in which attention modules keep the size of a head.
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
 _MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class StructureError(ValueError):
-    """A network has layers that can't be handled; the message names them and how to leave them out."""
+    """A network has layers that can't be handled. The message names them and says how to leave them out."""
 
 
 class DependencyGraph:
-    """torch-pruning's dependency graph of a network, which is taken over and changed."""
+    """torch-pruning's dependency graph of a network. It changes the network it is given."""
 
     def __init__(self, network: nn.Module, example_input: Inputs) -> None:
         import torch_pruning
 
         class NoisePruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-            """Makes the noise layer a node of the graph; it is taken out whole, never cut."""
+            """Makes the noise layer a node of the graph. It is never cut."""
 
             def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
                 return layer
@@ -59,7 +59,7 @@ class DependencyGraph:
             get_in_channels = get_out_channels
 
         class SelectionPruner(NoisePruner):
-            """Makes a selection a node too, where channels begin: what it gives is not what it gets."""
+            """Makes an InputSelection a node too, where channels begin: its outputs differ from its inputs."""
 
             def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
                 return layer
@@ -70,7 +70,7 @@ class DependencyGraph:
             def get_out_channels(self, layer: Any) -> int:
                 return int(layer.features)
 
-        # the graph is read off autograd: parameters must require gradients, and ours may be frozen
+        # the graph is read from autograd: parameters must require gradients, and they may be frozen
         self.network = network.requires_grad_(True).eval()
         self.noise = noise_layers(network)
         self.paths = {module: path for path, module in network.named_modules()}
@@ -83,7 +83,7 @@ class DependencyGraph:
         self.outputs: list[Any] = []
         self.received: dict[nn.Module, Tensor] = {}
         example = first_examples(example_input, 2)
-        # an input that requires gradients shows where it is added to what the network makes
+        # an input that requires gradients shows where it is added to channels of the network
         example = map_tensors(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example)
         self.inputs = {id(tensor) for tensor in tensors_of(example)}
         handles = [
@@ -106,8 +106,8 @@ class DependencyGraph:
                 )
         except Exception as error:
             raise StructureError(
-                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. It "
-                "is not handled as a whole (docs/networks.md); insert_noise may do for a part of it"
+                f"network can't be traced: the dependency graph fails with {type(error).__name__}: {error}. "
+                "docs/networks.md lists what is handled; try insert_noise on a part of the network"
             ) from error
         finally:
             for handle in handles:
@@ -138,7 +138,7 @@ class DependencyGraph:
             self.received[module] = inputs[0].detach()
 
     def _ignore_joins_over_other_dimensions(self) -> None:
-        """Tokens that are joined, as a class token is, or halves of a head: no channel moves there."""
+        """Ignore joins of tokens (a class token) or of halves of a head: they move no channel."""
         import torch_pruning
 
         for node in self.graph.module2node.values():
@@ -159,7 +159,7 @@ class DependencyGraph:
                             dependency.index_mapping = [None, None]
 
     def _count_what_is_given(self, node: Any, dim: int) -> None:
-        """Where inputs of the network are joined too, which the graph leaves out: count their channels."""
+        """Count the channels of inputs of the network in a join, which the graph ignores."""
         from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
         parts = node.grad_fn.next_functions
@@ -175,7 +175,7 @@ class DependencyGraph:
             else:
                 sizes.append(function._input_metadata[number].shape[dim])
         if sizes.count(None) > 1:
-            return  # the trial will say what comes of it
+            return  # the trial decides
         total = node.grad_fn._input_metadata[0].shape[dim]
         counted = [total - sum(filter(None, sizes)) if size is None else size for size in sizes]
         node.enable_index_mapping = False
@@ -193,21 +193,21 @@ class DependencyGraph:
             offset += size
 
     def _channel_dimension(self, node: Any) -> int:
-        """Where the channels lie in what a node gives, as the nearest layer behind it makes them; -1: nowhere."""
+        """Dimension of the channels in a node's output, from the nearest layer that makes them; -1: none."""
         shape = node.grad_fn._input_metadata[0].shape
         level, seen = list(node.inputs), set()
         while level:
             for source in level:
                 if isinstance(source.module, nn.Linear | _ConvNd):
                     dim = len(shape) + channel_dimension(source.module)
-                    # of heads, each with its own dimension, channels are no longer in one
+                    # heads with their own dimension: channels are not in one dimension any more
                     return dim if shape[dim] >= (channels(source.module, ROWS) or 0) else -1
             seen.update(level)
             level = [above for source in level for above in source.inputs if above not in seen]
         return 1 if len(shape) != 3 else 2
 
     def producers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Linear and convolution layers and selected inputs that the graph has found, in the order of the network."""
+        """(path, layer) of linear, convolution and InputSelection layers in the graph, in the order of the network."""
         for path, module in self.network.named_modules():
             if (
                 isinstance(module, nn.Linear | _ConvNd | InputSelection)
@@ -218,7 +218,7 @@ class DependencyGraph:
                 yield path, module
 
     def reach(self, root: nn.Module, rows: list[int]) -> Reach:
-        """Everything that is tied to rows of a module (of a noise layer: to its structures)."""
+        """Everything that is tied to rows of a module (of a noise layer: its structures)."""
         from torch_pruning._helpers import _HybridIndex
 
         found = Reach(self, root, rows)
@@ -228,7 +228,7 @@ class DependencyGraph:
             node, handler, pairs = stack.pop()
             known = found.add(node, handler, pairs)
             if isinstance(node.module, InputSelection) and self.is_inward(handler):
-                # what is selected of channels that go goes too
+                # an InputSelection behind removed channels loses their rows too
                 rows_of = self.graph.get_pruner_of_module(node.module).prune_out_channels
                 selected = [
                     _HybridIndex(idx=row, root_idx=pair.root_idx)
@@ -248,12 +248,12 @@ class DependencyGraph:
         return found
 
     def is_inward(self, handler: Callable[..., Any]) -> bool:
-        """Whether a handler takes channels that a module reads, and not those that it makes too."""
+        """Whether a handler prunes only channels that a module reads, not those that it makes."""
         inward: bool = self.graph.is_in_channel_pruning_fn(handler)
         return inward and not self.graph.is_out_channel_pruning_fn(handler)
 
     def selects_among_made(self, selection: InputSelection) -> bool:
-        """Whether a selection is given what layers of the network make, not an input of the network."""
+        """Whether an InputSelection stands behind layers, not at an input of the network."""
         level, seen = list(self.nodes[selection].inputs), set()
         while level:
             node = level.pop()
@@ -271,12 +271,12 @@ def function_name(node: Any) -> str:
 
 
 def has_own_parameters(module: nn.Module) -> bool:
-    """Whether a module holds parameters itself, not only in its parts."""
+    """Whether a module has parameters itself, not only in submodules."""
     return any(parameter is not None for parameter in module._parameters.values())
 
 
 class Reach:
-    """What a traversal of the graph from one root has come to."""
+    """The nodes that a traversal of the graph from one root has reached."""
 
     def __init__(self, graph: DependencyGraph, root: nn.Module, rows: list[int]) -> None:
         self.graph, self.root, self.roots = graph, root, rows
@@ -284,13 +284,13 @@ class Reach:
         self.runs_away: str | None = None
 
     def add(self, node: Any, handler: Callable[..., Any], pairs: list[Any]) -> list[Any]:
-        """Takes (index, root) pairs at a node; returns those that are new."""
+        """Adds (index, root) pairs at a node. Returns the new ones."""
         module = node.module
         side = COLUMNS if self.graph.is_inward(handler) else ROWS
         if module in self.graph.paths:
             size = None if _is_shared(module) else channels(module, side)
             if size == 1 and len({pair.root_idx for pair in pairs}) > 1:
-                return []  # one channel that meets many is spread over them, and tied to none
+                return []  # one channel that meets many is broadcast over them, and tied to none
             if size is not None:
                 pairs = [pair for pair in pairs if pair.idx < size]
         elif any(pair.idx > 4 * self.graph.most_channels for pair in pairs):
@@ -305,7 +305,7 @@ class Reach:
         return new
 
     def _modules(self) -> Iterator[tuple[nn.Module, str, str, set[tuple[int, int | None]]]]:
-        """(module, path, side, pairs) of the network's own modules that have tensors."""
+        """(module, path, side, pairs) of the network's modules that have tensors."""
         for (node, side), pairs in self.pairs.items():
             path = self.graph.paths.get(node.module) if isinstance(node.module, nn.Module) else None
             if (
@@ -319,11 +319,11 @@ class Reach:
                 yield node.module, path, side, pairs
 
     def selections(self) -> set[nn.Module]:
-        """Those that choose among what the root makes."""
+        """The InputSelection layers behind the root."""
         return {module for module, _, side, _ in self._modules() if _role(module, side) == "selection"}
 
     def _parameters(self) -> Iterator[tuple[nn.Module, str]]:
-        """(owner, path) of parameters that are used outside of a layer the graph knows."""
+        """(owner, path) of parameters that are used outside of layers that the graph knows."""
         for node, _ in self.pairs:
             if isinstance(node.module, nn.Parameter):
                 yield self.graph.owner[node.module]
@@ -332,7 +332,7 @@ class Reach:
         return [node.module for node, _ in self.pairs if isinstance(node.module, MultiplicativeNoise)]
 
     def rows(self) -> Iterator[tuple[str, set[int]]]:
-        """(path, rows) of what goes with the root and never alone, as what a selection chooses among it may."""
+        """(path, rows) that are only removed together with the root, unlike the rows of an InputSelection behind it."""
         passed = self.selections()
         for module, path, side, pairs in self._modules():
             if side == ROWS and module not in passed:
@@ -345,7 +345,7 @@ class Reach:
             yield path
 
     def mixing(self) -> str | None:
-        """Words for a layer that reads all of the channels at once, which no removal leaves alone."""
+        """Description of a layer that reads all channels at once, so that any removal changes it; None: no layer."""
         for module, path, _, _ in self._modules():
             if isinstance(module, _MIXING):
                 return f"normalised together by {path!r}, a {type(module).__name__}"
@@ -356,7 +356,7 @@ class Reach:
         return None
 
     def reason(self) -> str | None:
-        """Why these channels can't be removed, where that lies in what the network is."""
+        """Why these channels can't be removed because of what the network is; None if they can."""
         if any(side == ROWS and node.grad_fn in self.graph.outputs for node, side in self.pairs):
             return "an output of the network"
         mixing = self.mixing()
@@ -382,10 +382,10 @@ class Reach:
         return None
 
     def not_understood(self) -> tuple[str, str] | None:
-        """(path, words) for a layer that can't be cut."""
+        """(path, description) of a layer that can't be cut; None if there is none."""
         if self.runs_away is not None:
             path = self.graph.paths[self.root]
-            return path, f"{path!r} is tied to itself without end, over {self.runs_away}"
+            return path, f"{path!r} is tied to itself in an endless loop, through {self.runs_away}"
         for module, path, side, pairs in self._modules():
             if channels(module, side) is None:
                 return path, f"{path!r}, a {type(module).__name__}, is no layer that can be cut"
@@ -393,14 +393,14 @@ class Reach:
             if side == ROWS and 1 < groups == channels(module, side):
                 return path, f"{path!r} makes one channel in each of its {groups} groups"
             if any(root is None for _, root in pairs) and not self.attention():
-                return path, f"{path!r} is tied over an expansion that can't be followed"
+                return path, f"{path!r} is tied to channels that can't be followed"
         for owner, path in self._parameters():
             kind = type(owner).__name__
             return path, f"parameter {path!r} of a {kind} is used in a way that can't be followed"
         return None
 
     def attention(self) -> tuple[str, dict[str, int]] | None:
-        """(path, rows of each projection by path) of the attention whose query, key and value this makes."""
+        """(path, rows of each projection by path) of the attention whose query, key and value these channels are."""
         projections: dict[str, dict[str, int]] = {}
         for module, path, side, _ in self._modules():
             if isinstance(module, nn.Linear) and side == ROWS:
@@ -411,7 +411,7 @@ class Reach:
         return None
 
     def _heads(self, parent: str, rows: dict[str, int]) -> int:
-        """Number of query heads of the attention at `parent`; 0 where it does not say."""
+        """Number of query heads of the attention at `parent`; 0 if it is unknown."""
         module = self.graph.network.get_submodule(parent)
         for names, divide in ((HEADS, False), (_HEAD_SIZE, True)):
             for name in names:
@@ -421,7 +421,7 @@ class Reach:
         return 0
 
     def group(self, name: str, *, by_hand: bool = False) -> StructureGroup:
-        """The structures that can go alone."""
+        """The structures that can be removed alone, as a group."""
         attention = None if by_hand else self.attention()
         if attention:
             return self._heads_group(*attention)
@@ -443,7 +443,7 @@ class Reach:
         return StructureGroup(name, count, _ordered(members), share, kind)
 
     def _units(self) -> tuple[dict[int, int], int]:
-        """Number of the structure that each root channel belongs to, and how many there are."""
+        """(number of the structure by root channel, number of structures)."""
         above = {root: root for root in self.roots}
 
         def top(root: int) -> int:
@@ -461,7 +461,7 @@ class Reach:
             together: dict[int, list[int]] = {}
             step = 0
             if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
-                # every group of filters must keep as many channels as the others: the same ones
+                # every group of filters must keep the same channels
                 step = (channels(module, side) or 0) // module.groups
             for index, root in pairs:
                 if root is not None:
@@ -473,7 +473,7 @@ class Reach:
         return unit_of, len(numbers)
 
     def _heads_group(self, parent: str, rows: dict[str, int]) -> StructureGroup:
-        """Heads as wholes; where several query heads share a key and a value, these with theirs."""
+        """Whole heads. Query heads that share a key and a value form one structure."""
         heads = self._heads(parent, rows)
         head_size = max(rows.values()) // heads
         count = min(rows.values()) // head_size  # key heads
@@ -482,7 +482,7 @@ class Reach:
             size = channels(module, side)
             assert size is not None
             if count < 1 or size % count or heads % count:
-                # leave it to single channels, which the trial will find wanting
+                # not divisible: treated as one structure
                 count = 1
             each = size // count
             found = [(index, index // each) for index in range(size)]
@@ -498,7 +498,7 @@ class Reach:
 
 
 def _is_shared(module: nn.Module) -> bool:
-    """Whether a module has one parameter for all channels, so that no channel has a share in it."""
+    """Whether a module has one parameter for all channels. Then it has nothing to cut."""
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
@@ -521,11 +521,11 @@ def _ordered(members: list[Member]) -> tuple[Member, ...]:
 
 @torch.no_grad()
 def _mixes(module: nn.Module, received: Tensor | None) -> bool:
-    """Whether a change of one channel of a module's input shows in another channel of its output."""
+    """Whether a change of one input channel of a module changes another output channel."""
     if received is None or not received.is_floating_point():
         return False
     if received.is_meta:
-        return True  # can't be tried: better to leave such channels alone
+        return True  # can't be tried: such channels stay
     size = max((parameter.numel() for parameter in module.parameters(recurse=False)), default=0)
     dims = [dim for dim in range(1, received.dim()) if received.shape[dim] == size]
     if not dims or size < 2:
@@ -535,7 +535,7 @@ def _mixes(module: nn.Module, received: Tensor | None) -> bool:
     changed.select(dims[-1], 0).add_(1.0)
     try:
         before, now = module(x), module(changed)
-    except Exception:  # a module that wants more than one tensor is none of those looked for
+    except Exception:  # a module with more than one input is not a normalisation
         return False
     if not isinstance(before, Tensor) or before.shape != x.shape:
         return False

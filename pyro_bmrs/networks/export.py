@@ -1,4 +1,4 @@
-"""Writing the small network where other programs can use it."""
+"""Writing the small network for other programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyro_bmrs.networks.modes import in_mode
 
 
 def save_weights(network: nn.Module, path: Path | str) -> Path:
-    """The network's state_dict as safetensors."""
+    """Write the network's state_dict as safetensors."""
     from safetensors.torch import save_file
 
     return write_atomically(path, lambda beside: save_file(weights(network), beside))
@@ -41,13 +41,13 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
 
 
 def export_program(network: nn.Module, example_input: Inputs, path: Path | str) -> Path:
-    """`network` as a torch.export program with a dynamic batch: `torch.export.load(path).module()(x)`.
+    """Write `network` as a torch.export program with any batch size: `torch.export.load(path).module()(x)`.
 
-    The one file of a run that torch reads with pickle inside: load it only from whom you trust.
+    Such a file can hold code: load it only from people you trust.
 
     Args:
-        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments; every tensor in it
-            that has as many entries as there are examples gets a dynamic first dimension.
+        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments. Each tensor in it
+            with one entry per example gets a dynamic first dimension.
     """
     arguments, keywords, shapes = _export_arguments(network, example_input)
     with torch.no_grad(), in_mode(network, training=False):
@@ -58,7 +58,7 @@ def export_program(network: nn.Module, example_input: Inputs, path: Path | str) 
 def export_onnx(
     network: nn.Module, example_input: Inputs, path: Path | str, *, tolerance: float = 1e-5
 ) -> Path:
-    """`network` as an ONNX file with a dynamic batch, checked by onnxruntime. Needs the extra `onnx`.
+    """Write `network` as an ONNX file with any batch size, checked by onnxruntime. Needs the extra `onnx`.
 
     >>> import onnxruntime  # doctest: +SKIP
     >>> session = onnxruntime.InferenceSession("small.onnx")  # doctest: +SKIP
@@ -66,12 +66,12 @@ def export_onnx(
 
     Args:
         example_input: as for `export_program`.
-        tolerance: allowed difference of outputs, relative to the largest output where that is above 1.
+        tolerance: allowed difference of outputs; relative to the largest output if that is above 1.
 
     Raises:
         ImportError: naming the extra, if onnx, onnxscript or onnxruntime is not installed.
-        ValueError: if onnxruntime computes something else than the network, on the examples or on one of
-            them alone; nothing is written then.
+        ValueError: if the outputs of onnxruntime and of the network differ, on the examples or on one of
+            them alone. Then nothing is written.
     """
     try:
         import onnxruntime
@@ -96,7 +96,7 @@ def export_onnx(
                 feed = dict(zip(names, (t.cpu().numpy() for t in tensors_of(examples)), strict=True))
                 for index, (have, want) in enumerate(zip(session.run(None, feed), wanted, strict=True)):
                     found, want = torch.from_numpy(have).double(), want.cpu().double()
-                    finite = want.isfinite()  # a mask's infinities are no difference
+                    finite = want.isfinite()  # infinities of a mask are compared below
                     difference = float((found - want)[finite].abs().max()) if bool(finite.any()) else 0.0
                     if not torch.equal(found[~finite], want[~finite]):
                         difference = math.inf
@@ -115,11 +115,11 @@ def export_onnx(
 def _export_arguments(
     network: nn.Module, example_input: Inputs
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Positional and keyword arguments of two examples, and which dimensions are dynamic."""
-    # of a batch of one, export would conclude that the batch is always one
+    """(positional arguments, keyword arguments, dynamic dimensions) of two examples."""
+    # from a batch of one, export would conclude that the batch size is always one
     example = map_tensors(lambda tensor: tensor.contiguous(), repeated(example_input, 2))
     size = batch_size(example)
-    # without a largest, torch 2.6 finds that the batch must not be 2**63 - 1, and refuses
+    # without a maximum, torch 2.6 finds that the batch size must not be 2**63 - 1, and refuses
     batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
 
     def dynamic(value: Any) -> Any:

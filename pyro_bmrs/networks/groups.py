@@ -1,4 +1,4 @@
-"""Structures: which channels of which modules go together when one structure goes."""
+"""Structures: which channels of which modules are removed together."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pyro_bmrs.networks.cuts import COLUMNS, ROWS, Cuts, channels
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one module that follows a group of structures.
+    """One side of one module that belongs to a group of structures.
 
-    indices[i] is a row or column of the module, units[i] the structure it belongs to. A filter that is
-    flattened owns many columns of the layer behind, so a structure can appear many times.
+    indices[i] is a row or column of the module; units[i] is the structure that it belongs to. A structure can
+    appear many times: a flattened filter owns many columns of the layer behind.
     """
 
     path: str
-    # "producer" (rows), "between" (rows: normalisation, depthwise convolution, a selection among what was made),
-    # "selection" (columns: what such a selection is given) or "consumer" (columns)
+    # "producer" (rows), "between" (rows of a normalisation, a depthwise convolution, or an InputSelection behind
+    # layers), "selection" (columns of such an InputSelection) or "consumer" (columns)
     role: str
     indices: Tensor
     units: Tensor
@@ -31,25 +31,25 @@ class Member:
         return COLUMNS if self.role in ("consumer", "selection") else ROWS
 
     def indices_of(self, units: Tensor) -> list[int]:
-        """The rows or columns that belong to any of `units` (indices of structures), in order."""
+        """The rows or columns that belong to any of the structures `units`, in order."""
         chosen: list[int] = self.indices[torch.isin(self.units, units)].sort().values.tolist()
         return chosen
 
 
 @dataclass(frozen=True)
 class StructureGroup:
-    """Structures that are counted together, one latent each, and everything that goes when one of them goes.
+    """The structures of one latent site, one latent each, and all that is removed with each of them.
 
     Attributes:
-        site: name of the latent site: the path of the first module that makes the structures (of heads: of
-            their attention; of a noise layer written by hand: of that layer).
+        site: name of the latent site: the path of the first module that makes the structures (for heads the path of
+            their attention; for a noise layer written by hand the path of that layer).
         features: number of structures.
-        members: what makes, carries and reads them.
-        channels: channels that one structure has where it is made: 1, or the size of a head.
-        kind: "units" (of linear layers), "filters" (of convolutions), "heads", "inputs" (of the network), or
-            "positions" (selected among what layers made: of a flattened filter, say).
-        attributes: numbers that modules keep about their structures: by module path and name, how much of
-            it one structure accounts for.
+        members: the modules that make, carry and read them.
+        channels: number of channels of one structure where it is made: 1, or the size of a head.
+        kind: "units" (outputs of linear layers), "filters" (of convolutions), "heads", "inputs" (of the network), or
+            "positions" (of an InputSelection behind layers, for example of flattened filters).
+        attributes: by module path and name, numbers that modules store about their structures; the value is the
+            share of one structure.
     """
 
     site: str
@@ -68,7 +68,7 @@ class StructureGroup:
         return tuple(member for member in self.members if member.role == "consumer")
 
     def below(self, path: str) -> StructureGroup:
-        """The same group seen from a network that holds this one at `path`."""
+        """The same group in a network that holds this one at `path`."""
         if not path:
             return self
         return replace(
@@ -86,7 +86,7 @@ def weight_of(network: nn.Module, member: Member) -> nn.Parameter:
 
 
 def gone(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[str, Tensor]) -> Cuts:
-    """The cuts that leave the kept structures: kept[site] is a bool tensor (features,)."""
+    """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""
     removed: dict[tuple[str, str], set[int]] = {}
     attributes: dict[str, dict[str, int]] = {}
     for group in groups:
@@ -108,7 +108,7 @@ def gone(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[str
 
 
 def after(groups: Iterable[StructureGroup], kept: Mapping[str, Tensor], cuts: Cuts) -> list[StructureGroup]:
-    """The groups as they are in the network that `cuts` leaves, structures and channels counted anew."""
+    """The groups in the network after `cuts`, with new numbers of structures and channels."""
     renumbered = []
     for group in groups:
         keep = kept[group.site].cpu()
@@ -119,7 +119,7 @@ def after(groups: Iterable[StructureGroup], kept: Mapping[str, Tensor], cuts: Cu
             indices, units = member.indices[keep[member.units]], member.units[keep[member.units]]
             if member.path in table:
                 position = {old: new for new, old in enumerate(table[member.path])}
-                # of a structure that stays some may have left with structures inside it
+                # a structure that stays may have lost parts, with the structures inside it
                 there = torch.tensor([int(index) in position for index in indices], dtype=torch.bool)
                 indices, units = indices[there], units[there]
                 indices = torch.tensor([position[int(index)] for index in indices], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""What a network is called with and what it gives: tensors, tuples of arguments, mappings of keywords."""
+"""Inputs and outputs of networks: tensors, tuples of arguments, mappings of keywords."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A tensor; a tuple: positional arguments; a mapping: keyword arguments (of a network whose forward takes no
-# such keywords: one dictionary).
+# A tensor; a tuple of positional arguments; or a mapping of keyword arguments (one dictionary argument, if forward
+# has no such keywords).
 Inputs = Any
 
 
@@ -24,7 +24,7 @@ def check_module(name: str, module: object) -> None:
 
 @contextmanager
 def blamed_on_input(network: nn.Module) -> Iterator[None]:
-    """Turns any error of a call of the network into a ValueError of one line about example_input."""
+    """Turns an error of a call of the network into a one-line ValueError about example_input."""
     try:
         yield
     except Exception as error:
@@ -36,7 +36,7 @@ def blamed_on_input(network: nn.Module) -> Iterator[None]:
 
 
 def check_finite(name: str, module: nn.Module) -> None:
-    """Raise ValueError, naming the argument, if a parameter holds NaN or inf: nothing could be compared then."""
+    """Raise ValueError, naming the argument, if a parameter holds NaN or inf. Outputs could not be compared."""
     bad = [
         path
         for path, parameter in module.named_parameters()
@@ -58,7 +58,7 @@ def call(network: nn.Module, inputs: Inputs) -> Any:
 
 
 def takes_keywords(network: nn.Module, inputs: Inputs) -> bool:
-    """Whether `inputs` is a mapping of keyword arguments of `network`, and not of entries of one argument."""
+    """Whether `inputs` is a mapping of keyword arguments of `network`, not one dictionary argument."""
     if not isinstance(inputs, Mapping):
         return False
     try:
@@ -69,7 +69,7 @@ def takes_keywords(network: nn.Module, inputs: Inputs) -> bool:
 
 
 def bound(network: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Inputs:
-    """What `call` must be given to call `network` with these arguments."""
+    """The inputs with which `call` calls `network` with these arguments."""
     if not keywords:
         return arguments[0] if len(arguments) == 1 else arguments
     if not arguments:
@@ -78,7 +78,7 @@ def bound(network: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str,
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """The tensors in a network's input or output: itself, or those of a tuple, list or mapping, in order."""
+    """The tensors in a network's input or output, in order: itself, or those in a tuple, list, mapping or dataclass."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -91,7 +91,7 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def map_tensors[T](function: Callable[[Tensor], Tensor], value: T) -> T:
-    """`value` with every tensor in it replaced by `function` of it."""
+    """`value` with `function` applied to each tensor in it."""
     result: Any = value
     if isinstance(value, Tensor):
         result = function(value)
@@ -116,13 +116,13 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def first_examples[T](inputs: T, count: int) -> T:
-    """The first `count` examples of every tensor that has as many as there are."""
+    """The first `count` examples of each tensor that has one entry per example."""
     size = batch_size(inputs)
     return map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == size else t, inputs)
 
 
 def repeated[T](inputs: T, count: int) -> T:
-    """Exactly `count` examples, the given ones over and over."""
+    """Exactly `count` examples: the given ones, repeated."""
     size = batch_size(inputs)
 
     def tile(tensor: Tensor) -> Tensor:
@@ -134,5 +134,5 @@ def repeated[T](inputs: T, count: int) -> T:
 
 
 def as_double[T](inputs: T) -> T:
-    """Floating-point tensors in float64; others, such as token indices, as they are."""
+    """Floating-point tensors in float64; others, such as token indices, unchanged."""
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)

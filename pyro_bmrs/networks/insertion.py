@@ -1,4 +1,4 @@
-"""Any network: what of it can be removed, tried before it is offered; and the same network with noise."""
+"""Any network: the structures that can be removed, each tried first; and the same network with noise."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _TRIAL_EXAMPLES = 3
 def structures(
     network: nn.Module, example_input: Inputs, *, leave_out: str | Sequence[str] = ()
 ) -> Structures:
-    """Every structure that can be removed from `network`, and what can't be, with the reason.
+    """Every structure that can be removed from `network`; and what can't be removed, with the reason.
 
-    A structure is a set of channels that must go together: the rows that make it, the normalisation it
-    passes, the columns that read it. Linear units, filters, the channels of a residual stream (one structure
-    across all its layers), channels that are concatenated, depthwise and grouped convolutions (the same
-    channel of every group), attention heads as wholes (query heads that share a key and value together), the
-    hidden units of transformers. Each is tried, on a copy with random weights, before it is listed: part
-    of the structures of every group are removed and the outputs compared.
+    A structure is a set of channels that must be removed together: the rows that make it, the normalisation it
+    passes, the columns that read it. Examples are hidden units, filters, the channels of a residual stream (one
+    structure across all its layers), concatenated channels, depthwise and grouped convolutions (the same
+    channel of every group), whole attention heads (query heads that share key and value count as one), the
+    hidden units of transformers. Each group is tried before it is listed: on a copy with random weights some of its
+    structures are removed, and the outputs are compared.
 
     >>> import torch
     >>> from torch import nn
@@ -56,14 +56,14 @@ def structures(
 
     Args:
         network: any module without noise layers; it is not changed.
-        example_input: what to call it with: a tensor (batch, …), a tuple of arguments or a mapping of
-            keyword arguments. Only shapes and, where they are integers, values count.
-        leave_out: paths of modules or parameters, or patterns ("layer4.*"): what touches these, or lies below,
-            stays.
+        example_input: inputs to call it with: a tensor (batch, …), a tuple of arguments or a mapping of
+            keyword arguments. Only shapes matter, and values of integers.
+        leave_out: paths of modules or parameters, or patterns ("layer4.*"). Structures that touch these, or modules
+            below them, stay.
 
     Raises:
         StructureError: naming each layer that can't be handled, the reason, and what to pass as
-            `leave_out` to go on without it.
+            `leave_out` to continue without it.
         ValueError: if `network` has noise layers or no parameters, can't be called with `example_input`, or
             `leave_out` matches nothing.
     """
@@ -87,7 +87,7 @@ def structures(
 def insert_noise[Network: nn.Module](
     network: Network, example_input: Inputs, *, leave_out: str | Sequence[str] = ()
 ) -> Network:
-    """The same network with one latent scale per structure, acting wherever the structure is read.
+    """A copy of the network with one latent θ per structure, which acts wherever the structure is read.
 
     >>> import torch
     >>> from torch import nn
@@ -97,16 +97,16 @@ def insert_noise[Network: nn.Module](
     >>> list(bmrs.networks.noise_layers(noisy)), set(net.state_dict()) <= set(noisy.state_dict())
     (['0', '2'], True)
 
-    The given network is left as it is. The copy has its class, its forward signature and its parameters under
-    their names; `nn.MultiheadAttention` becomes an equal `SeparateAttention`, which loads the original's
-    weights too and turns back where `Reduction.apply` removes no head. A latent site is called after the
+    The given network is unchanged. The copy has its class, its forward signature and its parameters under
+    the same names. `nn.MultiheadAttention` becomes an equal `SeparateAttention`, which loads the original's
+    weights too; where `apply` removes no head, torch's own comes back. A latent site has the name of the
     first module that makes its structures.
 
     Args:
         network, example_input, leave_out: as for `structures`.
 
     Raises:
-        StructureError, ValueError: as `structures` does; and if nothing can be removed, with the reasons.
+        StructureError, ValueError: as `structures`. Also StructureError, with the reasons, if nothing can be removed.
     """
     found = structures(network, example_input, leave_out=leave_out)
     check_finite("network", network)
@@ -126,7 +126,7 @@ def insert_noise[Network: nn.Module](
 
 @torch.no_grad()
 def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs) -> None:
-    """Raise unless the network with noise, at θ = 1, gives what the given one does."""
+    """Raise StructureError unless the network with noise, at θ = 1, has the outputs of the given one."""
     outputs = []
     for one in (network, noisy):
         with torch.random.fork_rng(), at_one(noisy):
@@ -135,17 +135,17 @@ def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs
     for index, (wanted, found) in enumerate(zip(*outputs, strict=True)):
         if wanted.is_floating_point():
             distance, scale = difference(wanted.double(), found.double())
-            # rounding, as attention computed in another order has it
+            # only rounding may differ, as in attention that computes in another order
             if not distance <= min(1e4 * torch.finfo(wanted.dtype).eps, 0.1) * scale:
                 raise StructureError(
                     f"network can't be given noise: with every θ at 1 output {index} differs by {distance:.3g} from "
-                    f"what it gives, where outputs spread over {scale:.3g}"
+                    f"that of the network without noise, where outputs spread over {scale:.3g}"
                 )
 
 
 @torch.no_grad()
 def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_input: Inputs) -> set[str]:
-    """Paths of the layers whose input does not count examples in its first dimension."""
+    """Paths of the layers whose input does not have one entry per example in its first dimension."""
     found: set[str] = set()
     looked_at = copy.deepcopy(network).eval()
 
@@ -156,7 +156,7 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
 
         return hook
 
-    # of one batch size alone, another dimension might be as long by chance
+    # with one batch size alone, another dimension might have that length by chance
     for size in (2, 3):
         handles = [
             looked_at.get_submodule(path).register_forward_pre_hook(look(path, size), with_kwargs=True)
@@ -178,13 +178,13 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
     if not batch_size(example_input):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(example_input))
         raise ValueError(f"example_input must hold at least one example: got shape {shapes}")
-    looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
+    looked_at = copy.deepcopy(network)  # a forward pass may change its state
     with torch.random.fork_rng():
         with blamed_on_input(network):
             used = _modules_called(looked_at.eval(), example_input)
         try:
             trained = _modules_called(looked_at.train(), repeated(example_input, 2))
-        except Exception:  # as BatchNorm does with one value per channel: nothing can be said
+        except Exception:  # for example BatchNorm with one value per channel: no check is possible
             return
     hidden = sorted(trained - used)
     if hidden:
@@ -196,7 +196,7 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
 
 @torch.no_grad()
 def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
-    """Paths of the layers with parameters that one forward pass calls."""
+    """Paths of the modules with parameters that one forward pass calls."""
     called: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
@@ -218,7 +218,7 @@ def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
 
 
 def _try_removals(network: nn.Module, groups: list[StructureGroup], example_input: Inputs) -> dict[str, str]:
-    """Remove part of every group of a copy that has random weights; where its function changes, by site, how."""
+    """Remove a part of every group in a copy with random weights. Returns, by site, how the function changes."""
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     varied = copy.deepcopy(network)
@@ -234,13 +234,13 @@ def _try_removals(network: nn.Module, groups: list[StructureGroup], example_inpu
         torch.manual_seed(0)
         try:
             _randomise(varied, example)
-        except Exception:  # the network may not take any number, as a logarithm does not
+        except Exception:  # the network may not accept all numbers, as a logarithm does not
             example = given
             _randomise(varied, example)
     culprits: dict[str, str] = {}
     for some, error in _failures(varied, groups, example, generator):
         words = f"removing from {', '.join(repr(group.site) for group in some)}: {error}"
-        # one explanation for several that go wrong together
+        # one explanation for several that fail together
         culprits |= {group.site: words if group is some[0] else f"{group.site!r} with them" for group in some}
     return culprits
 
@@ -248,13 +248,13 @@ def _try_removals(network: nn.Module, groups: list[StructureGroup], example_inpu
 def _failures(
     network: nn.Module, groups: list[StructureGroup], example: Inputs, generator: torch.Generator
 ) -> list[tuple[list[StructureGroup], str]]:
-    """The groups, as few at a time as possible, whose removal changes the function, and how that shows."""
+    """The groups whose removal changes the function, as few at a time as possible, and the error."""
     noisy = copy.deepcopy(network)
     _attach(noisy, groups)
     kept: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for group in groups:
-        # another share of each group, so that groups that must be equally wide show it
+        # a different share of each group, to detect groups that must be equally wide
         share = 0.2 + 0.6 * float(torch.rand((), generator=generator))
         count = min(max(round(share * group.features), 1), group.features - 1)
         order = torch.randperm(group.features, generator=generator)
@@ -263,11 +263,11 @@ def _failures(
         scales[group.site] = 0.5 + torch.rand(group.features, generator=generator, dtype=torch.float64)
     for inner, outers in Nesting.of(groups).owners.items():
         for outer, owner in outers.items():
-            # something of what stays must be left, or there is nothing to compare
+            # of a structure that stays some part inside must stay, or there is nothing to compare
             kept[inner] |= owner == int(torch.nonzero(kept[outer])[0])
     try:
         remove_structures(noisy, kept, scales, example)
-    except (EqualityError, ValueError) as error:  # or cuts that leave nothing of a layer
+    except (EqualityError, ValueError) as error:  # ValueError: cuts that leave nothing of a layer
         if len(groups) == 1:
             return [(groups, str(error))]
         half = len(groups) // 2
@@ -282,7 +282,7 @@ def _failures(
 
 @torch.no_grad()
 def _randomise(network: nn.Module, example: Inputs) -> None:
-    """Weights under which every output depends on every structure; normalisation statistics to match."""
+    """Give random weights, so that every output depends on every structure, and matching BatchNorm statistics."""
     for parameter in network.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)

@@ -1,4 +1,4 @@
-"""Structures inside structures: which lie inside which, and which are read only through those inside them."""
+"""Structures inside structures: which lie inside which, and which are read only through structures inside them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pyro_bmrs.networks.groups import StructureGroup
 
 @dataclass(frozen=True)
 class Nesting:
-    """What lies inside what: positions of a flattened filter, where an `InputSelection` chooses among them.
+    """Which structures lie inside others, such as the positions of a flattened filter behind an `InputSelection`.
 
     Attributes:
-        owners: by inner and outer layer, the outer structure of each inner one, -1 for none. They leave with it.
-            Shape: (features of the inner layer,).
-        enclosed: by outer layer, True for structures that nothing reads but through those inside them: they leave
-            once all of these have. Shape: (features of the outer layer,).
+        owners: by inner and outer layer, the outer structure of each inner one; -1 for none. An inner structure is
+            removed with its outer one. Shape: (features of the inner layer,).
+        enclosed: by outer layer, True for structures that are read only through structures inside them. They are
+            removed once all of these are. Shape: (features of the outer layer,).
     """
 
     owners: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Nesting:
         return cls(owners, enclosed)
 
     def spread(self, present: Mapping[str, Tensor]) -> Nesting:
-        """The same among more structures, of which these are present: by layer, True where one is."""
+        """The same nesting with numbers among more structures. present[layer] is True for the structures known here."""
         rows = {site: torch.nonzero(there.cpu()).flatten() for site, there in present.items()}
 
         def among(site: str, values: Tensor, filling: int | bool) -> Tensor:
@@ -60,7 +60,7 @@ class Nesting:
         )
 
     def taken_along(self, inner: str, gone: Mapping[str, Tensor], *, like: Tensor) -> Tensor:
-        """What of a layer lies in something that goes, of the layers in `gone`. Shape: that of `like`."""
+        """True for structures of `inner` inside a removed structure of the layers in `gone`. Shape: that of `like`."""
         taken = torch.zeros_like(like)
         for outer, owner in self.owners.get(inner, {}).items():
             if outer in gone:
@@ -68,9 +68,10 @@ class Nesting:
         return taken
 
     def unread(self, outer: str, gone: Mapping[str, Tensor]) -> Tensor:
-        """What of a layer nothing reads any longer, as all that lies inside of it has gone."""
+        """True for structures of `outer` that no layer reads any more, since all structures inside them are removed."""
         inside = {inner: outers[outer] for inner, outers in self.owners.items() if outer in outers}
-        if not inside or not inside.keys() <= gone.keys():  # of a layer that is not asked about all stays
+        # a layer outside `gone` loses nothing
+        if not inside or not inside.keys() <= gone.keys():
             return torch.zeros_like(gone[outer])
         unread = self.enclosed[outer].clone()
         for inner, owner in inside.items():
@@ -88,10 +89,10 @@ class Nesting:
 
     @classmethod
     def from_json(cls, document: Any, sizes: Mapping[str, int]) -> Nesting:
-        """What `to_json` gave, of layers of these sizes.
+        """The nesting from `to_json`, for layers of these sizes.
 
         Raises:
-            ValueError: if it names what there is not, or a layer lies inside itself.
+            ValueError: if it names a layer or structure that does not exist, or a layer lies inside itself.
         """
         if not _is_nesting(document, sizes):
             raise ValueError(f"its nesting can't be {document!r}"[:200])
@@ -106,7 +107,7 @@ class Nesting:
 
 
 def _owner(inner: StructureGroup, outer: StructureGroup) -> Tensor | None:
-    """The structure of `outer` that each of `inner` lies in, -1 for none; None if `inner` chooses among no such."""
+    """For each structure of `inner` the one of `outer` around it, -1 for none; None if `inner` is not in `outer`."""
     made_by = {member.path: member for member in inner.producers}
     passed = {member.path for member in outer.members if member.role == "selection"}
     for member in outer.members:
@@ -120,7 +121,7 @@ def _owner(inner: StructureGroup, outer: StructureGroup) -> Tensor | None:
 
 
 def _enclosed(outer: StructureGroup, inside: Iterable[StructureGroup]) -> Tensor:
-    """True for structures all of whose readers read them through one inside."""
+    """True for structures that every reader reads through a structure inside."""
     through = {
         (member.path, index)
         for inner in inside
@@ -136,7 +137,7 @@ def _enclosed(outer: StructureGroup, inside: Iterable[StructureGroup]) -> Tensor
 
 
 def _is_nesting(document: Any, sizes: Mapping[str, int]) -> bool:
-    """Whether it names, for all of a layer, structures of other layers."""
+    """Whether a JSON document is a nesting of layers of these sizes."""
     if not isinstance(document, dict) or set(document) != {"owners", "enclosed"}:
         return False
     owners, enclosed = document["owners"], document["enclosed"]

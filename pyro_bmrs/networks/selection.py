@@ -1,4 +1,4 @@
-"""The layer that says which features of what it is given are read."""
+"""The layer that makes structures of the features of its input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class InputSelection(nn.Module):
-    """Passes on the selected features of its input: all of them, until a reduction takes some away.
+    """Passes on features of its input: all of them, until a reduction removes some.
 
     >>> import torch
     >>> from torch import nn
@@ -18,23 +18,23 @@ class InputSelection(nn.Module):
     >>> net(torch.zeros(5, 4)).shape
     torch.Size([5, 2])
 
-    A noise layer behind it makes a structure of every feature. Of the network's input this is automatic relevance
-    determination (MacKay, 1994): with a feature leave the columns that read it, and a reduced network takes
-    the same inputs as before and ignores those that are gone. Of what layers make, such as the flattened positions
-    of filters, it makes structures inside structures: a position can leave alone, with the column that reads it,
-    and leaves with its filter. The layer has no parameters.
+    With a noise layer behind it every feature is a structure. On the network's input this is automatic relevance
+    determination (MacKay, 1994): a feature is removed with the columns that read it. The reduced network takes
+    the same inputs as before and ignores the removed ones. Behind layers, for example on the flattened positions
+    of filters, it makes structures inside structures: a position can be removed alone, with the column that reads
+    it, and is removed with its filter. The layer has no parameters.
 
     Attributes:
-        index: which features are read, in the numbers of the input. Shape: (features,).
-        features: how many.
-        width: how many features the input has: fewer where structures that make them have left.
+        index: numbers of the features that are passed on. Shape: (features,).
+        features: number of features that are passed on.
+        width: number of features of the input. It shrinks when structures that make them are removed.
 
     Args:
         features: number of features, the size of dimension `dim` of the input.
         dim: dimension of the input that counts features, as in `MultiplicativeNoise`.
 
     Raises:
-        ValueError: if features < 1, dim counts examples, or the input has another number of features.
+        ValueError: if features < 1, dim is 0 (the examples), or the input has another number of features.
     """
 
     index: Tensor
@@ -56,15 +56,15 @@ class InputSelection(nn.Module):
         return x.index_select(self.dim, self.index)
 
     def rows_of(self, feature: int) -> list[int]:
-        """Where a feature of the input is in the output: nowhere, if it is not selected."""
-        if self.index.is_meta:  # numbers that can't be looked at, but for what they are at first
+        """The positions of an input feature in the output; empty if it is not passed on."""
+        if self.index.is_meta:  # values can't be read, but their first ones are known
             if self.features != self.width:
                 raise ValueError("a selection on the meta device must have lost nothing to be followed")
             return [feature]
         return torch.nonzero(self.index == feature).flatten().tolist()
 
     def renumber(self, kept: list[int]) -> None:
-        """Select the same of an input that has lost all features but `kept`, in increasing order."""
+        """Pass on the same features after the input has lost all features but `kept` (in increasing order)."""
         self.index = torch.searchsorted(torch.tensor(kept, device=self.index.device), self.index)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What of a network can be removed, what is tied to it, and what stays, with the reason."""
+"""The structures of a network: what can be removed together, and what stays, with the reason."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Refused:
 
     Attributes:
         path: the first module that makes them.
-        channels: how many.
-        reason: why none of them can be removed without changing the function of the others.
+        channels: their number.
+        reason: why none of them can be removed without changing the others.
     """
 
     path: str
@@ -37,11 +37,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Structures:
-    """All that a network's layers make: what can be removed, one group a latent site, and what can't.
+    """All channels that a network's layers make: those that can be removed, in groups, and those that can't.
 
     Attributes:
-        groups: by site name, in the order of the network's modules.
-        refused: what stays, with the reason.
+        groups: one group per latent site, by site name, in the order of the network's modules.
+        refused: channels that stay, with the reason.
     """
 
     groups: dict[str, StructureGroup]
@@ -55,7 +55,7 @@ class Structures:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per group, removable or not: its name, kind and size, the modules that make, carry and read it."""
+        """One row per group, removable or not: name, kind, size, and the modules that make, carry and read it."""
         rows: list[dict[str, Any]] = []
         for group in self:
             by_role = {
@@ -108,8 +108,8 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     [('producer', '0', [1]), ('consumer', '4', [4, 5, 6, 7])]
 
     Raises:
-        StructureError: if a noise layer written by hand has nothing in front that makes its structures, or
-            nothing behind that reads them; if two of them are tied to one channel; or if one is tied to a
+        StructureError: for a noise layer written by hand, if no layer in front makes its structures or
+            no layer behind reads them; if two such layers are tied to one channel; or if one is tied to a
             layer that can't be cut.
     """
     groups = {
@@ -128,17 +128,17 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
 def find_structures(
     network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()
 ) -> tuple[Structures, dict[str, str]]:
-    """What the dependency graph proposes for a network without noise, not yet tried; and what it can't follow.
+    """The structures that the dependency graph proposes for a network without noise. They are not yet tried.
 
     Args:
-        leave_out: paths of modules or parameters, or patterns of them such as "layer4.*"; what touches these or
-            lies below stays.
+        leave_out: paths of modules or parameters, or patterns of them such as "layer4.*". Structures that touch these,
+            or modules below them, stay.
 
     Returns:
-        The structures, and for each layer that is not understood, by path, words for it.
+        The structures; and by path, for each layer that can't be followed, an explanation.
 
     Raises:
-        StructureError: if the graph can't be made, or two groups claim one channel.
+        StructureError: if the graph can't be made, or two groups contain the same channel.
         ValueError: if an entry of `leave_out` matches no module.
     """
     paths = [path for path, _ in (*network.named_modules(), *network.named_parameters())]
@@ -160,7 +160,7 @@ def find_structures(
             continue
         try:
             reach = graph.reach(module, rows)
-        except Exception as error:  # the graph does not know all that it meets
+        except Exception as error:  # the graph does not know every operation
             unknown[path] = f"{path!r} can't be followed ({type(error).__name__}: {error})"
             continue
         for made, indices in reach.rows():
@@ -193,7 +193,7 @@ def find_structures(
             known = channels(module, ROWS) is not None
             reason = (
                 f"a {type(module).__name__}, no layer that can be cut" if not known or graph.calls[module] else
-                "never called on its own: other code uses its weight, or none"
+                "never called itself: other code uses its weight, or nothing does"
             )  # fmt: skip
             count = channels(module, ROWS) or max(p.shape[0] for p in matrices)
             refused.append(Refused(path or "(itself)", count, reason))
@@ -215,7 +215,7 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
     if layer in graph.nodes:
         reach = graph.reach(layer, list(range(layer.features)))
         for other in reach.noise():
-            # what a selection chooses among these structures may have a noise layer of its own
+            # an InputSelection behind these structures may have its own noise layer
             inside = reach.selections() and layer not in graph.reach(other, [*range(other.features)]).noise()
             if other is not layer and not inside:
                 raise StructureError(
@@ -228,7 +228,7 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
         if culprit:
             raise StructureError(f"structures of noise layer {site!r}: {culprit[1]}. {advice}")
         group = reach.group(site, by_hand=True)
-    # a layer with no parametrised module before or behind it never becomes a node of the graph
+    # a noise layer with no module with parameters in front or behind never becomes a node of the graph
     if layer not in graph.nodes or not group.producers or not group.consumers:
         missing = "makes" if layer not in graph.nodes or not group.producers else "behind it reads"
         raise StructureError(
@@ -237,14 +237,14 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
         )
     if group.features != layer.features:
         raise StructureError(
-            f"structures of noise layer {site!r} are tied to each other: {layer.features} of them are only "
-            f"{group.features} that can go alone. {advice}"
+            f"structures of noise layer {site!r} are tied to each other: its {layer.features} form only "
+            f"{group.features} that can be removed alone. {advice}"
         )
     return group
 
 
 def _refuse_overlaps(groups: dict[str, StructureGroup]) -> None:
-    """Raise where two groups claim the same row or column, and neither lies inside the other."""
+    """Raise StructureError if two groups contain the same row or column, and neither lies inside the other."""
     inside = {
         (inner, outer) for inner, outers in Nesting.of(groups.values()).owners.items() for outer in outers
     }

@@ -1,4 +1,4 @@
-"""Removing structures for real, and proving that the smaller network is the reduced model."""
+"""Removing structures physically, and proving that the smaller network equals the reduced model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyro_bmrs.networks.structures import structure_groups
 # The check runs in float64, where the two networks differ by rounding alone.
 TOLERANCE = 1e-10
 _OWN_TOLERANCE = 1e-5
-# An output that varies by less than this share of its size hides errors behind rounding.
+# Rounding hides errors in an output that varies by less than this share of its size.
 _LEAST_SPREAD = 0.01
 
 
@@ -39,11 +39,11 @@ class EqualityError(RuntimeError):
 
 
 class Surgery(NamedTuple):
-    """A smaller network and what was cut to get it."""
+    """A smaller network, and what was cut."""
 
     network: nn.Module
     cuts: Cuts
-    difference: float  # largest, relative to the spread of the outputs
+    difference: float  # the largest, relative to the spread of the outputs
 
 
 def check_equal(
@@ -56,16 +56,18 @@ def check_equal(
     rows: Mapping[str, list[int]] | None = None,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Largest difference of outputs relative to their spread over the examples; raises above `tolerance`.
+    """Largest difference of outputs, relative to their spread over the examples; raises above `tolerance`.
 
-    Compared are the networks' outputs and those of every layer that reads structures. Relative to the
-    spread (at least 1 % of the largest output), because an output that hardly depends on its input would
+    The outputs of the networks and of the layers `readers` are compared. The difference is relative to the
+    spread (at least 1 % of the largest output), since an output that hardly depends on its input would
     hide any error.
 
     Args:
-        small, reduced: the networks; θ of `reduced` is fixed at `scales`.
+        small, reduced: the networks.
+        scales: by site, the values of θ in `reduced`.
+        example_input: examples of both.
         readers: paths of the layers to compare too.
-        rows: by path, the channels of a layer's output in `reduced` that are left in `small`.
+        rows: by path, the channels of a layer's output in `reduced` that remain in `small`.
         tolerance: allowed relative difference.
 
     Raises:
@@ -108,9 +110,9 @@ def check_equal(
 
 
 def difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """Largest difference, and the spread over examples that it is to be held against."""
+    """(largest difference, spread of `wanted` over the examples)."""
     finite = wanted.isfinite()
-    # the infinities of a mask are no difference where both have them
+    # infinities, such as those of a mask, must be in the same places
     if not torch.equal(torch.where(finite, 0.0, wanted), torch.where(finite, 0.0, found)):
         return math.inf, 1.0
     distance = float(torch.where(finite, wanted - found, 0.0).abs().max())
@@ -121,7 +123,7 @@ def difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def _outputs_of(network: nn.Module, paths: Iterable[str]) -> Any:
-    """Collects what the layers at `paths` give, by path, while the context lasts."""
+    """Collects the outputs of the layers at `paths`, by path, while the context lasts."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(path: str) -> Any:
@@ -137,7 +139,7 @@ def _outputs_of(network: nn.Module, paths: Iterable[str]) -> Any:
 
 @contextmanager
 def _where(network: nn.Module) -> Any:
-    """Turns an error in the smaller network's forward pass into one that names the module."""
+    """Turns an error in the smaller network's forward pass into an EqualityError that names the module."""
     running: list[str] = []
     handles = []
 
@@ -169,26 +171,27 @@ def remove_structures(
     groups: Mapping[str, StructureGroup] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Surgery:
-    """A copy of `network` without noise, with only the kept structures, their scales folded in.
+    """A copy of `network` without noise, with only the kept structures and with θ folded into the weights.
 
     Args:
-        network: holds noise layers; left unchanged.
-        kept: per site a bool tensor (features,); at least one structure kept in each.
-        scales: per site the E[θ] (features,) that multiplies each kept structure; folded into the columns
-            of the layers that read it.
-        example_input: of more than one example, so that outputs have a spread: a tensor (batch, …), a tuple
+        network: has noise layers; unchanged.
+        kept: by site, a bool tensor (features,) with at least one True.
+        scales: by site, the value of θ of each structure, E[θ] in a reduction. Shape: (features,). It is multiplied
+            into the columns of the layers that read the structure.
+        example_input: more than one example, so that outputs have a spread: a tensor (batch, …), a tuple
             of arguments, or a mapping of keyword arguments.
-        groups: of the network's structures; None: they are found, which takes a trial.
-        tolerance: of `check_equal`, which is always run in float64. A network that can't run in float64 is
-            checked as it is, to 1e-5.
+        groups: the network's structures, by site; None: they are found from the network.
+        tolerance: of `check_equal`, which runs in float64. A network that can't run in float64 is
+            checked in its own precision, to 1e-5.
 
     Returns:
-        The smaller network (a plain module of the same class; device, dtypes, modes and which parameters require
-        gradients as in `network`), the cuts, and the largest relative difference found.
+        The smaller network (a plain module of the same class, with the device, dtypes, modes and
+        `requires_grad` of `network`), the cuts, and the largest relative difference.
 
     Raises:
         EqualityError: if its outputs on `example_input` are not those of the reduced model.
-        ValueError: if sites don't match, a layer would lose all its structures, or a scale or parameter is not finite.
+        ValueError: if sites or shapes don't match, a layer would lose all its structures, or a θ or parameter is not
+            finite.
     """
     layers = noise_layers(network)
     for name, given in (("kept", kept), ("scales", scales)):
@@ -214,7 +217,7 @@ def remove_structures(
     reduced = copy.deepcopy(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)
     for layer in noise_layers(reduced).values():
-        layer.kept.fill_(True)  # the scales below say what is removed
+        layer.kept.fill_(True)  # the scales below are 0 where a structure is removed
     if _runs_in_double(reduced, example):
         reduced, example = reduced.double(), as_double(example)
     else:
@@ -245,7 +248,7 @@ def remove_structures(
 
 @torch.no_grad()
 def _runs_in_double(network: nn.Module, example: Inputs) -> bool:
-    """Whether a network runs in float64, which one with constants of another precision may not."""
+    """Whether a network runs in float64. One with constants of another precision may not."""
     try:
         with fixed_scales(network, {s: layer.kept.double() for s, layer in noise_layers(network).items()}):
             call(copy.deepcopy(network).double(), first_examples(as_double(example), 2))
@@ -262,7 +265,7 @@ def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def fold(network: nn.Module, groups: Iterable[StructureGroup], scales: Mapping[str, Tensor]) -> None:
-    """Multiply, in place, the columns that read each structure by its scale."""
+    """Multiply, in place, the columns that read each structure by its θ."""
     for group in groups:
         for member in group.consumers:
             module, weight = network.get_submodule(member.path), weight_of(network, member)
@@ -274,16 +277,16 @@ def fold(network: nn.Module, groups: Iterable[StructureGroup], scales: Mapping[s
             if isinstance(module, _ConvTransposeNd):
                 weight.mul_(columns.view(-1, *[1] * (weight.dim() - 1)))
                 continue
-            # a row of a grouped convolution reads its own group's columns alone
+            # a row of a grouped convolution reads only its own group's columns
             split = module.groups if isinstance(module, _ConvNd) else 1
             factors = columns.view(split, -1).repeat_interleave(weight.shape[0] // split, dim=0)
             weight.mul_(factors.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
 
 
 def comparable(groups: Iterable[StructureGroup], small: nn.Module) -> list[str]:
-    """The layers that read structures and whose outputs can be seen in the smaller network.
+    """The layers that read structures and whose outputs can be observed in the smaller network.
 
-    Not those in torch's own attention, which takes the weights of its output projection and never calls it.
+    Not those in torch's own attention: it uses the weights of its output projection and never calls it.
     """
     modules = dict(small.named_modules())
     readers = dict.fromkeys(member.path for group in groups for member in group.consumers)

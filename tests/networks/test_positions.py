@@ -276,7 +276,7 @@ def test_cuts_of_a_selection_one_after_the_other_are_those_at_once(data):
 
 def test_a_selection_can_not_read_what_it_is_no_longer_given():
     net = nn.Sequential(bmrs.InputSelection(4))
-    with pytest.raises(ValueError, match="'0' can't select features that it is no longer given"):
+    with pytest.raises(ValueError, match="'0' passes on features that its input has lost"):
         Cuts({}, {"0": [0, 1]}).cut(net)
     assert net[0].width == 4
 

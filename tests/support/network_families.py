@@ -1,4 +1,4 @@
-"""The kinds of networks that are handled, and those that are not: what the tests run and docs/networks.md lists.
+"""The kinds of networks that are handled, and those that are not. The tests run them; docs/networks.md lists them.
 
 python tests/support/network_families.py > docs/networks.md
 """
@@ -30,7 +30,7 @@ class Family:
         build: makes it, with an example input.
         groups: number of groups that are found.
         structures: number of structures by kind.
-        stays: by path or pattern of the first module that makes what can't be removed, words of the reason.
+        stays: reason why channels stay, by path or pattern of the first module that makes them.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Unsupported:
         name: of the example.
         build: makes it, with an example input.
         exception: that `structures` raises.
-        message: words of what it says.
-        why: and what to do.
-        leave_out: what it says to leave out, with which the rest is handled; empty where that is no help.
+        message: part of its message.
+        why: the reason, and what to do.
+        leave_out: what the message says to leave out, so that the rest is handled; empty where that does not help.
     """
 
     name: str
@@ -323,7 +323,8 @@ FAMILIES = [
         selected_positions, 4, {"filters": 6, "units": 10, "positions": 64}, {"7": OUTPUT},
     ),
     Family(
-        "Selected positions beside a convolution", "filters that are read whole, and position by position",
+        "Selected positions beside a convolution",
+        "filters that one layer reads whole and another position by position",
         lambda: (SelectedBeside(), images(2, 4, 4)), 4, {"filters": 11, "positions": 96, "units": 7},
         {"output": OUTPUT},
     ),
@@ -390,8 +391,8 @@ FAMILIES = [
             "features.0.0": "normalised together by 'features.0.2', a LayerNorm",
             "features.2.reduction": "normalised together by 'features.3.0.norm1', a LayerNorm",
             "features.?.0.attn": "a ShiftedWindowAttention, no layer that can be cut",
-            "features.?.0.attn.qkv": "never called on its own: other code uses its weight, or none",
-            "features.?.0.attn.proj": "never called on its own: other code uses its weight, or none",
+            "features.?.0.attn.qkv": "never called itself: other code uses its weight, or nothing does",
+            "features.?.0.attn.proj": "never called itself: other code uses its weight, or nothing does",
             "head": OUTPUT,
         },
     ),
@@ -420,7 +421,7 @@ FAMILIES = [
         },
     ),
     Family(
-        "Llama (Hugging Face, small)", "gated linear units; two query heads to each key head go together",
+        "Llama (Hugging Face, small)", "gated linear units; two query heads share a key head and are removed together",
         hugging_face_llama, 4, {"heads": 4, "units": 96},
         {
             "model.layers.0.self_attn.o_proj":
@@ -566,7 +567,7 @@ UNSUPPORTED = [
         "`nn.GLU`", gated_halves, StructureError,
         "some of the channels of '4' can't be followed to a layer that reads them",
         "One half of the channels gates the other half, which is not followed. Write two linear layers and "
-        "multiply what they give.", ("4",),
+        "multiply their outputs.", ("4",),
     ),
     Unsupported(
         "`nn.PixelShuffle`", pixel_shuffle, StructureError,
@@ -581,12 +582,12 @@ UNSUPPORTED = [
     Unsupported(
         "Flatten with channels last", lambda: (ChannelsLast(), images(3, 4, 4)), StructureError,
         "removing from 'filters': the smaller network",
-        "Columns behind a flatten are taken to be in the order of channels.", ("filters",),
+        "Columns behind a flatten are assumed to be in the order of channels.", ("filters",),
     ),
     Unsupported(
         "MLP-Mixer", lambda: (Mixer(), images(3, 8, 8)), StructureError,
         "some of the channels of 'over_tokens' can't be followed to a layer that reads them",
-        "Linear layers over tokens: these are taken for channels.", ("over_tokens", "patches"),
+        "Linear layers over tokens: tokens are taken for channels.", ("over_tokens", "patches"),
     ),
 ]  # fmt: skip
 
@@ -596,15 +597,16 @@ def networks_page() -> str:
     lines = [
         "# Networks",
         "",
-        "What `structures` and `insert_noise` make of the networks in `tests/support/network_families.py`. This page",
-        "is generated from that file, and `tests/networks/test_conformance.py` runs every line of its tables.",
+        "What `structures` and `insert_noise` do with the networks in `tests/support/network_families.py`. This page",
+        "is generated from that file. `tests/networks/test_conformance.py` runs every row of its tables.",
         "",
         "## Handled",
         "",
-        "For each of these the tests insert noise, remove half of the structures, none of them, and all but one of",
-        "each group, and compare the smaller network with the one with noise: outputs, and what every layer that",
-        "reads structures gives, to 10⁻⁵ of their spread over the examples in float32 and 10⁻¹⁰ in float64. Counts",
-        "are of the example; small ones have fewer layers or channels than the network they are named after.",
+        "The tests insert noise into each of these and remove half of the structures, none of them, and all but one",
+        "of each group. Then they compare the smaller network with the one with noise: its outputs, and those of every",
+        "layer that reads structures. They agree to 10⁻⁵ of their spread over the examples in float32 and to 10⁻¹⁰ in",
+        "float64. Counts are those of the example. An example marked small has fewer layers or channels than the",
+        "original network. Units are the outputs of linear layers.",
         "",
         "| network | what it has | structures found | what stays, and why |",
         "|---|---|---|---|",
@@ -618,21 +620,21 @@ def networks_page() -> str:
         "",
         "What stays in every network:",
         "",
-        "- **Outputs of the network.** Removing one would change what it gives.",
-        "- **Channels that feed a LayerNorm or GroupNorm**, or any module that reads all of them at once, as RMSNorm",
-        "  does: without one of them the others come out different. So the residual stream of a transformer stays,",
-        "  while its heads and hidden units go. BatchNorm and InstanceNorm treat each channel alone.",
+        "- **Outputs of the network.** Removing one would change the result.",
+        "- **Channels that feed a LayerNorm or GroupNorm**, or another module that reads all of them at once, such as",
+        "  RMSNorm: without one of them the others come out different. So the residual stream of a transformer stays;",
+        "  its heads and hidden units can be removed. BatchNorm and InstanceNorm treat each channel alone.",
         "- **Layers that share their weight** with another layer, or that are called several times in one pass.",
         "- **Channels that are added to an input of the network**, and those that no linear or convolution layer",
         "  reads.",
         "- **Parameters outside of torch's own layers**, such as class tokens, position embeddings and layer scales.",
         "- **Embeddings**, unless a linear or convolution layer is tied to their channels.",
-        "- **The last structure of a group.** One stays.",
+        "- **The last structure of a group.**",
         "",
         "## Not handled",
         "",
-        "`structures` and `insert_noise` raise an error that names the layers and, where it helps, what to pass as",
-        "`leave_out`. A layer that is left out stays whole, and so do the structures that it reads.",
+        "`structures` and `insert_noise` raise an error that names the layers and, if that helps, what to pass as",
+        "`leave_out`. A layer that is left out stays whole. So do the structures that it reads.",
         "",
         "| network | error | why, and what to do |",
         "|---|---|---|",
@@ -645,8 +647,7 @@ def networks_page() -> str:
         lines.append(f"| {network.name} | {error} | {network.why}{advice} |")
     lines += [
         "",
-        "A network that is not listed is tried in the same way before anything is offered: call `structures` and read",
-        "what it says.",
+        "A network that is not listed is tried in the same way: call `structures` and read its answer.",
     ]
     return "\n".join(lines) + "\n"
 
