@@ -161,6 +161,10 @@ class Settings(Checked):
         description="Of the learning rates: constant, cosine or linear (to zero). "
         "In Python also a function of the share of steps done, from 0 to 1, to a factor.",
     )
+    rate_warm_up: float = Field(
+        default=0.0, ge=0, le=1,
+        description="Share of the steps over which the learning rates rise linearly from 0, from 0 to 1.",
+    )  # fmt: skip
     weight_decay: float = Field(
         default=0.0, ge=0,
         description="Of the weights of the model's layers, decoupled from the gradient (AdamW). "
@@ -254,7 +258,7 @@ class Settings(Checked):
         factor = (SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule)(done)
         if not (math.isfinite(factor) and factor >= 0):
             raise ValueError(f"schedule must give finite factors of 0 or more: got {factor!r}")
-        return factor
+        return factor * min(done / self.rate_warm_up, 1.0) if self.rate_warm_up else factor
 
     def kl_factor(self, step: int, steps: int) -> float:
         """Factor on the KL weight at a step, counted from 0, of a fit of `steps` steps."""
