@@ -21,15 +21,16 @@ _HOMES = {
         "reduced_posterior", "register_log_evidence_change", "register_reduced_posterior",
     ),
     "networks": (
-        "InputSelection", "MultiplicativeNoise", "insert_noise", "name_sites", "structures", "without_noise",
+        "InputSelection", "MultiplicativeNoise", "export_onnx", "insert_noise", "name_sites", "structures",
+        "without_noise",
     ),
-    "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "recalibrate"),
+    "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "predict", "recalibrate"),
     "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "NetworkPlan", "Random", "Rule", "WeightNorm"),
     "programs": (
         "ModelPosterior", "ProgramPlan", "ReducedPosterior", "evidence_curve", "exhaustive_reduction",
         "greedy_reduction", "reduce",
     ),
-    "fitting": ("Fit", "fit"),
+    "fitting": ("Fit", "fit", "load_posterior", "save_posterior"),
     "checks": ("check_posterior", "load_datatree", "loo", "save_datatree", "to_datatree"),
     "quality": ("Diagnosis", "compression_curve", "diagnose"),
     "figures": ("plot_evidence_curve", "plot_models", "plot_reductions"),
@@ -53,11 +54,12 @@ if TYPE_CHECKING:
         register_reduced_posterior,
     )
     from pyro_bmrs.figures import plot_evidence_curve, plot_models, plot_reductions
-    from pyro_bmrs.fitting import Fit, fit
-    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, recalibrate
+    from pyro_bmrs.fitting import Fit, fit, load_posterior, save_posterior
+    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, predict, recalibrate
     from pyro_bmrs.networks import (
         InputSelection,
         MultiplicativeNoise,
+        export_onnx,
         insert_noise,
         name_sites,
         structures,

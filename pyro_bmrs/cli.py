@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -195,21 +194,11 @@ def _old_run(given: dict[str, Any], *changes: str) -> Run:
 
 def _print_outcome(run: Run) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
-    for name in ("network", "parameters", "test accuracy", "test NLL (nats)"):
-        table.add_column(name, justify="left" if name == "network" else "right")
-    for row in run.evaluation().to_dict("records"):
-        table.add_row(
-            row["network"],
-            f"{row['parameters']:,}",
-            # a network that shrank while it was fitted has no accuracy of its own
-            "" if isnan(row["accuracy"]) else f"{100 * row['accuracy']:.2f} %",
-            "" if isnan(row["accuracy"]) else f"{row['negative_log_likelihood']:.4f}",
-        )
+    from pyro_bmrs.runs.outcomes import NETWORKS, table_of
+
     console = Console()
-    console.print(table)
+    console.print(table_of(NETWORKS, run.evaluation().to_dict("records")))
     console.print(run.plan().summary(), markup=False, highlight=False, soft_wrap=True)
     outcome = run.outcome()
     console.print(
@@ -401,7 +390,7 @@ def report(
         for name, value in (("draws", draws), ("foreign", foreign)):
             if value is not None:
                 raise ValueError(f"--{name} is for the report of one run: got it with {len(folders)}")
-        from pyro_bmrs.runs.comparison import report_runs
+        from pyro_bmrs.runs.outcomes import report_runs
 
         print(f"report: {report_runs(folders, out or Path('comparison.html'))}")
         return
@@ -413,11 +402,15 @@ def report(
 
 
 @app.command()
-def show(folder: RunFolder) -> None:
-    """Print what came out of a run: sizes, accuracy, widths, k̂ and warnings."""
-    from pyro_bmrs.runs.show import show_run
+def show(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="A run's folder; several are shown side by side.")
+    ],
+) -> None:
+    """Print what came out of runs: sizes, accuracy, widths; of one run k̂ and warnings too."""
+    from pyro_bmrs.runs.outcomes import show_runs
 
-    show_run(folder)
+    show_runs(folders)
 
 
 @app.command()

@@ -8,14 +8,11 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,28 +30,23 @@ _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 MOST_TEXT = 2**26
 
 
-def _not_writable(folder: Path) -> Path | None:
-    """The folder, or where it would have to be made, if nothing can be written there."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
-
-
 def check_folder(name: str, folder: Path) -> None:
     """Raise ValueError, naming the argument, unless files can be written to `folder`; nothing is created."""
-    there = _not_writable(folder)
-    if there is not None:
-        raise ValueError(f"{name} must be a folder that can be written to: got {folder}, and {there} is none")
+    _check_writable(name, "a folder", folder, folder)
 
 
 def check_file(name: str, path: Path) -> None:
     """Raise ValueError, naming the argument, unless a file can be written to `path`; nothing is created."""
     if path.is_dir():
         raise ValueError(f"{name} must be a file to write: got the folder {path}")
-    there = _not_writable(path.parent)
-    if there is not None:
-        raise ValueError(
-            f"{name} must be in a folder that can be written to: got {path}, and {there} is none"
-        )
+    _check_writable(name, "in a folder", path, path.parent)
+
+
+def _check_writable(name: str, allowed: str, given: Path, folder: Path) -> None:
+    """Raise ValueError if nothing can be written to the folder, or where it would have to be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{name} must be {allowed} that can be written to: got {given}, and {there} is none")
 
 
 def _make_folder(name: str, folder: Path) -> None:
@@ -122,8 +114,7 @@ class FolderInUseError(ValueError):
 def held(name: str, folder: Path) -> Iterator[None]:
     """A context in which no other process that asks is let into `folder`, which is made where it is missing.
 
-    The folder itself is locked, so that nothing lies in it that could be left behind; the system lets go of it
-    with the process, however that ends.
+    The file `.lock` in the folder is locked. The system unlocks it when the process ends, however that happens.
 
     Args:
         name: the argument that gave the folder, for the message.
@@ -135,32 +126,27 @@ def held(name: str, folder: Path) -> Iterator[None]:
     check_folder(name, folder)
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     _make_folder(name, folder)
-    try:
-        with _locked(name, folder):
-            yield
-    finally:
-        with suppress(OSError):  # what was refused at once leaves no empty folders
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def _locked(name: str, folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    path = folder / ".lock"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(FileLock(path, blocking=False))
+        except (
+            Timeout,
+            FileNotFoundError,
+        ):  # the folder is gone: another process is just removing what it made
             raise FolderInUseError(
                 f"{name} must be a folder that no other process works in: got {folder}, which one does; wait for "
                 "it, stop it, or choose another folder"
             ) from None
-        yield
-    finally:
-        os.close(handle)
+        try:
+            yield
+        finally:
+            # All this while the file is still locked. A process that has opened it, and locks it next, finds that it
+            # has no name any more, and is refused by filelock.
+            with suppress(OSError):  # Windows removes no open file; a folder with other files stays
+                path.unlink()
+                for empty in made:
+                    empty.rmdir()
 
 
 def read_text(path: Path) -> str:

@@ -1,10 +1,88 @@
-"""A progress bar with the time that is left, where somebody looks."""
+"""How far something is: a line now and then, and on a terminal a bar below them with the time that is left."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+
+class Progress:
+    """A context that is told what is done. What it shows goes to standard error.
+
+    Args:
+        what: what is done, in a word or two.
+        total: how many parts it has.
+        shown: False: nothing is shown.
+        bar: whether there is a bar; None: where standard error is a terminal.
+    """
+
+    def __init__(self, what: str, total: int, *, shown: bool = True, bar: bool | None = None) -> None:
+        self.what, self.total, self.shown, self.bar = what, total, shown, bar
+        self.done = self.done_before = 0
+        self._start = time.perf_counter()
+        self._bar: Bar | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.shown and (sys.stderr.isatty() if self.bar is None else self.bar):
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            words = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("left", "note")]
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *words,
+                console=Console(stderr=True, force_terminal=True), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(self.what, total=self.total, left="", note="")
+            self._stack.enter_context(self._bar)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def advance(self, count: int = 1) -> None:
+        """So many more parts are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, left=self._left())
+
+    def resume(self, count: int) -> None:
+        """So many more parts were done before. They say nothing about the time that the others take."""
+        self.done_before += count
+        self.advance(count)
+
+    def note(self, text: str) -> None:
+        """Show a text beside the bar, in place of the one before."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=text)
+
+    def say(self, line: str) -> None:
+        """Print a line, with the time so far and the time that is left."""
+        if not self.shown:
+            return
+        times = f"{_clock(time.perf_counter() - self._start)} so far"
+        told = f"{line}; {', '.join(part for part in (times, self._left()) if part)}"
+        if self._bar is None:
+            print(told, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+    def _left(self) -> str:
+        worked, waiting = self.done - self.done_before, self.total - self.done
+        if worked <= 0 or waiting <= 0:
+            return ""
+        return f"about {_clock((time.perf_counter() - self._start) / worked * waiting)} left"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 @contextmanager
@@ -14,13 +92,5 @@ def bar(what: str, total: int, shown: bool | None = None) -> Iterator[Callable[[
     Args:
         shown: None: where standard error is a terminal.
     """
-    if not (sys.stderr.isatty() if shown is None else shown):
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True, force_terminal=True)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
+    with Progress(what, total, shown=shown is not False, bar=shown) as progress:
+        yield progress.advance

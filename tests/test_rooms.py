@@ -9,7 +9,7 @@ import pyro_bmrs
 PACKAGE = Path(pyro_bmrs.__file__).parent
 # From the bottom up. An arrow never runs up; those of one line know nothing of each other.
 FLOORS = (
-    ("arguments", "files", "numerals", "progress", "data_sources"),
+    ("arguments", "files", "numerals", "progress", "tables"),
     ("distributions",),
     ("evidence", "networks", "data"),
     ("inference",),

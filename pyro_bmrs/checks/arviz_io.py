@@ -19,7 +19,7 @@ from pyro_bmrs.checks.draws import DataOfModel, JointDraws, check_whole, joint_d
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.inference.batches import Data
-from pyro_bmrs.inference.looking import looking
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.pruning.reduce import kl_weight_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def to_datatree(
     if not callable(guide):
         raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
     of_model = DataOfModel(model, data, batch_size)
-    with looking(model, seed):
+    with untouched(model, guide, seed=seed):
         found = joint_draws(guide, of_model, draws)
     if not constant_data:
         found.inputs.clear()

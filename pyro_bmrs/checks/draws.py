@@ -28,6 +28,7 @@ from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import elementary
 from pyro_bmrs.inference.likelihoods import Classifier, Regressor
 from pyro_bmrs.inference.posteriors import check_arguments, model_at
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 from pyro_bmrs.progress import bar
@@ -90,7 +91,7 @@ class DataOfModel:
 
     def first(self) -> tuple[Any, ...]:
         """The first batch; what a loader draws for it is drawn again."""
-        with torch.random.fork_rng():
+        with untouched():
             return next(iter(self))
 
 
@@ -109,7 +110,7 @@ class PosteriorDraws:
 
 
 def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws: int) -> PosteriorDraws:
-    """Draw all latents jointly; to be called while `looking`."""
+    """Draw all latents jointly; to be called within `untouched`."""
     values: list[dict[str, Tensor]] = []
     densities, points = [], True
     for _ in range(draws):
@@ -215,7 +216,7 @@ def log_densities(
     visit: Visitor = lambda draw, start, arguments, trace, terms: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> LogDensities:
-    """log p(θ) and log p(y | θ) at values of all latents; to be called while `looking`.
+    """log p(θ) and log p(y | θ) at values of all latents; to be called within `untouched`.
 
     Args:
         values: of all latents, for each draw.
@@ -337,7 +338,7 @@ class JointDraws:
 
 
 def joint_draws(guide: Callable[..., Any], data: DataOfModel, draws: int) -> JointDraws:
-    """Everything at joint draws of a guide; to be called while `looking`.
+    """Everything at joint draws of a guide; to be called within `untouched`.
 
     Memory: 8 bytes for the log-likelihood and those of a prediction, per draw and observation; 24 at most per
     draw and latent element; the data themselves; and one batch.
@@ -472,7 +473,7 @@ def dims_of(site: Mapping[str, Any]) -> tuple[str | None, ...]:
 def draw_prior(
     model: Callable[..., Any], arguments: tuple[Any, ...], names: Collection[str], draws: int
 ) -> dict[str, Array]:
-    """Draws of latents from the prior; none where they can't be drawn. To be called while `looking`."""
+    """Draws of latents from the prior; none where they can't be drawn. To be called within `untouched`."""
     layers = noise_layers(model) if isinstance(model, nn.Module) else {}
     if set(names) <= set(layers):  # known without running the network
         return {name: _host(layers[name].prior().sample((draws,)) * layers[name].kept) for name in names}

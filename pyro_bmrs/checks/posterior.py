@@ -27,8 +27,8 @@ from pyro_bmrs.checks.draws import (
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.inference.batches import Data
 from pyro_bmrs.inference.guides import elementary
-from pyro_bmrs.inference.looking import looking
 from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, parents_of, read_blocks
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.numerals import with_error
 from pyro_bmrs.programs.sites import LatentSite, latent_site
@@ -141,12 +141,12 @@ def check_posterior(
         raise ValueError(
             f"dataset_size must be the number of all examples, of which data has {examples} in batches: got {size!r}"
         )
-    with looking(model, seed):
+    with untouched(model, guide, seed=seed):
         return _Checking(model, guide, of_model, draws, size / examples, weight).result(examples, size)
 
 
 class _Checking:
-    """One look at a posterior; to be made while `looking`."""
+    """One look at a posterior; to be made within `untouched`."""
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ from pyro_bmrs.fitting.signals import StopRequest
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.inference.predict import posterior_point
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
@@ -70,15 +72,9 @@ class Task:
 
 @contextmanager
 def isolated(seed: int, *, validate: bool) -> Iterator[None]:
-    """Own random numbers, own parameter store, own validation setting: nothing leaks to the process."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(pyro.get_param_store().scope())
-        # Pyro puts its own earlier setting back into torch, which may have been another
-        torch_setting = torch.distributions.Distribution._validate_args
-        stack.callback(torch.distributions.Distribution.set_default_validate_args, torch_setting)
-        stack.enter_context(pyro.validation_enabled(validate))
-        torch.manual_seed(seed)
+    """Nothing leaks to the process; the parameter store is empty, as others' parameters may have the same names."""
+    with untouched(seed=seed, gradients=True), pyro.get_param_store().scope():
+        pyro.enable_validation(validate)
         yield
 
 
@@ -410,18 +406,9 @@ class Loop:
                     )
 
     def _scales(self) -> dict[str, Tensor]:
-        """Values to predict with: E[θ] where it is known, one draw from the guide for other latents."""
-        if isinstance(self.guide, AutoTruncatedLogNormal):
-            return self.guide.mean()
         if self.guide is None:
             return {}
-        trace = poutine.trace(self.guide).get_trace(*self.first)
-        draws = {
-            name: site["value"].detach()
-            for name, site in trace.iter_stochastic_nodes()
-            if name not in self.objective.local_sites
-        }
-        return draws | {site: q.mean for site, q in read_posterior(self.guide, *self.first).items()}
+        return posterior_point(self.guide, *self.first, without=self.objective.local_sites)
 
     def _kl(self) -> float:
         """KL of the noise sites over the whole data set, in nats, unweighted."""

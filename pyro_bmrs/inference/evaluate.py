@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import pyro
-import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
-from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import FixedScales
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 
 
 class Evaluation(NamedTuple):
@@ -23,7 +22,6 @@ class Evaluation(NamedTuple):
     accuracy: float
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: Data | Batches, scales: Mapping[str, Tensor] | None = None, batch_size: int = 1000
 ) -> Evaluation:
@@ -32,12 +30,14 @@ def evaluate(
     Args:
         model: any Pyro model that observes y; accuracy is given where it returns logits and y is integer.
         data: (x, y) tensors, a data set or a loader.
-        scales: θ by site, e.g. `guide.mean()`; sites without one are drawn.
+        scales: θ by site, e.g. `guide.mean()`; sites without one are drawn from their prior, with a warning.
     """
     device = next(model.parameters()).device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
-    with in_mode(model, training=False), torch.random.fork_rng(), pyro.get_param_store().scope():
+    if set(noise_layers(model)) - set(scales or {}):
+        warnings.warn(FROM_PRIOR, stacklevel=2)
+    with untouched(model):
         for x, y in batches:
             with FixedScales(scales or {}):
                 trace = poutine.trace(model).get_trace(x, y)

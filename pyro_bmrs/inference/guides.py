@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import count
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.cuts import replace_data
 
@@ -212,7 +214,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
             mask = mask_of(site["fn"])
             if isinstance(mask, Tensor):  # structures that an earlier fit has removed
                 self.site_posterior(name).kept.copy_(mask)
-        self.example_arguments = args or tuple(kwargs.values())
+        self.example_arguments = in_order(self.model, args, kwargs)
 
     def site_posterior(self, site: str) -> SitePosterior:
         """The module that holds the parameters of one site."""
@@ -262,15 +264,29 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         return {name: q.mean * self.site_posterior(name).kept for name, q in self.posterior().items()}
 
 
+def in_order(
+    program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments of a call of a program by position; those that only have a keyword are left to their defaults."""
+    if not kwargs:
+        return args
+    called = inspect.unwrap(program)  # what poutine.block and its like have wrapped
+    bound = inspect.signature(called.forward if isinstance(called, nn.Module) else called).bind(
+        *args, **kwargs
+    )
+    bound.apply_defaults()
+    return bound.args
+
+
 def read_posterior(guide: Callable[..., Any], *args: Any) -> dict[str, TruncatedLogNormal]:
-    """The truncated log-normal posteriors of any mean-field guide, detached, by site.
+    """The truncated log-normal posteriors of any mean-field guide, detached, by site; no trace is left.
 
     Raises:
         ValueError: if the guide has none, naming the sites it has and their types.
     """
     if isinstance(guide, AutoTruncatedLogNormal):
         return guide.posterior()
-    with torch.no_grad():
+    with untouched(guide):
         trace = poutine.trace(guide).get_trace(*args)
         found = {
             name: elementary(site["fn"])

@@ -43,7 +43,11 @@ class _Likelihood(nn.Module):
         self.store_name = f"{type(self).__name__}_{next(_serial)}"
 
     def predict(self, x: Any) -> Tensor:
-        """The network's output tensor for a batch."""
+        """The network's output tensor for a batch, such as logits.
+
+        With noise layers in the network, θ is drawn from its prior where no guide is at work, with a warning:
+        `pyro_bmrs.predict(model, guide, x)` predicts.
+        """
         value = call(self.net, x)
         if self.output is not None:
             value = self.output(value)

@@ -33,6 +33,7 @@ from torch.distributions import (
 
 from pyro_bmrs.evidence.unwrapping import fixed, flat, in_float64
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FixedScales
 
 
@@ -152,7 +153,7 @@ class UnreadablePosteriorError(ValueError):
 
 
 def read_blocks(guide: Callable[..., Any], *args: Any, sites: tuple[str, ...]) -> list[Block]:
-    """The blocks of a guide's posterior that hold the given sites, detached, in float64.
+    """The blocks of a guide's posterior that hold the given sites, detached, in float64; no trace is left.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -176,7 +177,7 @@ def read_blocks(guide: Callable[..., Any], *args: Any, sites: tuple[str, ...]) -
         ValueError: for a site that the guide does not have.
         RuntimeError: for an autoguide without parameters yet.
     """
-    with torch.no_grad():
+    with untouched(guide):
         blocks = _read(guide, args, set(sites))
     found = {name for block in blocks for name in block.sites}
     missing = [name for name in sites if name not in found]

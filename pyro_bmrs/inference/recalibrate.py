@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import call, check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
 
-@torch.no_grad()
 def recalibrate[Network: nn.Module](
     network: Network, data: Data, *, examples: int = 4096, batch_size: int = 128, seed: int = 0
 ) -> Network:
@@ -63,7 +63,7 @@ def recalibrate[Network: nn.Module](
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
     seen = whole = 0
     try:
-        with in_mode(network, training=False), torch.random.fork_rng():
+        with untouched(), in_mode(network, training=False):
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average

@@ -1,6 +1,7 @@
 """Networks: the noise layer, the structures that can be removed, and their removal."""
 
 from pyro_bmrs.networks.dependency_graph import StructureError
+from pyro_bmrs.networks.export import export_onnx
 from pyro_bmrs.networks.hooked_noise import network_of, without_noise
 from pyro_bmrs.networks.insertion import insert_noise, structures
 from pyro_bmrs.networks.noise import MultiplicativeNoise, name_sites, noise_layers
@@ -8,6 +9,6 @@ from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.surgery import EqualityError
 
 __all__ = [
-    "EqualityError", "InputSelection", "MultiplicativeNoise", "StructureError", "insert_noise", "name_sites",
-    "network_of", "noise_layers", "structures", "without_noise",
+    "EqualityError", "InputSelection", "MultiplicativeNoise", "StructureError", "export_onnx", "insert_noise",
+    "name_sites", "network_of", "noise_layers", "structures", "without_noise",
 ]  # fmt: skip

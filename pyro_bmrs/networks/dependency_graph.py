@@ -92,7 +92,7 @@ class DependencyGraph:
             if has_own_parameters(module)
         ]
         try:
-            with torch.enable_grad(), at_one(network):
+            with torch.enable_grad(), torch.random.fork_rng(), at_one(network):
                 self.graph = torch_pruning.DependencyGraph().build_dependency(
                     network,
                     example_inputs=example,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import pyro
 import torch
 from pyro.distributions import Independent
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform
@@ -21,6 +23,10 @@ LARGE = 2**16
 # Set by the handler that draws several values per batch: a stack of θ from elsewhere, such as
 # `Predictive(parallel=True)`, must not be taken for them.
 draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
+FROM_PRIOR = (
+    "this network has noise layers and is called without a guide, so that each θ is drawn from its prior: to predict, "
+    "call pyro_bmrs.predict(model, guide, x)"
+)
 # θ by site, already 0 for what has been removed, where a fit has drawn those of all layers at once.
 _drawn_together: ContextVar[Mapping[str, Tensor] | None] = ContextVar("drawn_together", default=None)
 
@@ -44,14 +50,15 @@ class MultiplicativeNoise(nn.Module):
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), MultiplicativeNoise(8), nn.Linear(8, 2))
     >>> name_sites(net)
     >>> sites = pyro.poutine.trace(net).get_trace(torch.zeros(5, 4)).stochastic_nodes
-    >>> sites, net(torch.zeros(5, 4)).shape
-    (['2'], torch.Size([5, 2]))
+    >>> sites
+    ['2']
 
     Put it where the structure is *consumed*: after the activation, at the input of the next linear or
     convolution layer (pooling, flatten and dropout may stand between). There θ = 0 is exactly removal,
     and multiplying the consumer's columns by E[θ] is exactly θ = E[θ], whatever activation, bias or
     normalisation comes before.
 
+    Outside of Pyro, as in `net(x)`, θ is drawn from its prior, with a warning: `predict` uses the posterior.
     In its forward pass the layer is one Pyro sample site, named after its module by `name_sites` (which
     `Classifier`, `Regressor` and `AutoTruncatedLogNormal` call), with value of shape (features,), or
     (draws, features) where `fit` draws for groups of examples: example i then uses draw i mod draws.
@@ -110,6 +117,8 @@ class MultiplicativeNoise(nn.Module):
         together = _drawn_together.get()
         if together is not None:
             return together[self.site]
+        if not am_i_wrapped():
+            warnings.warn(FROM_PRIOR, stacklevel=2)
         theta: Tensor = pyro.sample(self.site, self.prior())
         if theta.shape[-1] != self.features:
             raise ValueError(

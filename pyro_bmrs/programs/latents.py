@@ -23,7 +23,6 @@ from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, check_support, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
-from pyro_bmrs.inference.looking import looking
 from pyro_bmrs.inference.posteriors import (
     Block,
     JointNormalBlock,
@@ -32,6 +31,7 @@ from pyro_bmrs.inference.posteriors import (
     parents_of,
     read_blocks,
 )
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.averaging import Averaging, root_of
 from pyro_bmrs.programs.reduced_posterior import (
@@ -130,8 +130,8 @@ class Latents:
                 self.sites[name] = latent_site(name, block, node, reduced, on, units)
 
     def looking(self, stream: int = 0) -> AbstractContextManager[None]:
-        """Looking only. Other streams, other draws."""
-        return looking(self.model, self.seed + stream)
+        """No trace is left. Other streams, other draws."""
+        return untouched(self.model, self.guide, seed=self.seed + stream)
 
     def _check_parents(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.inference.posteriors import JointNormalBlock, guide_values
+from pyro_bmrs.inference.untouched import untouched
 
 
 class SiteKind(NamedTuple):
@@ -189,14 +190,12 @@ class ReducedPosterior:
             values |= part.sample(plates)
         return values
 
-    @torch.no_grad()
     def draw(self, draws: int, *args: Any, seed: int = 0) -> dict[str, Tensor]:
-        """Values of all latents, with torch's own generator left as it was. Shape of each: (draws, *site).
+        """Values of all latents, and no trace left. Shape of each: (draws, *site).
 
         Args:
             args: what the guide is called with.
         """
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with untouched(self.guide, seed=seed):
             found = [guide_values(self, *args) for _ in range(draws)]
         return {name: torch.stack([values[name] for values in found]) for name in found[0]}

@@ -9,18 +9,17 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cuts import selections as tensors_of_side
 from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
-from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
@@ -225,7 +224,6 @@ def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
     return (squares / counts).sqrt()
 
 
-@torch.no_grad()
 def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
     """What the network inside `model` is called with when `model` is called with `arguments`."""
     network = network_of(model)
@@ -238,13 +236,7 @@ def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
         lambda _, given, keywords: caught.append(bound(network, given, keywords)), with_kwargs=True
     )
     try:
-        # only looking: no statistic, generator or parameter store may notice
-        with (
-            in_mode(model, training=False),
-            torch.random.fork_rng(),
-            pyro.get_param_store().scope(),
-            at_one(model),
-        ):
+        with untouched(model), at_one(model):
             model(*moved)
     finally:
         handle.remove()

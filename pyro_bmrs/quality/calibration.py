@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
-from pyro_bmrs.inference.likelihoods import Classifier
+from pyro_bmrs.inference.predict import output_at
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import check_module
-from pyro_bmrs.networks.modes import in_mode
-from pyro_bmrs.networks.noise import FixedScales, noise_layers
+from pyro_bmrs.networks.noise import noise_layers
 
 # By how much the rows of probabilities made in float32 may miss 1, and their entropies the bound of Jensen.
 _TOLERANCE = 1e-5
@@ -155,21 +154,13 @@ def predictions(
     draws = len(thetas)
     class_dim, ignore_index = getattr(model, "class_dim", 1), getattr(model, "ignore_index", -100)
     parts = []
-    with (
-        in_mode(model, training=False),
-        torch.no_grad(),
-        torch.random.fork_rng(),
-        pyro.get_param_store().scope(),
-    ):
+    with untouched(model):
         for x, y in Batches(data, batch_size, device, "data"):
             _check_label_tensor(y)
             probability, entropy = torch.zeros(()), torch.zeros(())
             for theta in thetas:
-                with FixedScales(theta):
-                    # logits depend on no label, and 0 is in the support of each classifier as -1 need not be
-                    logits = (
-                        model.predict(x) if isinstance(model, Classifier) else model(x, torch.zeros_like(y))
-                    )
+                # logits depend on no label, and 0 is in the support of each classifier as -1 need not be
+                logits = output_at(model, theta, x, torch.zeros_like(y))
                 p = _softmax(logits, class_dim, len(y))
                 probability, entropy = probability + p, entropy + torch.special.entr(p).sum(1)
             label = y.cpu().long()

@@ -18,14 +18,6 @@ from pyro_bmrs.checks.arviz_io import loo, to_datatree
 from pyro_bmrs.checks.draws import check_whole, draw_posterior
 from pyro_bmrs.checks.posterior import check_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.figures.plots import require_columns
-from pyro_bmrs.figures.posterior_plots import (
-    CRITERIA_COLUMNS,
-    ENTROPY_COLUMNS,
-    MOST_CRITERIA,
-    RELIABILITY_COLUMNS,
-    RISK_COLUMNS,
-)
 from pyro_bmrs.files import (
     NewerFileError,
     check_folder,
@@ -37,7 +29,7 @@ from pyro_bmrs.files import (
 )
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.looking import looking
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.pruning.criteria import (
     BMRS_N,
@@ -54,6 +46,14 @@ from pyro_bmrs.pruning.reduce import NonFiniteScoreError, reduce_structures
 from pyro_bmrs.quality.calibration import Predictions, predictions, quality, reliability, risk_coverage
 from pyro_bmrs.quality.curve import compression_curve
 from pyro_bmrs.quality.what_if import what_if
+from pyro_bmrs.tables import (
+    CRITERIA_COLUMNS,
+    ENTROPY_COLUMNS,
+    MOST_CRITERIA,
+    RELIABILITY_COLUMNS,
+    RISK_COLUMNS,
+    require_columns,
+)
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning import NetworkPlan
@@ -353,7 +353,7 @@ def _foreign(given: object, test: Batches) -> dict[str, Tensor]:
 
 def _first(batches: Batches) -> tuple[Any, Any]:
     """The first batch; what a loader draws for it is drawn again."""
-    with torch.random.fork_rng():
+    with untouched():
         return batches.first()
 
 
@@ -399,7 +399,7 @@ def _predict(
 ) -> bool:
     """Fill in the tables of predictive quality; False where noise layers' θ alone make no prediction."""
     layers = noise_layers(model)
-    with looking(model, found.facts["seed"]):
+    with untouched(model, guide, seed=found.facts["seed"]):
         first = _first(Batches(test, batch_size, next(model.parameters()).device, "test"))
         values = draw_posterior(guide, first, found.facts["draws"]).values
     others = sorted(set(values[0]) - set(layers))
@@ -477,8 +477,8 @@ def criterion_curves(
         As `compression_curve`, with a column criterion. `is_plan` marks where each criterion stops by itself; random
         removal has no such point.
     """
-    rule = plan.rule
-    curves = [compression_curve(model, plan, data).assign(criterion=f"{rule.criterion} (this plan)")]
+    rule, own = plan.rule, plan.rule.criterion.partition(":")[0]
+    curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
     # another guide than this one remembers no arguments to be called with
     remembers, device = isinstance(guide, AutoTruncatedLogNormal), next(model.parameters()).device
     arguments = () if remembers else _first(Batches(data, 1000, device, "data"))
@@ -487,7 +487,7 @@ def criterion_curves(
         if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
             continue
         try:
-            with looking(model, 0):
+            with untouched(model, guide, seed=0):
                 other = reduce_structures(
                     model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
                 )

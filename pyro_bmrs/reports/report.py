@@ -16,35 +16,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_bmrs.figures.plots import (
-    CURVE_COLUMNS,
-    HISTORY_COLUMNS,
-    REMOVAL_COLUMNS,
-    TABLE_COLUMNS,
-    evidence_label,
+from pyro_bmrs.figures import (
     plot_compression_curve,
-    plot_history,
-    plot_scores,
-    plot_structures,
-    require_columns,
-    score_label,
-)
-from pyro_bmrs.figures.posterior_plots import (
     plot_criteria,
     plot_entropy,
     plot_forest,
+    plot_history,
     plot_reliability,
     plot_risk_coverage,
+    plot_scores,
+    plot_structures,
     plot_widths,
 )
+from pyro_bmrs.figures.scores import evidence_label, score_label
 from pyro_bmrs.files import check_file
 from pyro_bmrs.numerals import finite
 from pyro_bmrs.quality.diagnosis import FACTS, Diagnosis
 from pyro_bmrs.quality.what_if import slider
 from pyro_bmrs.reports.page import svg, write_page
 from pyro_bmrs.reports.words import (
-    EVALUATION_COLUMNS,
-    WIDTH_COLUMNS,
     decision,
     khat_text,
     methods,
@@ -54,6 +44,16 @@ from pyro_bmrs.reports.words import (
     verdict,
     warnings_of,
 )
+from pyro_bmrs.tables import (
+    COST_COLUMNS,
+    CURVE_COLUMNS,
+    EVALUATION_COLUMNS,
+    HISTORY_COLUMNS,
+    REMOVAL_COLUMNS,
+    TABLE_COLUMNS,
+    WIDTH_COLUMNS,
+    require_columns,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
 
     from pyro_bmrs.fitting import Fit
     from pyro_bmrs.pruning import NetworkPlan
-
-COST_COLUMNS = ("before", "after")
 
 MOST_ROWS = 5000
 SHOWN_ROWS = 2000

@@ -11,14 +11,13 @@ import numpy as np
 import pandas as pd
 
 from pyro_bmrs.numerals import finite, number, percent, plain_number
+from pyro_bmrs.tables import EVALUATION_COLUMNS, WIDTH_COLUMNS
 
 if TYPE_CHECKING:
     from pyro_bmrs.fitting import Fit
     from pyro_bmrs.pruning import Plan, Rule
     from pyro_bmrs.quality.diagnosis import Diagnosis
 
-EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
-WIDTH_COLUMNS = ("layer", "before", "after")
 # Scores this close to the threshold (criterion's unit) were decided by next to nothing.
 NARROW = 0.1
 # Removing what has no evidence should cost next to nothing: more than this (nats per example) is no detail.

@@ -104,6 +104,10 @@ class RunFolder:
         removed = 1 - table.parameters.iloc[-1] / table.parameters.iloc[0]
         return {"removed": float(removed), "accuracy": float(table.accuracy.iloc[-1])}
 
+    def costs(self) -> pd.DataFrame:
+        """What the network costs before and after, a row each."""
+        return self.read_table("costs.csv", "cost", "before", "after").set_index("cost")
+
     def plan(self) -> NetworkPlan:
         """The folder's plan."""
         self._need("plan.json")

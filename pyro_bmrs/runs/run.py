@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Concatenate
 
 import pandas as pd
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bmrs import __version__
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.data_sources import is_at_hand
+from pyro_bmrs.data.sources import is_at_hand
 from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
 from pyro_bmrs.reports import report
 from pyro_bmrs.quality.diagnosis import DRAWS
@@ -42,6 +41,8 @@ from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_devices
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference import Classifier, evaluate, recalibrate
+from pyro_bmrs.inference.predict import predict
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 from pyro_bmrs.networks.inputs import check_finite
@@ -299,7 +300,7 @@ class Run(RunFolder):
         """Call the model once and shrink its network once, so that a bad recipe is refused before the fit."""
         check_finite(f"recipe {self.recipe.path}: network", self.network)
         example = self._example()
-        with torch.random.fork_rng(), blamed(f"recipe {self.recipe.path}: its model"):
+        with blamed(f"recipe {self.recipe.path}: its model"):
             self._traced(copy.deepcopy(self.model)).compute_log_prob()
         layers = noise_layers(self.network)
         if not layers:
@@ -311,18 +312,16 @@ class Run(RunFolder):
         with blamed(f"recipe {self.recipe.path}: removing structures of its network"):
             remove_structures(self.network, kept, halves, example[: check_examples(self.network, example)])
 
-    @torch.no_grad()
     def _traced(self, program: Callable[[Tensor, Tensor], Any]) -> poutine.Trace:
-        """The trace of a model or a guide on a batch, which Pyro's parameter store does not see."""
+        """The trace of a model or a guide on a batch."""
         x, y = self.dataset.train[: self.settings.batch_size]
-        with pyro.get_param_store().scope():
+        with untouched(self.model):
             return poutine.trace(program).get_trace(x.to(self.device), y.to(self.device))
 
     def load_posterior(self) -> None:
         """Put the folder's posterior into model and guide."""
         self._need("posterior.safetensors")
-        with torch.random.fork_rng():
-            self._traced(self.guide)
+        self._traced(self.guide)
         self.guide.to(self.device)
         load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
 
@@ -531,14 +530,16 @@ class Run(RunFolder):
         small = self.small_network().cpu()
         return kinds[path.suffix](small, self.dataset.test[:4][0], path)
 
-    @torch.no_grad()
     def predict(self, inputs: Tensor) -> pd.DataFrame:
         """Predicted class and its probability for inputs as `Dataset.prepare` gives them, one row each."""
         small = self.small_network()
         model = self.recipe.model(small)
-        predict = model.predict if isinstance(model, Classifier) else small
-        logits = torch.cat([predict(part.to(self.device)).cpu() for part in torch.split(inputs, 1000)])
-        probability, label = logits.softmax(dim=1).max(dim=1)
+        every = (
+            predict(model, None, inputs)
+            if isinstance(model, Classifier)
+            else predict(small, None, inputs).softmax(dim=1)
+        )
+        probability, label = every.max(dim=1)
         if not math.isfinite(float(probability.sum())):
             raise ValueError("inputs must be finite: a prediction is NaN")
         return pd.DataFrame({"label": label.numpy(), "probability": probability.numpy()})

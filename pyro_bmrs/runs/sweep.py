@@ -8,26 +8,24 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import chdir, closing
-from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky import ProcessPoolExecutor
 
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.files import held, write_atomically, write_table
 from pyro_bmrs.networks.modes import torch_threads
-from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.progress import Progress
 from pyro_bmrs.runs.folder import FIT_FILES
+from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Interrupted, Run
 from pyro_bmrs.runs.study import Cell, Study, has_fit, one_line
 
@@ -39,7 +37,9 @@ _MEASURED = (
 _COLUMNS = (
     "recipe", "data", "seed", "criterion", "kl_weight", "status", "error", *_MEASURED, "folder",
 )  # fmt: skip
-_KILLED = "its process was killed, and again when alone: for want of memory, or by a crash in a library"
+_KILLED = (
+    "its process was killed, for want of memory or by a crash in a library; the same command goes on with it"
+)
 
 
 def _row(cell: Cell, status: str, **rest: Any) -> Row:
@@ -122,94 +122,81 @@ def _done(cell: Cell, run: Run, seconds: float) -> Row:
 # many cells -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """Worker processes.
+def _rows(
+    work: Callable[[Cell], Row], groups: Iterable[Iterable[Cell]], jobs: int, start: Callable[[], Any]
+) -> Generator[Row]:
+    """A row per cell, as they finish; a group begins when the one before is done.
 
-    Attributes:
+    Args:
         work: what a worker does with a cell; it raises nothing.
-        arguments: of `joblib.Parallel`, a fresh set for each pool.
-        killed: what comes out of a pool one of whose processes has been killed.
+        groups: the cells.
+        jobs: how many are worked on side by side.
+        start: makes a worker, an executor with one process: if that is killed, it is plain which cell it was at.
     """
+    idle: list[Any] = []
+    busy: dict[Future[Row], tuple[Cell, Any]] = {}
+    try:
+        for cells in groups:
+            waiting = deque(cells)
+            while waiting or busy:
+                while waiting and len(busy) < jobs:
+                    cell, worker = waiting.popleft(), idle.pop() if idle else start()
+                    busy[worker.submit(work, cell)] = cell, worker
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    cell, worker = busy.pop(future)
+                    lost = future.exception()
+                    if lost is None:
+                        idle.append(worker)
+                        yield future.result()
+                    else:
+                        worker.shutdown(kill_workers=True)
+                        yield _row(cell, "failed", error=f"{_KILLED} ({type(lost).__name__})")
+    finally:
+        for worker in (*idle, *(worker for _, worker in busy.values())):
+            worker.shutdown(kill_workers=True)
 
-    work: Callable[[Cell], Row]
-    arguments: Callable[[], dict[str, Any]]
-    killed: tuple[type[Exception], ...]
 
-    @classmethod
-    def of(cls, study: Study, device: str, work: Callable[[Cell], Row]) -> _Pool:
-        if study.backend == "processes":
-            # Ctrl-C goes to all processes of a terminal; it is the caller's to answer, who then ends the workers
-            ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-            return cls(work, lambda: {"backend": "loky", **ignore}, (TerminatedWorkerError,))
-        try:
-            import ray
-            from ray.exceptions import OutOfMemoryError, RayActorError
-            from ray.util.joblib.ray_backend import RayBackend
-        except ImportError:
-            raise ValueError("backend ray needs the extra ray: pip install 'pyro-bmrs[ray]'") from None
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level="warning")
-        there = ray.cluster_resources()
-        # a worker without a GPU of its own would take the first of its node, as all others there would
-        needed = "GPU" if there.get("GPU") and device != "cpu" else "CPU"
-        if study.jobs > there.get(needed, 0):
-            raise ValueError(
-                f"jobs must be at most the {there.get(needed, 0):g} {needed}s of the Ray cluster: got {study.jobs}"
-            )
-        options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
-        if needed == "GPU":
-            options |= {"num_gpus": 1, "num_cpus": 0}
+def _workers(study: Study, device: str) -> Callable[[], Any]:
+    """What starts a worker of the study's backend."""
+    if study.backend == "ray":
+        return _ray_workers(study.jobs, device)
+    return partial(
+        ProcessPoolExecutor, 1, env={"OMP_NUM_THREADS": str(study.threads)},
+        # Ctrl-C goes to all processes of a terminal; it is the caller's to answer, who then ends the workers
+        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
 
-        def arguments() -> dict[str, Any]:
-            backend = RayBackend()
-            # its no to this is inherited from a backend that forks, which Ray does not
-            backend.supports_return_generator = True
-            # Ray hands tasks to its processes in turn, be they busy or not: a new one never is
-            return {"backend": backend, "maxtasksperchild": 1, "ray_remote_args": options}
 
-        return cls(work, arguments, (RayActorError, OutOfMemoryError))
-
-    def rows(self, cells: Iterable[Cell], jobs: int) -> Iterator[Row]:
-        """A row per cell, as they finish.
-
-        When a process is killed, so are those beside it, and nothing says which one it was. So what they
-        were at is tried again in the end, each alone in a fresh pool: a cell whose process is then killed
-        has failed.
-        """
-        left = {cell.name: cell for cell in cells}
-        again: list[Cell] = []
-        while left:
-            handed: list[Cell] = []
-            try:
-                for row in self._parallel([*left.values()], jobs, handed):
-                    del left[row["folder"]]
-                    yield row
-            except self.killed:
-                suspects = [left.pop(cell.name) for cell in handed if cell.name in left]
-                if not suspects:  # what was killed had nothing of ours
-                    raise
-                again += suspects
-        for cell in again:
-            try:
-                # two processes, as joblib does the work of a single one in the caller's own
-                yield from self._parallel([cell], 2, [])
-            except self.killed:
-                yield _row(cell, "failed", error=_KILLED)
-
-    def _parallel(self, cells: list[Cell], jobs: int, handed: list[Cell]) -> Iterator[Row]:
-        """Rows as they come; `handed` is filled with the cells that were given to the processes so far."""
-
-        def tasks() -> Iterator[Any]:
-            for cell in cells:
-                handed.append(cell)
-                yield delayed(self.work)(cell)
-
-        parallel = Parallel(
-            jobs, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1, **self.arguments()
+def _ray_workers(jobs: int, device: str) -> Callable[[], Any]:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise ValueError("backend ray needs the extra ray: pip install 'pyro-bmrs[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning")
+    there = ray.cluster_resources()
+    # a worker without a GPU of its own would take the first of its node, as all others there would
+    needed = "GPU" if there.get("GPU") and device != "cpu" else "CPU"
+    if jobs > there.get(needed, 0):
+        raise ValueError(
+            f"jobs must be at most the {there.get(needed, 0):g} {needed}s of the Ray cluster: got {jobs}"
         )
-        rows: Iterator[Row] = parallel(tasks())
-        return rows
+    resources = {"num_gpus": 1, "num_cpus": 0} if needed == "GPU" else {"num_cpus": 1}
+    # Ray tries a cell again whose process or node is lost, once; each cell has a process of its own
+    options = {"scheduling_strategy": "SPREAD", "max_retries": 1, "max_calls": 1, **resources}
+    task = ray.remote(**options)(lambda work, cell: work(cell))
+
+    class Worker:
+        def submit(self, work: Callable[[Cell], Row], cell: Cell) -> Future[Row]:
+            self.result = task.remote(work, cell)
+            future: Future[Row] = self.result.future()
+            return future
+
+        def shutdown(self, **_: bool) -> None:
+            ray.cancel(self.result, force=True)
+
+    return Worker
 
 
 class _Results:
@@ -252,31 +239,19 @@ class _Results:
         write_table(self.path, self.table())
 
 
-class _Progress:
-    """A line on stderr for each finished cell, with the time so far and an estimate of what is left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.finished, self.worked, self.start = total, 0, 0, time.perf_counter()
-
-    def show(self, row: Row, waiting: int) -> None:
-        """Tell of a cell; `waiting` are left, reckoned to take as long as those that there was work on."""
-        elapsed = time.perf_counter() - self.start
-        self.finished += 1
-        found = row["status"] == "done" and math.isnan(row["seconds"])
-        self.worked += not found
-        if row["status"] == "failed":
-            told = f"failed: {row['error']}"
-        else:
-            told = f"{100 * row['removed']:.1f} % removed, test accuracy {100 * row['accuracy']:.2f} %, "
-            told += "done before" if found else f"{row['seconds']:.0f} s"
-        times = f"{_clock(elapsed)} so far"
-        if waiting and self.worked:
-            times += f", about {_clock(elapsed / self.worked * waiting)} left"
-        print(f"[{self.finished}/{self.total}] {row['folder']}: {told}; {times}", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+def _show(progress: Progress, row: Row) -> None:
+    """Tell of a finished cell."""
+    found = row["status"] == "done" and math.isnan(row["seconds"])
+    if found:
+        progress.resume(1)
+    else:
+        progress.advance()
+    if row["status"] == "failed":
+        told = f"failed: {row['error']}"
+    else:
+        told = f"{100 * row['removed']:.1f} % removed, test accuracy {100 * row['accuracy']:.2f} %, "
+        told += "done before" if found else f"{row['seconds']:.0f} s"
+    progress.say(f"[{progress.done}/{progress.total}] {row['folder']}: {told}")
 
 
 def _check_data(cells: Iterable[Cell], data_root: Path | str | None) -> None:
@@ -305,7 +280,7 @@ def run_study(
         study: from `Study.read`.
         data_root: where the data sets are.
         device: where to compute: "auto" is the accelerator where there is one.
-        progress: print a line on stderr for each finished cell.
+        progress: print a line on stderr for each finished cell, and on a terminal a bar below them.
 
     Returns:
         What is in results.csv: a row per cell in the order of the study, with recipe, data, seed, criterion,
@@ -331,23 +306,21 @@ def _run_study(study: Study, data_root: Path | str | None, device: str, progress
         _finish, place=Path.cwd(), threads=study.threads, data_root=data_root, device=device, caught=caught
     )
     results = _Results(study)
-    _check_data((cell for cell in study.cells if results.rows[cell.name]["status"] != "done"), data_root)
-    pool, told = _Pool.of(study, device, finish), _Progress(len(study.cells))
+    done = {name: row["status"] == "done" for name, row in results.rows.items()}
+    _check_data((cell for cell in study.cells if not done[cell.name]), data_root)
+    start = _workers(study, device)
     results.write()
-
-    def rows() -> Generator[Row]:
-        # a task has one result, at its end: so that each cell has its own, the fits come first, then who shares them
-        yield from pool.rows([cell for cell in study.cells if cell.fits], study.jobs)
-        yield from pool.rows([cell for cell in study.cells if not cell.fits], study.jobs)
-
-    with warnings.catch_warnings(), closing(rows()) as finished:
-        # joblib's word on work that is left when it is closed: Interrupted has a better one
-        warnings.filterwarnings("ignore", r"\d+ tasks ", module="joblib")
+    # those that are done first, so that the time left is that of the others; before those that share a fit, all fits
+    cells = sorted(study.cells, key=lambda cell: not done[cell.name])
+    groups = [[cell for cell in cells if cell.fits is fits] for fits in (True, False)]
+    rows = (
+        _rows(finish, groups, study.jobs, start) if study.jobs > 1 else (finish(c) for g in groups for c in g)
+    )
+    with closing(rows), Progress("cells", len(cells), shown=progress) as shown:
         try:
-            for row in finished:
+            for row in rows:
                 results.record(row)
-                if progress:
-                    told.show(row, results.count("waiting"))
+                _show(shown, row)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted with {results.count('done')} of {len(study.cells)} cells done, which are in "

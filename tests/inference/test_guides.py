@@ -13,6 +13,7 @@ from torch import nn
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, LogUniform, MultiplicativeNoise, TruncatedLogNormal
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
 from pyro_bmrs.inference.guides import read_posterior
+from pyro_bmrs.pruning.reduce import input_of
 
 
 def classifier(width=5):
@@ -211,3 +212,47 @@ def test_bounds_far_below_have_room_for_the_location():
     guide = AutoTruncatedLogNormal(model, init_loc=-65.0)
     guide(torch.zeros(1))
     assert guide.posterior()["theta"].loc.tolist() == [-65.0, -65.0]
+
+
+class KeywordNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = classifier(5).net
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_arguments_by_keyword_are_remembered_in_the_order_of_the_model(wrapped):
+    model = Classifier(KeywordNetwork())
+    guide = AutoTruncatedLogNormal(poutine.block(model, expose=["layers.2"]) if wrapped else model)
+    x, y = torch.randn(4, 3), torch.randint(2, (4,))
+    if wrapped:
+        poutine.block(guide)(y=y, x=x)
+    else:
+        guide(y=y, x=x)
+    assert guide.example_arguments[0] is x
+    assert guide.example_arguments[1] is y
+    assert torch.equal(input_of(model, guide.example_arguments), x)  # not y
+
+
+def test_arguments_that_only_have_keywords_are_left_to_their_defaults():
+    def model(x, y=None, *, scale=1.0):
+        theta = pyro.sample("theta", LogUniform(-5.0, 0.0))
+        pyro.sample("y", pyro.distributions.Normal(theta, scale).expand([len(x)]).to_event(1), obs=y)
+
+    guide = AutoTruncatedLogNormal(model)
+    x = torch.randn(4)
+    guide(y=x, x=x, scale=2.0)
+    assert len(guide.example_arguments) == 2
+
+
+def test_a_model_without_named_arguments_remembers_those_by_position():
+    def model(*data):
+        pyro.sample("theta", LogUniform(-5.0, 0.0))
+
+    guide = AutoTruncatedLogNormal(model)
+    x = torch.randn(4)
+    guide(x, x)
+    assert len(guide.example_arguments) == 2

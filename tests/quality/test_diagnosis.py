@@ -253,7 +253,7 @@ def test_leave_one_out_needs_all_examples_the_right_weight_and_a_good_posterior(
     khat = found.khat.khat.iloc[0]
     assert khat > found.khat.threshold.iloc[0]
     assert note.startswith(f"leave-one-out: k̂ of all latents is {khat:.2f}: the draws can't be reweighted")
-    heavier = replace(fitted.plan, kl_weight=2.0)
+    heavier = replace(fitted.plan, rule=replace(fitted.plan.rule, kl_weight=2.0))
     found = diagnose(
         fitted.model,
         fitted.guide,
@@ -608,7 +608,7 @@ def test_a_bad_argument_is_named_before_any_work(fitted, monkeypatch, name, valu
         "draw_posterior",
         "predictions",
         "compression_curve",
-        "reduce",
+        "reduce_structures",
     ):
         monkeypatch.setattr(diagnosis_module, work, lambda *_, **__: pytest.fail("it began"))
     given = dict(

@@ -22,7 +22,7 @@ from diagnosed import (
 from pyro_bmrs import NetworkPlan
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.reports import report
-from pyro_bmrs.runs.comparison import report_runs
+from pyro_bmrs.runs.outcomes import report_runs
 from pyro_bmrs.runs.run import Run
 
 LENET5 = {"conv1": 6, "conv2": 16, "fc1": 120, "fc2": 84}

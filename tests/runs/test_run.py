@@ -17,10 +17,10 @@ import torch
 from command_line import call
 from safetensors.torch import load_file
 
-from pyro_bmrs.runs import run as runs
 from pyro_bmrs.data import load_data
 from pyro_bmrs.files import held
 from pyro_bmrs.fitting.progress import EpochProgress
+from pyro_bmrs.runs import run as runs
 from pyro_bmrs.runs.recipe import LATER_SETTINGS, Recipe, Settings
 from pyro_bmrs.runs.run import Run
 
@@ -453,7 +453,7 @@ def test_a_killed_fit_leaves_its_checkpoints_alone_and_a_later_run_finishes(tmp_
     process = start(folder)
     process.kill()
     process.communicate(timeout=60)
-    assert names(folder) == {"checkpoints"}
+    assert names(folder) == {"checkpoints", ".lock"}
     assert call("run", RECIPE, "--out", folder, "--quiet", "--epochs", "1", "--overwrite") == 0
     assert names(folder) == CONTRACT
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -20,11 +21,11 @@ import yaml
 from command_line import call
 from safetensors.torch import load_file
 
+from pyro_bmrs.files import held
 from pyro_bmrs.runs import run as runs
 from pyro_bmrs.runs import sweep
-from pyro_bmrs.files import held
-from pyro_bmrs.runs.recipe import Settings
 from pyro_bmrs.runs.folder import FIT_FILES
+from pyro_bmrs.runs.recipe import Settings
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.study import Study
 from pyro_bmrs.runs.sweep import run_study
@@ -221,7 +222,8 @@ def test_called_again_only_what_failed_is_tried(again, capsys):
     assert call("sweep", "study.yaml", "--jobs", 1) == 0
     assert capsys.readouterr().err.count("done before") == 2
     after = stamps(again / "out")
-    assert {path.name for path in before if after[path] != before[path]} == {"results.csv"}
+    files = [path for path in before if path.is_file()]
+    assert {path.name for path in files if after[path] != before[path]} == {"results.csv"}
     repeated = results()
     pd.testing.assert_frame_equal(
         repeated[:2].drop(columns="error"), table[:2].drop(columns="error"), check_dtype=False
@@ -358,28 +360,51 @@ def test_a_worker_that_is_told_to_end_is_a_row(place, monkeypatch):
 
 
 def test_a_killed_process_is_a_cell_that_failed_and_no_other_one_is(place):
-    """Its neighbour, killed with it the first time, comes to its end in a fresh pool, as do the others."""
+    """Its neighbour goes on meanwhile, and the others have a new process."""
 
     def work(cell):
         time.sleep(0.5)
         if cell.name == "killer":
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"folder": cell.name, "status": "done"}
+        return {"folder": cell.name, "status": "done", "process": os.getpid()}
 
     settings = SimpleNamespace(data="digits", seed=0, criterion="SNR", kl_weight=1.0)
     names = ["first", "killer", "neighbour", "fourth", "fifth"]
     # not cells, for which a worker would import all there is
     cells = [SimpleNamespace(name=name, recipe=Path("net.py"), settings=settings) for name in names]
     study = Study.read(write_study(jobs=2))
-    rows = {row["folder"]: row for row in sweep._Pool.of(study, "cpu", work).rows(cells, 2)}
-    assert {name: row["status"] for name, row in rows.items()} == {
+    rows = list(sweep._rows(work, [cells[:3], cells[3:]], 2, sweep._workers(study, "cpu")))
+    assert {row["folder"] for row in rows[:3]} == set(names[:3])
+    assert {row["folder"]: row["status"] for row in rows} == {
         name: "failed" if name == "killer" else "done" for name in names
     }
-    assert rows["killer"]["error"].startswith("its process was killed")
+    (killer,) = (row for row in rows if row["folder"] == "killer")
+    assert killer["error"].startswith("its process was killed")
+    # a process is used again; the killed one has a successor
+    assert len({row["process"] for row in rows if row is not killer}) <= 3
 
 
-class KilledError(Exception):
-    """What this pool raises when a process is killed."""
+@pytest.mark.slow
+def test_a_killed_cell_is_a_row_and_the_same_command_goes_on_with_it(place, capsys):
+    Path("killer.py").write_text(KILLER)
+    write_study(recipes=["killer.py", "net.py"], seeds=0, jobs=2)
+    assert call("sweep", "study.yaml", "--quiet") == 1
+    table = results()
+    assert list(table.status) == ["failed"] * 2 + ["done"] * 2
+    assert table.error[0].startswith("its process was killed")
+    Path("killer.py").write_text(RECIPE.read_text())
+    assert call("sweep", "study.yaml", "--quiet") == 0
+    assert list(results().status) == ["done"] * 4
+
+
+class OneThread(ThreadPoolExecutor):
+    """A worker without a process."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def shutdown(self, *, kill_workers):
+        super().shutdown()
 
 
 @pytest.mark.parametrize("jobs", [2, 3, 8])
@@ -389,13 +414,13 @@ def test_each_cell_has_one_row_and_none_is_blamed_for_its_neighbour(killers, job
 
     def work(cell):
         if cell.settings.seed in killers:
-            raise KilledError
+            raise KeyError
         return sweep._row(cell, "done")
 
-    pool = sweep._Pool(work, lambda: {"backend": "threading"}, (KilledError,))
-    rows = list(pool.rows(cells, jobs))
+    rows = list(sweep._rows(work, [cells[:7], cells[7:]], jobs, OneThread))
     assert sorted(row["seed"] for row in rows) == list(range(20))
     assert {row["seed"] for row in rows if row["status"] == "failed"} == set(killers)
+    assert sorted(row["seed"] for row in rows[:7]) == list(range(7))
 
 
 # the file -------------------------------------------------------------------------------------------------

@@ -13,12 +13,11 @@ import pytest
 from command_line import call
 from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
-from pyro_bmrs.runs import comparison
-from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs.comparison import compare_runs, report_runs
 from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.runs import outcomes
+from pyro_bmrs.runs import run as runs
 from pyro_bmrs.runs.folder import RunFolder
-from pyro_bmrs.runs.show import show_run
+from pyro_bmrs.runs.outcomes import compare_runs, report_runs, show_runs
 
 MARKUP = "[red]x[/red]"
 ATTACK = "<script>alert(1)|"
@@ -67,10 +66,9 @@ def rename_layer(folder, before, after):
     """Call a layer otherwise, in the plan and in the diagnosis."""
     path = folder / "plan.json"
     document = json.loads(path.read_text())
-    for entry in ("layers", "kept"):
-        document[entry] = {
-            after if layer == before else layer: value for layer, value in document[entry].items()
-        }
+    document["layers"] = {
+        after if layer == before else layer: size for layer, size in document["layers"].items()
+    }
     path.write_text(json.dumps(document))
     diagnosis = RunFolder(folder).diagnosis()
     diagnosis.khat["part"] = diagnosis.khat.part.replace(before, after)
@@ -204,9 +202,7 @@ def test_the_command_writes_a_page_and_the_same_as_markdown_and_csv(compared, fi
     ]
     assert page.rows("runs") == rows
     in_markdown = markdown_rows(compared.with_suffix(".md"), "")
-    assert [row[0] for row in in_markdown[1:]] == table.run.tolist()
-    assert [row[7] for row in in_markdown[1:]] == [row[9] for row in rows]
-    assert [row[-1] for row in in_markdown[1:]] == [row[-1] for row in rows]
+    assert in_markdown == [page.tables["runs"][0], *rows]
     best = table.loc[table.accuracy.idxmax()]
     sentence = f"2 runs; the most accurate, {best.run}, has {100 * best.accuracy:.2f} %"
     assert sentence in " ".join("".join(page.text).split()).replace("\u00a0", " ")
@@ -323,7 +319,7 @@ def test_what_stands_is_whole_whenever_it_fails(finished, other, tmp_path, monke
     for suffix in ("html", "md", "csv"):
         (tmp_path / f"x.{suffix}").write_text("earlier")
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "plot_runs", lambda _: (_ for _ in ()).throw(OSError("out of ink")))
+        patched.setattr(outcomes, "plot_runs", lambda _: (_ for _ in ()).throw(OSError("out of ink")))
         with pytest.raises(OSError, match="out of ink"):
             report_runs([finished, other], tmp_path / "x.html")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
@@ -382,7 +378,9 @@ WRONG = [
     ("run tiny_recipe.py --out new --draws 5", "draws", "5"),
     ("run tiny_recipe.py --out new --foreign nonsense", "foreign", "'nonsense'"),
     ("show", "DIR"),
-    ("show RUN OTHER", "OTHER"),
+    ("show RUN RUN", "runs", "given twice"),
+    ("show RUN FITTED", "fitted", "pyro-bmrs reduce"),
+    ("show RUN nothing", "run", "nothing"),
     ("show nothing", "run", "nothing"),
     ("show empty", "run", "empty"),
     ("show file", "run", "file"),
@@ -452,10 +450,10 @@ def test_the_page_is_called_comparison_where_nothing_is_said(finished, other, tm
 # --- in a terminal -------------------------------------------------------------------------------------
 
 
-def printed(folder, capsys, monkeypatch, columns=200):
+def printed(*folders, capsys, monkeypatch, columns=200):
     monkeypatch.setenv("COLUMNS", str(columns))
     capsys.readouterr()
-    assert call("show", folder) == 0
+    assert call("show", *folders) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     return captured.out
@@ -474,7 +472,7 @@ def table_of(text, first):
 
 
 def test_show_says_the_essentials(finished, capsys, monkeypatch):
-    text = printed(finished, capsys, monkeypatch)
+    text = printed(finished, capsys=capsys, monkeypatch=monkeypatch)
     evaluation = pd.read_csv(finished / "evaluation.csv")
     first, last = evaluation.iloc[0], evaluation.iloc[-1]
     share = 100 * (1 - last.parameters / first.parameters)
@@ -482,7 +480,7 @@ def test_show_says_the_essentials(finished, capsys, monkeypatch):
         f"{share:.1f} % of 1,370 parameters removed; test accuracy {100 * last.accuracy:.2f} % (fine-tuned), "
         f"from {100 * first.accuracy:.2f} % (full, E[θ]).\n"
     )
-    assert "spread.py on digits, seed 0, KL weight 2, BMRS_N(" in text
+    assert "spread.py on digits, seed 0, KL weight 2, BMRS_N (prior log-odds 0.919)\n" in text
     assert table_of(text, "network") == [
         [
             row.network,
@@ -493,7 +491,7 @@ def test_show_says_the_essentials(finished, capsys, monkeypatch):
         for row in evaluation.itertuples()
     ]
     assert table_of(text, "layer") == [
-        [row.layer, str(row.before), str(row.after), f"{100 * (1 - row.after / row.before):.1f} %"]
+        [row.layer, str(row.before), str(row.after), f"{100 * (1 - row.after / row.before):.2f} %"]
         for row in RunFolder(finished).plan().widths().itertuples()
     ]
     khat = pd.read_csv(finished / "diagnosis" / "khat.csv", dtype={"part": str})
@@ -509,8 +507,25 @@ def test_show_says_the_essentials(finished, capsys, monkeypatch):
     assert text.endswith(f"report: {finished / 'report.html'}\n")
 
 
+def test_show_puts_several_side_by_side_with_the_numbers_of_the_page(
+    compared, finished, other, capsys, monkeypatch
+):
+    text = printed(finished, other, capsys=capsys, monkeypatch=monkeypatch)
+    page = Page(compared)
+    assert text.startswith("2 runs; the most accurate, ")
+    told = [page.tables["runs"][0], *page.rows("runs")]
+    assert table_of(text, "run") == [list(row) for row in zip(*(row[1:] for row in told), strict=True)]
+    assert sorted(table_of(text, "setting that differs")) == sorted(page.rows("settings"))
+    assert table_of(text, "layer") == page.rows("widths")
+
+
+def test_show_without_a_difference_has_no_list_of_them(finished, copied, capsys, monkeypatch):
+    text = printed(finished, copied, capsys=capsys, monkeypatch=monkeypatch)
+    assert "differs" not in text
+
+
 def test_show_without_a_diagnosis_or_a_report(other, capsys, monkeypatch):
-    text = printed(other, capsys, monkeypatch)
+    text = printed(other, capsys=capsys, monkeypatch=monkeypatch)
     assert "k̂" not in text
     assert "report:" not in text
     assert len(table_of(text, "layer")) == 2
@@ -522,7 +537,7 @@ def test_markup_in_names_is_printed_as_it_is(copied, capsys, monkeypatch):
     evaluation = pd.read_csv(copied / "evaluation.csv")
     evaluation["network"] = [MARKUP, "[bold]", "[/bold]"]
     evaluation.to_csv(copied / "evaluation.csv", index=False)
-    text = printed(copied, capsys, monkeypatch)
+    text = printed(copied, capsys=capsys, monkeypatch=monkeypatch)
     assert "\x1b" not in text
     assert text.count(MARKUP) >= 6  # verdict, settings, three tables, warning
     assert f"{MARKUP} on :smile: [/], seed 0" in text
@@ -535,7 +550,7 @@ def test_markup_in_names_is_printed_as_it_is(copied, capsys, monkeypatch):
 def test_a_long_name_is_told_in_full_in_a_narrow_terminal(copied, capsys, monkeypatch):
     name = "encoder.layers.11.attention.output.noise." * 3
     rename_layer(copied, "7", name)
-    text = printed(copied, capsys, monkeypatch, columns=60)
+    text = printed(copied, capsys=capsys, monkeypatch=monkeypatch, columns=60)
     for first in ("layer", "part"):
         assert name in "".join(row[0] for row in table_of(text, first))
 
@@ -544,7 +559,7 @@ def test_show_prints_where_it_is_told(finished):
     from rich.console import Console
 
     console = Console(record=True, file=Path("/dev/null").open("w"), width=200)  # noqa: SIM115
-    show_run(finished, console)
+    show_runs([finished], console)
     assert "1,370 parameters removed" in console.export_text()
 
 

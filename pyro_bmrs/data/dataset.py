@@ -1,36 +1,20 @@
-"""Data sets as tensors in memory: read, split, sized and standardised, ready for a model.
+"""A data set of three parts, split, sized and standardised."""
 
->>> from pyro_bmrs.data import load_data
->>> digits = load_data("digits")
->>> digits.input_shape, digits.num_classes
-((1, 8, 8), 10)
->>> images, labels = digits.train[:64]
->>> images.shape, labels.shape
-(torch.Size([64, 1, 8, 8]), torch.Size([64]))
-"""
+from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from pyro_bmrs.data_sources import (
-    KNOWN_NAMES,
-    DataError,
-    InputForm,
-    read_inputs,
-    read_source,
-    require,
-    require_integer,
-)
-
-__all__ = ["DataError", "Dataset", "load_data", "read_inputs"]
+from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.data.arrays import Array, DataError, InputForm
+from pyro_bmrs.data.sources import KNOWN_NAMES, read_source
 
 # MNIST's 28 pixels become the paper's 32 by padding, which keeps every pixel as it was; a wider frame
 # would be mostly empty, so beyond this the image is interpolated.
@@ -44,6 +28,7 @@ class Dataset:
     Inputs are float32, images (N, C, H, W) or vectors (N, F), in units of the training part's standard
     deviation; labels are int64 (N,) from 0 to `num_classes` - 1.
 
+    >>> from pyro_bmrs.data import load_data
     >>> digits = load_data("digits")
     >>> print(digits)
     digits: 1150 train, 288 validation, 359 test, input (1, 8, 8), 10 classes
@@ -68,7 +53,7 @@ class Dataset:
         """
         return tuple(self.train.tensors[0].shape[1:])
 
-    def prepare(self, inputs: npt.NDArray[Any] | Tensor) -> Tensor:
+    def prepare(self, inputs: Array | Tensor) -> Tensor:
         """Bring raw inputs to the form the parts have: what `load_data` did, with the same statistics.
 
         Args:
@@ -91,7 +76,7 @@ class Dataset:
         scaled = _scale(self.form.read(inputs), self.form, self.image_size)
         return _standardise(scaled, self.mean, self.deviation)
 
-    def foreign(self, other: "Dataset") -> Tensor:
+    def foreign(self, other: Dataset) -> Tensor:
         """The test inputs of another data set as this one would show them: out-of-distribution inputs.
 
         They are standardised with this data set's mean and deviation.
@@ -103,10 +88,9 @@ class Dataset:
         Raises:
             DataError: Their inputs have another shape.
         """
-        require(
-            other.input_shape == self.input_shape,
-            f"other is {other}, but must have inputs of shape {self.input_shape}, as {self.name} has",
-        )
+        alike = other.input_shape == self.input_shape
+        allowed = f"a data set with inputs of shape {self.input_shape}, as {self.name} has"
+        check(alike, "other", allowed, str(other), DataError)
         scaled = other.test.tensors[0] * other.deviation + other.mean
         return _standardise(scaled, self.mean, self.deviation)
 
@@ -167,31 +151,26 @@ def load_data(
     >>> len(small.train), len(small.validation), small.input_shape
     (80, 20, (1, 12, 12))
     """
-    require(isinstance(name, str) and name != "", f"name is {name!r}, but must be {KNOWN_NAMES}")
-    require_integer("image_size", image_size, at_least=1, optional=True)
-    require_integer("limit", limit, at_least=2, optional=True)
-    require_integer("seed", seed, at_least=0)
-    require(
-        isinstance(validation_fraction, int | float) and 0.0 < validation_fraction < 1.0,
-        f"validation_fraction is {validation_fraction!r}, but must lie strictly between 0 and 1",
-    )
+    check(isinstance(name, str) and name != "", "name", KNOWN_NAMES, name, DataError)
+    size = None if image_size is None else _whole("image_size", image_size, 1)
+    limit = None if limit is None else _whole("limit", limit, 2)
+    seed = _whole("seed", seed, 0)
+    inside = is_number(validation_fraction) and 0.0 < validation_fraction < 1.0
+    check(inside, "validation_fraction", "strictly between 0 and 1", validation_fraction, DataError)
 
-    size = None if image_size is None else int(image_size)
     raw = read_source(name, data_root, None if size is None else partial(_resize, image_size=size))
-    require(
-        size is None or raw.train_inputs.ndim == 4,
-        f"image_size is {size}, but {name!r} holds vectors; leave it out for vectors",
-    )
+    sizable = size is None or raw.train_inputs.ndim == 4
+    check(sizable, "image_size", f"left out for vectors, as {name!r} holds", size, DataError)
 
     # (limited training examples,)
-    order = torch.randperm(len(raw.train_labels), generator=torch.Generator().manual_seed(int(seed)))[:limit]
+    order = torch.randperm(len(raw.train_labels), generator=torch.Generator().manual_seed(seed))[:limit]
     validation_count = round(len(order) * validation_fraction)
     train_count = len(order) - validation_count
-    require(
+    check(
         train_count > 0 and validation_count > 0,
-        f"validation_fraction is {validation_fraction}, but of {len(order)} training examples it leaves "
-        f"{train_count} to train and {validation_count} to validate on; each must be at least 1",
-    )
+        "validation_fraction", f"such that {len(order)} training examples leave 1 or more to train and to validate on, "
+        f"not {train_count} and {validation_count}", validation_fraction, DataError,
+    )  # fmt: skip
 
     parts = [
         _scale(inputs, raw.form, size)
@@ -214,6 +193,15 @@ def load_data(
         image_size=size,
         form=raw.form,
     )
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    """An integer, which may be one of NumPy's."""
+    given = int(value) if isinstance(value, np.integer) else value
+    # torch's seeds and sizes end at 2**63.
+    good = is_whole(given, least) and given < 2**63  # type: ignore[operator]
+    check(good, name, f"an integer of at least {least}, below 2**63", value, DataError)
+    return int(given)  # type: ignore[call-overload, no-any-return]
 
 
 def _scale(inputs: Tensor, form: InputForm, image_size: int | None) -> Tensor:

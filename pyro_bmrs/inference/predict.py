@@ -1,0 +1,239 @@
+"""The one way to a prediction: at the posterior mean, or averaged over draws of the posterior."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.guides import AutoCallable
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.distributions import TruncatedLogNormal
+from pyro_bmrs.inference.batches import to_device
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary
+from pyro_bmrs.inference.likelihoods import Classifier, Regressor
+from pyro_bmrs.inference.posteriors import guide_values
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
+from pyro_bmrs.networks.inputs import batch_size as examples_in
+from pyro_bmrs.networks.noise import FixedScales, noise_layers
+
+Values = dict[str, Tensor]
+
+
+def predict(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    x: Inputs | Dataset[Any] | DataLoader[Any],
+    *,
+    draws: int | None = None,
+    batch_size: int = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """Predict, with every structure at its posterior mean or averaged over draws of the posterior.
+
+    At the mean this is p(y | x, θ = E[θ]); with draws it is (1/S) Σ_s p(y | x, θ_s), with θ_s ~ q(θ).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import pyro_bmrs as bmrs
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 3))
+    >>> model = bmrs.Classifier(net)
+    >>> guide = bmrs.AutoTruncatedLogNormal(model)
+    >>> x = torch.randn(20, 4)
+    >>> _ = guide(x, torch.zeros(20, dtype=torch.long))
+    >>> bmrs.predict(model, guide, x).sum(1).allclose(torch.ones(20))
+    True
+    >>> bmrs.predict(model, guide, x, draws=100).shape
+    torch.Size([20, 3])
+
+    The network itself, as `model.predict(x)`, draws θ from its prior where no guide is at work.
+
+    Args:
+        model: a `Classifier`, a `Regressor`, any other Pyro model of (x, y) that returns a tensor, or a network.
+        guide: its guide; also the reduced posterior of a plan. None for a model without latents, such as a
+            `Classifier` of the smaller network.
+        x: what the network is called with: a tensor, a tuple of arguments or a mapping of keywords. Or a data set or
+            loader, of inputs or of pairs (x, y); y is not looked at.
+        draws: S. None: a single prediction at E[θ]; latents without a known mean take one draw.
+        batch_size: examples per pass through the network; a loader keeps its own.
+        seed: of the draws.
+
+    Returns:
+        Probabilities of a `Classifier`, of the shape of its logits: (examples, classes). The mean of a `Regressor`, of
+        the shape of its output. What any other model returns, averaged over the draws. On the device of `x`.
+        No trace is left: training mode, random generators and Pyro's parameters are as before.
+
+    Raises:
+        TypeError: if an argument has another type, or the model returns no tensor.
+        ValueError: for a bad number; if the guide has no posterior of a noise layer, or is missing; if it has latents
+            of single examples and `x` is more than one batch.
+        RuntimeError: if the guide has no parameters yet.
+    """
+    check(callable(model), "model", "a Pyro model or a network", type(model).__name__, TypeError)
+    check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide).__name__, TypeError)
+    check(draws is None or is_whole(draws, 1), "draws", "a positive integer or None", draws)
+    check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
+    check(is_whole(seed), "seed", "an integer of 0 or more", seed)
+    parts: list[Tensor] = []
+    values: list[Values] = []
+    with untouched(model, *([] if guide is None else [guide]), seed=seed):
+        for number, (batch, home) in enumerate(_batches(model, x, batch_size)):
+            if number == 0:
+                values = _values(model, guide, batch, draws, seed)
+            elif number == 1:
+                _check_global(guide, batch)
+            total = sum(
+                (_prediction(model, output_at(model, chosen, batch)) for chosen in values),
+                start=torch.zeros(()),
+            )
+            parts.append((total / len(values)).to(home))
+    if not parts:
+        raise ValueError("x must not be empty")
+    return torch.cat(parts)
+
+
+def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs, *observed: Tensor) -> Any:
+    """What a model gives for a batch at values of its latents: the network's output, of other models what they return.
+
+    Args:
+        observed: what a model that is no `Classifier` or `Regressor` is called with beside x.
+    """
+    with FixedScales(values):
+        if isinstance(model, Classifier | Regressor):
+            return model.predict(x)
+        if observed:
+            return model(x, *observed)
+        if isinstance(model, nn.Module) and not isinstance(x, Tensor):
+            return call(model, x)
+        return model(*_arguments(model, x))
+
+
+def posterior_point(guide: Callable[..., Any], *arguments: Any, without: Collection[str] = ()) -> Values:
+    """The values to predict with: E[θ] where it is known, one draw from the guide for other latents.
+
+    Args:
+        arguments: what the guide is called with.
+        without: latents to leave out, such as those of single examples.
+    """
+    if isinstance(guide, AutoTruncatedLogNormal):
+        return guide.mean()
+    values = {}
+    for name, site in _latents(guide, arguments).items():
+        law = elementary(site["fn"])
+        if name not in without:
+            known = isinstance(law, TruncatedLogNormal)
+            values[name] = law.mean.expand(site["value"].shape) if known else site["value"]
+    return values
+
+
+def _values(
+    model: Callable[..., Any], guide: Callable[..., Any] | None, x: Inputs, draws: int | None, seed: int
+) -> list[Values]:
+    """The values of the latents that each of the predictions is made with."""
+    layers = noise_layers(model) if isinstance(model, nn.Module) else {}
+    if guide is None:
+        if layers:
+            raise ValueError(
+                f"guide must be given for a model with noise layers {list(layers)}: without it, θ would be drawn from "
+                "its prior"
+            )
+        return [{}]
+    if isinstance(guide, AutoGuide) and not isinstance(guide, AutoCallable) and guide.prototype_trace is None:
+        raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
+    remembered = guide.example_arguments if isinstance(guide, AutoTruncatedLogNormal) else ()
+    arguments = remembered or _arguments(guide, x)
+    with untouched(guide, seed=seed):  # the same draws, whatever a loader has drawn
+        if draws is None:
+            values = [posterior_point(guide, *arguments)]
+        else:
+            values = [guide_values(guide, *arguments) for _ in range(draws)]
+    missing = [site for site in layers if site not in values[0]]
+    if missing:
+        raise ValueError(f"guide must have a posterior of every noise layer: it has none of {missing}")
+    return values
+
+
+def _arguments(program: Callable[..., Any], x: Inputs) -> tuple[Any, ...]:
+    """(x,), or (x, None) for a program that has no default for what is observed."""
+    try:
+        inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(x)
+    except TypeError:
+        return x, None
+    except ValueError:  # a callable without a signature
+        pass
+    return (x,)
+
+
+def _latents(guide: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
+    """What a trace of the guide says of each latent."""
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*arguments)
+    return {
+        name: site
+        for name, site in trace.iter_stochastic_nodes()
+        if not site["infer"].get("is_auxiliary") and not site_is_subsample(site)
+    }
+
+
+def _check_global(guide: Callable[..., Any] | None, x: Inputs) -> None:
+    """Refuse latents in a plate that is as long as the batch: those of the first batch are not those of the others."""
+    if guide is None or isinstance(guide, AutoTruncatedLogNormal):
+        return
+    local = [
+        name
+        for name, site in _latents(guide, _arguments(guide, x)).items()
+        if any(frame.vectorized and frame.size == examples_in(x) for frame in site["cond_indep_stack"])
+    ]
+    if local:
+        raise ValueError(
+            f"x must be a single batch for a guide with latents of single examples, such as {local}: pass a larger "
+            "batch_size"
+        )
+
+
+def _prediction(model: Callable[..., Any], output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"model must return a tensor: got {type(output).__name__}")
+    if not isinstance(model, Classifier):
+        return output
+    # of half precision, at least single
+    return output.softmax(model.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
+
+
+def _batches(
+    model: Callable[..., Any], x: Inputs | Dataset[Any] | DataLoader[Any], size: int
+) -> Iterator[tuple[Inputs, torch.device]]:
+    """Inputs of the network on the model's device, and where they came from."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if type(x) is TensorDataset:  # a subclass may do more than index
+        x = x.tensors[0]
+    if isinstance(x, Dataset):
+        x = DataLoader(x, batch_size=size)
+    for batch in _loaded(x) if isinstance(x, DataLoader) else _sliced(x, size):
+        tensors = tensors_of(batch)
+        check(bool(tensors), "x", "a tensor, or hold one", type(batch).__name__, TypeError)
+        yield batch if parameter is None else to_device(batch, parameter.device), tensors[0].device
+
+
+def _loaded(loader: DataLoader[Any]) -> Iterator[Inputs]:
+    for batch in loader:
+        # a pair (x, y), or x alone
+        yield batch[0] if isinstance(batch, list | tuple) else batch
+
+
+def _sliced(x: Inputs, size: int) -> Iterator[Inputs]:
+    check(bool(tensors_of(x)), "x", "a tensor, or hold one", type(x).__name__, TypeError)
+    whole = examples_in(x)
+    for start in range(0, whole, size):
+        yield map_tensors(
+            lambda t: t[start : start + size] if t.dim() and len(t) == whole else t,  # noqa: B023
+            x,
+        )

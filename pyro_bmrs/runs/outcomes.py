@@ -1,0 +1,276 @@
+"""What came out of runs: one in a terminal, several side by side in a terminal or on a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pyro_bmrs.arguments import check
+from pyro_bmrs.figures import plot_criteria, plot_runs
+from pyro_bmrs.files import check_file, write_table
+from pyro_bmrs.numerals import number, percent
+from pyro_bmrs.reports.page import svg, write_page
+from pyro_bmrs.reports.words import (
+    khat_text,
+    posterior_warnings,
+    removal_warnings,
+    verdict,
+    warnings_of,
+)
+from pyro_bmrs.runs.folder import RunFolder
+
+# More lines than these can't be told apart.
+MOST_CURVES = 8
+
+type Columns = Sequence[tuple[str, str, str]]
+type Rows = Sequence[Mapping[Any, Any]]
+
+# The columns of tables: key, label, and kind: "text", "%" for a share, "khat", or the format of a number.
+OUTCOMES: Columns = (
+    ("run", "run", "text"), ("recipe", "recipe", "text"), ("data", "data", "text"), ("criterion", "criterion", "text"),
+    ("seed", "seed", ".0f"), ("kl_weight", "KL weight", "g"),
+    ("parameters_before", "parameters before", ",.0f"), ("parameters", "after", ",.0f"), ("removed", "removed", "%"),
+    ("accuracy", "test accuracy", "%"), ("negative_log_likelihood", "negative log-likelihood (nats)", ".4f"),
+    ("brier", "Brier score", ".4f"), ("expected_calibration_error", "calibration error", ".4f"),
+    ("khat", "worst k̂ of a part", "khat"),
+)  # fmt: skip
+NETWORKS: Columns = (
+    ("network", "network", "text"), ("parameters", "parameters", ",.0f"), ("accuracy", "test accuracy", "%"),
+    ("negative_log_likelihood", "test NLL (nats)", ".4f"),
+)  # fmt: skip
+LAYERS: Columns = (
+    ("layer", "layer", "text"), ("before", "before", ",.0f"), ("after", "after", ",.0f"), ("removed", "removed", "%"),
+)  # fmt: skip
+KHAT: Columns = (
+    ("part", "part of the posterior", "text"), ("khat", "Pareto k̂", "khat"), ("threshold", "reliable up to", ".2f"),
+)  # fmt: skip
+
+
+def shown(value: Any, kind: str) -> str:
+    """A cell of a table, as people read it.
+
+    >>> shown(0.25, "%"), shown(1370, ",.0f"), shown(float("nan"), ".4f"), shown(0.456, "khat")
+    ('25.00 %', '1,370', '–', '0.46')
+    """
+    if kind == "text":
+        return str(value)
+    if kind == "%":
+        return percent(value, 2)
+    return khat_text(value) if kind == "khat" else number(value, kind)
+
+
+def table_of(columns: Columns, rows: Rows) -> Table:
+    """A table for a terminal. What a user named is text, with no markup in it."""
+    table = Table()
+    for index, (_, label, _) in enumerate(columns):
+        table.add_column(Text(label), justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(shown(row[key], kind)) for key, _, kind in columns))
+    return table
+
+
+def compare_runs(folders: Sequence[Path | str]) -> pd.DataFrame:
+    """What came out of several runs, a row each.
+
+    Args:
+        folders: of runs that have been reduced.
+
+    Returns:
+        Columns run (the shortest end of the folder's path that tells it from the others), recipe, data, seed,
+        kl_weight, criterion, parameters_before, parameters, removed (0 to 1), accuracy (0 to 1) and
+        negative_log_likelihood (nats per example) of the final network on the test examples; and, where the run has a
+        diagnosis, of the final network brier and expected_calibration_error, and khat, the worst of any part of the
+        posterior (NaN: no diagnosis).
+
+    Raises:
+        ValueError: for fewer than two folders, one that is named twice, or one that holds no reduced run.
+    """
+    paths = [Path(folder) for folder in folders]
+    check(len(paths) > 1, "runs", "at least two, to be compared", len(paths))
+    twice = [
+        str(path)
+        for index, path in enumerate(paths)
+        if path.resolve() in [p.resolve() for p in paths[:index]]
+    ]
+    if twice:
+        raise ValueError(f"runs must be different folders: {twice[0]} is given twice")
+    return pd.DataFrame(
+        [_row(name, RunFolder(path)) for name, path in zip(_names(paths), paths, strict=True)]
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    parts = [path.resolve().parts for path in paths]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def _row(name: str, run: RunFolder) -> dict[str, Any]:
+    stored = run.needed_settings()
+    settings, evaluation, diagnosis = stored["settings"], run.evaluation(), run.diagnosis()
+    final = evaluation.iloc[-1]
+    row = dict(
+        run=name, recipe=stored["recipe"], data=settings.data, seed=settings.seed, kl_weight=settings.kl_weight,
+        criterion=settings.criterion, parameters_before=int(evaluation.parameters.iloc[0]),
+        parameters=int(final.parameters), removed=run.outcome()["removed"], accuracy=float(final.accuracy),
+        negative_log_likelihood=float(final.negative_log_likelihood),
+        brier=float("nan"), expected_calibration_error=float("nan"), khat=float("nan"),
+    )  # fmt: skip
+    if diagnosis is not None and diagnosis.quality is not None:
+        last = diagnosis.quality.iloc[-1]
+        row |= {name: float(last[name]) for name in ("brier", "expected_calibration_error")}
+    if diagnosis is not None and diagnosis.khat is not None:
+        parts = diagnosis.khat.iloc[1:] if len(diagnosis.khat) > 1 else diagnosis.khat
+        row["khat"] = float(parts.khat.max())
+    return row
+
+
+def show_runs(folders: Sequence[Path | str], console: Console | None = None) -> None:
+    """Print what came out of runs that have been reduced.
+
+    Of one run: verdict, networks, widths, k̂ and warnings. Of several, side by side: what came out, the settings that
+    differ, and the widths.
+
+    Args:
+        folders: of the runs.
+        console: where to print; default the terminal.
+
+    Raises:
+        ValueError: if a folder holds no reduced run, or is named twice.
+    """
+    console = console or Console()
+    if len(folders) == 1:
+        _show_run(RunFolder(folders[0]), console)
+        return
+    table, runs = compare_runs(folders), [RunFolder(folder) for folder in folders]
+    # a row for each column of the page: runs are few, and a terminal is narrow
+    rows = [
+        {"of": label, **{f"run {index}": shown(value, kind) for index, value in enumerate(table[key])}}
+        for key, label, kind in OUTCOMES[1:]
+    ]
+    columns = _run_columns(table)
+    console.print(Text(_verdict(table), style="bold"))
+    console.print(table_of([("of", "run", "text"), *columns], rows))
+    if differing := _differing(columns, runs):
+        console.print(table_of([("setting", "setting that differs", "text"), *columns], differing))
+    console.print(table_of([("layer", "layer", "text"), *columns], _widths(columns, runs)))
+
+
+def _show_run(run: RunFolder, console: Console) -> None:
+    stored = run.needed_settings()
+    evaluation, plan, diagnosis = run.evaluation(), run.plan(), run.diagnosis()
+    settings, widths = stored["settings"], plan.widths()
+    console.print(Text(verdict(None, plan, None, evaluation.assign(split="test"), run.costs()), style="bold"))
+    told = f"{stored['recipe']} on {settings.data}, seed {settings.seed}, KL weight {settings.kl_weight:g}"
+    console.print(Text(f"{told}, {plan.rule}"))
+    console.print(table_of(NETWORKS, evaluation.to_dict("records")))
+    layers = widths.assign(removed=1 - widths.after / widths.before)
+    console.print(table_of(LAYERS, layers.to_dict("records")))
+    if diagnosis is not None and diagnosis.khat is not None:
+        console.print(table_of(KHAT, diagnosis.khat.to_dict("records")))
+    for warning in (
+        *removal_warnings(evaluation),
+        *warnings_of(plan, widths),
+        *posterior_warnings(diagnosis),
+    ):
+        console.print(Text(f"! {warning}", style="yellow"))
+    report = run.folder / "report.html"
+    if report.exists():
+        console.print(Text(f"report: {report}"))
+
+
+def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.html") -> Path:
+    """Write a self-contained HTML page that compares runs, and beside it the same as Markdown and its table as CSV.
+
+    Args:
+        folders: of runs that have been reduced.
+        out: the HTML file; the others have its name with ``.md`` and ``.csv``.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        ValueError: as `compare_runs`, or if out does not end in .html, or can't be written.
+    """
+    out = Path(out)
+    if out.suffix != ".html":
+        raise ValueError(f"out must end in .html: got {os.fspath(out)}")
+    check_file("out", out)
+    table, runs = compare_runs(folders), [RunFolder(folder) for folder in folders]
+    columns, rows = _run_columns(table), table.to_dict("records")
+    curves = [
+        run.read_table("curve.csv").assign(criterion=name)
+        for name, run in zip(table.run, runs, strict=True)
+        if run.has("curve.csv")
+    ]
+    # regressions have losses, and no accuracy to draw
+    curves = [curve for curve in curves if curve.accuracy.notna().any()]
+    drawn = pd.concat(curves[:MOST_CURVES], ignore_index=True) if curves else None
+    content = dict(
+        title="Comparison of runs",
+        verdict=_verdict(table),
+        outcomes=OUTCOMES,
+        rows=rows,
+        texts=[[shown(row[key], kind) for key, _, kind in OUTCOMES] for row in rows],
+        columns=columns,
+        differing=_differing(columns, runs),
+        widths=_widths(columns, runs),
+        scatter=svg("runs", lambda: plot_runs(table)) if table.accuracy.notna().any() else None,
+        curves=None if drawn is None else svg("curves", lambda: plot_criteria(drawn)),
+        curves_left_out=max(0, len(curves) - MOST_CURVES),
+    )
+    write_page(out, "comparison", content)
+    write_table(out.with_suffix(".csv"), table)
+    return out
+
+
+def _verdict(table: pd.DataFrame) -> str:
+    told = f"{len(table)} runs"
+    if not table.accuracy.notna().any():
+        return told
+    best = table.iloc[int(table.accuracy.argmax())]
+    return (
+        f"{told}; the most accurate, {best.run}, has {100 * best.accuracy:.2f} % with "
+        f"{100 * best.removed:.1f} % of its parameters removed"
+    )
+
+
+def _run_columns(table: pd.DataFrame) -> Columns:
+    """A column for each run, by number: a run may be called like another column."""
+    return [(f"run {index}", name, "text") for index, name in enumerate(table.run)]
+
+
+def _differing(columns: Columns, runs: Sequence[RunFolder]) -> Rows:
+    """A row per setting that is not the same in all runs, with a column per run."""
+    stored = [run.needed_settings() for run in runs]
+    settings = [{"recipe": found["recipe"], **asdict(found["settings"])} for found in stored]
+    return [
+        {
+            "setting": key,
+            **{name: str(chosen[key]) for (name, *_), chosen in zip(columns, settings, strict=True)},
+        }
+        for key in settings[0]
+        if len({str(chosen[key]) for chosen in settings}) > 1
+    ]
+
+
+def _widths(columns: Columns, runs: Sequence[RunFolder]) -> Rows:
+    """A row per layer of any run, with a column per run."""
+    found: dict[str, dict[str, str]] = {}
+    for (name, *_), run in zip(columns, runs, strict=True):
+        for row in run.plan().widths().itertuples():
+            found.setdefault(str(row.layer), {})[name] = f"{row.before} → {row.after}"
+    return [
+        {"layer": layer, **{name: widths.get(name, "–") for name, *_ in columns}}
+        for layer, widths in found.items()
+    ]

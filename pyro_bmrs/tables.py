@@ -1,0 +1,56 @@
+"""The tables that pass from room to room: the columns that their readers need, and the one check of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# of a plan: a row per structure, one per layer, and one per cost
+TABLE_COLUMNS = ("layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "removed")
+WIDTH_COLUMNS = ("layer", "before", "after")
+COST_COLUMNS = ("before", "after")
+# of a fit: a row per epoch, and one per structure that it or the plan removed
+HISTORY_COLUMNS = (
+    "phase", "epoch", "loss", "log_likelihood", "kl", "validation_loss", "validation_accuracy", "kept", "seconds",
+)  # fmt: skip
+REMOVAL_COLUMNS = ("phase", "epoch", "layer", "unit")
+# accuracy at thresholds, of one criterion and of several
+CURVE_COLUMNS = ("parameters_removed", "accuracy", "score_threshold", "is_plan")
+CRITERIA_COLUMNS = ("criterion", *CURVE_COLUMNS)
+# of networks: measured, and in bins, by coverage and by example
+EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
+RELIABILITY_COLUMNS = ("network", "prediction", "lower", "upper", "count", "confidence", "accuracy")
+RISK_COLUMNS = ("network", "prediction", "coverage", "risk")
+ENTROPY_COLUMNS = ("data", "entropy")
+RUN_COLUMNS = ("run", "parameters", "accuracy")
+# along a parameter of a reduced prior, which is the first column
+EVIDENCE_COLUMNS = ("log_evidence_change", "reduced", "chosen", "mixture")
+
+# More criteria than this can't be told apart in one figure.
+MOST_CRITERIA = 8
+
+
+def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Check that a table has the columns it is read by.
+
+    Args:
+        name: what to call the table in the message, e.g. ``"plan.table"``.
+        table: any DataFrame; further columns are allowed.
+        columns: the names it must have.
+
+    Raises:
+        ValueError: names the missing columns and all that are needed.
+
+    Example:
+        >>> import pandas as pd
+        >>> require_columns("curve", pd.DataFrame({"accuracy": [0.9]}), ("accuracy",))
+    """
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(
+            f"{name} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}; "
+            f"it needs {', '.join(columns)} and has {', '.join(map(str, table.columns)) or 'none'}"
+        )
