@@ -194,7 +194,7 @@ TABLE = [
     ("predict RUN --inputs nothing.npy", "nothing.npy"),
     ("predict RUN --inputs file", "file"),
     ("predict RUN --inputs empty", "empty"),
-    ("predict RUN --inputs no_x.npz", "no_x.npz", "'x'"),
+    ("predict RUN --inputs no_x.npz", "no_x.npz", "lacks x"),
     ("predict RUN --inputs nan.npy", "nan.npy"),
     ("predict RUN --inputs many.npy", "inputs", "400"),
     ("predict RUN --inputs wrong_shape.npy", "inputs", "(3, 5, 5)"),

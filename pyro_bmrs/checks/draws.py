@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.fitting.programs import local_sites_of
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import elementary
@@ -39,8 +40,7 @@ Values = Mapping[str, Tensor]
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Raise ValueError, naming the argument, unless it is an integer of at least `least`."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}: got {value!r}")
+    check(is_whole(value, least), name, f"an integer of at least {least}", value)
 
 
 class DataOfModel:
@@ -60,8 +60,7 @@ class DataOfModel:
     def __init__(self, model: Callable[..., Any], data: tuple[Any, ...] | Data, batch_size: int) -> None:
         if not callable(model):
             raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer: got {batch_size!r}")
+        check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
         if not isinstance(data, tuple | Dataset | DataLoader):
             raise TypeError(
                 "data must be a tuple of the arguments of model and guide, such as (x, y), or a data set or loader of "

@@ -15,6 +15,7 @@ from pyro.distributions import Categorical, Normal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.inputs import call, check_module
 
@@ -36,8 +37,8 @@ class _Likelihood(nn.Module):
             raise TypeError(
                 f"{self.finder} must be a function of the network's output, or None: got {output!r}"
             )
-        if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
-            raise ValueError(f"dataset_size must be a positive integer or None: got {dataset_size!r}")
+        good = dataset_size is None or is_whole(dataset_size, 1)
+        check(good, "dataset_size", "a positive integer or None", dataset_size)
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
         self.store_name = f"{type(self).__name__}_{next(_serial)}"
@@ -112,8 +113,7 @@ class Classifier(_Likelihood):
     ) -> None:
         super().__init__(net, logits, dataset_size)
         for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
-            if not isinstance(value, int):
-                raise ValueError(f"{name} must be an integer: got {value!r}")
+            check(isinstance(value, int), name, "an integer", value)
         self.class_dim, self.ignore_index = class_dim, ignore_index
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import call, check_module
@@ -46,10 +47,8 @@ def recalibrate[Network: nn.Module](
     if noise_layers(network):
         raise ValueError("network must have no noise layers: apply the reduction first")
     for name, value in (("examples", examples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 2:
-            raise ValueError(f"{name} must be an integer of at least 2: got {value!r}")
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer: got {seed!r}")
+        check(is_whole(value, 2), name, "an integer of at least 2", value)
+    check(isinstance(seed, int), "seed", "an integer", seed)
     layers = [
         module
         for module in network.modules()

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.networks.inputs import check_module
 
@@ -86,10 +87,8 @@ class MultiplicativeNoise(nn.Module):
 
     def __init__(self, features: int, *, dim: int = 1, log_low: float = -20.0, log_high: float = 0.0) -> None:
         super().__init__()
-        if not isinstance(features, int) or isinstance(features, bool) or features < 1:
-            raise ValueError(f"features must be a positive integer: got {features!r}")
-        if not isinstance(dim, int):
-            raise ValueError(f"dim must be an integer: got {dim!r}")
+        check(is_whole(features, 1), "features", "a positive integer", features)
+        check(isinstance(dim, int), "dim", "an integer", dim)
         if dim == 0:
             raise ValueError("dim must not be 0, which counts examples: got 0")
         LogUniform(log_low, log_high)  # checks the bounds

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.predict import output_at
 from pyro_bmrs.inference.untouched import untouched
@@ -80,8 +81,7 @@ class Predictions:
                 f"got {self.expected_entropy[bad][0]}"
             )
         _check_labels("label", self.label, classes)
-        if not isinstance(self.draws, int) or self.draws < 1:
-            raise ValueError(f"draws must be a positive integer: got {self.draws!r}")
+        check(is_whole(self.draws, 1), "draws", "a positive integer", self.draws)
 
     @property
     def confidence(self) -> NDArray[np.float64]:
@@ -147,8 +147,7 @@ def predictions(
         ArithmeticError: if logits have no softmax, for NaN or +∞ among them, with the number of examples.
     """
     check_module("model", model)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer: got {batch_size!r}")
+    check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
     device = next(model.parameters()).device
     thetas = _split_draws(model, scales, device)
     draws = len(thetas)
@@ -278,8 +277,7 @@ def reliability(predictions: Predictions, *, bins: int = 15) -> pd.DataFrame:
         ValueError: if predictions have no labels, or bins < 1.
     """
     _check_labelled(predictions)
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins must be a positive integer: got {bins!r}")
+    check(is_whole(bins, 1), "bins", "a positive integer", bins)
     edges = np.arange(bins + 1) / bins  # each the nearest to k/bins, as linspace's are not
     confidence = predictions.confidence
     index = np.searchsorted(edges, confidence, side="right") - 1
@@ -327,8 +325,7 @@ def risk_coverage(predictions: Predictions, *, points: int = 101) -> pd.DataFram
         ValueError: if predictions have no labels, or points < 2.
     """
     _check_labelled(predictions)
-    if not isinstance(points, int) or points < 2:
-        raise ValueError(f"points must be an integer of at least 2: got {points!r}")
+    check(is_whole(points, 2), "points", "an integer of at least 2", points)
     confidence, risk = _by_confidence(predictions)
     examples = len(risk)
     k = np.linspace(1, examples, min(points, examples)).round().astype(np.int64)

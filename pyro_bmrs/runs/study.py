@@ -44,10 +44,10 @@ class _Document(Checked):
     out: str
     recipes: _OneOrMore[str]
     data: _OneOrMore[str]
-    kl_weights: _OneOrMore[float] = Field(default=[])
-    criteria: _OneOrMore[str] = Field(default=[])
-    seeds: _OneOrMore[int] = Field(default=[])
-    settings: dict[str, Any] = Field(default={})
+    kl_weights: _OneOrMore[float] = Field(default_factory=list)
+    criteria: _OneOrMore[str] = Field(default_factory=list)
+    seeds: _OneOrMore[int] = Field(default_factory=list)
+    settings: dict[str, Any] = Field(default_factory=dict)
     jobs: int = 1
     threads: int = 1
     backend: str = "processes"

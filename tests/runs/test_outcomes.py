@@ -499,7 +499,7 @@ def test_show_says_the_essentials(finished, capsys, monkeypatch):
         [row.part, f"{row.khat:.2f}".replace("-", "−"), f"{row.threshold:.2f}"] for row in khat.itertuples()
     ]
     warnings = [line for line in text.splitlines() if line.startswith("! ")]
-    assert any("KL weight of w = 2" in warning for warning in warnings)
+    assert any("The KL weight of the fit was 2" in warning for warning in warnings)
     high = khat[1:].query("khat > threshold")
     assert len(high)
     named = ", ".join(f"{row.part} ({row.khat:.2f})" for row in high.itertuples())
