@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduce import reduce_by_priors
 from pyro_bmrs.programs.reduction import Groups, check_log_odds, selections
 from pyro_bmrs.programs.sites import Selection
-from pyro_bmrs.pruning.reduce import kl_weight_of
+from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of
 
 LogOdds = float | Mapping[str, float]
 
