@@ -25,7 +25,7 @@ from pydantic import (
 from pyro_bmrs.arguments import check
 
 if TYPE_CHECKING:
-    from pyro_bmrs.pruning.criteria import Criterion
+    from pyro_bmrs.pruning.scoring import Criterion
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -239,7 +239,8 @@ class Settings(Checked):
 
     def made_criterion(self) -> Criterion:
         """The criterion, made from its name where it is one."""
-        from pyro_bmrs.pruning.criteria import check_criterion, parse_criterion
+        from pyro_bmrs.pruning.criteria import parse_criterion
+        from pyro_bmrs.pruning.scoring import check_criterion
 
         if isinstance(self.criterion, str):
             return parse_criterion(self.criterion, self.prior_log_odds)
