@@ -434,15 +434,15 @@ class Loop:
         plan = self._plan()
         table = self.fabric.broadcast(plan.table)
         plan = replace(plan, table=table)
-        gone = table[table.removed & ~table.removed_in_fit]
-        if gone.empty:
+        removed = table[table.removed & ~table.removed_in_fit]
+        if removed.empty:
             return []
         rows = [
             {
                 "epoch": epoch,
                 **{name: row[name] for name in ("layer", "unit", "score", "log_evidence_change")},
             }
-            for row in gone.to_dict("records")
+            for row in removed.to_dict("records")
         ]
         self.state.removals += rows
         layers = noise_layers(self.model)

@@ -68,9 +68,9 @@ class SitePosterior(nn.Module):
     log_low: Tensor
     log_high: Tensor
     kept: Tensor
-    gone_units: Tensor
-    gone_loc: Tensor
-    gone_log_scale: Tensor
+    removed_units: Tensor
+    removed_loc: Tensor
+    removed_log_scale: Tensor
 
     def __init__(self, prior: LogUniform | TruncatedLogNormal, shape: torch.Size, loc: float, scale: float):
         super().__init__()
@@ -81,31 +81,31 @@ class SitePosterior(nn.Module):
         self.register_buffer("log_high", prior.log_high.detach().expand(shape).clone())
         self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=like.device))
         # of structures that a fit has taken out: their numbers in the original network, their last parameters
-        self.register_buffer("gone_units", torch.empty(0, dtype=torch.long, device=like.device))
-        for name in ("gone_loc", "gone_log_scale"):
+        self.register_buffer("removed_units", torch.empty(0, dtype=torch.long, device=like.device))
+        for name in ("removed_loc", "removed_log_scale"):
             self.register_buffer(name, torch.empty(*shape[:-1], 0, dtype=like.dtype, device=like.device))
 
     def select(self, kept: Tensor, units: Tensor) -> None:
         """Become, in place, the posterior of the structures where `kept`; `units` are the numbers of all."""
         stays, goes = (torch.nonzero(mask).flatten().to(self.loc.device) for mask in (kept, ~kept))
-        self.gone_units = torch.cat([self.gone_units, units.to(goes.device)[goes]])
+        self.removed_units = torch.cat([self.removed_units, units.to(goes.device)[goes]])
         for name in ("loc", "log_scale"):
             last = getattr(self, name).detach().index_select(-1, goes)
-            setattr(self, f"gone_{name}", torch.cat([getattr(self, f"gone_{name}"), last], dim=-1))
+            setattr(self, f"removed_{name}", torch.cat([getattr(self, f"removed_{name}"), last], dim=-1))
         for name in PER_UNIT:
             tensor = getattr(self, name)
             replace_data(tensor, tensor.detach().index_select(-1, stays))
 
-    def gone(self) -> TruncatedLogNormal:
-        """The last posterior of each structure that was taken out, in the order of `gone_units`."""
-        shape = self.gone_loc.shape
+    def removed_posterior(self) -> TruncatedLogNormal:
+        """The last posterior of each structure that was taken out, in the order of `removed_units`."""
+        shape = self.removed_loc.shape
         low, high = (bound[..., :1].expand(shape) for bound in (self.log_low, self.log_high))
-        law = bounded(self.gone_loc, self.gone_log_scale, low, high)
+        law = bounded(self.removed_loc, self.removed_log_scale, low, high)
         return TruncatedLogNormal(*law, low, high, validate_args=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # as many as the saved one had lost, whatever this one has
-        for name in ("gone_units", "gone_loc", "gone_log_scale"):
+        for name in ("removed_units", "removed_loc", "removed_log_scale"):
             saved = state_dict.get(f"{prefix}{name}")
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.loc.device))

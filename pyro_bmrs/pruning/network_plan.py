@@ -19,7 +19,7 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
-from pyro_bmrs.networks.groups import gone
+from pyro_bmrs.networks.groups import cuts_of
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
 from pyro_bmrs.networks.nesting import Nesting
@@ -115,7 +115,7 @@ class NetworkPlan(Plan):
         network = self._binding.network
         if self._planned() != _features(network):  # it has shrunk since, and is another one
             return None
-        return earlier_cuts(network).then(gone(network, self._binding.groups.values(), self.kept_masks()))
+        return earlier_cuts(network).then(cuts_of(network, self._binding.groups.values(), self.kept_masks()))
 
     def apply(
         self,
@@ -305,7 +305,7 @@ def _features(network: nn.Module) -> dict[str, int]:
 
 def _parameters_left(plans: Sequence[NetworkPlan], binding: Binding) -> list[int]:
     network, groups = binding.network, binding.groups.values()
-    return [gone(network, groups, plan.kept_masks()).parameters_left(network) for plan in plans]
+    return [cuts_of(network, groups, plan.kept_masks()).parameters_left(network) for plan in plans]
 
 
 def _advice(lowest: float) -> str:

@@ -175,19 +175,19 @@ def _original(
             f"{tuple(given)}"
         )
     all_present = torch.ones_like(layer.kept)
-    gone_units = layer.units[:0]
+    removed_units = layer.units[:0]
     if isinstance(guide, AutoTruncatedLogNormal):
-        gone_units = guide.site_posterior(site).gone_units
+        removed_units = guide.site_posterior(site).removed_units
     prior = elementary(layer.prior())
     assert isinstance(prior, LogUniform | TruncatedLogNormal)
-    if not len(gone_units):
+    if not len(removed_units):
         return _Original(layer.units, posterior[site], prior, layer.kept, all_present)
     assert isinstance(guide, AutoTruncatedLogNormal)
-    none = torch.zeros_like(gone_units, dtype=torch.bool)
-    order = torch.cat([layer.units, gone_units]).argsort()
-    q = joined([posterior[site], guide.site_posterior(site).gone()])
+    none = torch.zeros_like(removed_units, dtype=torch.bool)
+    order = torch.cat([layer.units, removed_units]).argsort()
+    q = joined([posterior[site], guide.site_posterior(site).removed_posterior()])
     return _Original(
-        torch.cat([layer.units, gone_units])[order],
+        torch.cat([layer.units, removed_units])[order],
         TruncatedLogNormal(*(t[order] for t in (q.loc, q.scale, q.log_low, q.log_high)), validate_args=False),
         LogUniform(layer.log_low, layer.log_high, validate_args=False),
         torch.cat([layer.kept, none])[order],
