@@ -60,7 +60,7 @@ class Nesting:
         )
 
     def taken_along(self, inner: str, removed: Mapping[str, Tensor], *, like: Tensor) -> Tensor:
-        """True for structures of `inner` inside a removed structure of the layers in `removed`. Shape: that of `like`."""
+        """True for structures of `inner` inside what is `removed` of other layers. Shape: that of `like`."""
         taken = torch.zeros_like(like)
         for outer, owner in self.owners.get(inner, {}).items():
             if outer in removed:

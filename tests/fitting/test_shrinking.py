@@ -81,7 +81,7 @@ def predictions(model, guide, x=X):
 @pytest.mark.parametrize("criterion", [*OF_THE_POSTERIOR, bmrs.WeightNorm(0.3), bmrs.Random(0.3)], ids=str)
 def test_a_plan_lists_every_structure_of_the_original(shrunk, criterion):
     plan = shrunk.reduce(criterion)
-    table, gone = plan.table, shrunk.removed_posterior()
+    table, gone = plan.table, shrunk.gone()
     assert plan.layers == list(shrunk.sizes)
     layers = noise_layers(shrunk.model)
     for site, size in shrunk.sizes.items():
@@ -142,7 +142,7 @@ def test_the_ledger_and_the_history_tell_of_the_same_removals(shrunk):
 def test_apply_and_rebuild_from_a_fresh_original(shrunk, criterion, tmp_path):
     plan = shrunk.reduce(criterion)
     if not isinstance(criterion, bmrs.BMRS_N):
-        assert plan.table.removed.sum() > len(shrunk.removed_posterior())
+        assert plan.table.removed.sum() > len(shrunk.gone())
     small = plan.apply()
     with torch.no_grad(), fixed_scales(shrunk.net, {s: t.float() for s, t in plan.theta_mean().items()}):
         expected = shrunk.net.eval()(X)
@@ -255,11 +255,10 @@ def test_a_second_fit_goes_on_in_what_is_left(tmp_path):
     )  # fmt: skip
     second = set(zip(again.removals.layer, again.removals.unit, strict=True))
     assert second
-    assert not second & fit.removed_posterior()
+    assert not second & fit.gone()
     table = fit.reduce().table
     assert (
-        set(zip(table.layer[~table.present], table.unit[~table.present], strict=True))
-        == fit.removed_posterior() | second
+        set(zip(table.layer[~table.present], table.unit[~table.present], strict=True)) == fit.gone() | second
     )
     assert table.groupby("layer").unit.apply(list).map(lambda units: units == list(range(len(units)))).all()
     small = fit.reduce().apply()
