@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.fitting.programs import local_sites_of
 from pyro_bmrs.inference.batches import Batches, Data
-from pyro_bmrs.inference.guides import elementary
+from pyro_bmrs.inference.calls import check_arguments
 from pyro_bmrs.inference.likelihoods import Classifier, Regressor
-from pyro_bmrs.inference.posteriors import check_arguments, model_at
+from pyro_bmrs.inference.traces import elementary, model_at
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
@@ -70,10 +70,7 @@ class DataOfModel:
         self.batched = isinstance(model, Classifier | Regressor) or not isinstance(data, tuple)
         if not self.batched:
             self._batches, self.arguments, self.size = None, tuple(data), 1  # type: ignore[arg-type]
-            try:
-                check_arguments(model, self.arguments)
-            except ValueError as error:
-                raise ValueError(f"data{str(error).removeprefix('model_args')}") from None
+            check_arguments(model, self.arguments, "data")
             return
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device

@@ -28,8 +28,10 @@ from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.inference.predict import posterior_point
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode

@@ -19,7 +19,8 @@ from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_
 from pyro_bmrs.evidence.importance import ImportanceEstimate, check_support, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import MultivariateChange
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, guide_values, model_at
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.traces import guide_values, model_at
 from pyro_bmrs.programs.sites import LatentSite, Selection, per_element
 from pyro_bmrs.progress import bar
 
@@ -144,8 +145,7 @@ class Averaging:
 
         Shapes: (rows, n) → (rows, n), (rows, n, n).
         """
-        everything = torch.arange(len(block.loc), device=block.loc.device)
-        precision: Tensor = torch.linalg.inv(block.covariance(everything))
+        precision: Tensor = torch.linalg.inv(block.covariance(block.everything))
         covariance = torch.linalg.inv(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)])
         for away in self._unconstrained(block) - block.loc:
             pull = (precision @ away)[rows].unsqueeze(-1)

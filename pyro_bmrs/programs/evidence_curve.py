@@ -16,8 +16,9 @@ from torch.nn.functional import softplus
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence import log_evidence_change
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, by_themselves
-from pyro_bmrs.inference.guides import elementary, read_posterior
-from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.inference.blocks import JointNormalBlock
+from pyro_bmrs.inference.posteriors import read_posterior
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.sites import LatentSite, elementary_law, group_of, per_element

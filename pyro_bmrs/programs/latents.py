@@ -23,14 +23,10 @@ from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, check_support, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
-from pyro_bmrs.inference.posteriors import (
-    Block,
-    JointNormalBlock,
-    check_arguments,
-    guide_values,
-    parents_of,
-    read_blocks,
-)
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.calls import check_arguments
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.traces import guide_values, parents_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.averaging import Averaging, root_of
@@ -320,7 +316,7 @@ class Latents:
         own = group.coordinates
         covariance = block.covariance(own)
         found = group.change(block.loc[own], covariance)
-        across = block.covariance(torch.arange(len(block.loc), device=block.loc.device), own)
+        across = block.covariance(block.everything, own)
         regression: Tensor = torch.linalg.solve(covariance, across.mT).mT
         kinds = {name: self._kind_of(name) for name in block.sites}
         return JointPart(block, own, regression, found.loc, root_of(found.covariance), kinds)

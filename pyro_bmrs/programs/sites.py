@@ -15,8 +15,9 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import normal_of_vectors
 from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
-from pyro_bmrs.inference.guides import elementary, mask_of
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.posteriors import on_support
+from pyro_bmrs.inference.traces import elementary, mask_of
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 
@@ -57,8 +58,7 @@ class LatentSite:
         """Of each element in the joint normal. Shape: (elements, coordinates of one)."""
         assert isinstance(self.block, JointNormalBlock)
         at = self.block.layout[self.name]
-        device = self.block.loc.device
-        return torch.arange(at.start, at.start + at.size, device=device).reshape(self.shape.numel(), -1)
+        return at.of(self.block.everything).reshape(self.shape.numel(), -1)
 
     def law(self, loc: Tensor, covariance: Tensor) -> Any:
         """The distribution of the elements where they are normals of unconstrained values.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.evidence.joint_normal import GroupReduction, by_themselves
-from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.inference.blocks import JointNormalBlock
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduce import reduce_by_priors

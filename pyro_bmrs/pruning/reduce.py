@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.posteriors import read_posterior
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cuts import selections as tensors_of_side
 from pyro_bmrs.networks.groups import StructureGroup, weight_of
