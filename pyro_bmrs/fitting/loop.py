@@ -36,8 +36,9 @@ from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.network_plan import NetworkPlan
-from pyro_bmrs.pruning.reduce import input_of, reduce_structures
+from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.pruning.shrink import shrink
 
 if TYPE_CHECKING:

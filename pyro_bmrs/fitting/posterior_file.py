@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.noise import MultiplicativeNoise
-from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
