@@ -106,7 +106,7 @@ def fit(
             speaks either for the batch alone or, scaled by N/batch, for the data set; both are recognised.
         guide: a Pyro guide of the same arguments, or None.
         train, validation: (x, y) tensors, a Dataset or a DataLoader.
-        settings: what shapes the fit; default `Settings()`. docs/fitting.md lists them all.
+        settings: what shapes the fit; default `Settings()`. docs/settings.md lists them all.
         checkpoints: folder in which the state is kept after each epoch, and when Ctrl-C or SIGTERM end the
             fit. Called again with it, the fit goes on from there, on the CPU bit for bit as if it had never
             stopped, in a new process and with a freshly made model too (but for what a loader draws from a
