@@ -28,7 +28,7 @@ from trials import Rows, Trial, figures, parser_of_trials, trials
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.pruning.criteria import Layers, Scores
+from pyro_bmrs.pruning.layers import Layers, Scores
 from pyro_bmrs.quality import predictions
 
 STAGES, LAST = 12, 1000.0

@@ -259,7 +259,7 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         '--elbo packed --validation-fraction 0.3 --network {"units":12} --image-size 8'
     )
     assert call(*line.split()) == 0
-    assert Run("new").settings.model_dump() == {
+    assert Run("new").settings == RunSettings(**{
         "data": "digits", "seed": 3, "epochs": 1, "batch_size": 16, "learning_rate": 0.002,
         "posterior_learning_rate": 0.003, "kl_weight": 4.0, "warm_up": 0.5, "draws_per_batch": 2,
         "removal": "epoch", "image_size": 8, "network": {"units": 12}, "validation_fraction": 0.3, "limit": 100,
@@ -267,7 +267,7 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
         "schedule": "linear", "weight_decay": 0.3, "gradient_clip": 2.5, "accumulate": 2,
         "patience": 4, "precision": "bf16-mixed", "stratified": False,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def test_draws_per_batch_of_none_is_one_per_example(place, monkeypatch):

@@ -11,7 +11,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference.elbo import LatentsPerBatch
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.pruning.criteria import LayerStructures
+from pyro_bmrs.pruning.layers import LayerStructures
 
 
 def network():

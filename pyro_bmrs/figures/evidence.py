@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributions import Distribution
 
-    from pyro_bmrs.programs.search import ModelPosterior
+    from pyro_bmrs.programs.exhaustive import ModelPosterior
 
 
 def plot_evidence_curve(curve: pd.DataFrame) -> Figure:

@@ -25,7 +25,7 @@ from pydantic import (
 from pyro_bmrs.arguments import check
 
 if TYPE_CHECKING:
-    from pyro_bmrs.pruning.criteria import Criterion
+    from pyro_bmrs.pruning.scoring import Criterion
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -161,6 +161,10 @@ class Settings(Checked):
         description="Of the learning rates: constant, cosine or linear (to zero). "
         "In Python also a function of the share of steps done, from 0 to 1, to a factor.",
     )
+    rate_warm_up: float = Field(
+        default=0.0, ge=0, le=1,
+        description="Share of the steps over which the learning rates rise linearly from 0, from 0 to 1.",
+    )  # fmt: skip
     weight_decay: float = Field(
         default=0.0, ge=0,
         description="Of the weights of the model's layers, decoupled from the gradient (AdamW). "
@@ -235,7 +239,8 @@ class Settings(Checked):
 
     def made_criterion(self) -> Criterion:
         """The criterion, made from its name where it is one."""
-        from pyro_bmrs.pruning.criteria import check_criterion, parse_criterion
+        from pyro_bmrs.pruning.criteria import parse_criterion
+        from pyro_bmrs.pruning.scoring import check_criterion
 
         if isinstance(self.criterion, str):
             return parse_criterion(self.criterion, self.prior_log_odds)
@@ -254,7 +259,7 @@ class Settings(Checked):
         factor = (SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule)(done)
         if not (math.isfinite(factor) and factor >= 0):
             raise ValueError(f"schedule must give finite factors of 0 or more: got {factor!r}")
-        return factor
+        return factor * min(done / self.rate_warm_up, 1.0) if self.rate_warm_up else factor
 
     def kl_factor(self, step: int, steps: int) -> float:
         """Factor on the KL weight at a step, counted from 0, of a fit of `steps` steps."""

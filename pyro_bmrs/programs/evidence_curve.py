@@ -21,7 +21,8 @@ from pyro_bmrs.inference.posteriors import JointNormalBlock
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.sites import LatentSite, elementary_law, group_of, per_element
-from pyro_bmrs.pruning.criteria import EvidenceCriterion, joined, joined_priors
+from pyro_bmrs.pruning.criteria import EvidenceCriterion
+from pyro_bmrs.pruning.layers import joined, joined_priors
 from pyro_bmrs.pruning.reduce import arguments_of
 
 

@@ -25,9 +25,10 @@ from pyro_bmrs.programs.reduction import (
     selections,
 )
 from pyro_bmrs.programs.sites import elementary_law
-from pyro_bmrs.pruning.criteria import BMRS_N, Criterion, ReducedPriors, text_of
+from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of, reduce_structures
+from pyro_bmrs.pruning.scoring import Criterion
 
 
 def reduce(

@@ -4,8 +4,6 @@ from pyro_bmrs.pruning.criteria import (
     BMRS_N,
     BMRS_U,
     SNR,
-    Criterion,
-    CriterionError,
     EvidenceCriterion,
     ExpectedScale,
     Random,
@@ -15,6 +13,7 @@ from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.reduce import NonFiniteScoreError
 from pyro_bmrs.pruning.rule import Rule
+from pyro_bmrs.pruning.scoring import Criterion, CriterionError
 
 __all__ = [
     "BMRS_N", "BMRS_U", "SNR", "Criterion", "CriterionError", "EvidenceCriterion", "ExpectedScale", "NetworkPlan",

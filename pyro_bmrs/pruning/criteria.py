@@ -7,131 +7,22 @@ its score is ≥ 0. Any function of `Layers` that returns such scores is a crite
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence import log_evidence_change
+from pyro_bmrs.pruning.layers import Layers, Scores, by_layer, joined, joined_priors
+from pyro_bmrs.pruning.scoring import Criterion
 
 PAPER_LOG_ODDS = 0.0
 RELEASED_LOG_ODDS = 0.5 * math.log(2 * math.pi)
-
-
-@dataclass(frozen=True)
-class LayerStructures:
-    """What a criterion may look at of one layer.
-
-    Attributes:
-        posterior: of θ, batch shape (features,).
-        prior: of θ, broadcasting with it.
-        kept: bool (features,), False for structures removed before.
-        weight_norm: on call, the Euclidean norm of each structure's own weights over the square root of
-            their number, (features,).
-    """
-
-    posterior: TruncatedLogNormal
-    prior: LogUniform | TruncatedLogNormal
-    kept: Tensor
-    weight_norm: Callable[[], Tensor]
-
-
-Layers = Mapping[str, LayerStructures]
-Scores = dict[str, Tensor]
-
-
-def joined(posteriors: Sequence[TruncatedLogNormal]) -> TruncatedLogNormal:
-    """The posteriors of several layers as one: a formula over many small tensors costs far more than over one."""
-    parts = [(q.loc, q.scale, q.log_low, q.log_high) for q in posteriors]
-    shapes = [q.batch_shape for q in posteriors]
-    return TruncatedLogNormal(*_concatenated(parts, shapes), validate_args=False)
-
-
-def _concatenated(parts: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size]) -> list[Tensor]:
-    return [
-        torch.cat([tensor.expand(shape) for tensor, shape in zip(tensors, shapes, strict=True)])
-        for tensors in zip(*parts, strict=True)
-    ]
-
-
-def joined_priors(
-    priors: Sequence[LogUniform | TruncatedLogNormal], shapes: Sequence[torch.Size]
-) -> LogUniform | TruncatedLogNormal:
-    """Priors, all of one type, as one of the shapes of their posteriors."""
-    parts: list[tuple[Tensor, ...]] = []
-    for prior in priors:
-        bounds = (prior.log_low, prior.log_high)
-        parts.append(bounds if isinstance(prior, LogUniform) else (prior.loc, prior.scale, *bounds))
-    return type(priors[0])(*_concatenated(parts, shapes), validate_args=False)
-
-
-class Criterion(Protocol):
-    """Anything that scores structures: `criterion(layers)` gives, for each layer, a tensor of scores (features,).
-
-    A plain function is one:
-
-    >>> def narrow(layers):
-    ...     return {name: layer.posterior.snr - 30.0 for name, layer in layers.items()}
-
-    An attribute `unit` names the unit of the scores.
-    """
-
-    def __call__(self, layers: Layers) -> Mapping[str, Tensor]: ...
-
-
-class CriterionError(ValueError):
-    """A criterion returned something other than scores of the layers' structures."""
-
-
-def scores_of(criterion: Criterion, layers: Layers, found: Mapping[str, Tensor]) -> Scores:
-    """What a criterion returned, as float64 on the CPU.
-
-    Raises:
-        CriterionError: unless it is a tensor of scores (features,) for each layer.
-    """
-    sizes = {name: len(layer.kept) for name, layer in layers.items()}
-    given: object = found
-    if isinstance(found, Mapping):
-        given = {
-            name: tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            for name, score in found.items()
-        }
-        if given == {name: (size,) for name, size in sizes.items()} and not any(
-            score.is_complex() for score in found.values()
-        ):
-            return {name: found[name].detach().double().cpu() for name in layers}
-    raise CriterionError(
-        f"criterion must return a tensor of scores for each layer, of the sizes {sizes}: {text_of(criterion)} "
-        f"returned {given if isinstance(found, Mapping) else type(found).__name__}"
-    )
-
-
-def text_of(criterion: object) -> str:
-    """What to call a criterion: the text that `parse_criterion` takes, or the name of a function.
-
-    The prior log-odds are left out: a `Rule` names them by themselves.
-
-    >>> text_of(BMRS_N()), text_of(BMRS_U(bits=4, prior_log_odds=0.0)), text_of(len)
-    ('BMRS_N', 'BMRS_U:bits=4', 'builtins.len')
-    """
-    if is_dataclass(criterion) and type(criterion) in CRITERIA.values():
-        changed = {
-            entry.name: getattr(criterion, entry.name)
-            for entry in fields(criterion)
-            if entry.name != "prior_log_odds" and getattr(criterion, entry.name) != entry.default
-        }
-        arguments = ",".join(f"{name}={value:g}" for name, value in changed.items())
-        return type(criterion).__name__ + (f":{arguments}" if arguments else "")
-    text = str(criterion)
-    if " at 0x" not in text and not text.startswith("<"):
-        return text
-    named = criterion if hasattr(criterion, "__qualname__") else type(criterion)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 class EvidenceCriterion:
@@ -157,7 +48,7 @@ class EvidenceCriterion:
             prior = joined_priors([layer.prior for layer in alike.values()], shapes)
             posterior = joined([layer.posterior for layer in alike.values()])
             change = log_evidence_change(posterior, prior, self.reduced_prior(prior))
-            changes |= _split(change, alike)
+            changes |= by_layer(change, alike)
         return {name: changes[name] for name in layers}
 
     def scores(self, changes: Scores) -> Scores:
@@ -282,7 +173,7 @@ class SNR:
 
     def __call__(self, layers: Layers) -> Scores:
         snr = joined([layer.posterior for layer in layers.values()]).snr
-        return _split(self.threshold - snr.double(), layers)
+        return by_layer(self.threshold - snr.double(), layers)
 
 
 @dataclass(frozen=True)
@@ -297,7 +188,7 @@ class ExpectedScale:
 
     def __call__(self, layers: Layers) -> Scores:
         mean = joined([layer.posterior for layer in layers.values()]).mean
-        return _split(self.threshold - mean.double(), layers)
+        return by_layer(self.threshold - mean.double(), layers)
 
 
 @dataclass(frozen=True)
@@ -345,12 +236,6 @@ def _parameter(criterion: EvidenceCriterion, name: str, given: Mapping[str, Tens
     return given[name] if name in given else torch.full_like(like, getattr(criterion, name))
 
 
-def _split(values: Tensor, layers: Layers) -> Scores:
-    """Values of all structures, layer after layer, by layer."""
-    sizes = [len(layer.kept) for layer in layers.values()]
-    return dict(zip(layers, torch.split(values, sizes), strict=True))
-
-
 def _lowest_share(fraction: float, values: Scores, layers: Layers) -> Scores:
     """Scores that remove just the given fraction of what is left, the lowest values; of equal ones the first.
 
@@ -365,17 +250,7 @@ def _lowest_share(fraction: float, values: Scores, layers: Layers) -> Scores:
     chosen = torch.zeros_like(kept).index_fill(0, order[:count], True)
     # what ties with the last that goes has a score of 0 too, and must stay
     scores = scores.masked_fill(~chosen & (scores >= 0), -torch.finfo(pool.dtype).tiny)
-    return _split(scores, layers)
-
-
-def check_criterion(criterion: object) -> None:
-    """Raise TypeError unless this is a criterion: something to be called with layers, made and not just named."""
-    if isinstance(criterion, type):
-        raise TypeError(f"criterion must be made, {criterion.__name__}(): got the class {criterion!r}")
-    if not callable(criterion) or isinstance(criterion, nn.Module):
-        raise TypeError(
-            f"criterion must be one of pyro_bmrs's or a function of layers that returns scores: got {criterion!r}"
-        )
+    return by_layer(scores, layers)
 
 
 def _check(name: str, value: object, allows: Callable[[Any], bool], allowed: str) -> None:
@@ -389,6 +264,29 @@ def _check(name: str, value: object, allows: Callable[[Any], bool], allowed: str
 CRITERIA: dict[str, Any] = {
     kind.__name__: kind for kind in (BMRS_N, BMRS_U, SNR, ExpectedScale, WeightNorm, Random)
 }
+
+
+def text_of(criterion: object) -> str:
+    """What to call a criterion: the text that `parse_criterion` takes, or the name of a function.
+
+    The prior log-odds are left out: a `Rule` names them by themselves.
+
+    >>> text_of(BMRS_N()), text_of(BMRS_U(bits=4, prior_log_odds=0.0)), text_of(len)
+    ('BMRS_N', 'BMRS_U:bits=4', 'builtins.len')
+    """
+    if is_dataclass(criterion) and type(criterion) in CRITERIA.values():
+        changed = {
+            entry.name: getattr(criterion, entry.name)
+            for entry in fields(criterion)
+            if entry.name != "prior_log_odds" and getattr(criterion, entry.name) != entry.default
+        }
+        arguments = ",".join(f"{name}={value:g}" for name, value in changed.items())
+        return type(criterion).__name__ + (f":{arguments}" if arguments else "")
+    text = str(criterion)
+    if " at 0x" not in text and not text.startswith("<"):
+        return text
+    named = criterion if hasattr(criterion, "__qualname__") else type(criterion)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion:

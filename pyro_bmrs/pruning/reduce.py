@@ -24,19 +24,12 @@ from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.pruning.binding import Binding
-from pyro_bmrs.pruning.criteria import (
-    Criterion,
-    EvidenceCriterion,
-    LayerStructures,
-    ReducedPriors,
-    check_criterion,
-    joined,
-    scores_of,
-    text_of,
-)
+from pyro_bmrs.pruning.criteria import EvidenceCriterion, ReducedPriors, text_of
+from pyro_bmrs.pruning.layers import LayerStructures, joined
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import COLUMNS
 from pyro_bmrs.pruning.rule import Rule
+from pyro_bmrs.pruning.scoring import Criterion, check_criterion, scores_of
 
 
 class NonFiniteScoreError(ArithmeticError):
@@ -137,12 +130,12 @@ def _scored(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(scores, ΔF or NaN where the criterion has no evidence) of each layer's structures, float64 on the CPU."""
     if not isinstance(criterion, EvidenceCriterion):
-        scores = scores_of(criterion, structures, criterion(structures))
+        scores = scores_of(structures, criterion(structures))
         return scores, {site: torch.full_like(score, math.nan) for site, score in scores.items()}
-    evidence = scores_of(criterion, structures, criterion.log_evidence_change(structures))
+    evidence = scores_of(structures, criterion.log_evidence_change(structures))
     if type(criterion).__call__ is EvidenceCriterion.__call__:
-        return scores_of(criterion, structures, criterion.scores(evidence)), evidence
-    return scores_of(criterion, structures, criterion(structures)), evidence
+        return scores_of(structures, criterion.scores(evidence)), evidence
+    return scores_of(structures, criterion(structures)), evidence
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,9 @@ from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.pruning.criteria import (
-    BMRS_N,
-    BMRS_U,
-    SNR,
-    Criterion,
-    ExpectedScale,
-    Random,
-    WeightNorm,
-    check_criterion,
-    text_of,
-)
+from pyro_bmrs.pruning.criteria import BMRS_N, BMRS_U, SNR, ExpectedScale, Random, WeightNorm, text_of
 from pyro_bmrs.pruning.reduce import NonFiniteScoreError, reduce_structures
+from pyro_bmrs.pruning.scoring import Criterion, check_criterion
 from pyro_bmrs.quality.calibration import Predictions, predictions, quality, reliability, risk_coverage
 from pyro_bmrs.quality.curve import compression_curve
 from pyro_bmrs.quality.what_if import what_if

@@ -247,7 +247,7 @@ def test_a_count_that_nobody_asked_for_ends_no_fit(monkeypatch):
     def fail(*_, **__):
         raise ArithmeticError("a score is not finite")
 
-    monkeypatch.setattr("pyro_bmrs.fitting.loop.reduce", fail)
+    monkeypatch.setattr("pyro_bmrs.fitting.loop.reduce_structures", fail)
     _, _, result = fitted(epochs=2)
     assert result.history.kept.isna().all()
     with pytest.raises(ArithmeticError, match="not finite"):
@@ -455,7 +455,7 @@ def test_other_latents_are_drawn_from_the_guide_in_validation_and_the_weight_is_
     result = bmrs.fit(model, guide, data(), data(100, 1), epochs=8, kl_weight=3.0, progress=False)
     # a draw of w from its prior costs many nats an example
     assert result.history.validation_loss.max() < 2.0
-    assert bmrs.reduce(model, guide, bmrs.BMRS_N(), *data(20)).kl_weight == 3.0
+    assert bmrs.reduce(model, guide, bmrs.BMRS_N(), *data(20)).rule.kl_weight == 3.0
 
 
 def test_the_kl_of_a_latent_of_one_example_belongs_to_its_batch():

@@ -6,9 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from command_line import call
+from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.settings import RunSettings
+from pyro_bmrs.runs.study import Study
 
 
 @pytest.mark.parametrize(
@@ -157,3 +162,35 @@ def test_the_documentation_lists_every_setting(monkeypatch):
     table = "\n".join(hooks.table_of_settings())
     for name, field in RunSettings.model_fields.items():
         assert f"| `{name}` | `{field.default}` |" in table
+
+
+def test_learning_rates_warm_up():
+    """A setting that only this file and its own know by name: everything else takes it from the field."""
+    settings = bmrs.Settings(rate_warm_up=0.5)
+    assert [settings.rate_factor(done) for done in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1]
+    assert settings.changed(schedule="linear").rate_factor(0.25) == 0.5 * 0.75
+    x = torch.randn(20, 3)
+    ends = []
+    for share in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = bmrs.Classifier(nn.Linear(3, 2))
+        start = model.net.weight.detach().clone()
+        bmrs.fit(model, None, (x, (x[:, 0] > 0).long()), epochs=1, rate_warm_up=share, progress=False)
+        ends.append((start, model.net.weight.detach()))
+    assert not torch.equal(*ends[0])
+    assert torch.equal(*ends[1])  # of a single step, at a rate of 0
+
+
+def test_a_setting_is_known_to_command_line_recipes_and_studies(tmp_path):
+    text = (Path(__file__).parents[1] / "tiny_recipe.py").read_text()
+    recipe = tmp_path / "warm.py"
+    recipe.write_text(text.replace('"limit": 200', '"limit": 200, "rate_warm_up": 0.2'))
+    line = ["fit", recipe, "--out", tmp_path / "run", "--quiet", "--epochs", "1"]
+    assert call(*line) == 0
+    assert Run(tmp_path / "run").settings.rate_warm_up == 0.2
+    assert call(*line, "--overwrite", "--rate-warm-up", "0.1") == 0
+    assert Run(tmp_path / "run").settings.rate_warm_up == 0.1
+    study = tmp_path / "study.yaml"
+    study.write_text("{out: out, recipes: warm.py, data: digits, settings: {rate_warm_up: 0.4}}")
+    (cell,) = Study.read(study).cells
+    assert cell.settings.rate_warm_up == 0.4

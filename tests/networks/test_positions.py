@@ -1,6 +1,5 @@
 """Structures inside structures: positions of flattened filters, which can leave alone and leave with their filter."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -110,20 +109,6 @@ def test_the_plan_goes_to_disk_and_back_with_what_lies_inside_what(reduced, tmp_
     again.load_state_dict(small.state_dict())
     x, _ = examples(20)
     assert torch.equal(again(x), small.eval()(x))
-
-
-def test_a_plan_of_version_4_knows_what_lies_inside_what(reduced, tmp_path):
-    plan, *_ = reduced
-    path = plan.save(tmp_path / "plan.json")
-    document = json.loads(path.read_text())
-    nesting = document.pop("nesting")
-    path.write_text(json.dumps({**document, "version": 4, "owners": nesting["owners"]}))
-    loaded = bmrs.NetworkPlan.load(path)
-    assert loaded.nesting.owners["5"]["2"].tolist() == plan.nesting.owners["5"]["2"].tolist()
-    assert not loaded.nesting.enclosed["2"].any()
-    del document["cuts"]
-    path.write_text(json.dumps({**document, "version": 3, "cuts": None}))
-    assert not bmrs.NetworkPlan.load(path).nesting.owners
 
 
 def test_it_is_exported(reduced, tmp_path):

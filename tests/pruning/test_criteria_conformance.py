@@ -5,7 +5,9 @@ import torch
 
 from pyro_bmrs import BMRS_N, BMRS_U, SNR, ExpectedScale, LogUniform, Random, TruncatedLogNormal, WeightNorm
 from pyro_bmrs.pruning import CriterionError, EvidenceCriterion
-from pyro_bmrs.pruning.criteria import LayerStructures, check_criterion, parse_criterion, scores_of, text_of
+from pyro_bmrs.pruning.criteria import parse_criterion, text_of
+from pyro_bmrs.pruning.layers import LayerStructures
+from pyro_bmrs.pruning.scoring import check_criterion, scores_of
 
 CRITERIA = [
     BMRS_N(), BMRS_N(prior_log_odds=0.0), BMRS_N(scale=0.1, loc=-15.0), BMRS_U(), BMRS_U(bits=4, floor_bits=23),
@@ -36,7 +38,7 @@ def test_conformance(criterion, dtype):
     scores = criterion(given)
     check_criterion(criterion)
     assert parse_criterion(text_of(criterion), getattr(criterion, "prior_log_odds", None)) == criterion
-    assert {name: len(score) for name, score in scores_of(criterion, given, scores).items()} == {
+    assert {name: len(score) for name, score in scores_of(given, scores).items()} == {
         "first": 5,
         "second": 5,
     }
@@ -107,7 +109,7 @@ def test_a_plain_function_is_a_criterion():
 
     check_criterion(narrow)
     assert text_of(narrow).endswith("narrow")
-    assert scores_of(narrow, layers(), narrow(layers()))["first"].dtype == torch.float64
+    assert scores_of(layers(), narrow(layers()))["first"].dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_a_wrong_return_is_one_clear_error(wrong):
         r"criterion must return a tensor of scores for each layer, of the sizes {'first': 5, 'second': 5}"
     )
     with pytest.raises(CriterionError, match=message):
-        scores_of(len, layers(), wrong)
+        scores_of(layers(), wrong)
 
 
 def test_random_follows_its_seed():

@@ -35,7 +35,7 @@ def layers(draw, size):
 def test_layers_that_hold_nothing_are_decided_alone(one, other):
     found = removals({"one": one, "other": other}, Nesting())
     for name, layer in (("one", one), ("other", other)):
-        assert torch.equal(found[name], layer.gone())
+        assert torch.equal(found[name], layer.decided())
 
 
 @quick
@@ -55,7 +55,7 @@ def test_what_lies_inside_goes_along_and_something_stays(data, outer, inner, inn
     if len(saved):
         assert inner.score[inner.kept].min() == inner.score[inner.kept & (owner == saved)].min()
     free = inner.kept & ~inside_of_gone
-    asked = replace(inner, kept=free).gone()
+    asked = replace(inner, kept=free).decided()
     if free.any():
         assert torch.equal(found["inner"], asked)
 
