@@ -292,7 +292,7 @@ def _unit_columns(plan: NetworkPlan, diagnosis: Diagnosis | None) -> list[tuple[
         columns.append(("contraction", "contraction (nats)", ".4g"))
     return [
         *columns,
-        ("score", score_label(plan), ".4g"),
+        ("score", score_label(plan.rule), ".4g"),
         ("log_evidence_change", evidence_label(plan.rule.kl_weight), ".4g"),
     ]
 
