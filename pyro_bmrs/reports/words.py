@@ -114,7 +114,7 @@ def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping
     in_fit = int(table["removed_in_fit"].sum()) if "removed_in_fit" in table else 0
     if in_fit:
         text.append(
-            f"{in_fit:,} structures had been removed before, during the fit, by their scores after an epoch."
+            f"Before that, {in_fit:,} had been removed during the fit, by their scores after an epoch."
         )
     text.append(
         f"Of {len(table):,} structures {int((~table['removed'].astype(bool)).sum()):,} were kept ("

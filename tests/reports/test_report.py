@@ -400,7 +400,7 @@ def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:
     assert all("KL weight 100" in label for label in labels)
     warnings = " ".join(tempered.texts)
     assert "ΔF is the evidence of the tempered model p(y|θ)^(1/100)" in warnings
-    assert "w = 100" in warnings
+    assert "The KL weight of the fit was 100" in warnings
 
     plain = " ".join(Page(write(tmp_path / "report.html", make_plan())).texts)
     assert "ΔF (nats)" in plain
@@ -496,7 +496,7 @@ def test_a_plan_at_another_threshold_is_described_as_such(tmp_path: Path) -> Non
     text = " ".join(page.texts)
     rule = "ΔF of Given plus the prior log-odds of 0.5 nats was at least -300"
     assert text.count(rule) == 2  # below the verdict, and in the methods
-    assert "1 structures had been removed before, during the fit" in text
+    assert "Before that, 1 had been removed during the fit" in text
     assert "by the same rule" not in text
     assert "1 of 4 removed structures have a score within 0.1 of the threshold" in text
     assert "the dashed line is the threshold of -300." in text
