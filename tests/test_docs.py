@@ -257,6 +257,10 @@ CHECKED = {
 }
 
 
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].split()) <= 1000
+
+
 def test_every_preparation_and_check_is_of_a_block_that_is_run():
     for page, number in PREPARED.keys() | CHECKED.keys():
         assert blocks_of(page)[number].reason is None
