@@ -47,7 +47,7 @@ from pyro_bmrs.pruning.binding import check_examples
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
-from pyro_bmrs.quality.diagnosis import DRAWS
+from pyro_bmrs.quality.examination import DRAWS
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, FIT_FILES, FORMAT, REDUCE_FILES, REPORT_FILES, VERSION, RunFolder
 from pyro_bmrs.runs.recipe import Recipe, blamed
