@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +252,7 @@ def _run_columns(table: pd.DataFrame) -> Columns:
 def _differing(columns: Columns, runs: Sequence[RunFolder]) -> Rows:
     """A row per setting that is not the same in all runs, with a column per run."""
     stored = [run.needed_settings() for run in runs]
-    settings = [{"recipe": found["recipe"], **asdict(found["settings"])} for found in stored]
+    settings = [{"recipe": found["recipe"], **found["settings"].model_dump()} for found in stored]
     return [
         {
             "setting": key,
