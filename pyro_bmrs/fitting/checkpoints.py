@@ -70,6 +70,15 @@ def _progress(entries: Mapping[str, Any]) -> FitState:
     return progress
 
 
+def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A text for each setting that differs."""
+    return [
+        f"{name} {before.get(name)!r} → {now.get(name)!r}"
+        for name in dict.fromkeys([*now, *before])
+        if before.get(name) != now.get(name)
+    ]
+
+
 class Checkpoints:
     """The checkpoints of one fit in a folder.
 
@@ -168,12 +177,7 @@ class Checkpoints:
         return header, tensors
 
     def _check_same_fit(self, path: Path, settings: Mapping[str, Any]) -> None:
-        changed = [
-            f"{name} {settings.get(name)!r} → {self.settings.get(name)!r}"
-            for name in dict.fromkeys([*settings, *self.settings])
-            if settings.get(name) != self.settings.get(name)
-        ]
-        if changed:
+        if changed := changes_between(settings, self.settings):
             raise ValueError(
                 f"checkpoints {self.folder} holds another fit ({'; '.join(changed)}): choose another folder, or "
                 f"remove it to start anew ({path.name})"
