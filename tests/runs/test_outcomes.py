@@ -14,9 +14,8 @@ from command_line import call
 from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
 from pyro_bmrs.quality import Diagnosis
-from pyro_bmrs.runs import outcomes
-from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs import outcomes, report_stage
+from pyro_bmrs.runs.folder import FIT_FILES, RunFolder
 from pyro_bmrs.runs.outcomes import compare_runs, report_runs, show_runs
 
 MARKUP = "[red]x[/red]"
@@ -49,7 +48,7 @@ def only_fitted(finished, tmp_path_factory):
     """A run that has not been reduced."""
     folder = tmp_path_factory.mktemp("only") / "fitted"
     folder.mkdir()
-    for name in runs.FIT_FILES:
+    for name in FIT_FILES:
         shutil.copy(finished / name, folder)
     return folder
 
@@ -589,7 +588,7 @@ def diagnosing(monkeypatch):
         return asked
 
     stored = None
-    monkeypatch.setattr(runs, "diagnose", diagnose)
+    monkeypatch.setattr(report_stage, "diagnose", diagnose)
     return given
 
 
