@@ -1,4 +1,4 @@
-"""What a fit asks of a Pyro model and its guide before the first step."""
+"""What a fit requires of a Pyro model and its guide, checked before the first step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
@@ -18,25 +19,28 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
 
+def asks_for_criterion(settings: Settings) -> bool:
+    """Whether the fit can't do without a criterion: one was named, or it removes structures."""
+    return "criterion" in settings.model_fields_set or settings.removal == "epoch"
+
+
 def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings: Settings) -> None:
     """Raise, naming the argument, unless a fit can be made of these."""
     check_module("model", model)
-    if guide is not None and not callable(guide):
-        raise TypeError(f"guide must be a Pyro guide or None: got {type(guide).__name__}")
+    check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide), TypeError)
     check_finite("model", model)
     sites = list(noise_layers(model))
     if guide is None and sites:
         raise ValueError(f"guide must be given for a model with noise layers {sites}")
     if guide is not None and not sites:
         raise ValueError("model must hold MultiplicativeNoise layers when a guide is given: it has none")
-    asked = "criterion" in settings.model_fields_set or settings.removal == "epoch"
-    if asked and not isinstance(guide, AutoTruncatedLogNormal):
+    if asks_for_criterion(settings) and not isinstance(guide, AutoTruncatedLogNormal):
         raise TypeError("criterion needs an AutoTruncatedLogNormal guide; use reduce() after the fit instead")
 
 
 @torch.no_grad()
 def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[Any, ...]) -> None:
-    """Raise if a `pyro.param` is no parameter of a module: it would not be trained, and be lost at the end."""
+    """Raise if a `pyro.param` belongs to no module: no optimiser would train it, and it would be lost."""
     for name, program in (("model", model), ("guide", guide)):
         module = program if isinstance(program, nn.Module) else nn.Module()
         own = {parameter.data_ptr() for parameter in [*module.parameters(), *model.parameters()]}
@@ -54,7 +58,7 @@ def speaks_for_the_data_set(trace: poutine.Trace, batch: int, size: int) -> bool
     """Whether the likelihood in a trace of the model is scaled to the whole data set, and not the batch's own.
 
     Raises:
-        ValueError: if it is scaled otherwise.
+        ValueError: if it has another scale.
     """
     scale, full = likelihood_scale(trace), size / batch
     if math.isclose(scale, 1.0):

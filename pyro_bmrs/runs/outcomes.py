@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +175,13 @@ def _show_run(run: RunFolder, console: Console) -> None:
     console.print(table_of(NETWORKS, evaluation.to_dict("records")))
     layers = widths.assign(removed=1 - widths.after / widths.before)
     console.print(table_of(LAYERS, layers.to_dict("records")))
-    if diagnosis is not None and diagnosis.khat is not None:
-        console.print(table_of(KHAT, diagnosis.khat.to_dict("records")))
+    khat = None if diagnosis is None else diagnosis.khat
+    if khat is not None:
+        console.print(table_of(KHAT, khat.to_dict("records")))
     for warning in (
         *removal_warnings(evaluation),
-        *warnings_of(plan, widths),
-        *posterior_warnings(diagnosis),
+        *warnings_of(plan),
+        *posterior_warnings(khat),
     ):
         console.print(Text(f"! {warning}", style="yellow"))
     report = run.folder / "report.html"
@@ -253,7 +253,7 @@ def _run_columns(table: pd.DataFrame) -> Columns:
 def _differing(columns: Columns, runs: Sequence[RunFolder]) -> Rows:
     """A row per setting that is not the same in all runs, with a column per run."""
     stored = [run.needed_settings() for run in runs]
-    settings = [{"recipe": found["recipe"], **asdict(found["settings"])} for found in stored]
+    settings = [{"recipe": found["recipe"], **found["settings"].model_dump()} for found in stored]
     return [
         {
             "setting": key,
