@@ -28,14 +28,17 @@ from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.inference.predict import posterior_point
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.network_plan import NetworkPlan
-from pyro_bmrs.pruning.reduce import input_of, reduce_structures
+from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.pruning.shrink import shrink
 
 if TYPE_CHECKING:
@@ -434,15 +437,15 @@ class Loop:
         plan = self._plan()
         table = self.fabric.broadcast(plan.table)
         plan = replace(plan, table=table)
-        gone = table[table.removed & ~table.removed_in_fit]
-        if gone.empty:
+        removed = table[table.removed & ~table.removed_in_fit]
+        if removed.empty:
             return []
         rows = [
             {
                 "epoch": epoch,
                 **{name: row[name] for name in ("layer", "unit", "score", "log_evidence_change")},
             }
-            for row in gone.to_dict("records")
+            for row in removed.to_dict("records")
         ]
         self.state.removals += rows
         layers = noise_layers(self.model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.noise import MultiplicativeNoise
-from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
@@ -121,16 +121,19 @@ def _shrink_to(model: nn.Module, guide: Callable[..., Any] | None, state: Mappin
     """Take out of model and guide the structures that the state has not."""
     if not isinstance(guide, AutoTruncatedLogNormal):
         return
-    gone = {
-        site: (state.get(f"guide.posteriors.{number}.gone_units"), guide.site_posterior(site).gone_units)
+    removed = {
+        site: (
+            state.get(f"guide.posteriors.{number}.removed_units"),
+            guide.site_posterior(site).removed_units,
+        )
         for number, site in enumerate(guide.sites)
     }
     kept: dict[str, Tensor] = {}
     for path, layer in model.named_modules():
         saved = state.get(f"model.{path}.units")
-        if not isinstance(layer, MultiplicativeNoise) or layer.site not in gone:
+        if not isinstance(layer, MultiplicativeNoise) or layer.site not in removed:
             continue
-        before, since = gone[layer.site]
+        before, since = removed[layer.site]
         if saved is None or before is None or before.dim() != 1 or saved.dim() != 1:
             raise ValueError(f"its numbers of the structures of layer {layer.site!r} are damaged, or missing")
         structures = len(saved) + len(before), len(layer.units) + len(since)

@@ -47,7 +47,7 @@ from pyro_bmrs.pruning.binding import check_examples
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
-from pyro_bmrs.quality.diagnosis import DRAWS
+from pyro_bmrs.quality.examination import DRAWS
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, FIT_FILES, FORMAT, REDUCE_FILES, REPORT_FILES, VERSION, RunFolder
 from pyro_bmrs.runs.recipe import Recipe, blamed
@@ -392,10 +392,10 @@ class Run(RunFolder):
         noted = self.read_table("removals.csv", *_REMOVAL_COLUMNS)
         noted = noted[noted.phase == "fit"]
         known = set(zip(noted.layer, noted.unit, strict=True))
-        gone = plan.table[plan.table.removed].assign(phase="reduce", epoch=epochs)
-        new = [pair not in known for pair in zip(gone.layer, gone.unit, strict=True)]
-        gone = gone.loc[new, _REMOVAL_COLUMNS]
-        return gone if noted.empty else pd.concat([noted, gone], ignore_index=True)
+        removed = plan.table[plan.table.removed].assign(phase="reduce", epoch=epochs)
+        new = [pair not in known for pair in zip(removed.layer, removed.unit, strict=True)]
+        removed = removed.loc[new, _REMOVAL_COLUMNS]
+        return removed if noted.empty else pd.concat([noted, removed], ignore_index=True)
 
     @_alone
     def report(self, *, draws: int | None = None, foreign: str | None = None) -> Path:
