@@ -1502,17 +1502,17 @@ FILES = [
         edit(PLAN, kept={"2": [99]}),
     ),
     on_disk(
-        "plan.safetensors", "no such file", load_plan, ValueError,
+        "plan.numbers.safetensors", "no such file", load_plan, ValueError,
         r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: (?P<library>.*)$",
         without(NUMBERS),
     ),
     on_disk(
-        "plan.safetensors", "cut short", load_plan, ValueError,
+        "plan.numbers.safetensors", "cut short", load_plan, ValueError,
         r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: (?P<library>.*)$",
         cut(NUMBERS),
     ),
     on_disk(
-        "plan.safetensors", "the posterior's file", load_plan, ValueError,
+        "plan.numbers.safetensors", "the posterior's file", load_plan, ValueError,
         r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: its numbers lack unit, ",
         instead(NUMBERS, POSTERIOR),
     ),
