@@ -35,7 +35,7 @@ class Fit:
             per example), log_likelihood (nats per example, training), kl (nats, whole data set, unweighted),
             kl_weight (of this epoch), validation_loss (nats per example, at θ = E[θ]), validation_accuracy,
             kept (structures that `reduce` would keep by the settings' criterion; NaN unless the guide is an
-            AutoTruncatedLogNormal of all of them), parameters (of the model, at the end of the epoch), seconds.
+            AutoTruncatedLogNormal), parameters (of the model, at the end of the epoch), seconds.
         removals: one row per structure removed during the fit: epoch, layer, unit (its number in the
             original network), score, log_evidence_change (nats; NaN for criteria without evidence).
         settings: the settings of the fit.
@@ -107,7 +107,7 @@ def fit(
             speaks either for the batch alone or, scaled by N/batch, for the data set; both are recognised.
         guide: a Pyro guide of the same arguments, or None.
         train, validation: (x, y) tensors, a Dataset or a DataLoader.
-        settings: what shapes the fit; default `Settings()`. docs/fitting.md lists them all.
+        settings: what shapes the fit; default `Settings()`. docs/settings.md lists them all.
         checkpoints: folder for the state after each epoch, and when Ctrl-C or SIGTERM end the fit. Called
             again with the same folder, the fit goes on from there, in a new process and with a freshly made
             model too. On the CPU the result is bit for bit that of a fit that never stopped, unless a loader

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.noise import MultiplicativeNoise
-from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
@@ -122,7 +122,10 @@ def _shrink_to(model: nn.Module, guide: Callable[..., Any] | None, state: Mappin
     if not isinstance(guide, AutoTruncatedLogNormal):
         return
     removed = {
-        site: (state.get(f"guide.posteriors.{number}.gone_units"), guide.site_posterior(site).gone_units)
+        site: (
+            state.get(f"guide.posteriors.{number}.removed_units"),
+            guide.site_posterior(site).removed_units,
+        )
         for number, site in enumerate(guide.sites)
     }
     kept: dict[str, Tensor] = {}

@@ -11,18 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_bmrs.arguments import check
+from pyro_bmrs.networks.inputs import map_tensors
+
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in its tuples, lists and dicts moved to `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
-    return value
+def to_device[T](value: T, device: torch.device) -> T:
+    """`value` with every tensor in it moved to `device`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 class Batch(NamedTuple):
@@ -74,8 +71,7 @@ class Batches:
         self.tensors: tuple[Tensor, ...] | None = None
         self.loader: DataLoader[Any] | None = None
         source: Any = data.dataset if isinstance(data, DataLoader) else data
-        if not isinstance(source, Sized):
-            raise TypeError(f"{name} must be a data set of known length: got {type(source).__name__}")
+        check(isinstance(source, Sized), name, "a data set of known length", type(source), TypeError)
         self.size = len(source)
         if self.size == 0:
             raise ValueError(f"{name} must not be empty")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import count
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.inputs import call, check_module
-
-# Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
-_serial = count(1)
 
 
 class _Likelihood(nn.Module):
@@ -33,15 +30,13 @@ class _Likelihood(nn.Module):
     ) -> None:
         super().__init__()
         check_module("net", net)
-        if output is not None and not callable(output):
-            raise TypeError(
-                f"{self.finder} must be a function of the network's output, or None: got {output!r}"
-            )
+        good = output is None or callable(output)
+        check(good, self.finder, "a function of the network's output, or None", output, TypeError)
         good = dataset_size is None or is_whole(dataset_size, 1)
         check(good, "dataset_size", "a positive integer or None", dataset_size)
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
-        self.store_name = f"{type(self).__name__}_{next(_serial)}"
+        self.store_name = unique_name(self)
 
     def predict(self, x: Any) -> Tensor:
         """The network's output tensor for a batch, such as logits.
@@ -132,16 +127,15 @@ class Classifier(_Likelihood):
 
     def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The logits as (batch, *positions, classes), checked against the labels."""
-        if not -output.dim() <= self.class_dim < output.dim():
-            raise ValueError(
-                f"class_dim must be a dimension of the logits, of shape {tuple(output.shape)}: got {self.class_dim}"
-            )
+        good = -output.dim() <= self.class_dim < output.dim()
+        shape = tuple(output.shape)
+        check(good, "class_dim", f"a dimension of the logits, of shape {shape}", self.class_dim)
         logits = _single(output).movedim(self.class_dim, -1)
         if y is not None and y.is_floating_point():
             raise ValueError(f"y must hold numbers of classes, integers: got {y.dtype}")
         if y is not None and y.shape != logits.shape[:-1]:
             raise ValueError(
-                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
+                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {shape} "
                 f"with class_dim={self.class_dim}: got {tuple(y.shape)}"
             )
         return logits
@@ -181,8 +175,8 @@ class Regressor(_Likelihood):
         dataset_size: int | None = None,
     ) -> None:
         super().__init__(net, mean, dataset_size)
-        if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
-            raise ValueError(f"scale must be positive or None, and finite: got {scale!r}")
+        good = scale is None or (isinstance(scale, Real) and 0 < scale < math.inf)
+        check(good, "scale", "positive or None, and finite", scale)
         log_scale = torch.tensor(float(scale or 1.0)).log()
         if scale is None:
             self.log_scale: Tensor = nn.Parameter(log_scale)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.distributions.packed import draw_with_kl, uniforms
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, bounded, elementary
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.site_posterior import bounded
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 

@@ -11,16 +11,16 @@ from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import ImportanceEstimate, check_support, log_ratio
+from pyro_bmrs.evidence import estimate_log_mean, log_evidence_change, reduced_posterior
+from pyro_bmrs.evidence.importance import ImportanceEstimate, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import MultivariateChange
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, guide_values, model_at
-from pyro_bmrs.programs.sites import LatentSite, Selection, per_element
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.traces import guide_values, model_at
+from pyro_bmrs.programs.sites import LatentSite, Selection, check_estimable, per_element
 from pyro_bmrs.progress import bar
 
 
@@ -107,10 +107,8 @@ class Averaging:
 
     def _ratios(self, site: LatentSite) -> Tensor:
         """log p̃(θ) - log p(θ|ψ) at the draws themselves. Shape: (draws, *elements)."""
-        if isinstance(site.reduced_prior, dist.Delta):
-            raise ImportanceError("a point mass can't be estimated from draws, and has no closed form here")
         for prior in self._priors_of(site)[:_CHECKED]:
-            check_support(site.posterior, prior, site.reduced_prior)
+            check_estimable(site, prior)
         values = self._draws[0][site.name].double()
         return torch.stack(
             [
@@ -144,8 +142,7 @@ class Averaging:
 
         Shapes: (rows, n) → (rows, n), (rows, n, n).
         """
-        everything = torch.arange(len(block.loc), device=block.loc.device)
-        precision: Tensor = torch.linalg.inv(block.covariance(everything))
+        precision: Tensor = torch.linalg.inv(block.covariance(block.everything))
         covariance = torch.linalg.inv(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)])
         for away in self._unconstrained(block) - block.loc:
             pull = (precision @ away)[rows].unsqueeze(-1)

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.arguments import check
 from pyro_bmrs.evidence import log_evidence_change
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, by_themselves
-from pyro_bmrs.inference.guides import elementary, read_posterior
-from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.inference.blocks import JointNormalBlock
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.sites import LatentSite, elementary_law, group_of, per_element
 from pyro_bmrs.pruning.criteria import EvidenceCriterion
-from pyro_bmrs.pruning.layers import joined, joined_priors
-from pyro_bmrs.pruning.reduce import arguments_of
+from pyro_bmrs.pruning.layers import joined, prior_of
+from pyro_bmrs.pruning.reduce import arguments_of, posteriors_of
 
 
 def evidence_curve(
@@ -122,33 +121,19 @@ def _of_structures(
     model: Any, guide: Any, criterion: EvidenceCriterion, args: tuple[Any, ...], name: str, values: Tensor
 ) -> Tensor:
     """ΔF of each structure that the network has. Shape: (values or 1, structures)."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module to have structures: got {type(model).__name__}")
-    arguments = arguments_of(guide, args)
-    posteriors, priors = [], []
-    found = read_posterior(guide, *arguments)
-    for site, layer in noise_layers(model).items():
-        if site not in found:
-            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
-        q, p, kept = found[site], elementary(layer.prior()), layer.kept
-        assert isinstance(p, LogUniform | TruncatedLogNormal)
-        posteriors.append(cut_to(q, kept))
-        priors.append(cut_to(p, kept))
-    prior = joined_priors(priors, [q.batch_shape for q in posteriors])
+    check(
+        isinstance(model, nn.Module), "model", "a torch.nn.Module to have structures", type(model), TypeError
+    )
+    posteriors = [*posteriors_of(model, guide, arguments_of(guide, args)).values()]
+    layers = noise_layers(model).values()
+    prior = joined([prior_of(layer) for layer in layers], [q.batch_shape for q in posteriors])
     given = {}
     if name != "prior_log_odds":
         for value in values.tolist():
             _check_field(criterion, name, value)
         given[name] = values.to(prior.log_low.device).unsqueeze(-1)
-    return log_evidence_change(joined(posteriors), prior, criterion.reduced_prior(prior, **given))
-
-
-def cut_to(law: LogUniform | TruncatedLogNormal, kept: Tensor) -> Any:
-    """The law of the structures that are kept."""
-    names = (
-        ("log_low", "log_high") if isinstance(law, LogUniform) else ("loc", "scale", "log_low", "log_high")
-    )
-    return type(law)(*(getattr(law, name).expand(kept.shape)[kept] for name in names), validate_args=False)
+    change = log_evidence_change(joined(posteriors), prior, criterion.reduced_prior(prior, **given))
+    return change[..., torch.cat([layer.kept for layer in layers])]
 
 
 def _check_field(criterion: EvidenceCriterion, name: str, value: float) -> None:

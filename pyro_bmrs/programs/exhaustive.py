@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import all_subsets
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
@@ -62,14 +63,13 @@ class ModelPosterior:
 
     def reduced(self, model: int) -> list[str]:
         """The groups that a model reduces."""
-        if not 0 <= model < len(self.log_evidence_change):
-            raise ValueError(f"model must be a number below {len(self.log_evidence_change)}: got {model}")
+        count = len(self.log_evidence_change)
+        check(0 <= model < count, "model", f"a number below {count}", model)
         return [name for k, name in enumerate(self.groups) if model >> k & 1]
 
     def table(self, count: int = 10) -> pd.DataFrame:
         """The most probable models: columns model, reduced, log_evidence_change (nats), probability."""
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"count must be a positive integer: got {count!r}")
+        check(is_whole(count, 1), "count", "a positive integer", count)
         top = self.log_probability.topk(min(count, len(self.log_evidence_change))).indices
         return self._rows(top)
 
@@ -93,8 +93,7 @@ class ModelPosterior:
         Returns:
             As `table`, the most probable first.
         """
-        if not ratio > 1:
-            raise ValueError(f"ratio must be above 1: got {ratio!r}")
+        check(ratio > 1, "ratio", "above 1", ratio)
         log_probability = self.log_probability
         near = torch.nonzero(log_probability >= log_probability.max() - torch.tensor(ratio).log()).flatten()
         if simpler_first:
@@ -115,9 +114,9 @@ class ModelPosterior:
         Raises:
             ValueError: for a model that there is none of.
         """
-        names = self.reduced(self.best if model is None else model)
-        what = f"model {self.best if model is None else model} of {len(self.log_evidence_change)}"
-        return plan_of(self._space, names, what)
+        model = self.best if model is None else model
+        what = f"model {model} of {len(self.log_evidence_change)}"
+        return plan_of(self._space, self.reduced(model), what)
 
     def __str__(self) -> str:
         total = len(self.log_evidence_change)

@@ -12,25 +12,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyro.distributions as dist
 import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, check_support, log_ratio
+from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
-from pyro_bmrs.inference.posteriors import (
-    Block,
-    JointNormalBlock,
-    check_arguments,
-    guide_values,
-    parents_of,
-    read_blocks,
-)
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.calls import check_arguments
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.traces import guide_values, parents_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.averaging import Averaging, root_of
@@ -42,7 +39,8 @@ from pyro_bmrs.programs.reduced_posterior import (
     SitePart,
     WeightedDraws,
 )
-from pyro_bmrs.programs.sites import LatentSite, Selection, group_of, latent_site
+from pyro_bmrs.programs.sites import LatentSite, Selection, check_estimable, group_of, latent_site
+from pyro_bmrs.pruning.reduce import arguments_of
 
 DependentPriors = Literal["raise", "average"]
 
@@ -67,7 +65,8 @@ class Latents:
     """A model's posterior with the priors and the reduced priors of the sites asked about.
 
     Args:
-        model, guide, args: the Pyro programs and what they are called with.
+        model, guide: the Pyro programs.
+        args: what both are called with; of an `AutoTruncatedLogNormal` none are needed.
         reduced_priors: by site: a distribution that broadcasts to the site, or a number or tensor: a point.
         dependent_priors: what to do where a prior depends on another latent: "raise", or "average" over
             joint draws of the guide.
@@ -94,15 +93,13 @@ class Latents:
             raise ValueError(
                 "criterion must name at least one site and its reduced prior: got an empty mapping"
             )
-        if dependent_priors not in ("raise", "average"):
-            raise ValueError(f"dependent_priors must be 'raise' or 'average': got {dependent_priors!r}")
-        if not isinstance(draws, int) or draws < 100:
-            raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer: got {seed!r}")
+        known = dependent_priors in get_args(DependentPriors)
+        check(known, "dependent_priors", "'raise' or 'average'", dependent_priors)
+        check(is_whole(draws, 100), "draws", "an integer of at least 100", draws)
+        check(isinstance(seed, int), "seed", "an integer", seed)
         for name, program in (("model", model), ("guide", guide)):
-            if not callable(program):
-                raise TypeError(f"{name} must be a Pyro program: got {type(program).__name__}")
+            check(callable(program), name, "a Pyro program", type(program), TypeError)
+        args = arguments_of(guide, args)
         check_arguments(model, args)
         self.model, self.guide, self.args, self.given = model, guide, args, dict(reduced_priors)
         self.draws, self.seed = draws, seed
@@ -168,12 +165,8 @@ class Latents:
                     found = _exact(log_evidence_change(site.posterior, site.prior, site.reduced_prior))
                 except NotImplementedError:
                     found = _estimated(estimate_log_mean(self._ratios(site)))
-        return Evidence(
-            *(
-                torch.where(site.kept, part, filling)
-                for part, filling in zip(found, (0.0, 0.0, math.nan), strict=True)
-            )
-        )
+        nothing = _exact(torch.zeros_like(found.log_evidence_change))
+        return Evidence(*(torch.where(site.kept, *pair) for pair in zip(found, nothing, strict=True)))
 
     @cached_property
     def _averaging(self) -> Averaging:
@@ -196,11 +189,7 @@ class Latents:
 
     def _ratios(self, site: LatentSite) -> Tensor:
         """log p̃(θ) - log p(θ) at draws of the posterior. Shape: (draws, *elements)."""
-        if isinstance(site.reduced_prior, dist.Delta):
-            raise ImportanceError(
-                "a point mass can't be estimated from draws: beside others it has no closed form here"
-            )
-        check_support(site.posterior, site.prior, site.reduced_prior)
+        check_estimable(site, site.prior)
         return log_ratio(site.prior, site.reduced_prior, self._block_draws[id(site.block)][site.name])
 
     # --- of a choice of elements ------------------------------------------------------------------------
@@ -320,7 +309,7 @@ class Latents:
         own = group.coordinates
         covariance = block.covariance(own)
         found = group.change(block.loc[own], covariance)
-        across = block.covariance(torch.arange(len(block.loc), device=block.loc.device), own)
+        across = block.covariance(block.everything, own)
         regression: Tensor = torch.linalg.solve(covariance, across.mT).mT
         kinds = {name: self._kind_of(name) for name in block.sites}
         return JointPart(block, own, regression, found.loc, root_of(found.covariance), kinds)
@@ -340,12 +329,11 @@ class Latents:
             elements = len(site.shape)  # behind which Pyro wants the draws
             after = dist.Empirical(drawn.movedim(0, elements), weights.movedim(0, -1), validate_args=False)
         law: Any = after if bool(mask.all()) else dist.MaskedMixture(mask, before, after, validate_args=False)
-        missing = site.value_dims - len(law.event_shape)
+        kind = self._kind_of(site.name)
+        missing = kind.event_dim - len(law.event_shape)
         whole = law.to_event(missing) if missing > 0 else law
-        real = site.dtype if site.dtype.is_floating_point else torch.float64
-        return SitePart(
-            site.name, with_tensors(whole, lambda tensor: tensor.to(real)), self._kind_of(site.name)
-        )
+        real = kind.dtype if kind.dtype.is_floating_point else torch.float64
+        return SitePart(site.name, with_tensors(whole, lambda tensor: tensor.to(real)), kind)
 
     def _weighted(self, values: Mapping[str, Tensor], log_weights: Tensor) -> WeightedDraws:
         kinds = {name: self._kind_of(name) for name in values if name in self._example.nodes}

@@ -19,15 +19,14 @@ from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduction import (
     Groups,
     check_log_odds,
-    evidence_of_groups,
-    evidence_of_sites,
+    evidence_tables,
     reduce_latents,
     selections,
 )
 from pyro_bmrs.programs.sites import elementary_law
 from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
 from pyro_bmrs.pruning.network_plan import NetworkPlan
-from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of, reduce_structures
+from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.pruning.scoring import Criterion
 
 
@@ -118,8 +117,6 @@ def reduce(
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     good = kl_weight is None or (is_number(kl_weight) and kl_weight >= 0)
     check(good, "kl_weight", "finite and not negative, or None", kl_weight)
-    arguments = arguments_of(guide, model_args)
-    weight = kl_weight if kl_weight is not None else kl_weight_of(guide)
     if not isinstance(criterion, Mapping):
         if groups is not None or prior_log_odds or dependent_priors != "raise":
             raise ValueError(
@@ -127,18 +124,20 @@ def reduce(
                 f"them with {text_of(criterion)}"
             )
         return reduce_structures(
-            model, guide, criterion, arguments, min_kept=min_kept, round_to=round_to, kl_weight=weight
+            model, guide, criterion, model_args, min_kept=min_kept, round_to=round_to, kl_weight=kl_weight
         )
     log_odds = check_log_odds(prior_log_odds)
     latents = Latents(
-        model, guide, criterion, arguments, dependent_priors=dependent_priors, draws=draws, seed=seed
+        model, guide, criterion, model_args, dependent_priors=dependent_priors, draws=draws, seed=seed
     )
     if not removes_structures(latents) and (min_kept != 1 or round_to is not None):
         raise ValueError(
             "min_kept and round_to are for structures of a network: got "
             f"{min_kept} and {round_to} for {list(criterion)}"
         )
-    return reduce_by_priors(latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=weight)
+    return reduce_by_priors(
+        latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=kl_weight
+    )
 
 
 def reduce_by_priors(
@@ -148,7 +147,7 @@ def reduce_by_priors(
     *,
     min_kept: int = 1,
     round_to: int | None = None,
-    kl_weight: float,
+    kl_weight: float | None = None,
 ) -> ProgramPlan | StructuresByPriors:
     """The plan that reduced priors lead to; of structures of a network where they say that θ is as good as 0."""
     if not removes_structures(latents):
@@ -160,13 +159,7 @@ def reduce_by_priors(
         min_kept=min_kept, round_to=round_to, kl_weight=kl_weight,
     )  # fmt: skip
     parts = {entry.name: getattr(plan, entry.name) for entry in fields(plan)}
-    whole = StructuresByPriors(
-        **parts,
-        sites=evidence_of_sites(latents),
-        groups=evidence_of_groups(latents, chosen),
-        _latents=latents,
-    )
-    return whole.at(0.0)
+    return StructuresByPriors(**parts, **evidence_tables(latents, chosen), _latents=latents).at(0.0)
 
 
 # Of a reduced prior that removes structures so much lies where θ is lost at so many bits: the paper's largest interval.

@@ -11,11 +11,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.inference.posteriors import JointNormalBlock, guide_values
+from pyro_bmrs.inference.blocks import JointNormalBlock
+from pyro_bmrs.inference.traces import guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
 
 
@@ -182,9 +182,7 @@ class ReducedPosterior:
         values: dict[str, Tensor] = {}
         if self._asks_guide:
             seen = poutine.block(self.guide, hide=self._hidden)
-            for name, node in poutine.trace(seen).get_trace(*args, **kwargs).iter_stochastic_nodes():
-                if not node["infer"].get("is_auxiliary") and not site_is_subsample(node):
-                    values[name] = node["value"]
+            values = {name: node["value"] for name, node in latents(seen, *args, **kwargs).items()}
         plates = _Plates()
         for part in self.parts:
             values |= part.sample(plates)

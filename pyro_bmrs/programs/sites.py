@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
+from pyro_bmrs.evidence import ImportanceError
+from pyro_bmrs.evidence.importance import check_support
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import normal_of_vectors
 from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
-from pyro_bmrs.inference.guides import elementary, mask_of
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.posteriors import on_support
+from pyro_bmrs.inference.traces import elementary, mask_of
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 
@@ -28,37 +31,35 @@ class LatentSite:
     Attributes:
         name: of the site.
         block: the part of the posterior that it belongs to.
-        shape: of its elements.
+        value_shape: of the whole site.
         event_dim: of an element.
-        value_dims: event dimensions of the whole site in the model.
-        dtype: of its values.
         prior, reduced_prior: of the elements, batch shape `shape`, float64.
         kept: False for elements that a fit has removed, or the model masks out. Shape: `shape`.
         parents: the latents that the prior depends on.
-        value_shape: of the whole site.
         units: the numbers of the elements, in a network those of the original one. Shape: (elements,).
     """
 
     name: str
     block: Block
-    shape: torch.Size
+    value_shape: torch.Size
     event_dim: int
-    value_dims: int
-    dtype: torch.dtype
     prior: Any
     reduced_prior: Any
     kept: Tensor
     parents: tuple[str, ...]
-    value_shape: torch.Size
     units: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of its elements."""
+        return self.kept.shape
 
     @cached_property
     def coordinates(self) -> Tensor:
         """Of each element in the joint normal. Shape: (elements, coordinates of one)."""
         assert isinstance(self.block, JointNormalBlock)
         at = self.block.layout[self.name]
-        device = self.block.loc.device
-        return torch.arange(at.start, at.start + at.size, device=device).reshape(self.shape.numel(), -1)
+        return at.of(self.block.everything).reshape(self.shape.numel(), -1)
 
     def law(self, loc: Tensor, covariance: Tensor) -> Any:
         """The distribution of the elements where they are normals of unconstrained values.
@@ -115,17 +116,23 @@ def latent_site(
     return LatentSite(
         name=name,
         block=block,
-        shape=shape,
+        value_shape=value.shape,
         event_dim=event_dim,
-        value_dims=len(node["fn"].event_shape),
-        dtype=value.dtype,
         prior=per_element(prior, shape, event_dim, value.shape),
         reduced_prior=fitted,
         kept=kept,
         parents=parents,
-        value_shape=value.shape,
         units=torch.arange(shape.numel(), device=value.device) if units is None else units,
     )
+
+
+def check_estimable(site: LatentSite, prior: Any) -> None:
+    """Raise ImportanceError unless draws of the posterior can tell of the reduced prior."""
+    if isinstance(site.reduced_prior, dist.Delta):
+        raise ImportanceError(
+            "a point mass can't be estimated from draws: beside others it has no closed form here"
+        )
+    check_support(site.posterior, prior, site.reduced_prior)
 
 
 def elementary_law(name: str, given: Any, device: torch.device | None = None) -> Any:

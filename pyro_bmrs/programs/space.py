@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.evidence.joint_normal import GroupReduction, by_themselves
-from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.inference.blocks import JointNormalBlock
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduce import reduce_by_priors
 from pyro_bmrs.programs.reduction import Groups, check_log_odds, selections
 from pyro_bmrs.programs.sites import Selection
-from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of
 
 LogOdds = float | Mapping[str, float]
 
@@ -71,10 +70,9 @@ class Space:
         seed: int,
     ) -> Space:
         """The groups of a model's latents: arguments as in `reduce`."""
-        arguments = arguments_of(guide, model_args)
         # sites whose priors depend on other latents are refused here, in words that say what to do instead
         latents = Latents(
-            model, guide, reduced_priors, arguments, dependent_priors="average", draws=draws, seed=seed
+            model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
         )
         return cls(latents, groups, prior_log_odds)
 
@@ -129,7 +127,7 @@ def plan_of(space: Space, names: Sequence[str], what: str) -> ProgramPlan | Stru
     were judged together, so the rule has no threshold.
     """
     latents = space.latents
-    plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
+    plan = reduce_by_priors(latents, None, 0.0)
     odds = {name: torch.zeros(site.shape, dtype=torch.float64) for name, site in latents.sites.items()}
     chosen = {name: torch.zeros(site.shape, dtype=torch.bool) for name, site in latents.sites.items()}
     for group, log_odds in zip(space.names, space.log_odds.tolist(), strict=True):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import multiply_accumulates
-from pyro_bmrs.networks.groups import StructureGroup
-from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, blamed_on_input
+from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.groups import StructureGroup, cuts_of
+from pyro_bmrs.networks.hooked_noise import network_of, without_noise
+from pyro_bmrs.networks.inputs import Inputs, blamed_on_input, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one
 from pyro_bmrs.networks.structures import structure_groups
@@ -57,8 +60,16 @@ class Binding:
 
     @cached_property
     def groups(self) -> dict[str, StructureGroup]:
-        """What goes along with the structures of each site. Found once: a trial of each removal is part of it."""
+        """What is removed with the structures of each site. Found once: it tries each removal."""
         return structure_groups(self.network, self.example_input)
+
+    def cuts(self, kept: Mapping[str, Tensor]) -> Cuts:
+        """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""
+        return cuts_of(self.network, self.groups.values(), kept)
+
+    def parameters_left(self, kept: Mapping[str, Tensor]) -> int:
+        """How many parameters these cuts would leave, counted without cutting."""
+        return self.cuts(kept).parameters_left(self.network)
 
     def full_network(self) -> nn.Module:
         """The network without noise as it was made, to measure its costs: with random weights if it has shrunk."""
@@ -81,3 +92,24 @@ def check_examples(network: nn.Module, example_input: Inputs) -> int:
     with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
         one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
+
+
+def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
+    """What the network inside `model` is called with when `model` is called with `arguments`."""
+    network = network_of(model)
+    if not arguments:
+        raise ValueError("model_args must be given: a batch to call the model with")
+    like = next(model.parameters())
+    moved = map_tensors(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None), arguments)
+    caught: list[Inputs] = []
+    handle = network.register_forward_pre_hook(
+        lambda _, given, keywords: caught.append(bound(network, given, keywords)), with_kwargs=True
+    )
+    try:
+        with untouched(model), at_one(model):
+            model(*moved)
+    finally:
+        handle.remove()
+    if not caught or not tensors_of(caught[0]):
+        raise ValueError("the network must be called by the model: pass example_input to apply()")
+    return map_tensors(Tensor.detach, caught[0])

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.arguments import check
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence import log_evidence_change
-from pyro_bmrs.pruning.layers import Layers, Scores, by_layer, joined, joined_priors
+from pyro_bmrs.pruning.layers import Layers, Scores, by_layer, joined
 from pyro_bmrs.pruning.scoring import Criterion
 
 PAPER_LOG_ODDS = 0.0
@@ -45,18 +45,15 @@ class EvidenceCriterion:
         for kind in {type(layer.prior) for layer in layers.values()}:
             alike = {name: layer for name, layer in layers.items() if type(layer.prior) is kind}
             shapes = [layer.posterior.batch_shape for layer in alike.values()]
-            prior = joined_priors([layer.prior for layer in alike.values()], shapes)
+            prior = joined([layer.prior for layer in alike.values()], shapes)
             posterior = joined([layer.posterior for layer in alike.values()])
             change = log_evidence_change(posterior, prior, self.reduced_prior(prior))
             changes |= by_layer(change, alike)
         return {name: changes[name] for name in layers}
 
-    def scores(self, changes: Scores) -> Scores:
-        """Scores in nats from what `log_evidence_change` gave."""
-        return {name: change + self.prior_log_odds for name, change in changes.items()}
-
     def __call__(self, layers: Layers) -> Scores:
-        return self.scores(self.log_evidence_change(layers))
+        changes = self.log_evidence_change(layers)
+        return {name: change + self.prior_log_odds for name, change in changes.items()}
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,10 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801 the paper's name
 
     scale: float = 1e-6
     loc: float | None = None
-    prior_log_odds: float = field(default=RELEASED_LOG_ODDS)
+    prior_log_odds: float = RELEASED_LOG_ODDS
 
     def __post_init__(self) -> None:
-        _check("scale", self.scale, lambda scale: scale > 0, "positive")
-        _check("scale", self.scale, math.isfinite, "finite")
+        _check("scale", self.scale, lambda scale: 0 < scale < math.inf, "positive and finite")
         _check("prior_log_odds", self.prior_log_odds, math.isfinite, "finite")
         _check("loc", self.loc, lambda loc: loc is None or math.isfinite(loc), "finite or None")
 
@@ -113,7 +109,7 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
 
     bits: float = 8
     floor_bits: float | None = None
-    prior_log_odds: float = field(default=RELEASED_LOG_ODDS)
+    prior_log_odds: float = RELEASED_LOG_ODDS
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, math.isfinite, "finite")
@@ -168,8 +164,7 @@ class SNR:
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("threshold", self.threshold, lambda bar: bar > 0, "positive")
-        _check("threshold", self.threshold, math.isfinite, "finite")
+        _check("threshold", self.threshold, lambda bar: 0 < bar < math.inf, "positive and finite")
 
     def __call__(self, layers: Layers) -> Scores:
         snr = joined([layer.posterior for layer in layers.values()]).snr
@@ -220,7 +215,7 @@ class Random:
 
     def __post_init__(self) -> None:
         _check("fraction", self.fraction, lambda share: 0 <= share <= 1, "in [0, 1]")
-        _check("seed", self.seed, lambda seed: isinstance(seed, int) and seed >= 0, "an integer of 0 or more")
+        check(is_whole(self.seed), "seed", "an integer of 0 or more", self.seed)
 
     def __call__(self, layers: Layers) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)

@@ -19,7 +19,6 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
-from pyro_bmrs.networks.groups import gone
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
 from pyro_bmrs.networks.nesting import Nesting
@@ -60,11 +59,8 @@ class NetworkPlan(Plan):
 
     def theta_mean(self) -> dict[str, Tensor]:
         """E[θ] of each kept structure and 0 of each removed one in the network, by layer, float64."""
-        rows = {layer: self._present(layer) for layer in self.layers}
-        return {
-            layer: torch.tensor(present["mean"].where(~present.removed, 0.0).to_numpy())
-            for layer, present in rows.items()
-        }
+        rows = self.table.assign(mean=self.table["mean"].where(~self.table.removed, 0.0))[self.table.present]
+        return {layer: torch.tensor(rows["mean"][rows.layer == layer].to_numpy()) for layer in self.layers}
 
     def at(self, threshold: float) -> Self:
         rule = self.rule.at(threshold)
@@ -115,7 +111,7 @@ class NetworkPlan(Plan):
         network = self._binding.network
         if self._planned() != _features(network):  # it has shrunk since, and is another one
             return None
-        return earlier_cuts(network).then(gone(network, self._binding.groups.values(), self.kept_masks()))
+        return earlier_cuts(network).then(self._binding.cuts(self.kept_masks()))
 
     def apply(
         self,
@@ -184,7 +180,7 @@ class NetworkPlan(Plan):
 
     def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
         """Number of parameters that `apply` would leave, counted without cutting."""
-        return _parameters_left([self], self._bound(network, example_input))[0]
+        return self._bound(network, example_input).parameters_left(self.kept_masks())
 
     def parameters_at(self, thresholds: Sequence[float]) -> list[int]:
         """Number of parameters that the plans `at` these thresholds would leave, counted without cutting."""
@@ -192,7 +188,8 @@ class NetworkPlan(Plan):
 
     def parameters_of(self, plans: Sequence[NetworkPlan]) -> list[int]:
         """Number of parameters that other plans for this one's network would leave, counted without cutting."""
-        return _parameters_left(plans, self._bound())
+        binding = self._bound()
+        return [binding.parameters_left(plan.kept_masks()) for plan in plans]
 
     def parameters_before(self, network: nn.Module | None = None) -> int:
         """Number of parameters of the original network, whatever a fit has removed since."""
@@ -301,11 +298,6 @@ class NetworkPlan(Plan):
 
 def _features(network: nn.Module) -> dict[str, int]:
     return {site: layer.features for site, layer in noise_layers(network).items()}
-
-
-def _parameters_left(plans: Sequence[NetworkPlan], binding: Binding) -> list[int]:
-    network, groups = binding.network, binding.groups.values()
-    return [gone(network, groups, plan.kept_masks()).parameters_left(network) for plan in plans]
 
 
 def _advice(lowest: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.cuts import Cuts
-from pyro_bmrs.networks.groups import StructureGroup, after, gone
+from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_noise
 from pyro_bmrs.networks.inputs import Inputs, as_double, first_examples, map_tensors
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
@@ -45,7 +45,7 @@ def shrink(
     if {site: posterior.loc.shape[-1] for site, posterior in posteriors.items()} != sizes:
         raise ValueError(f"guide must have a posterior for each structure of the model: {sizes}")
     groups = structure_groups(network, example_input)
-    cuts = gone(network, groups.values(), kept)
+    cuts = cuts_of(network, groups.values(), kept)
     if not cuts:
         return
     _check(network, groups, kept, cuts, example_input)

@@ -14,6 +14,7 @@ from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs.settings import RunSettings
+from pyro_bmrs.tables import NAME_COLUMNS
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
@@ -82,7 +83,7 @@ class RunFolder:
         """A table of the folder; raises ValueError unless it has these columns."""
         self.need(name)
         try:
-            table = read_table(self.folder / name, ("layer", "network", "criterion"))
+            table = read_table(self.folder / name, NAME_COLUMNS)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         missing = [column for column in columns if column not in table]

@@ -14,7 +14,7 @@ from pyro_bmrs.files import NewerFileError, write_table
 from pyro_bmrs.fitting import Fit
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
-from pyro_bmrs.quality.diagnosis import DRAWS
+from pyro_bmrs.quality.examination import DRAWS
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS
 from pyro_bmrs.runs.workplace import Interrupted, Workplace, versions

@@ -236,7 +236,7 @@ def test_widths_are_those_of_the_plans(compared, finished, other):
         for index, (layer, before) in enumerate([("3", 6), ("7", 20)])
     ]
     assert Page(compared).rows("widths") == expected
-    assert markdown_rows(compared.with_suffix(".md"), "Units per layer")[1:] == expected
+    assert markdown_rows(compared.with_suffix(".md"), "Structures per layer")[1:] == expected
     assert widths[0].after.tolist() != widths[1].after.tolist()
 
 
@@ -309,7 +309,7 @@ def test_users_text_is_no_markup(finished, tmp_path):
     markdown = out.with_suffix(".md")
     assert [row[0] for row in markdown_rows(markdown, "")[1:]] == names
     assert markdown_rows(markdown, "Settings that differ")[0][1:] == names
-    assert markdown_rows(markdown, "Units per layer")[0][1:] == names
+    assert markdown_rows(markdown, "Structures per layer")[0][1:] == names
     assert re.search(r"(?<!\\)[<>`*\[]", markdown.read_text().replace("**", "")) is None
     assert pd.read_csv(out.with_suffix(".csv")).run.tolist() == names
 

@@ -882,15 +882,15 @@ FITS = [
 REDUCTIONS = [
     function(
         "BMRS_N", "scale is 0", lambda: bmrs.BMRS_N(scale=0.0), ValueError,
-        r"^scale must be positive: got 0\.0$",
+        r"^scale must be positive and finite: got 0\.0$",
     ),
     function(
         "BMRS_N", "scale is infinite", lambda: bmrs.BMRS_N(scale=math.inf), ValueError,
-        r"^scale must be finite: got inf$",
+        r"^scale must be positive and finite: got inf$",
     ),
     function(
         "BMRS_N", "scale is text", lambda: bmrs.BMRS_N(scale="1"), ValueError,
-        r"^scale must be positive: got '1'$",
+        r"^scale must be positive and finite: got '1'$",
     ),
     function(
         "BMRS_N", "prior_log_odds is NaN", lambda: bmrs.BMRS_N(prior_log_odds=math.nan), ValueError,
@@ -909,11 +909,12 @@ REDUCTIONS = [
         r"^bits must leave an interval above its lower end: 2\^-bits is 8\.67e-19, the lower end 2\.06e-09$",
     ),
     function(
-        "SNR", "threshold is 0", lambda: bmrs.SNR(0.0), ValueError, r"^threshold must be positive: got 0\.0$",
+        "SNR", "threshold is 0", lambda: bmrs.SNR(0.0), ValueError,
+        r"^threshold must be positive and finite: got 0\.0$",
     ),
     function(
         "SNR", "threshold is infinite", lambda: bmrs.SNR(math.inf), ValueError,
-        r"^threshold must be finite: got inf$",
+        r"^threshold must be positive and finite: got inf$",
     ),
     function(
         "ExpectedScale", "threshold above 1", lambda: bmrs.ExpectedScale(1.5), ValueError,
