@@ -35,7 +35,7 @@ class Fit:
             per example), log_likelihood (nats per example, training), kl (nats, whole data set, unweighted),
             kl_weight (of this epoch), validation_loss (nats per example, at θ = E[θ]), validation_accuracy,
             kept (structures that `reduce` would keep by the settings' criterion; NaN unless the guide is an
-            AutoTruncatedLogNormal of all of them), parameters (of the model, at the end of the epoch), seconds.
+            AutoTruncatedLogNormal), parameters (of the model, at the end of the epoch), seconds.
         removals: one row per structure removed during the fit: epoch, layer, unit (its number in the
             original network), score, log_evidence_change (nats; NaN for criteria without evidence).
         settings: the settings of the fit.
