@@ -7,6 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.quality.predictive import Predictions
 
 

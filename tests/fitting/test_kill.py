@@ -18,8 +18,8 @@ RECIPE = TESTS / "tiny_recipe.py"
 ARGUMENTS = ["--removal", "epoch", "--epochs", "12", "--fine-tune", "4", "--device", "cpu", "--quiet"]
 # byte for byte
 IDENTICAL = (
-    "posterior.safetensors", "small.safetensors", "plan.json", "plan.numbers.safetensors", "removals.csv", "structures.csv",
-    "evaluation.csv", "curve.csv", "settings.json", "recipe.py", "checkpoints/fit/ledger.csv",
+    "posterior.safetensors", "small.safetensors", "plan.json", "plan.numbers.safetensors", "removals.csv",
+    "structures.csv", "evaluation.csv", "curve.csv", "settings.json", "recipe.py", "checkpoints/fit/ledger.csv",
 )  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -85,7 +85,9 @@ class Runs:
             in_epoch: of the fit, the epoch from whose checkpoint on the seconds count.
         """
         self.log.unlink(missing_ok=True)
-        process = self.kind.start(["run", str(RECIPE), "--out", str(folder), *ARGUMENTS, *self.kind.more], self.log)
+        process = self.kind.start(
+            ["run", str(RECIPE), "--out", str(folder), *ARGUMENTS, *self.kind.more], self.log
+        )
         self.wait_for(lambda: self.log.exists() and self.log.stat().st_size)  # a line on what it will do
         begin = time.monotonic()
         if in_epoch:
