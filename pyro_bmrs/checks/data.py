@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.calls import check_arguments
 from pyro_bmrs.inference.likelihoods import Classifier, Regressor
-from pyro_bmrs.inference.posteriors import check_arguments
 from pyro_bmrs.inference.untouched import untouched
 
 

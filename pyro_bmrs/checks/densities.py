@@ -20,7 +20,7 @@ from torch.distributions import Independent
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.draws import check_scales
 from pyro_bmrs.fitting.programs import local_sites_of
-from pyro_bmrs.inference.posteriors import model_at
+from pyro_bmrs.inference.traces import model_at
 
 Values = Mapping[str, Tensor]
 

@@ -13,7 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_bmrs.inference.guides import elementary
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 
 

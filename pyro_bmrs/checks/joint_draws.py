@@ -22,7 +22,7 @@ from torch.distributions import Distribution
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.densities import log_densities
 from pyro_bmrs.checks.draws import PosteriorDraws, draw_posterior
-from pyro_bmrs.inference.posteriors import model_at
+from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.progress import bar
 

@@ -21,8 +21,9 @@ from pyro_bmrs.checks.densities import LogDensities, Values, log_densities
 from pyro_bmrs.checks.draws import draw_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.inference.batches import Data
-from pyro_bmrs.inference.guides import elementary
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, parents_of, read_blocks
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.traces import elementary, parents_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.numerals import with_error

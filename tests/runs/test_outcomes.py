@@ -14,9 +14,8 @@ from command_line import call
 from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
 from pyro_bmrs.quality import Diagnosis
-from pyro_bmrs.runs import outcomes
-from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs import outcomes, report_stage
+from pyro_bmrs.runs.folder import FIT_FILES, RunFolder
 from pyro_bmrs.runs.outcomes import compare_runs, report_runs, show_runs
 
 MARKUP = "[red]x[/red]"
@@ -49,7 +48,7 @@ def only_fitted(finished, tmp_path_factory):
     """A run that has not been reduced."""
     folder = tmp_path_factory.mktemp("only") / "fitted"
     folder.mkdir()
-    for name in runs.FIT_FILES:
+    for name in FIT_FILES:
         shutil.copy(finished / name, folder)
     return folder
 
@@ -589,7 +588,7 @@ def diagnosing(monkeypatch):
         return asked
 
     stored = None
-    monkeypatch.setattr(runs, "diagnose", diagnose)
+    monkeypatch.setattr(report_stage, "diagnose", diagnose)
     return given
 
 
@@ -610,6 +609,7 @@ def test_a_report_shows_the_stored_diagnosis(copied, diagnosing, capsys):
     assert changed == {"report.html", "report.md"}
 
 
+@pytest.mark.slow
 def test_no_draws_leave_the_diagnosis_out_of_the_report(copied, diagnosing):
     asked, before = diagnosing(copied), snapshot(copied / "diagnosis")
     assert call("report", copied, "--quiet", "--draws", 0) == 0
@@ -628,6 +628,7 @@ def test_no_draws_need_no_diagnosis(other, tmp_path, diagnosing):
     assert not sections(copy) & OF_DIAGNOSIS
 
 
+@pytest.mark.slow
 def test_what_else_is_asked_for_is_made_anew_and_the_rest_stays(copied, diagnosing, tmp_path):
     generator = np.random.default_rng(0)
     grey = tmp_path / "grey.npz"
@@ -675,6 +676,7 @@ def test_a_damaged_diagnosis_is_made_anew_when_draws_are_asked_for(copied, diagn
     assert Diagnosis.load(copied / "diagnosis").facts["draws"] == 110
 
 
+@pytest.mark.slow
 def test_more_draws_are_really_drawn(copied):
     before = Diagnosis.load(copied / "diagnosis")
     assert call("report", copied, "--quiet", "--draws", 150) == 0
