@@ -110,7 +110,7 @@ PosteriorDraws = Annotated[
 Foreign = Annotated[
     str | None,
     typer.Option(
-        help="Another data set, to see if the network is less sure of it; default a known one, if it is on this machine."
+        help="Another data set, to see if the network is less sure of it; default one that is on this machine."
     ),
 ]
 DataRoot = Annotated[

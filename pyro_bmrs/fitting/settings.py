@@ -265,8 +265,3 @@ class Settings(Checked):
         """Factor on the KL weight at a step, counted from 0, of a fit of `steps` steps."""
         rising = round(self.warm_up * steps)
         return min((step + 1) / rising, 1.0) if rising else 1.0
-
-    def optimizer_options(self, of: Literal["weights", "others", "posterior"]) -> dict[str, float]:
-        """AdamW's options for weights of layers, for other parameters of the model, and for the posterior."""
-        rate = self.posterior_learning_rate if of == "posterior" else self.learning_rate
-        return {"lr": rate, "weight_decay": self.weight_decay if of == "weights" else 0.0}
