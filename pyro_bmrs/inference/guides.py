@@ -33,11 +33,10 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
     >>> guide.posterior()["2"].mean.shape
     torch.Size([8])
 
-    A latent is supported if its prior is `LogUniform` or `TruncatedLogNormal` (also expanded, masked,
-    `to_event`, inside plates). Others belong to other guides: combine them in Pyro's `AutoGuideList`, each
-    on `poutine.block(model, expose=[…])`. As with Pyro's autoguides the parameters come into being at the
-    first call, which traces the model; they are ordinary `nn.Parameter`s of the guide, so two guides in
-    one process share nothing.
+    A latent is supported if its prior is `LogUniform` or `TruncatedLogNormal`, also expanded, masked, `to_event`, or
+    inside plates. Other latents need other guides: combine them in Pyro's `AutoGuideList`, each on
+    `poutine.block(model, expose=[…])`. As with Pyro's autoguides, the first call traces the model and makes the
+    parameters. They are ordinary `nn.Parameter`s of the guide: two guides share nothing.
 
     Args:
         model: a Pyro model, with any arguments.
@@ -68,10 +67,10 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         self.sites: tuple[str, ...] = ()
         self.posteriors = nn.ModuleList()
         self.example_arguments: tuple[Any, ...] = ()
-        self.kl_weight = 1.0  # of the last fit: every ΔF read from this guide is to name it
+        self.kl_weight = 1.0  # of the last fit; it is shown beside every ΔF that is read from this guide
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's takes the model out of the guide that is copied, not only out of the copy
+        # Pyro's removes the model from the guide itself, and not only from the copy
         taken: dict[str, Any] = {
             name: self.__dict__[name] for name in ("_model", "master") if name in self.__dict__
         }
@@ -126,7 +125,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values = {}
-        # fetched once: each access to a submodule of a PyroModule registers all its parameters anew
+        # each access to a submodule of a PyroModule registers all its parameters again: access them once
         posteriors: dict[str, Any] = dict(zip(self.sites, self.posteriors, strict=True))
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             posterior = posteriors[name]
@@ -156,5 +155,5 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
-        """E[θ] of each latent, 0 for what has been removed: the values to predict with."""
+        """E[θ] of each latent, and 0 for removed structures: the values to predict with."""
         return {name: q.mean * self.site_posterior(name).kept for name, q in self.posterior().items()}

@@ -1,4 +1,4 @@
-"""Pyro models of (x, y) round a network: what the data are given the network's output."""
+"""Pyro models of (x, y) around a network: how the data are distributed given its output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyro_bmrs.networks.inputs import call, check_module
 
 
 class _Likelihood(nn.Module):
-    """The part that all likelihoods share: the network, the plates and the scaling to the data set."""
+    """What all likelihoods share: the network, the plates and the scaling to the data set."""
 
     finder: ClassVar[str]  # the argument that finds the tensor in the network's output
 
@@ -41,8 +41,8 @@ class _Likelihood(nn.Module):
     def predict(self, x: Any) -> Tensor:
         """The network's output tensor for a batch, such as logits.
 
-        With noise layers in the network, θ is drawn from its prior where no guide is at work, with a warning:
-        `pyro_bmrs.predict(model, guide, x)` predicts.
+        Noise layers in the network draw θ from its prior where no guide gives it, with a warning. To predict, call
+        `pyro_bmrs.predict(model, guide, x)`.
         """
         value = call(self.net, x)
         if self.output is not None:
@@ -55,10 +55,7 @@ class _Likelihood(nn.Module):
         return value
 
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        """Σ log p(y | x, θ) over the batch in nats, as `forward` observes it, without Pyro's bookkeeping.
-
-        With `dataset_size` it is still the batch's own, unscaled.
-        """
+        """Σ log p(y | x, θ) over the batch in nats, as in `forward` but without Pyro and unscaled."""
         raise NotImplementedError
 
     def _plates(self, stack: ExitStack, batch: int, positions: torch.Size, device: torch.device) -> None:
@@ -89,9 +86,8 @@ class Classifier(_Likelihood):
             `lambda out: out["logits"]`.
         class_dim: dimension of the logits that counts classes: 1 for (batch, classes) and per-pixel
             (batch, classes, height, width), -1 for per-token (batch, tokens, classes).
-        dataset_size: N, if this model shall speak for the whole data set when called on a batch (the
-            likelihood is then scaled by N/batch, as `pyro.plate` does). `fit` needs no N: it scales the
-            KL instead, and knows N.
+        dataset_size: N. The likelihood of a batch is then scaled by N/batch, as `pyro.plate` does, to stand for the
+            whole data set. `fit` needs no N: it scales the KL instead.
         ignore_index: label of positions that do not count, -100 as in torch.
     """
 
@@ -206,12 +202,12 @@ class Regressor(_Likelihood):
 
 
 def _single(output: Tensor) -> Tensor:
-    """At least single precision: a sum over a batch in bfloat16 has two digits."""
+    """In single precision at least: a sum over a batch in bfloat16 has two correct digits."""
     return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 def has_own_likelihood(model: nn.Module) -> bool:
-    """Whether `log_likelihood` says all that the model does: a `Classifier` or `Regressor`, not redefined."""
+    """Whether `log_likelihood` is all that the model does: a `Classifier` or `Regressor` that nobody has changed."""
     hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
     if any(hooks) or "forward" in vars(model):
         return False

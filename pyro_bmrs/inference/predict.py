@@ -1,4 +1,4 @@
-"""The one way to a prediction: at the posterior mean, or averaged over draws of the posterior."""
+"""Predictions: at the posterior mean, or averaged over draws of the posterior."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def predict(
     >>> bmrs.predict(model, guide, x, draws=100).shape
     torch.Size([20, 3])
 
-    The network itself, as `model.predict(x)`, draws θ from its prior where no guide is at work.
+    Without a guide, as in `model.predict(x)`, the network draws θ from its prior.
 
     Args:
         model: a `Classifier`, a `Regressor`, any other Pyro model of (x, y) that returns a tensor, or a network.
@@ -97,10 +97,12 @@ def predict(
 
 
 def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs, *observed: Tensor) -> Any:
-    """What a model gives for a batch at values of its latents: the network's output, of other models what they return.
+    """The output of a model for a batch at given values of its latents.
+
+    That of a `Classifier` or `Regressor` is its network's; any other model's is what it returns.
 
     Args:
-        observed: what a model that is no `Classifier` or `Regressor` is called with beside x.
+        observed: further arguments, for a model that is no `Classifier` or `Regressor`.
     """
     with FixedScales(values):
         if isinstance(model, Classifier | Regressor):
@@ -114,7 +116,7 @@ def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs
 
 @torch.no_grad()
 def posterior_point(guide: Callable[..., Any], *arguments: Any, without: Collection[str] = ()) -> Values:
-    """The values to predict with: E[θ] where it is known, one draw from the guide for other latents.
+    """The values to predict with: E[θ] where it is known; other latents take one draw from the guide.
 
     Args:
         arguments: what the guide is called with.
@@ -133,7 +135,7 @@ def posterior_point(guide: Callable[..., Any], *arguments: Any, without: Collect
 def _values(
     model: Callable[..., Any], guide: Callable[..., Any] | None, x: Inputs, draws: int | None, seed: int
 ) -> list[Values]:
-    """The values of the latents that each of the predictions is made with."""
+    """The values of the latents for each prediction that is averaged."""
     layers = noise_layers(model) if isinstance(model, nn.Module) else {}
     if guide is None:
         if layers:
@@ -145,7 +147,7 @@ def _values(
     check_ready(guide)
     remembered = guide.example_arguments if isinstance(guide, AutoTruncatedLogNormal) else ()
     arguments = remembered or without_observations(guide, x)
-    with untouched(guide, seed=seed):  # the same draws, whatever a loader has drawn
+    with untouched(guide, seed=seed):  # a loader may have drawn numbers before
         if draws is None:
             values = [posterior_point(guide, *arguments)]
         else:
@@ -157,7 +159,7 @@ def _values(
 
 
 def _check_global(guide: Callable[..., Any] | None, x: Inputs) -> None:
-    """Refuse latents in a plate that is as long as the batch: those of the first batch are not those of the others."""
+    """Refuse latents in a plate as long as the batch: the values of the first batch say nothing about others."""
     if guide is None or isinstance(guide, AutoTruncatedLogNormal):
         return
     local = [
@@ -177,14 +179,14 @@ def _prediction(model: Callable[..., Any], output: object) -> Tensor:
         raise TypeError(f"model must return a tensor: got {type(output).__name__}")
     if not isinstance(model, Classifier):
         return output
-    # of half precision, at least single
+    # in single precision at least
     return output.softmax(model.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
 
 
 def _batches(
     model: Callable[..., Any], x: Inputs | Dataset[Any] | DataLoader[Any], size: int
 ) -> Iterator[tuple[Inputs, torch.device]]:
-    """Inputs of the network on the model's device, and where they came from."""
+    """Batches of inputs on the model's device, and the device each came from."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if type(x) is TensorDataset:  # a subclass may do more than index
         x = x.tensors[0]

@@ -1,9 +1,8 @@
 """ΔF of any choice of elements of a Pyro model's latents, and the posterior that the choice leads to.
 
-An element is one entry of a site, or one event where the site's law is of events (a point on a simplex, a
-vector with a full covariance). Mean-field posteriors are read element by element; joint normals over their
-unconstrained values, where the priors are normal there too or the reduced prior is a point; everything else
-is estimated from draws.
+An element is one entry of a site, or one event (a point on a simplex, a vector with a full covariance). Mean-field
+posteriors are read element by element. Joint normals are read in their unconstrained values, where the priors are
+normal there too or the reduced prior is a point. Everything else is estimated from draws.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def _estimated(found: ImportanceEstimate) -> Evidence:
 
 
 class Latents:
-    """A model's posterior with the priors and the reduced priors of the sites asked about.
+    """Posterior, priors and reduced priors of those latents of a model that are asked about.
 
     Args:
         model, guide: the Pyro programs.
@@ -106,7 +105,7 @@ class Latents:
         with self.looking():
             blocks = read_blocks(guide, *args, sites=tuple(reduced_priors))
             drawn = guide_values(guide, *args)
-            # what a noise layer's prior is, is known without running the network many times
+            # the prior of a noise layer depends on nothing: the network need not run many times
             layers = noise_layers(model) if isinstance(model, nn.Module) else {}
             self._example, parents = parents_of(
                 model,
@@ -127,7 +126,7 @@ class Latents:
                 self.sites[name] = latent_site(name, block, node, reduced, on, units)
 
     def looking(self, stream: int = 0) -> AbstractContextManager[None]:
-        """No trace is left. Other streams, other draws."""
+        """A context that leaves no trace. Each stream has its own random numbers."""
         return untouched(self.model, self.guide, seed=self.seed + stream)
 
     def _check_parents(
@@ -153,7 +152,7 @@ class Latents:
 
     @cached_property
     def elements(self) -> dict[str, Evidence]:
-        """ΔF of reducing each element alone, of the shape of the site's elements; 0 where a fit has removed it."""
+        """ΔF of reducing each element alone, of the shape of the site's elements; 0 for what a fit has removed."""
         return {name: self._of_elements(site) for name, site in self.sites.items()}
 
     def _of_elements(self, site: LatentSite) -> Evidence:
@@ -215,7 +214,7 @@ class Latents:
         )
 
     def chosen(self, selection: Selection) -> dict[str, Tensor]:
-        """A selection without what a fit has removed, and without sites of which nothing is chosen."""
+        """The selection without elements that a fit has removed, and without sites that have none left."""
         unknown = sorted(set(selection) - set(self.sites))
         if unknown:
             raise ValueError(f"selection must be of the sites {list(self.sites)}: got {unknown}")
@@ -223,7 +222,7 @@ class Latents:
         return {name: mask for name, mask in masks.items() if bool(mask.any())}
 
     def _averaged_apart(self, chosen: Selection) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What has to be averaged over joint draws, and the rest, which is independent of it.
+        """What has to be averaged over joint draws; and the rest, which is independent of it.
 
         Raises:
             NotImplementedError: where a site is chosen together with one that its prior depends on.
@@ -236,7 +235,7 @@ class Latents:
                     f"{name!r} can't be reduced together with {parents}, which its prior depends on: "
                     "reduce one, then fit again"
                 )
-        # what shares a joint normal with one of them, or with what its prior depends on, moves with it
+        # these depend on each other: sites in a joint normal with one of them, or with a parent of one
         moving = {*dependent, *(parent for name in dependent for parent in self.sites[name].parents)}
         averaged = {name: mask for name, mask in chosen.items() if moving & set(self.sites[name].block.sites)}
         return averaged, {name: mask for name, mask in chosen.items() if name not in averaged}
@@ -287,7 +286,7 @@ class Latents:
     def reduced_posterior(self, selection: Selection) -> ReducedPosterior:
         """The posterior of the model in which all chosen elements are reduced, as a guide."""
         averaged, others = self._averaged_apart(self.chosen(selection))
-        with self.looking(stream=1):  # other random numbers than the joint draws were made of
+        with self.looking(stream=1):  # not the random numbers of the joint draws
             parts = [self._reduced_block(block, masks) for block, masks in self.by_block(others)]
             if averaged:
                 values, log_weights = self._averaging.reduced(averaged)
@@ -326,7 +325,7 @@ class Latents:
         except NotImplementedError:
             drawn = self._block_draws[id(site.block)][site.name]
             weights = estimate_log_mean(self._ratios(site)).log_weights
-            elements = len(site.shape)  # behind which Pyro wants the draws
+            elements = len(site.shape)  # Pyro wants the draws behind them
             after = dist.Empirical(drawn.movedim(0, elements), weights.movedim(0, -1), validate_args=False)
         law: Any = after if bool(mask.all()) else dist.MaskedMixture(mask, before, after, validate_args=False)
         kind = self._kind_of(site.name)
@@ -348,7 +347,7 @@ def _worst(khat: Tensor) -> Tensor:
 
 @contextmanager
 def _naming(site: str) -> Iterator[None]:
-    """Errors of what is done inside say of which site they speak."""
+    """Errors from inside name the site."""
     try:
         yield
     except (ImportanceError, ValueError) as error:

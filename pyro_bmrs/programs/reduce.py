@@ -59,11 +59,11 @@ def reduce(
     >>> plan.apply()[0]
     Linear(in_features=4, out_features=4, bias=True)
 
-    A structure is removed where its score is ≥ 0, or if it was removed during the fit; removal is never
-    undone. A layer whose structures would all go keeps the `min_kept` with the lowest scores.
+    A structure is removed where its score is ≥ 0, or if the fit has removed it; removal is never undone. Every layer
+    keeps at least `min_kept` structures, those with the lowest scores.
 
-    With a mapping of sites to reduced priors it asks the same of any Pyro program: would the model have more
-    evidence with this prior instead?
+    With a mapping of sites to reduced priors it asks of any Pyro program: would the model have more evidence with
+    this prior instead?
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -76,34 +76,33 @@ def reduce(
     >>> bmrs.reduce(coins, guide, {"bias": 0.0}, heads).table.log_evidence_change.round(2).tolist()
     [0.89, -11.58]
 
-    ΔF is given per element of a site (`table`), per site (`sites`) and jointly for groups of elements (`groups`);
-    `reduced_posterior()` is a guide that predicts from the reduced model. Closed forms are used where there
-    are any, and draws of the guide where not, with a standard error and k̂: see docs/evidence.md.
+    The plan has ΔF of each element (`table`), of each site (`sites`) and of groups of elements (`groups`).
+    `reduced_posterior()` is a guide that predicts from the reduced model. ΔF has a closed form for most laws; elsewhere
+    it is estimated from draws of the guide, with a standard error and k̂: see docs/evidence.md.
 
     Args:
         model: a Pyro model with noise layers; with a mapping any Pyro model.
         guide: its mean-field guide; with a mapping also one with a joint normal, such as AutoMultivariateNormal.
-        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …: any function from layers to scores. Or a mapping from sites
+        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …, or any function from layers to scores. Or a mapping from sites
             of the model to their reduced priors: distributions that broadcast to the site, or numbers and
             tensors, which are points.
-        model_args: arguments to call model and guide with, where the guide is not an
-            `AutoTruncatedLogNormal` that remembers its first batch.
+        model_args: what model and guide are called with. An `AutoTruncatedLogNormal` remembers its first batch, and
+            needs none.
         min_kept: structures that every layer of a network keeps, at least 1.
-        round_to: keep so many more structures, those with the lowest scores, that the channels of each layer
-            are a multiple of this number, such as 8, where the layer had as many: odd widths run slowly on
-            much hardware. None keeps no more.
-        kl_weight: of the fit, to be named wherever a ΔF is shown; default what `fit` noted in the guide.
-        prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats; a criterion
+        round_to: keep more structures, those with the lowest scores, until the channels of each layer are a multiple
+            of this number, such as 8: other widths run slowly on much hardware. None keeps no more.
+        kl_weight: of the fit, shown beside each ΔF; default what `fit` noted in the guide.
+        prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats. A criterion
             has its own.
-        groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}, where
-            elements are numbers (of a network those of the original one), a slice, a bool tensor, or ... for all.
+        groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}. Elements
+            are numbers (in a network those of the original one), a slice, a bool tensor, or ... for all.
         dependent_priors: with a mapping, what to do where a site's prior depends on another latent: "raise", or
             "average" over joint draws of the guide.
-        draws, seed: with a mapping, of the posterior where ΔF has no closed form.
+        draws, seed: with a mapping, number and seed of posterior draws, used only where ΔF has no closed form.
 
     Returns:
-        The plan. With a mapping, `apply()` makes a smaller network of it where all sites are noise layers' and each
-        reduced prior has 99 % of its mass at θ ≤ 2⁻⁴, so that what is reduced is as good as removed.
+        The plan. With a mapping, `apply()` makes a smaller network if all sites belong to noise layers and each
+        reduced prior has 99 % of its mass at θ ≤ 2⁻⁴: such structures can be removed.
 
     Raises:
         NonFiniteScoreError, NonFiniteEvidenceError: naming the layer and the structures whose score is NaN or infinite.
@@ -149,7 +148,7 @@ def reduce_by_priors(
     round_to: int | None = None,
     kl_weight: float | None = None,
 ) -> ProgramPlan | StructuresByPriors:
-    """The plan that reduced priors lead to; of structures of a network where they say that θ is as good as 0."""
+    """The plan by reduced priors. It removes structures of a network if all of them put θ near 0."""
     if not removes_structures(latents):
         return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=kl_weight)
     chosen = selections(latents, groups)
@@ -162,12 +161,12 @@ def reduce_by_priors(
     return StructuresByPriors(**parts, **evidence_tables(latents, chosen), _latents=latents).at(0.0)
 
 
-# Of a reduced prior that removes structures so much lies where θ is lost at so many bits: the paper's largest interval.
+# A reduced prior removes structures if it has this share of its mass below 2^-bits, the paper's largest interval.
 _REMOVED_SHARE, _REMOVED_BITS = 0.99, 4
 
 
 def removes_structures(latents: Latents) -> bool:
-    """Whether all sites are noise layers' and their reduced priors say that θ is as good as 0."""
+    """Whether all sites belong to noise layers, and their reduced priors put θ near 0."""
     layers = noise_layers(latents.model) if isinstance(latents.model, nn.Module) else {}
 
     def as_good_as_zero(law: Any) -> bool:

@@ -26,13 +26,13 @@ Groups = Mapping[str, Mapping[str, Elements]]
 
 
 class NonFiniteEvidenceError(ArithmeticError):
-    """ΔF of an element is NaN or infinite, so nothing can be said about it."""
+    """ΔF of an element is NaN or infinite: nothing can be decided about it."""
 
 
 def reduce_latents(
     latents: Latents, *, groups: Groups | None, prior_log_odds: float, kl_weight: float | None
 ) -> ProgramPlan:
-    """ΔF per element, per site and per group of what `latents` asks about; reduced where ΔF + log-odds is ≥ 0."""
+    """The plan that reduces each element with ΔF + log-odds ≥ 0; with ΔF of each site and each group."""
     chosen = selections(latents, groups)
     kl_weight = kl_weight_of(latents.guide, kl_weight)
     frames = [
@@ -98,7 +98,7 @@ def _rows(
 
 
 def _parameters(site: LatentSite) -> tuple[Tensor, Tensor]:
-    """Location and scale of each element's posterior, before any transformation; NaN where it has none."""
+    """Location and scale of each element's posterior, before any transformation; NaN for laws without them."""
     law: Any = site.posterior
     while isinstance(law, TransformedDistribution):
         law = law.base_dist

@@ -1,4 +1,4 @@
-"""The sites of a Pyro model that evidence is asked about: posterior, prior and reduced prior of their elements."""
+"""The sites of a Pyro model whose evidence is asked for: posterior, prior and reduced prior of their elements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LatentSite:
         prior, reduced_prior: of the elements, batch shape `shape`, float64.
         kept: False for elements that a fit has removed, or the model masks out. Shape: `shape`.
         parents: the latents that the prior depends on.
-        units: the numbers of the elements, in a network those of the original one. Shape: (elements,).
+        units: the numbers of the elements; in a network those of the original one. Shape: (elements,).
     """
 
     name: str
@@ -56,7 +56,7 @@ class LatentSite:
 
     @cached_property
     def coordinates(self) -> Tensor:
-        """Of each element in the joint normal. Shape: (elements, coordinates of one)."""
+        """The numbers of each element's coordinates in the joint normal. Shape: (elements, coordinates of one)."""
         assert isinstance(self.block, JointNormalBlock)
         at = self.block.layout[self.name]
         return at.of(self.block.everything).reshape(self.shape.numel(), -1)
@@ -109,7 +109,7 @@ def latent_site(
             f"{reduced} of shape {tuple(reduced.batch_shape + reduced.event_shape)} ({error})"
         ) from None
     kept = torch.ones(shape, dtype=torch.bool, device=value.device)
-    # what a fit has removed, what the model's prior hides, what poutine.mask hides
+    # three ways to leave elements out: a fit removed them, the prior masks them, poutine.mask masks them
     for mask in (getattr(block, "kept", None), mask_of(node["fn"]), node["mask"]):
         if mask is not None:
             kept = kept & torch.as_tensor(mask, device=kept.device).expand(shape)
@@ -136,7 +136,7 @@ def check_estimable(site: LatentSite, prior: Any) -> None:
 
 
 def elementary_law(name: str, given: Any, device: torch.device | None = None) -> Any:
-    """A reduced prior as a distribution of single elements; numbers and tensors are points."""
+    """A reduced prior as a distribution of single elements. Numbers and tensors are points."""
     if isinstance(given, int | float | Tensor) and not isinstance(given, bool):
         at = torch.as_tensor(given, dtype=torch.float64, device=device)
         if not bool(torch.isfinite(at).all()):
@@ -157,7 +157,7 @@ def elementary_law(name: str, given: Any, device: torch.device | None = None) ->
 
 
 def per_element(law: Any, shape: torch.Size, event_dim: int, value_shape: torch.Size | None = None) -> Any:
-    """A distribution as one of elements: batch shape `shape`, `event_dim` event dimensions, float64."""
+    """A distribution of elements: batch shape `shape`, `event_dim` event dimensions, float64."""
     law = fixed(elementary(law))
     if value_shape is not None and isinstance(law, dist.Delta):
         return dist.Delta(law.v.expand(value_shape), event_dim=event_dim, validate_args=False)
@@ -198,7 +198,7 @@ def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
     width = coordinates.shape[1]
 
     def normal(law: Any) -> tuple[Tensor, Tensor] | None:
-        """Mean and factor of the covariance of what a law is of unconstrained values, where that is normal."""
+        """Mean and covariance factor of the unconstrained values, where these are normal under `law`."""
         found = _unconstrained_normal(law, transform, width)
         if found is None:
             return None
@@ -214,7 +214,7 @@ def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
         return GroupReduction(coordinates.flatten(), loc, factor, prior_loc, prior_factor @ prior_factor.mT)
     if not isinstance(site.reduced_prior, dist.Delta):
         raise NotImplementedError(f"the prior of {site.name!r} is not normal where its posterior is")
-    # at a point the Jacobian of the transformation turns the prior's density into that of unconstrained values
+    # the Jacobian turns the prior's density at the point into the density of the unconstrained value
     value = site.reduced_prior.v
     jacobian = transform.inv.log_abs_det_jacobian(value, transform.inv(value))  # type: ignore[no-untyped-call]
     density = prior.log_prob(value) - jacobian.reshape(*site.shape, -1).sum(-1)

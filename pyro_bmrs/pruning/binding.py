@@ -1,4 +1,4 @@
-"""A live network and how to call it: what a plan of it needs to count, to cut and to compare costs."""
+"""A live network and a batch to call it with: a plan needs both to count, cut and compare costs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Binding:
 
     Args:
         network: the network.
-        find_input: gives a batch of inputs; called when one is needed, once. None: nobody knows any.
+        find_input: makes a batch of inputs; called once, when one is needed. None: there is no batch.
     """
 
     def __init__(self, network: nn.Module, find_input: Callable[[], Inputs] | None) -> None:
@@ -52,7 +52,7 @@ class Binding:
         """A batch of inputs.
 
         Raises:
-            ValueError: where nobody knows any.
+            ValueError: if there is none.
         """
         if self._find_input is None:
             raise ValueError("example_input must be given: a batch of inputs of the network")
@@ -72,7 +72,7 @@ class Binding:
         return self.cuts(kept).parameters_left(self.network)
 
     def full_network(self) -> nn.Module:
-        """The network without noise as it was made, to measure its costs: with random weights if it has shrunk."""
+        """The original network without noise, to measure its costs; with random weights if it has shrunk since."""
         if not earlier_cuts(self.network):
             return without_noise(copy.deepcopy(self.network))
         full = copy.deepcopy(original_network(self.network))
@@ -81,14 +81,14 @@ class Binding:
             for parameter in full.parameters():
                 parameter.normal_(0.0, 0.02)
             for buffer in full.buffers():
-                # an index must lie in what it looks up
+                # a buffer of indices must be within range
                 buffer.fill_(1 if buffer.is_floating_point() else 0)
         return full
 
 
 def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
-    looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
+    looked_at = copy.deepcopy(network)  # a forward pass may change it
     with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
         one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)

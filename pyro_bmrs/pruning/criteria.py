@@ -1,7 +1,7 @@
 """Criteria: which structures a network is better without.
 
-A criterion maps the layers' structures to a score for each structure, in its own unit. A structure is removed where
-its score is ≥ 0. Any function of `Layers` that returns such scores is a criterion.
+A criterion gives each structure of each layer a score, in a unit of its own. Structures with a score ≥ 0 are removed.
+Any function of `Layers` that returns such scores is a criterion.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EvidenceCriterion:
         raise NotImplementedError
 
     def log_evidence_change(self, layers: Layers) -> Scores:
-        """ΔF in nats: log-evidence of the model with the reduced prior less that of the fitted one."""
+        """ΔF in nats: the log evidence of the model with the reduced prior, less that of the fitted model."""
         changes: Scores = {}
         for kind in {type(layer.prior) for layer in layers.values()}:
             alike = {name: layer for name, layer in layers.items() if type(layer.prior) is kind}
@@ -64,13 +64,13 @@ class BMRS_N(EvidenceCriterion):  # noqa: N801 the paper's name
     BMRS_N(scale=1e-06, loc=None, prior_log_odds=0.0)
 
     Args:
-        scale: s̃ of the reduced prior in log θ. The narrower, the nearer is ΔF to the Savage-Dickey density
-            ratio of the posterior at the lower edge; the difference is about 0.8 s̃ (loc - log_low)/scale² nats.
-        loc: its location; None: the lower bound of the prior.
-        prior_log_odds: log p(reduced)/p(full) per structure before seeing data. A posterior that learned
-            nothing has ΔF = 0, so this decides about idle structures. Two known values: 0, the paper's
-            equation, keeps nearly all that is idle; ½ log 2π = 0.919 (the default) is what the authors'
-            released code does by leaving the 2π out, and removes it.
+        scale: s̃ of the reduced prior in log θ. As it shrinks, ΔF tends to the Savage-Dickey density ratio of the
+            posterior at the lower edge; the difference is about 0.8 s̃ (loc - log_low)/scale² nats.
+        loc: its location. None: the lower bound of the prior.
+        prior_log_odds: log p(reduced)/p(full) per structure before seeing data. A posterior that learned nothing has
+            ΔF = 0, so this decides about idle structures. 0, as in the paper's equation, keeps nearly all of them.
+            ½ log 2π = 0.919, the default, removes them: the authors' released code leaves the 2π out, which has the
+            same effect.
     """
 
     scale: float = 1e-6
@@ -98,13 +98,13 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
     BMRS_U(bits=4, floor_bits=23, prior_log_odds=0.9189385332046727)
 
     Args:
-        bits: the upper end is 2^-bits: θ below it is lost at that precision; the paper uses 8 and 4.
-        floor_bits: a' = 2^-floor_bits, 23 in the paper, which keeps the very deadest structures, those with
-            mass below 2^-23 (ΔF = -9.3 at loc = -20, scale = 1). None, the default: a' is the prior's
-            lower bound, which cures it.
-        prior_log_odds: as in `BMRS_N`, and with the same default, so that both agree about what is idle. At 0, the
-            paper's equation and the released code's, a posterior that equals its prior is on the fence: of six
-            fits on image data, idle structures had ΔF from -0.01 to 0, and none was removed (docs/results.md).
+        bits: the upper end is 2^-bits: θ below it is lost at that precision. The paper uses 8 and 4.
+        floor_bits: a' = 2^-floor_bits. The paper has 23, which keeps the structures that are nearest to 0, with mass
+            below 2^-23 (ΔF = -9.3 at loc = -20, scale = 1). None, the default: a' is the prior's lower bound, and
+            these are removed too.
+        prior_log_odds: as in `BMRS_N`, and with the same default, so that both agree about idle structures. At 0, as in
+            the paper and its released code, a posterior that equals its prior has a score of 0: in six fits on image
+            data, idle structures had ΔF from -0.01 to 0, and none was removed (docs/results.md).
     """
 
     bits: float = 8
@@ -134,7 +134,7 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
 
 @dataclass(frozen=True)
 class ReducedPriors(EvidenceCriterion):
-    """Evidence for reduced priors given by hand, by layer; other layers are not asked about (their score is NaN)."""
+    """Evidence for given reduced priors, by layer. The scores of other layers are NaN."""
 
     reduced_priors: Mapping[str, Distribution]
     prior_log_odds: float = PAPER_LOG_ODDS
@@ -190,8 +190,8 @@ class ExpectedScale:
 class WeightNorm:
     """Remove the given fraction of all structures, those with the smallest weights.
 
-    The norm of a structure's incoming weights is divided by the square root of their number, without which
-    it would grow with fan-in and no layer could be compared with another. Score = cut - norm.
+    The norm of a structure's incoming weights is divided by the square root of their number. Else it would grow with
+    fan-in, and layers could not be compared. Score = cut - norm.
     """
 
     unit: ClassVar[str] = "root mean square weight"
@@ -232,9 +232,9 @@ def _parameter(criterion: EvidenceCriterion, name: str, given: Mapping[str, Tens
 
 
 def _lowest_share(fraction: float, values: Scores, layers: Layers) -> Scores:
-    """Scores that remove just the given fraction of what is left, the lowest values; of equal ones the first.
+    """Scores that remove the given fraction of what is left: the lowest values, of equal ones the first.
 
-    Score = cut - value, with `cut` the highest value that goes.
+    Score = cut - value, with `cut` the highest value that is removed.
     """
     kept = torch.cat([layer.kept for layer in layers.values()])
     pool = torch.cat([*values.values()])
@@ -251,7 +251,7 @@ def _lowest_share(fraction: float, values: Scores, layers: Layers) -> Scores:
 def _check(name: str, value: object, allows: Callable[[Any], bool], allowed: str) -> None:
     try:
         good = allows(value)
-    except TypeError:  # text, say, is no number to compare
+    except TypeError:  # such as text, which can't be compared
         good = False
     check(good, name, allowed, value)
 
@@ -264,7 +264,7 @@ CRITERIA: dict[str, Any] = {
 def text_of(criterion: object) -> str:
     """What to call a criterion: the text that `parse_criterion` takes, or the name of a function.
 
-    The prior log-odds are left out: a `Rule` names them by themselves.
+    Without the prior log-odds, which a `Rule` names separately.
 
     >>> text_of(BMRS_N()), text_of(BMRS_U(bits=4, prior_log_odds=0.0)), text_of(len)
     ('BMRS_N', 'BMRS_U:bits=4', 'builtins.len')

@@ -1,4 +1,4 @@
-"""What a criterion looks at: the structures of each layer, and all of them as one."""
+"""What a criterion looks at: posteriors, priors and weights of the structures of each layer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 @dataclass(frozen=True)
 class LayerStructures:
-    """What a criterion may look at of one layer.
+    """The structures of one layer, as a criterion sees them.
 
     Attributes:
         posterior: of θ, batch shape (features,).
         prior: of θ, broadcasting with it.
         kept: bool (features,), False for structures removed before.
-        weight_norm: on call, the Euclidean norm of each structure's own weights over the square root of
-            their number, (features,).
+        weight_norm: when called, the root mean square of each structure's own weights, (features,).
     """
 
     posterior: TruncatedLogNormal
@@ -63,7 +62,7 @@ def joined[Law: LogUniform | TruncatedLogNormal](
 
 
 def by_layer(values: Tensor, layers: Layers) -> Scores:
-    """Values of all structures, layer after layer, by layer."""
+    """Values of all structures, in the order of the layers, as a tensor for each layer."""
     sizes = [len(layer.kept) for layer in layers.values()]
     return dict(zip(layers, torch.split(values, sizes), strict=True))
 

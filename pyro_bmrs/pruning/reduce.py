@@ -30,7 +30,7 @@ from pyro_bmrs.pruning.scoring import Criterion, check_criterion, scores_of
 
 
 class NonFiniteScoreError(ArithmeticError):
-    """A structure's score is NaN or infinite, so nothing can be said about it; it is never removed."""
+    """A structure's score is NaN or infinite: nothing can be decided about it."""
 
 
 def kl_weight_of(guide: Callable[..., Any], given: float | None = None) -> float:
@@ -81,18 +81,9 @@ def reduce_structures(
     assert isinstance(model, nn.Module)
     arguments = arguments_of(guide, arguments)
     posteriors, layers = posteriors_of(model, guide, arguments), noise_layers(model)
-    originals = {site: _Layer.of(guide, site, layer, posteriors[site]) for site, layer in layers.items()}
     binding = Binding(network_of(model), partial(input_of, model, arguments) if arguments else None)
     structures = {
-        site: LayerStructures(
-            posterior=original.posterior,
-            prior=original.prior,
-            kept=original.kept,
-            weight_norm=lambda site=site, original=original: original.spread(  # type: ignore[misc]
-                weight_norm(binding.network, binding.groups[site]), math.nan
-            ),
-        )
-        for site, original in originals.items()
+        site: _layer(guide, site, layer, posteriors[site], binding) for site, layer in layers.items()
     }
     scores, evidence = _scored(criterion, structures)
     rule = Rule(
@@ -104,7 +95,7 @@ def reduce_structures(
     )
     asked = criterion.reduced_priors if isinstance(criterion, ReducedPriors) else structures
     for site, score in scores.items():
-        bad = torch.nonzero(~torch.isfinite(score) & originals[site].present.cpu()).flatten().tolist()
+        bad = torch.nonzero(~torch.isfinite(score) & structures[site].present.cpu()).flatten().tolist()
         if bad and site in asked:
             raise NonFiniteScoreError(
                 f"{rule} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
@@ -112,9 +103,9 @@ def reduce_structures(
             )
     nested = any(isinstance(module, InputSelection) for module in binding.network.modules())
     nesting = Nesting.of(binding.groups.values()) if nested else Nesting()
-    q = joined([view.posterior for view in structures.values()])
+    q = joined([layer.posterior for layer in structures.values()])
     columns = {
-        "unit": torch.cat([original.units for original in originals.values()]),
+        "unit": torch.cat([layer.units for layer in structures.values()]),
         "loc": q.loc.double(),
         "scale": q.scale.double(),
         "mean": q.mean.double(),
@@ -122,8 +113,8 @@ def reduce_structures(
         "score": torch.cat([*scores.values()]),
         "log_evidence_change": torch.cat([*evidence.values()]),
         "removed": torch.zeros(len(q.loc), dtype=torch.bool),
-        "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
-        "present": torch.cat([original.present for original in originals.values()]),
+        "removed_in_fit": ~torch.cat([layer.kept for layer in structures.values()]),
+        "present": torch.cat([layer.present for layer in structures.values()]),
     }
     names = [site for site, score in scores.items() for _ in range(len(score))]
     numbers = {name: value.detach().cpu().numpy() for name, value in columns.items()}
@@ -132,7 +123,7 @@ def reduce_structures(
         table=table[COLUMNS],
         rule=rule,
         channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
-        nesting=nesting.spread({site: original.present for site, original in originals.items()}),
+        nesting=nesting.spread({site: layer.present for site, layer in structures.items()}),
         _binding=binding,
     )
     return undecided.at(0.0)
@@ -152,45 +143,35 @@ def _scored(
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _Layer(LayerStructures):
     """The structures of a layer as the original network had them, those included that a fit has taken out.
 
     Attributes:
-        units: their numbers, in order. Shape: (features,), as of all others.
-        posterior: of θ; of what was taken out, the last one.
-        prior: of θ, broadcasting with it.
-        kept: False for what has been removed.
-        present: False for what has been taken out.
+        units: their numbers, in order. Shape: (features,).
+        present: False for what has been taken out; its posterior is the last one. Shape: (features,).
     """
 
     units: Tensor
-    posterior: TruncatedLogNormal
-    prior: LogUniform | TruncatedLogNormal
-    kept: Tensor
     present: Tensor
 
-    @classmethod
-    def of(
-        cls, guide: object, site: str, layer: MultiplicativeNoise, posterior: TruncatedLogNormal
-    ) -> _Layer:
-        present = torch.ones_like(layer.kept)
-        removed = guide.site_posterior(site) if isinstance(guide, AutoTruncatedLogNormal) else None
-        if removed is None or not len(removed.removed_units):
-            return cls(layer.units, posterior, prior_of(layer), layer.kept, present)
-        missing = torch.zeros_like(removed.removed_units, dtype=torch.bool)
-        units = torch.cat([layer.units, removed.removed_units])
+
+def _layer(
+    guide: object, site: str, layer: MultiplicativeNoise, posterior: TruncatedLogNormal, binding: Binding
+) -> _Layer:
+    prior, kept, units, present = prior_of(layer), layer.kept, layer.units, torch.ones_like(layer.kept)
+    removed = guide.site_posterior(site) if isinstance(guide, AutoTruncatedLogNormal) else None
+    if removed is not None and len(removed.removed_units):
+        none = torch.zeros_like(removed.removed_units, dtype=torch.bool)
+        units = torch.cat([units, removed.removed_units])
         order = units.argsort()
+        units, kept, present = units[order], torch.cat([kept, none])[order], torch.cat([present, none])[order]
         q = joined([posterior, removed.removed_posterior()])
         parameters = (part[order] for part in (q.loc, q.scale, q.log_low, q.log_high))
-        return cls(
-            units[order],
-            TruncatedLogNormal(*parameters, validate_args=False),
-            LogUniform(layer.log_low, layer.log_high, validate_args=False),
-            torch.cat([layer.kept, missing])[order],
-            torch.cat([present, missing])[order],
-        )
+        posterior = TruncatedLogNormal(*parameters, validate_args=False)
+        prior = LogUniform(layer.log_low, layer.log_high, validate_args=False)
 
-    def spread(self, values: Tensor, filling: float) -> Tensor:
-        """Values of the structures present, among `filling` for the others."""
-        whole = torch.full(self.present.shape, filling, dtype=values.dtype, device=self.present.device)
-        return whole.masked_scatter(self.present, values.to(whole.device))
+    def norms() -> Tensor:
+        found = weight_norm(binding.network, binding.groups[site]).to(present.device)
+        return torch.full_like(present, math.nan, dtype=found.dtype).masked_scatter(present, found)
+
+    return _Layer(posterior, prior, kept, norms, units, present)

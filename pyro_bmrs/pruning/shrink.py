@@ -1,4 +1,4 @@
-"""Smaller in place: what a plan removes leaves network, guide and optimizer, and fitting goes on."""
+"""Take structures out of a network, its guide and the optimizer, in place, in the middle of a fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shrink(
     optimizer: torch.optim.Optimizer | None,
     example_input: Inputs,
 ) -> None:
-    """Take structures out of model, guide and optimizer, in place: see `Reduction.shrink`.
+    """Take structures out of model, guide and optimizer, in place: see `NetworkPlan.shrink`.
 
     Args:
         kept: per site a bool tensor (features,), on any device.
@@ -67,20 +67,20 @@ def shrink(
 
 @dataclass(frozen=True)
 class _Original:
-    """What a network that has shrunk remembers of itself: what was cut since, and a copy without values."""
+    """What a shrunken network knows of the original: all cuts since, and a copy without values."""
 
     cuts: Cuts
     network: nn.Module
 
 
 def earlier_cuts(network: nn.Module) -> Cuts:
-    """What shrinking has taken out of a network since it was made."""
+    """All cuts that shrinking has made in a network."""
     original = getattr(network, "_original", None)
     return original.cuts if isinstance(original, _Original) else Cuts()
 
 
 def original_network(network: nn.Module) -> nn.Module:
-    """The network without noise that `network` was before it first shrank, on the meta device."""
+    """The network without noise as it was before it first shrank, on the meta device."""
     original = getattr(network, "_original", None)
     if isinstance(original, _Original):
         return original.network

@@ -7,6 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.quality.predictive import Predictions
 
 
@@ -175,7 +176,8 @@ def _by_confidence(predictions: Predictions) -> tuple[NDArray[np.float64], NDArr
 def _auroc(inside: Predictions, outside: Predictions | None) -> float:
     if outside is None:
         return float("nan")
-    from sklearn.metrics import roc_auc_score  # slow to import
+    with untouched():  # its first import moves Python's generator
+        from sklearn.metrics import roc_auc_score  # slow to import
 
     is_outside = np.repeat([0, 1], [len(inside.label), len(outside.label)])
     return float(roc_auc_score(is_outside, np.concatenate([inside.entropy, outside.entropy])))
