@@ -54,9 +54,10 @@ def posteriors_of(
         ValueError: where the guide has none, or one of another number of structures.
     """
     found, layers = read_posterior(guide, *arguments), noise_layers(model)
-    for site, layer in layers.items():
+    for site in layers:
         if site not in found:
             raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+    for site, layer in layers.items():
         if found[site].batch_shape != layer.kept.shape:
             raise ValueError(
                 f"guide must have a posterior of the {layer.features} structures of {site!r}: it has one of shape "
