@@ -369,7 +369,9 @@ def test_a_recipe_has_its_own_likelihood_and_guide(place, capsys):
     Path("own.py").write_text(
         NETWORK.replace('"limit": 50', '"posterior_learning_rate": 0.0') + OWN_LIKELIHOOD
     )
-    assert call("run", "own.py", "--out", "own", "--quiet", "--draws", 0, "--criterion", "Random") == 0, capsys.readouterr()
+    assert call("run", "own.py", "--out", "own", "--quiet", "--draws", 0, "--criterion", "Random") == 0, (
+        capsys.readouterr()
+    )
     structures = pd.read_csv("own/structures.csv", dtype={"layer": str})
     assert structures.layer.unique().tolist() == [
         "network.3"
@@ -402,7 +404,12 @@ def network(input_shape, num_classes):
 
 def test_the_whole_network_is_made_smaller_where_the_noise_is_in_a_part_of_it(place):
     Path("split.py").write_text(NETWORK + SPLIT)
-    assert call("run", "split.py", "--out", "split", "--quiet", "--draws", 0, "--criterion", "Random:fraction=0.5") == 0
+    assert (
+        call(
+            "run", "split.py", "--out", "split", "--quiet", "--draws", 0, "--criterion", "Random:fraction=0.5"
+        )
+        == 0
+    )
     table = pd.read_csv("split/evaluation.csv")
     full = 64 * 12 + 12 + 12 * 8 + 8 + 8 * 6 + 6 + 6 * 10 + 10
     assert table.parameters.tolist() == [full, full - 4 * (12 + 1 + 6)]

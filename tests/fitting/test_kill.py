@@ -85,7 +85,9 @@ class Runs:
             in_epoch: of the fit, the epoch from whose checkpoint on the seconds count.
         """
         self.log.unlink(missing_ok=True)
-        process = self.kind.start(["run", str(RECIPE), "--out", str(folder), *ARGUMENTS, *self.kind.more], self.log)
+        process = self.kind.start(
+            ["run", str(RECIPE), "--out", str(folder), *ARGUMENTS, *self.kind.more], self.log
+        )
         self.wait_for(lambda: self.log.exists() and self.log.stat().st_size)  # a line on what it will do
         begin = time.monotonic()
         if in_epoch:

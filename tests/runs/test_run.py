@@ -441,7 +441,18 @@ class StopInEpoch:
 @pytest.mark.parametrize("phase", ["fit", "fine-tune"])
 def test_after_ctrl_c_the_same_command_goes_on_to_the_same_end(phase, tmp_path, capsys):
     """In the fit and in the fine-tuning: no epoch is made twice, and the files are those of one run."""
-    arguments = ("--quiet", "--fine-tune", "2", "--removal", "epoch", "--epochs", "3", "--limit", "120", *NO_DIAGNOSIS)
+    arguments = (
+        "--quiet",
+        "--fine-tune",
+        "2",
+        "--removal",
+        "epoch",
+        "--epochs",
+        "3",
+        "--limit",
+        "120",
+        *NO_DIAGNOSIS,
+    )
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert call("run", RECIPE, "--out", whole, *arguments) == 0
     with StopInEpoch(1, phase):

@@ -229,7 +229,9 @@ def targets(place: Path) -> dict[str, Target]:
         "plan.json": Target(of_text(plan_json), file("plan.json", NetworkPlan.load), _as_json(plan_json)),
         "plan.numbers.safetensors": Target(
             of_tensors(bytes_of("plan.numbers.safetensors")),
-            file("numbers/plan.numbers.safetensors", lambda path: NetworkPlan.load(path.with_name("plan.json"))),
+            file(
+                "numbers/plan.numbers.safetensors", lambda path: NetworkPlan.load(path.with_name("plan.json"))
+            ),
             bytes_of("plan.numbers.safetensors"),
         ),
         "study.yaml": Target(of_text(study, _as_yaml), file("study.yaml", Study.read), _as_yaml(study)),
