@@ -899,8 +899,8 @@ REDUCTIONS = [
     function(
         "reduce", "NaN in the posterior", lambda: bmrs.reduce(*nan_guide(), bmrs.BMRS_N()),
         NonFiniteScoreError,
-        r"^BMRS_N \(prior log-odds 0\.919\) gave structures \[2\] of layer '2' a score that is not finite \(\[nan\]\); nothing is "
-        r"removed$",
+        r"^BMRS_N \(prior log-odds 0\.919\) gave structures \[2\] of layer '2' a score that is not finite \(\[nan\]\); "
+        r"nothing is removed$",
     ),
     function(
         "reduce", "a site that the model has not", lambda: search(bmrs.reduce, {"bias": 0.0}), ValueError,
@@ -1353,8 +1353,8 @@ FILES = [
     on_disk(
         "NetworkPlan.save", "no room on the disk, or a full quota",
         lambda: within_quota(100, lambda: fitted().plan.save("plan.json")), OSError,
-        r"^plan\.numbers\.safetensors can't be written: File too large; nothing else is lost, and what is done need not "
-        r"be done again once there is room$",
+        r"^plan\.numbers\.safetensors can't be written: File too large; nothing else is lost, and what is done need "
+        r"not be done again once there is room$",
     ),
     on_disk(
         "NetworkPlan.save", "path is a folder", lambda: fitted().plan.save("plan.json"), ValueError,
