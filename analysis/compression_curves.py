@@ -33,7 +33,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import save_weights
-from pyro_bmrs.quality.diagnosis import CRITERIA
+from pyro_bmrs.quality.curves import CRITERIA
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.study import Cell, Study

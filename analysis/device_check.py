@@ -27,7 +27,7 @@ from pyro_bmrs.data import load_data
 from pyro_bmrs.distributions.packed import draw_with_kl, uniforms
 from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.objective import Objective
-from pyro_bmrs.inference.guides import bounded
+from pyro_bmrs.inference.site_posterior import bounded
 from pyro_bmrs.runs.recipe import Recipe
 
 MODELS = Path(__file__).parent.parent / "models"

@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.quality import predictions, quality
-from pyro_bmrs.quality.diagnosis import CRITERIA
+from pyro_bmrs.quality.curves import CRITERIA
 from pyro_bmrs.runs.folder import RunFolder
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run

@@ -5,17 +5,31 @@ Nothing heavy is imported before a command runs: `--help` answers at once.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from pyro_bmrs import __version__
+from pyro_bmrs.options import (
+    DataRoot,
+    Device,
+    Foreign,
+    LoggerName,
+    Out,
+    Overwrite,
+    PosteriorDraws,
+    Quiet,
+    RecipeFile,
+    RunFolder,
+    given_settings,
+    number,
+    whole,
+    with_settings,
+)
 from pyro_bmrs.runs.settings import OF_REDUCTION, RunSettings
 
 if TYPE_CHECKING:
@@ -29,114 +43,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _whole(text: str) -> int:
-    """typer's own message does not say what was given."""
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be a whole number: got {text!r}") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be a number: got {text!r}") from None
-
-
-_METAVARS = {int: "int", float: "float", str: "str", dict: "JSON"}
-
-
-def _option(name: str, whose: str) -> Any:
-    """The option of a setting, typed and described by its field."""
-    field = RunSettings.model_fields[name]
-    flag = name.replace("_", "-")
-    shown = field.default if name == "data" else f"the {whose}'s"
-    if field.annotation is bool:
-        return Annotated[
-            bool | None,
-            typer.Option(f"--{flag}/--no-{flag}", help=field.description, show_default=shown),
-        ]
-
-    def read(text: str) -> Any:
-        try:
-            return RunSettings.read(name, text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    kinds = [get_origin(kind) or kind for kind in get_args(field.annotation) or (field.annotation,)]
-    metavar = _METAVARS.get(kinds[0]) or "|".join(get_args(field.annotation))
-    if type(None) in kinds:
-        metavar += "|none"
-    metavar = f"<{metavar}>"
-    return Annotated[
-        str | None,
-        typer.Option(f"--{flag}", parser=read, metavar=metavar, help=field.description, show_default=shown),
-    ]
-
-
-def _with_settings[Command: Callable[..., Any]](
-    *names: str, whose: str = "recipe"
-) -> Callable[[Command], Command]:
-    """Gives a command an option for each of these settings; `_given` tells which of them were on the line."""
-
-    def give(command: Command) -> Command:
-        signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, whose)
-            )
-            for name in names
-        ]
-        command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-        return command
-
-    return give
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The settings that the command line gives. None is a value too."""
-    return {
-        name: value
-        for name, value in context.params.items()
-        if name in RunSettings.model_fields
-        and getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
-    }
-
-
-RecipeFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A Python file (`pyro-bmrs new` writes one), or lenet5, lenet5_caffe, mlp, resnet, vit.",
-    ),
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
-Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")]
-PosteriorDraws = Annotated[
-    int | None,
-    typer.Option(
-        "--draws",
-        parser=_whole,
-        help="Posterior draws for the report's diagnosis, 100 or more; 0: leave it out.",
-    ),
-]
-Foreign = Annotated[
-    str | None,
-    typer.Option(help="A data set that is not this one, to see if the network knows; default one at hand."),
-]
-DataRoot = Annotated[
-    Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-LoggerName = Annotated[
-    str | None, typer.Option("--logger", help="csv or tensorboard: write logs/ while the fit runs.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -159,7 +65,7 @@ def _new_run(context: typer.Context) -> Run:
     from pyro_bmrs.runs.run import Run
     from pyro_bmrs.runs.shipped import find_recipe
 
-    options, given = context.params, _given(context)
+    options, given = context.params, given_settings(context)
     recipe = Recipe.read(find_recipe(options["recipe"]))
     data = given.pop("data", RunSettings.model_fields["data"].default)
     current = Run(
@@ -235,7 +141,7 @@ def new(
 
 
 @app.command()
-@_with_settings(*RunSettings.model_fields)
+@with_settings(*RunSettings.model_fields)
 def run(
     context: typer.Context,
     recipe: RecipeFile,
@@ -249,11 +155,11 @@ def run(
     quiet: Quiet = False,
     require_removed: Annotated[
         float | None,
-        typer.Option(parser=_number, help="Exit with 1 if a smaller share of the parameters is removed."),
+        typer.Option(parser=number, help="Exit with 1 if a smaller share of the parameters is removed."),
     ] = None,
     require_accuracy: Annotated[
         float | None,
-        typer.Option(parser=_number, help="Exit with 1 if the test accuracy, from 0 to 1, is lower."),
+        typer.Option(parser=number, help="Exit with 1 if the test accuracy, from 0 to 1, is lower."),
     ] = None,
     **settings: Any,
 ) -> int:
@@ -280,7 +186,7 @@ def run(
 
 
 @app.command()
-@_with_settings(*RunSettings.model_fields)
+@with_settings(*RunSettings.model_fields)
 def fit(
     context: typer.Context,
     recipe: RecipeFile,
@@ -298,7 +204,7 @@ def fit(
 
 
 @app.command()
-@_with_settings(*OF_REDUCTION, whose="run")
+@with_settings(*OF_REDUCTION, whose="run")
 def reduce(
     context: typer.Context,
     folder: RunFolder,
@@ -308,7 +214,7 @@ def reduce(
     **settings: Any,
 ) -> None:
     """Reduce a fitted run again, by another criterion if you like, and write the small network."""
-    current = _old_run(context.params, _given(context))
+    current = _old_run(context.params, given_settings(context))
     current.load_posterior()
     current.reduce()
     _print_outcome(current)
@@ -407,7 +313,7 @@ def sweep(
         Path | None,
         typer.Option(help="Folder for everything that comes out; this and what follows: default the file's."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(parser=_whole, help="Runs side by side.")] = None,
+    jobs: Annotated[int | None, typer.Option(parser=whole, help="Runs side by side.")] = None,
     backend: Annotated[str | None, typer.Option(help="processes, or ray (needs the extra ray).")] = None,
     data_root: DataRoot = None,
     device: Device = "auto",

@@ -28,6 +28,25 @@ ENTROPY_COLUMNS = ("data", "entropy")
 RUN_COLUMNS = ("run", "parameters", "accuracy")
 # along a parameter of a reduced prior, which is the first column
 EVIDENCE_COLUMNS = ("log_evidence_change", "reduced", "chosen", "mixture")
+# of a diagnosis, by the names of its tables
+DIAGNOSIS_COLUMNS = {
+    "khat": ("part", "latents", "khat", "threshold", "reliable"),
+    "elbo": ("model", "elbo", "standard_error"),
+    "contraction": ("site", "unit", "contraction"),
+    "loo": ("elpd_loo", "standard_error"),
+    "quality": (
+        "network", "prediction", "examples", "accuracy", "negative_log_likelihood", "brier",
+        "expected_calibration_error", "entropy", "aleatoric", "epistemic", "out_of_distribution_auroc",
+        "area_under_risk_coverage",
+    ),
+    "reliability": RELIABILITY_COLUMNS,
+    "risk_coverage": RISK_COLUMNS,
+    "entropy": ENTROPY_COLUMNS,
+    "curves": CRITERIA_COLUMNS,
+    "what_if": ("score_threshold", "prior_log_odds", "structures", "parameters"),
+}  # fmt: skip
+# Names, whatever they look like: read from a file, "1" and "NA" stay text.
+NAME_COLUMNS = ("layer", "site", "part", "model", "network", "prediction", "data", "criterion")
 
 # More criteria than this can't be told apart in one figure.
 MOST_CRITERIA = 8

@@ -14,7 +14,7 @@ from command_line import call
 
 from pyro_bmrs import cli
 from pyro_bmrs.data import load_data
-from pyro_bmrs.runs import run as runs
+from pyro_bmrs.runs import fit_stage
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.settings import OF_REDUCTION, RunSettings
 
@@ -277,7 +277,7 @@ def test_draws_per_batch_of_none_is_one_per_example(place, monkeypatch):
     def begin(*arguments, **_):
         raise Begun(arguments[-1].draws_per_batch)
 
-    monkeypatch.setattr(runs, "fit", begin)
+    monkeypatch.setattr(fit_stage, "fit", begin)
     for given, reached in (("--draws-per-batch none", None), ("--draws-per-batch 3", 3), ("", 16)):
         with pytest.raises(Begun) as begun:
             call(*f"fit tiny.py --out new --quiet {given}".split())
@@ -369,9 +369,8 @@ def test_a_recipe_has_its_own_likelihood_and_guide(place, capsys):
     Path("own.py").write_text(
         NETWORK.replace('"limit": 50', '"posterior_learning_rate": 0.0') + OWN_LIKELIHOOD
     )
-    assert call("run", "own.py", "--out", "own", "--quiet", "--draws", 0, "--criterion", "Random") == 0, (
-        capsys.readouterr()
-    )
+    status = call("run", "own.py", "--out", "own", "--quiet", "--draws", 0, "--criterion", "Random")
+    assert status == 0, capsys.readouterr()
     structures = pd.read_csv("own/structures.csv", dtype={"layer": str})
     assert structures.layer.unique().tolist() == [
         "network.3"

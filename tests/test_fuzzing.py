@@ -131,7 +131,7 @@ def test_names_of_layers_in_a_plan_are_no_paths(layer, formats, tmp_path):
     assert set(tmp_path.parent.rglob("*")) - before == {tmp_path / "plan.json"}
 
 
-@pytest.mark.parametrize("entry", ["guide.posteriors.0.gone_units", "model.net.2.units"])
+@pytest.mark.parametrize("entry", ["guide.posteriors.0.removed_units", "model.net.2.units"])
 @pytest.mark.parametrize("broken", ["missing", "a number", "a table"])
 def test_a_posteriors_numbers_of_structures_are_looked_at(entry, broken, formats, tmp_path):
     """Found by fuzzing: an AssertionError without the first, and torch's own for a number."""

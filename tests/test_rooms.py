@@ -21,6 +21,7 @@ FLOORS = (
     ("figures",),
     ("reports",),
     ("runs",),
+    ("options",),
     ("cli",),
 )
 

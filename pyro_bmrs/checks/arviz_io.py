@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from pyro_bmrs.checks.draws import DataOfModel, JointDraws, check_whole, joint_draws
+from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.checks.data import DataOfModel
+from pyro_bmrs.checks.joint_draws import JointDraws, joint_draws
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.inference.batches import Data
@@ -92,10 +94,9 @@ def to_datatree(
         ValueError: for a bad number, arguments that the model does not take, a guide that lacks a latent of the model,
             or latents of single examples in data that come in batches.
     """
-    check_whole("draws", draws, 1)
-    check_whole("seed", seed, 0)
-    if not callable(guide):
-        raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
+    check(is_whole(draws, 1), "draws", "an integer of at least 1", draws)
+    check(is_whole(seed), "seed", "an integer of at least 0", seed)
+    check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     of_model = DataOfModel(model, data, batch_size)
     with untouched(model, guide, seed=seed):
         found = joint_draws(guide, of_model, draws)
@@ -185,10 +186,8 @@ def loo(tree: DataTree, *, var_name: str | None = None) -> ELPDData:
 def _check_tree(tree: Any) -> None:
     from xarray import DataTree
 
-    if not isinstance(tree, DataTree):
-        raise TypeError(
-            f"tree must be an xarray.DataTree, as to_datatree makes it: got {type(tree).__name__}"
-        )
+    allowed = "an xarray.DataTree, as to_datatree makes it"
+    check(isinstance(tree, DataTree), "tree", allowed, type(tree), TypeError)
 
 
 def _netcdf_path(path: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,15 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import biject_to, kl_divergence
 
-from pyro_bmrs.checks.draws import (
-    DataOfModel,
-    LogDensities,
-    Values,
-    check_whole,
-    draw_posterior,
-    log_densities,
-)
+from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.checks.data import DataOfModel
+from pyro_bmrs.checks.densities import LogDensities, Values, log_densities
+from pyro_bmrs.checks.draws import draw_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.inference.batches import Data
-from pyro_bmrs.inference.guides import elementary
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, parents_of, read_blocks
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.traces import elementary, parents_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.numerals import with_error
@@ -127,20 +123,16 @@ def check_posterior(
     Source: Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?" (2018); Vehtari et al., "Pareto smoothed
     importance sampling" (2024).
     """
-    check_whole("draws", draws, LEAST_DRAWS)
-    check_whole("seed", seed, 0)
-    if not callable(guide):
-        raise TypeError(f"guide must be a Pyro guide: got {type(guide).__name__}")
+    check(is_whole(draws, LEAST_DRAWS), "draws", f"an integer of at least {LEAST_DRAWS}", draws)
+    check(is_whole(seed), "seed", "an integer of at least 0", seed)
+    check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     weight = kl_weight_of(guide) if kl_weight is None else kl_weight
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
-        raise ValueError(f"kl_weight must be a number from 0 on: got {weight!r}")
+    check(is_number(weight) and weight >= 0, "kl_weight", "a number from 0 on", weight)
     of_model = DataOfModel(model, data, batch_size)
     examples = of_model.size
     size = examples if dataset_size is None else dataset_size
-    if type(size) is not int or size < examples or (size != examples and not of_model.batched):
-        raise ValueError(
-            f"dataset_size must be the number of all examples, of which data has {examples} in batches: got {size!r}"
-        )
+    allowed = f"the number of all examples, of which data has {examples} in batches"
+    check(is_whole(size, examples) and (size == examples or of_model.batched), "dataset_size", allowed, size)
     with untouched(model, guide, seed=seed):
         return _Checking(model, guide, of_model, draws, size / examples, weight).result(examples, size)
 

@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyro_bmrs.pruning import Plan
+
 QUANTILES = (0.05, 0.5, 0.95)
-# More units than this in a layer are closer than their marks are wide.
-MOST_UNITS = 500
+# More structures than this in a layer are closer than their marks are wide.
+MOST_SHOWN = 500
 
 
 def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) -> Figure:
-    """Draw the posterior of every unit's θ: median and 5 to 95 % interval, a panel per layer.
+    """Draw the posterior of every structure's θ: median and 5 to 95 % interval, a panel per layer.
 
-    Units stand side by side, the largest median first. A filled circle is kept, a cross removed. Above 500
-    units in a layer 500 of them are shown, evenly spaced in that order, and the title says so. Units without
+    Structures stand side by side, the largest median first. A filled circle is kept, a cross removed. Of more than
+    500 structures in a layer, 500 are shown, evenly spaced in that order, and the title says so. Structures without
     a posterior (removed during the fit) are counted but not drawn.
 
     Args:
-        plan: has ``table``, as for :func:`plot_structures`; ``loc`` and ``scale`` are of log θ.
-        log_low: lower bound of log θ in the posterior, and the axis's lower end.
-        log_high: upper bound of log θ.
+        plan: any plan with ``loc`` and ``scale`` of log θ in its table.
+        log_low, log_high: bounds of log θ in the posterior; θ is drawn between them.
 
     Returns:
-        A figure 5 inches wide: θ (dimensionless, logarithmic) against the unit's rank within its layer.
+        A figure 5 inches wide: θ (dimensionless, logarithmic) against rank within the layer.
 
     Raises:
         ValueError: the table lacks a column, has no rows, or has none with a finite ``loc`` and ``scale``; or
@@ -89,9 +89,9 @@ def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) ->
         total = int((codes == code).sum())
         kept = f"{int((~removed[codes == code]).sum()):,} of {total:,} kept"
         rank = np.arange(len(rows))
-        if len(rows) > MOST_UNITS:
-            rank = np.linspace(0, len(rows) - 1, MOST_UNITS).round().astype(np.intp)
-            kept += f", {MOST_UNITS} shown"
+        if len(rows) > MOST_SHOWN:
+            rank = np.linspace(0, len(rows) - 1, MOST_SHOWN).round().astype(np.intp)
+            kept += f", {MOST_SHOWN} shown"
         rows = rows[np.argsort(-median[rows], kind="stable")][rank]
         panels.append((str(layer), kept, rows, rank + 1, total))
 
@@ -106,24 +106,13 @@ def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) ->
                 if not len(shown):
                     continue
                 axes.vlines(
-                    rank[chosen],
-                    low[shown],
-                    high[shown],
-                    color=colour,
-                    linewidth=size / 3.5,
-                    alpha=0.55,
-                    rasterized=as_image,
-                )
+                    rank[chosen], low[shown], high[shown],
+                    color=colour, linewidth=size / 3.5, alpha=0.55, rasterized=as_image,
+                )  # fmt: skip
                 axes.plot(
-                    rank[chosen],
-                    median[shown],
-                    linestyle="none",
-                    marker=marker,
-                    markersize=size,
-                    markeredgewidth=1.4 if size > 4 else 0.8,
-                    color=colour,
-                    rasterized=as_image,
-                )
+                    rank[chosen], median[shown], color=colour, linestyle="none", marker=marker,
+                    markersize=size, markeredgewidth=1.4 if size > 4 else 0.8, rasterized=as_image,
+                )  # fmt: skip
             room = 0.04 * (log_high - log_low)
             axes.set_ylim(math.exp(log_low - room), math.exp(log_high + room))
             axes.set_xlim(0.5 - 0.01 * total, rank[-1] + 0.5 + 0.01 * total)
@@ -131,14 +120,14 @@ def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) ->
             axes.yaxis.set_major_formatter(_power)
             axes.minorticks_off()
             ticks = MaxNLocator(6, integer=True, min_n_ticks=1).tick_values(1, rank[-1])
-            axes.set_xticks([tick for tick in ticks if 1 <= tick <= rank[-1]])  # there is no unit 0
+            axes.set_xticks([tick for tick in ticks if 1 <= tick <= rank[-1]])  # ranks begin at 1
             axes.xaxis.set_major_formatter(plain)
             axes.grid(axis="x", visible=False)
             axes.set_ylabel("θ")
             letters = 24 if len(kept) <= 22 else 16
             axes.set_title(shortened(layer, letters), loc="left", weight="bold", parse_math=False)
             axes.set_title(kept, loc="right", color="#444444")
-        all_axes[-1].set_xlabel("unit, largest median first")
+        all_axes[-1].set_xlabel("structure, largest median first")
         figure.align_ylabels()
         handles = [
             Line2D(
@@ -152,7 +141,5 @@ def plot_forest(plan: Plan, *, log_low: float = -20.0, log_high: float = 0.0) ->
 
 def _power(value: float, position: float = 0.0) -> str:
     """A power of ten without mathematical markup, which the figures don't parse."""
-    exponent = round(math.log10(value))
-    if exponent == 0:
-        return "1"
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    exponent = str(round(math.log10(value)))
+    return "1" if exponent == "0" else "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,4 +1,4 @@
-"""How far the probabilities of a network can be trusted."""
+"""How far the predicted probabilities of a network can be trusted."""
 
 from __future__ import annotations
 
@@ -73,43 +73,20 @@ def plot_reliability(reliability: pd.DataFrame) -> Figure:
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 100], [0, 100], color=GREY, linewidth=1, zorder=1)
         handles = []
-        for (_, bins), (colour, marker, style) in zip(lines, SERIES, strict=False):
-            order = np.argsort(floats(bins, "confidence"), kind="stable")
-            confidence, accuracy, count = (
-                floats(bins, column)[order] for column in ("confidence", "accuracy", "count")
-            )
+        for (_, bins), look in zip(lines, SERIES, strict=False):
+            bins = bins.sort_values("confidence", kind="stable")
+            confidence, accuracy = 100 * floats(bins, "confidence"), 100 * floats(bins, "accuracy")
+            count = floats(bins, "count")
             few = ~(count >= FEW_EXAMPLES)
             # The line to a bin of few examples is as pale as its marker: its course is chance.
             for shown, strength in ((np.ones_like(few), 0.3), (~few, 1.0)):
-                upper.plot(
-                    100 * confidence[shown],
-                    100 * accuracy[shown],
-                    color=colour,
-                    linestyle=style,
-                    linewidth=1.4,
-                    alpha=strength,
-                )
+                line = {**look, "marker": None}
+                upper.plot(confidence[shown], accuracy[shown], **line, linewidth=1.4, alpha=strength)
             for shown, size, strength in ((~few, 5.5, 1.0), (few, 4.0, 0.5)):
-                upper.plot(
-                    100 * confidence[shown],
-                    100 * accuracy[shown],
-                    linestyle="none",
-                    marker=marker,
-                    markersize=size,
-                    markeredgecolor="none",
-                    color=colour,
-                    alpha=strength,
-                )
-            lower.plot(
-                100 * confidence,
-                100 * count / np.nansum(count),
-                color=colour,
-                linestyle=style,
-                marker=marker,
-                markersize=3.5,
-                linewidth=1.2,
-            )
-            handles.append(Line2D([], [], color=colour, linestyle=style, marker=marker, markersize=5.5))
+                markers = {**look, "linestyle": "none", "markersize": size, "markeredgecolor": "none"}
+                upper.plot(confidence[shown], accuracy[shown], **markers, alpha=strength)
+            share = 100 * count / np.nansum(count)
+            handles += lower.plot(confidence, share, **look, markersize=3.5, linewidth=1.2)
         lowest = 100 * float(np.nanmin(floats(table, "lower"), initial=1.0))
         upper.set_xlim(lowest - 2, 102)
         # 0 to 100 as on the axis of confidence: a network that is always wrong is drawn as clearly as one that
@@ -164,22 +141,17 @@ def plot_risk_coverage(table: pd.DataFrame) -> Figure:
     with styled_figure(3.1 + legend_height(labels)) as figure:
         axes = figure.add_subplot()
         handles = []
-        for index, ((_, curve), (colour, marker, style)) in enumerate(zip(lines, SERIES, strict=False)):
-            order = np.argsort(floats(curve, "coverage"), kind="stable")
-            coverage = floats(curve, "coverage")[order]
+        for index, ((_, curve), look) in enumerate(zip(lines, SERIES, strict=False)):
+            curve = curve.sort_values("coverage", kind="stable")
+            coverage = floats(curve, "coverage")
             # Each line has its markers elsewhere, so that they don't hide each other where the lines meet.
             marked = np.linspace(0.04, 1, 7) - 0.02 * index
             handles += axes.plot(
-                100 * coverage,
-                100 * floats(curve, "risk")[order],
-                color=colour,
-                linestyle=style,
-                marker=marker,
-                markersize=5,
+                100 * coverage, 100 * floats(curve, "risk"),
+                **look, markersize=5, linewidth=1.4,
                 # A curve has as many points as there are examples.
                 markevery=np.unique(np.searchsorted(coverage, marked).clip(max=len(coverage) - 1)).tolist(),
-                linewidth=1.4,
-            )
+            )  # fmt: skip
         axes.set_xlim(0, 101)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("answered, most confident first (%)")
@@ -211,6 +183,8 @@ def plot_entropy(entropies: pd.DataFrame) -> Figure:
         >>> figure.axes[0].get_xlabel()
         'entropy of the prediction (nats)'
     """
+    from matplotlib.colors import to_rgba
+
     table = finite_rows("entropies", entropies, ENTROPY_COLUMNS, ("entropy",))
     kinds = [
         (shortened(name, 20), floats(rows, "entropy"))
@@ -232,17 +206,17 @@ def plot_entropy(entropies: pd.DataFrame) -> Figure:
         # A step down to the axis, and on a logarithmic one to less than a single example's height.
         floor = 0.5 * min(density[density > 0].min() for density in densities) if logarithmic else 0.0
         handles = []
-        for density, (colour, _, _), hatch in zip(densities, SERIES, HATCHES, strict=False):
+        for density, look, hatch in zip(densities, SERIES, HATCHES, strict=False):
             handles.append(
                 axes.stairs(
                     np.maximum(density, floor),
                     edges,
                     baseline=floor,
                     fill=True,
-                    facecolor=(*_rgb(colour), 0.55 if hatch is None else 0.1),
-                    edgecolor=colour,
                     hatch=hatch,
                     linewidth=1.2,
+                    facecolor=to_rgba(look["color"], 0.55 if hatch is None else 0.1),
+                    edgecolor=look["color"],
                 )
             )
         if logarithmic:
@@ -256,8 +230,3 @@ def plot_entropy(entropies: pd.DataFrame) -> Figure:
         axes.set_ylabel("density (per nat)")
         legend(figure, handles, labels)
     return figure
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return red, green, blue

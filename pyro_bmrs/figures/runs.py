@@ -1,4 +1,4 @@
-"""Several runs beside each other."""
+"""Several runs side by side."""
 
 from __future__ import annotations
 
@@ -64,29 +64,18 @@ def plot_runs(runs: pd.DataFrame) -> Figure:
         axes.set_xlabel("parameters left (logarithmic)")
         axes.set_ylabel("accuracy (%)")
         figure.legend(
-            [Line2D([], [], linestyle="none") for _ in lines],
-            lines,
-            loc="outside lower left",
-            handlelength=0,
-            handletextpad=0,
-            labelspacing=0.25,
-        )
+            [Line2D([], [], linestyle="none") for _ in lines], lines, loc="outside lower left",
+            handlelength=0, handletextpad=0, labelspacing=0.25,
+        )  # fmt: skip
         # Where the points will lie is known once the layout is.
         figure.draw_without_rendering()
         points = axes.transData.transform(np.column_stack([parameters, accuracy])) * 72 / figure.dpi
         for number, x, y, offset in zip(table["number"], parameters, accuracy, _offsets(points), strict=True):
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2}
             axes.annotate(
-                str(number),
-                (x, y),
-                xytext=tuple(offset),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                fontsize=9,
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2}
-                if np.hypot(*offset) > 12
-                else None,
-            )
+                str(number), (x, y), xytext=tuple(offset), textcoords="offset points", ha="center", va="center",
+                fontsize=9, arrowprops=line if np.hypot(*offset) > 12 else None,
+            )  # fmt: skip
     return figure
 
 
@@ -104,8 +93,8 @@ def _offsets(points: NDArray[np.float64], clear: float = 12.0) -> list[NDArray[n
         # A label is larger than a point, so the point itself, 10 away, is far enough.
         distances = np.linalg.norm(places[:, None] - taken, axis=2)
         distances[:, : len(points)] += clear - 9.5
-        free = distances.min(axis=1)
-        chosen = int(np.argmax(free >= clear)) if (free >= clear).any() else int(np.argmax(free))
+        # the first that is clear, or else the one with the most room
+        chosen = int(np.argmax(distances.min(axis=1).clip(max=clear)))
         offsets.append(candidates[chosen])
         taken = np.concatenate([taken, places[chosen : chosen + 1]])
     return offsets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,44 +15,29 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Plan
+    from pyro_bmrs.pruning import Plan, Rule
+
 # A map in which the scores span more than this would show nothing but its extremes on a linear scale.
 LARGEST_LINEAR_SCORE = 10.0
 
 
-def score_label(plan: Plan) -> str:
-    """Name the score of a plan with its unit, and with the KL weight where the score is evidence.
+def score_label(rule: Rule) -> str:
+    """Name the score of a rule for an axis or a column: with what it is measured in, or with the criterion.
 
-    Args:
-        plan: a plan; see :func:`plot_structures`.
-
-    Returns:
-        ``"score, from ΔF (nats)"``, with the weight if it is not 1; for a criterion without evidence the
-        criterion's name takes the unit's place.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> from pyro_bmrs import Rule
-        >>> score_label(SimpleNamespace(rule=Rule(criterion="BMRS_N", prior_log_odds=0.0, kl_weight=100.0)))
-        'score, from ΔF (nats, KL weight 100)'
+    >>> from pyro_bmrs import Rule
+    >>> score_label(Rule(criterion="BMRS_N", prior_log_odds=0.0, kl_weight=100.0)), score_label(Rule(criterion="SNR"))
+    ('score, from ΔF (nats, KL weight 100)', 'score (SNR)')
     """
-    if plan.rule.has_evidence:
-        return f"score, from {evidence_label(plan.rule.kl_weight)}"
-    return f"score ({shortened(plan.rule.criterion, 30)})"
+    if rule.has_evidence:
+        return f"score, from {evidence_label(rule.kl_weight)}"
+    return f"score ({shortened(rule.criterion, 30)})"
 
 
 def evidence_label(kl_weight: float) -> str:
-    """Name the change in log-evidence with its unit, and with the KL weight where that is not 1.
+    """Name the change in log-evidence for an axis or a column, with the KL weight where that is not 1.
 
-    Args:
-        kl_weight: the weight w of the KL term in the loss.
-
-    Returns:
-        A label for an axis or a column.
-
-    Example:
-        >>> evidence_label(1.0), evidence_label(100.0)
-        ('ΔF (nats)', 'ΔF (nats, KL weight 100)')
+    >>> evidence_label(1.0), evidence_label(100.0)
+    ('ΔF (nats)', 'ΔF (nats, KL weight 100)')
     """
     return "ΔF (nats)" if kl_weight == 1 else f"ΔF (nats, KL weight {kl_weight:g})"
 
@@ -62,13 +46,13 @@ def plot_scores(plan: Plan) -> Figure:
     """Draw the histogram of the scores, kept and removed, with a line at the threshold.
 
     Where scores exceed 10 the axis is linear between -1 and 1 and logarithmic beyond. Scores that are no
-    number are left out.
+    number are left out. There is no line where the threshold is infinite, or a search decided without one.
 
     Args:
-        plan: as for :func:`plot_structures`.
+        plan: any plan; its ``table`` and ``rule`` are read.
 
     Returns:
-        A figure 5 inches wide: number of units against score (criterion's unit).
+        A figure 5 inches wide: number of structures against score (criterion's unit).
 
     Raises:
         ValueError: the table lacks a column, or has no rows.
@@ -88,23 +72,17 @@ def plot_scores(plan: Plan) -> Figure:
     """
     from matplotlib.scale import SymmetricalLogTransform
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.transforms import IdentityTransform
 
     table = structures_of(plan)
     scores = floats(table, "score")
     removed = table["removed"].to_numpy(dtype=bool)
     finite = np.isfinite(scores)
     logarithmic = largest_score(scores) > LARGEST_LINEAR_SCORE
-    forward: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    backward: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    if logarithmic:
-        transform = SymmetricalLogTransform(10, 1.0, 1.0)
-        forward, backward = transform.transform, transform.inverted().transform
-    else:
-        forward = backward = np.asarray
-    position = forward(np.where(finite, scores, 0.0))
-    threshold = math.inf if plan.rule.threshold is None else plan.rule.threshold
-    drawn = math.isfinite(threshold)
-    decided = float(forward(np.float64(threshold if drawn else 0.0)))
+    scale = SymmetricalLogTransform(10, 1.0, 1.0) if logarithmic else IdentityTransform()
+    position = scale.transform(np.where(finite, scores, 0.0))
+    threshold = finite_threshold(plan.rule)
+    decided = float(scale.transform(np.float64(threshold or 0.0)))
     lowest, highest = min(position.min(), decided), max(position.max(), decided)
     width = (highest - lowest) / 32 or 1.0
     # The threshold is an edge, so that no bar holds structures of both decisions.
@@ -113,28 +91,19 @@ def plot_scores(plan: Plan) -> Figure:
 
     with styled_figure(3.3) as figure:
         axes = figure.add_subplot()
-        bounds = backward(edges)
+        bounds = scale.inverted().transform(edges)
         below = np.zeros(len(edges) - 1)
-        for chosen, label, colour, hatch in (
-            (~removed, "kept", BLUE, None),
-            (removed, "removed", ORANGE, "////"),
-        ):
+        kinds = ((~removed, "kept", BLUE, None), (removed, "removed", ORANGE, "////"))
+        for chosen, label, colour, hatch in kinds:
             count, _ = np.histogram(position[chosen & finite], edges)
             some = count > 0
             axes.bar(
-                bounds[:-1][some],
-                count[some],
-                width=np.diff(bounds)[some],
-                align="edge",
-                bottom=below[some],
-                facecolor=colour if hatch is None else "white",
-                edgecolor="white" if hatch is None else colour,
-                hatch=hatch,
-                linewidth=0.7,
-                label=f"{label} ({int(chosen.sum()):,})",
-            )
+                bounds[:-1][some], count[some], np.diff(bounds)[some], below[some], align="edge", linewidth=0.7,
+                facecolor=colour if hatch is None else "white", edgecolor="white" if hatch is None else colour,
+                hatch=hatch, label=f"{label} ({int(chosen.sum()):,})",
+            )  # fmt: skip
             below = below + count
-        if drawn:
+        if threshold is not None:
             axes.axvline(threshold, color=BLACK, linestyle="--", linewidth=1.5, label="threshold")
         if logarithmic:
             axes.set_xscale("symlog", linthresh=1.0)
@@ -143,16 +112,22 @@ def plot_scores(plan: Plan) -> Figure:
         axes.xaxis.set_major_formatter(plain)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel(f"← keep | {score_label(plan)} | remove →", parse_math=False)
-        axes.set_ylabel("units")
+        axes.set_xlabel(f"← keep | {score_label(plan.rule)} | remove →", parse_math=False)
+        axes.set_ylabel("structures")
         figure.legend(loc="outside upper left", ncols=3, columnspacing=1.0, handlelength=1.5)
     return figure
 
 
+def finite_threshold(rule: Rule) -> float | None:
+    """The threshold of a rule; None where there is none to draw: it is infinite, or a search decided."""
+    return rule.threshold if rule.threshold is not None and math.isfinite(rule.threshold) else None
+
+
 def structures_of(plan: Plan) -> pd.DataFrame:
+    """The table of a plan, which must have rows."""
     require_columns("plan.table", plan.table, TABLE_COLUMNS)
     if plan.table.empty:
-        raise ValueError("plan.table has no rows: there is no unit to show")
+        raise ValueError("plan.table has no rows: there is no structure to show")
     return plan.table
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_bmrs.figures.scores import LARGEST_LINEAR_SCORE, decades, largest_score, score_label, structures_of
+from pyro_bmrs.figures.scores import (
+    LARGEST_LINEAR_SCORE,
+    decades,
+    finite_threshold,
+    largest_score,
+    score_label,
+    structures_of,
+)
 from pyro_bmrs.figures.style import (
     FIGURE_WIDTH,
     LARGEST_VECTOR_MAP,
@@ -22,24 +29,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyro_bmrs.pruning import Plan
-# Grey in the middle, not white: a removed unit is drawn by its outline alone and has to stay visible.
+
+# Grey in the middle, not white: a removed structure is drawn as an outline and has to stay visible.
 SCORE_COLOURS = ("#08306b", "#2f7fc1", "#a3a3a3", "#e08214", "#7f3b08")
 
 
 def plot_structures(plan: Plan) -> Figure:
-    """Map every unit of every layer: what was kept, what was removed, and how clear the case was.
+    """Map every structure of every layer: what was kept, what was removed, and how clear each case was.
 
-    One row of cells per layer (wrapped where it is long), one cell per unit, sorted by score, the
-    clearest to keep first. A filled cell is kept, a crossed one removed; its colour is the score, on
-    a scale that is linear near zero and logarithmic beyond where scores exceed 10.
+    Each layer is a row of cells, wrapped where it is long. A cell is a structure; they are sorted by score, the
+    clearest to keep first. A filled cell is kept, a crossed one removed. Its colour is the distance of the score from
+    the threshold, on a scale that is logarithmic where distances exceed 10.
 
     Args:
-        plan: has ``table``, a DataFrame with a row per unit and the columns ``layer``, ``unit``, ``loc``,
-            ``scale``, ``mean``, ``snr``, ``score`` (in the criterion's unit),
-            ``log_evidence_change`` (nats) and ``removed``; and its ``rule``.
+        plan: any plan; its ``table`` and ``rule`` are read.
 
     Returns:
-        A figure 5 inches wide, as high as the units need.
+        A figure 5 inches wide, as high as the structures need.
 
     Raises:
         ValueError: the table lacks a column, or has no rows.
@@ -63,7 +69,8 @@ def plot_structures(plan: Plan) -> Figure:
     from matplotlib.path import Path as Outline
 
     table = structures_of(plan)
-    scores = floats(table, "score")
+    threshold = finite_threshold(plan.rule) or 0.0
+    scores = floats(table, "score") - threshold
     removed = table["removed"].to_numpy(dtype=bool)
     codes, layers = table["layer"].factorize(sort=False)
     largest = largest_score(scores)
@@ -82,7 +89,7 @@ def plot_structures(plan: Plan) -> Figure:
     top = header
     for code, layer in enumerate(layers):
         rows = np.flatnonzero(codes == code)
-        # A score that is no number sorts last: nothing is known of that unit.
+        # A score that is no number sorts last.
         rows = rows[np.argsort(scores[rows], kind="stable")]
         position = np.arange(len(rows))
         headings.append((top, str(layer), f"{int((~removed[rows]).sum()):,} of {len(rows):,} kept"))
@@ -109,17 +116,13 @@ def plot_structures(plan: Plan) -> Figure:
         line_width = min(1.2, side / 8)
         for chosen, marker, share in ((~removed, "s", 0.82), (removed, crossed, 0.72)):
             axes.scatter(
-                horizontal[chosen],
-                vertical[chosen],
-                s=(share * side) ** 2,
-                marker=marker,
+                horizontal[chosen], vertical[chosen], s=(share * side) ** 2, marker=marker, linewidths=line_width,
                 facecolors=painted[chosen] if marker == "s" else "none",
                 edgecolors="none" if marker == "s" else painted[chosen],
-                linewidths=line_width,
                 rasterized=len(table) > LARGEST_VECTOR_MAP,
-            )
-        for position_down, layer, count in headings:
-            below = position_down + 0.6 * heading
+            )  # fmt: skip
+        for place, layer, count in headings:
+            below = place + 0.6 * heading
             axes.text(MARGIN, below, shortened(layer, 44), va="center", weight="bold", parse_math=False)
             axes.text(FIGURE_WIDTH - MARGIN, below, count, va="center", ha="right", color="#444444")
         shapes = [
@@ -130,19 +133,12 @@ def plot_structures(plan: Plan) -> Figure:
                 linestyle="none",
                 marker=crossed,
                 markersize=7,
-                markerfacecolor="none",
-                markeredgecolor=SCORE_COLOURS[3],
-                markeredgewidth=1.2,
+                color=SCORE_COLOURS[3],
+                fillstyle="none",
             ),
         ]
         figure.legend(
-            shapes,
-            ["kept", "removed"],
-            loc="upper left",
-            bbox_to_anchor=(0.0, 1.0),
-            ncols=2,
-            borderaxespad=0.2,
-            handletextpad=0.2,
+            shapes, ["kept", "removed"], loc="upper left", ncols=2, borderaxespad=0.2, handletextpad=0.2
         )
         bar_width = FIGURE_WIDTH - 6 * MARGIN
         bar_axes = figure.add_axes(
@@ -155,5 +151,6 @@ def plot_structures(plan: Plan) -> Figure:
         bar.ax.xaxis.set_major_formatter(plain)
         bar.ax.minorticks_off()
         bar.ax.tick_params(labelsize=9, pad=2)
-        bar.set_label(f"← keep | {score_label(plan)} | remove →", parse_math=False, labelpad=2)
+        label = score_label(plan.rule) + (f", above {threshold:.4g}" if threshold else "")
+        bar.set_label(f"← keep | {label} | remove →", parse_math=False, labelpad=2)
     return figure

@@ -1,7 +1,7 @@
 """What all figures share: their style, their numbers and texts, their series and legends.
 
-Every figure is a :class:`matplotlib.figure.Figure` of its own and touches no global plotting state, so it can be drawn
-in a notebook, a server or a test alike. What belongs together differs by shape, line or hatch as well as by colour.
+Every figure is a :class:`matplotlib.figure.Figure` of its own and touches no global plotting state. So it can be drawn
+in a notebook, a server or a test alike. Things of different kinds differ in shape, line or hatch as well as in colour.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any common form of colour blindness, and in grey.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#222222"
 GREY = "#777777"
-# Colour (Okabe and Ito's), marker and line of each series.
-SERIES: tuple[tuple[str, str, Any], ...] = (
-    (BLUE, "o", "-"),
-    (ORANGE, "s", "--"),
-    (GREEN, "^", "-."),
-    ("#CC79A7", "D", (0, (6, 1, 1, 1, 1, 1))),
-    (BLACK, "v", ":"),
-    ("#56B4E9", "P", (0, (8, 2))),
-    ("#E69F00", "X", (0, (3, 1, 1, 1))),
-    (GREY, "p", (0, (2, 1))),
+# Each series differs from the others by colour, marker and line.
+SERIES: tuple[dict[str, Any], ...] = (
+    {"color": BLUE, "marker": "o", "linestyle": "-"},
+    {"color": ORANGE, "marker": "s", "linestyle": "--"},
+    {"color": GREEN, "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
+    {"color": BLACK, "marker": "v", "linestyle": ":"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": (0, (8, 2))},
+    {"color": "#E69F00", "marker": "X", "linestyle": (0, (3, 1, 1, 1))},
+    {"color": GREY, "marker": "p", "linestyle": (0, (2, 1))},
 )
 FIGURE_WIDTH = 5.0  # inches; narrow, so that the labels can still be read when a phone shrinks the figure
 MARGIN = 0.1  # inches
-# Above this many units one vector shape per unit makes a page of megabytes; the cells become one image.
+# Above this many structures, one vector shape for each makes a page of megabytes; the cells become one image.
 LARGEST_VECTOR_MAP = 4000
-# What spans more than this factor is drawn on a logarithmic axis.
+# Numbers that span more than this factor are drawn on a logarithmic axis.
 LARGEST_LINEAR_RATIO = 50.0
 LEGEND_LINE = 0.19  # inches
 # More series than this can't be told apart in one figure.
@@ -72,11 +72,11 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def styled_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Iterator[Figure]:
-    """A figure of the width of all, and their style while it is drawn on, whatever matplotlib's own settings are.
+    """A new figure, and the style of all figures while it is drawn. Matplotlib's own settings play no part.
 
     Args:
         height: in inches.
-        layout: matplotlib's engine of layout; None for places that are computed by hand.
+        layout: matplotlib's layout engine; None for places that are computed by hand.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -90,9 +90,10 @@ def floats(table: pd.DataFrame, column: str) -> NDArray[np.float64]:
 
 
 def plain(value: float, position: float = 0.0) -> str:
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.3g}".replace("-", "−")
-    return f"{value:,.4g}".replace("-", "−") if abs(value) < 1e4 else f"{value:,.0f}".replace("-", "−")
+    """A number on an axis, with a true minus sign."""
+    size = abs(value)
+    pattern = ".3g" if value and not 1e-3 <= size < 1e6 else ",.4g" if size < 1e4 else ",.0f"
+    return format(value, pattern).replace("-", "−")
 
 
 def shortened(text: str, most: int) -> str:
@@ -117,7 +118,7 @@ def finite_rows(
 def series(
     name: str, table: pd.DataFrame, columns: list[str], most: int
 ) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
-    """The rows of each series, in the order in which they first appear, by the texts in `columns`."""
+    """The rows of each series by the texts in `columns`, in the order in which they first appear."""
     groups = [(tuple(map(str, key)), rows) for key, rows in table.groupby(columns, sort=False, dropna=False)]
     if len(groups) > most:
         raise ValueError(
@@ -138,7 +139,7 @@ def series_by_network(name: str, table: pd.DataFrame) -> list[tuple[str, pd.Data
 
 
 def legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Above the axes; handles and labels are given, as matplotlib leaves out what a user named "_something"."""
+    """Put a legend above the axes. Labels are given, as matplotlib itself leaves out those that begin with "_"."""
     figure.legend(
         handles,
         labels,

@@ -28,11 +28,11 @@ def plot_widths(widths: pd.DataFrame) -> Figure:
     """Draw the width of each layer before the reduction, as an outline, and after it, filled.
 
     Args:
-        widths: a row per layer, the first on top: ``layer``, ``before`` and ``after`` (units).
+        widths: a row per layer, the first on top: ``layer``, ``before`` and ``after`` (structures).
 
     Returns:
         A figure 5 inches wide, as high as the layers need; the axis is logarithmic where the widest layer has
-        more than 50 times the units of the narrowest.
+        more than 50 times the structures of the narrowest.
 
     Raises:
         ValueError: the table lacks a column, or has no row with finite widths.
@@ -51,17 +51,15 @@ def plot_widths(widths: pd.DataFrame) -> Figure:
     widest = float(max(before.max(), after.max(), 1.0))
     narrowest = before[before > 0].min(initial=widest)
     logarithmic = widest / narrowest > LARGEST_LINEAR_RATIO
-    numbers = [
-        f"{first:,.0f} → {second:,.0f}".replace("-", "−") for first, second in zip(before, after, strict=True)
-    ]
+    numbers = [f"{first:,.0f} → {second:,.0f}" for first, second in zip(before, after, strict=True)]
     # Room for the longest of the numbers, as a share of the axis.
     room = 0.03 + 0.024 * max(map(len, numbers))
 
     with styled_figure(0.85 + 0.24 * max(len(table), 3)) as figure:
         axes = figure.add_subplot()
         drawn = [
-            axes.barh(position, before, height=0.74, facecolor="white", edgecolor=BLACK, linewidth=0.9),
-            axes.barh(position, after, height=0.74, facecolor=BLUE, edgecolor=BLACK, linewidth=0.9),
+            axes.barh(position, width, height=0.74, facecolor=colour, edgecolor=BLACK, linewidth=0.9)
+            for width, colour in ((before, "white"), (after, BLUE))
         ]
         if logarithmic:
             axes.set_xscale("log")
@@ -76,18 +74,14 @@ def plot_widths(widths: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_formatter(plain)
         for place, first, second, text in zip(position, before, after, numbers, strict=True):
             axes.annotate(
-                text,
-                (max(first, second), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center_baseline",
-                fontsize=9,
-            )
+                text, (max(first, second), place), xytext=(4, 0), textcoords="offset points",
+                va="center_baseline", fontsize=9,
+            )  # fmt: skip
         axes.set_ylim(len(table) - 0.4, -0.6)
         names = [shortened(str(layer), 24) for layer in table["layer"]]
         axes.set_yticks(position, labels=names, fontsize=9, parse_math=False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("units (logarithmic)" if logarithmic else "units")
+        axes.set_xlabel("structures (logarithmic)" if logarithmic else "structures")
         legend(figure, drawn, ["before", "after"])
     return figure

@@ -29,16 +29,16 @@ _NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.safetensors")
 
 
 @dataclass
-class Progress:
+class FitState:
     """How far a fit has come, beside its tensors.
 
     Attributes:
-        epoch: epochs finished.
-        batch: batches finished of the epoch after it.
-        steps: of these batches: (loss, log-likelihood, examples).
+        epoch: finished epochs.
+        batch: finished batches of the epoch that follows.
+        steps: (loss, log-likelihood, examples) of each of these batches.
         history, removals: rows so far.
         best_score, best_epoch: of the epoch whose parameters would be kept.
-        finished: whether the fit has ended by itself.
+        finished: whether the fit has ended without an interruption.
     """
 
     epoch: int = 0
@@ -51,13 +51,13 @@ class Progress:
     finished: bool = False
 
 
-# What a checkpoint's header must hold of a `Progress`.
+# The types of a `FitState`'s fields in a checkpoint's header.
 _COUNTS, _LISTS = ("epoch", "batch", "best_epoch"), {"steps": list, "history": dict, "removals": dict}
 
 
-def _progress(entries: Mapping[str, Any]) -> Progress:
-    """A checkpoint's progress; raises ValueError or TypeError if it is none."""
-    progress = Progress(**entries)
+def _progress(entries: Mapping[str, Any]) -> FitState:
+    """The state in a checkpoint's header; raises ValueError or TypeError if it is damaged."""
+    progress = FitState(**entries)
     good = all(type(getattr(progress, name)) is int and getattr(progress, name) >= 0 for name in _COUNTS)
     for name, kind in _LISTS.items():
         rows = getattr(progress, name)
@@ -70,13 +70,22 @@ def _progress(entries: Mapping[str, Any]) -> Progress:
     return progress
 
 
+def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A text for each setting that differs."""
+    return [
+        f"{name} {before.get(name)!r} → {now.get(name)!r}"
+        for name in dict.fromkeys([*now, *before])
+        if before.get(name) != now.get(name)
+    ]
+
+
 class Checkpoints:
     """The checkpoints of one fit in a folder.
 
     Args:
-        folder: made where it is missing.
-        keep: how many of the newest stay; those of the epochs that were the best by then stay too.
-        settings: what makes a fit this fit and not another, as JSON has it.
+        folder: created if it is missing.
+        keep: how many of the newest are kept, each with that of the best epoch before it.
+        settings: what tells this fit from others; must be JSON.
     """
 
     def __init__(self, folder: Path | str, keep: int, settings: Mapping[str, Any]) -> None:
@@ -85,22 +94,22 @@ class Checkpoints:
 
     @property
     def ledger(self) -> Path:
-        """The removals so far, a row each, only ever appended to while a fit runs."""
+        """The file of the removals so far, a row each. A running fit only appends to it."""
         return self.folder / "ledger.csv"
 
-    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
-        """Write a checkpoint; then let go of those that nobody needs any more."""
+    def save(self, progress: FitState, tensors: Mapping[str, Tensor]) -> Path:
+        """Write a checkpoint, and delete those that are no longer needed."""
         part = f"-batch-{progress.batch:06d}" if progress.batch else ""
         path = self.folder / f"epoch-{progress.epoch:04d}{part}.safetensors"
         header = {
             "format": FORMAT, "version": VERSION, "settings": self.settings, "progress": asdict(progress),
         }  # fmt: skip
         write_tensors(path, tensors, header)
-        self._let_go(path)
+        self._delete_old(path)
         return path
 
-    def _let_go(self, saved: Path) -> None:
-        """Keep the newest and what these would go back to; any after the one just saved can't be read."""
+    def _delete_old(self, saved: Path) -> None:
+        """Keep the newest, and the best epoch of each. Any after the one just saved can't be read, and is left."""
         paths = self._paths()
         paths = paths[paths.index(saved) :]
         newest = paths[: self.keep]
@@ -110,7 +119,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def _best_before(self, path: Path) -> Path:
-        """The checkpoint of the epoch that was the best when `path` was written; itself if that can't be told."""
+        """The checkpoint of the best epoch when `path` was written; `path` itself if it does not say."""
         try:
             header, _ = read_tensors(path, header_only=True)
             return self._of_epoch(int(header["progress"]["best_epoch"]))
@@ -126,8 +135,8 @@ class Checkpoints:
         found.sort(key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)
         return [path for _, path in found]
 
-    def newest(self) -> Iterator[tuple[Path, Progress, dict[str, Tensor]]]:
-        """The checkpoints that can be read, the newest first; a warning for each one that can't.
+    def newest(self) -> Iterator[tuple[Path, FitState, dict[str, Tensor]]]:
+        """The readable checkpoints, newest first, with a warning for each unreadable one.
 
         Raises:
             ValueError: for a checkpoint of another fit, naming the settings that differ.
@@ -145,7 +154,7 @@ class Checkpoints:
             yield path, progress, tensors
 
     def clear_unless_unfinished(self) -> None:
-        """Remove all checkpoints but those of this very fit, not finished."""
+        """Remove all checkpoints, unless the newest is of this very fit, unfinished."""
         with warnings.catch_warnings(action="ignore"):
             try:
                 newest = next(self.newest(), None)
@@ -161,32 +170,24 @@ class Checkpoints:
         header, tensors = read_tensors(path)
         if header.get("format") != FORMAT:
             raise ValueError("it is no checkpoint of a fit")
-        version = header.get("version")
-        if type(version) is not int:
-            raise ValueError(f"its version is {version!r}")
-        refuse_newer(path, "checkpoint", version, VERSION)
+        refuse_newer(path, "checkpoint", header.get("version"), VERSION)
         for name in ("settings", "progress"):
             if not isinstance(header.get(name), dict):
                 raise ValueError(f"its {name} are no dictionary")
         return header, tensors
 
     def _check_same_fit(self, path: Path, settings: Mapping[str, Any]) -> None:
-        changed = [
-            f"{name} {settings.get(name)!r} → {self.settings.get(name)!r}"
-            for name in dict.fromkeys([*settings, *self.settings])
-            if settings.get(name) != self.settings.get(name)
-        ]
-        if changed:
+        if changed := changes_between(settings, self.settings):
             raise ValueError(
                 f"checkpoints {self.folder} holds another fit ({'; '.join(changed)}): choose another folder, or "
                 f"remove it to start anew ({path.name})"
             )
 
-    def of_best(self, progress: Progress, newest: dict[str, Tensor]) -> dict[str, Tensor]:
+    def of_best(self, progress: FitState, newest: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the best epoch so far.
 
-        Where they can't be read, the newest, with a warning; `progress` then has these for the best until the
-        next epoch.
+        If they can't be read, the newest, with a warning. `progress` then counts these as the best until the next
+        epoch.
         """
         path = self._of_epoch(progress.best_epoch)
         try:
@@ -197,16 +198,16 @@ class Checkpoints:
             return newest
 
     def append_to_ledger(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows of removals and see them to the disk."""
+        """Add rows of removals, and wait until they are on the disk."""
         with self.ledger.open("a", newline="") as file:
             _writer(file).writerows(rows)
             file.flush()
             os.fsync(file.fileno())
 
     def start_ledger(self, rows: list[dict[str, Any]]) -> None:
-        """The ledger as it was at a checkpoint: what a killed fit has noted since is to happen again.
+        """Write the ledger as it was at a checkpoint, and remove half-written files.
 
-        What it has left half-written goes too.
+        Removals that a killed fit noted later will happen again.
         """
 
         def write(beside: Path) -> None:

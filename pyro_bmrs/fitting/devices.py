@@ -1,4 +1,4 @@
-"""Where a fit runs: one device, or what torchrun has started. Through Fabric."""
+"""Where a fit runs: one device, or the processes that torchrun has started. Through Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def open_fabric(
     home: torch.device,
     loggers: Logger | list[Logger] | None = None,
 ) -> Fabric:
-    """Fabric for this device, or for those of all processes where torchrun has started this one; not yet launched.
+    """Fabric, not yet launched, for this device; under torchrun, for the devices of all its processes.
 
     Args:
-        device: "auto": the accelerator where there is one; None: `home`, where the model is.
+        device: "auto": the accelerator if there is one; None: `home`.
         precision: of the network's forward pass.
-        home: where the model is.
-        loggers: of Fabric.
+        home: the device of the model.
+        loggers: for Fabric.
     """
     from lightning_fabric import Fabric
 

@@ -1,4 +1,4 @@
-"""Stochastic variational inference for networks with noise layers, and fine-tuning of those without."""
+"""`fit`: variational inference for networks with noise layers, and fine-tuning of networks without."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.devices import check_device, open_fabric
+from pyro_bmrs.fitting.epochs import HISTORY_COLUMNS
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
@@ -33,15 +34,15 @@ class Fit:
         history: one row per epoch: phase ("fit" or "fine-tune"), epoch (from 1), loss (the objective, nats
             per example), log_likelihood (nats per example, training), kl (nats, whole data set, unweighted),
             kl_weight (of this epoch), validation_loss (nats per example, at θ = E[θ]), validation_accuracy,
-            kept (structures that `reduce` would keep by the settings' criterion; NaN where these can't be
-            counted), parameters (of the model, at the end of the epoch), seconds.
+            kept (structures that `reduce` would keep by the settings' criterion; NaN unless the guide is an
+            AutoTruncatedLogNormal), parameters (of the model, at the end of the epoch), seconds.
         removals: one row per structure removed during the fit: epoch, layer, unit (its number in the
             original network), score, log_evidence_change (nats; NaN for criteria without evidence).
-        settings: what shaped it.
+        settings: the settings of the fit.
         best_epoch: the epoch whose parameters were kept.
-        interrupted: whether Ctrl-C or SIGTERM ended it early; parameters are then those of the best epoch so
-            far, and a fit with `checkpoints` goes on when called again.
-        stopped_early: whether `patience` ended it.
+        interrupted: whether Ctrl-C or SIGTERM ended the fit early. Parameters are then those of the best epoch
+            so far, and a fit with `checkpoints` goes on when called again.
+        stopped_early: whether `patience` ended the fit.
     """
 
     history: pd.DataFrame
@@ -106,20 +107,20 @@ def fit(
             speaks either for the batch alone or, scaled by N/batch, for the data set; both are recognised.
         guide: a Pyro guide of the same arguments, or None.
         train, validation: (x, y) tensors, a Dataset or a DataLoader.
-        settings: what shapes the fit; default `Settings()`. docs/fitting.md lists them all.
-        checkpoints: folder in which the state is kept after each epoch, and when Ctrl-C or SIGTERM end the
-            fit. Called again with it, the fit goes on from there, on the CPU bit for bit as if it had never
-            stopped, in a new process and with a freshly made model too (but for what a loader draws from a
-            generator of its own). Holds the ledger of removals.
-        keep_checkpoints: how many stay, beside that of the best epoch.
-        overwrite: start anew where `checkpoints` holds another fit, or this one finished.
-        label: whatever else makes this fit this one and no other, such as the hash of a file.
-        device: "auto": the accelerator where there is one; None: where the model's parameters are. Under
-            torchrun the fit uses all the processes that it has started.
-        logger: lightning-fabric's CSVLogger or TensorBoardLogger, or several; given a line per epoch.
-        progress: show a bar (a line per epoch where output is not a terminal).
-        validate: run Pyro's checks of shapes and supports at every step; then elbo="auto" leaves the fused path
-            out, where there is nothing to check.
+        settings: what shapes the fit; default `Settings()`. docs/settings.md lists them all.
+        checkpoints: folder for the state after each epoch, and when Ctrl-C or SIGTERM end the fit. Called
+            again with the same folder, the fit goes on from there, in a new process and with a freshly made
+            model too. On the CPU the result is bit for bit that of a fit that never stopped, unless a loader
+            has a random generator of its own. The folder also holds the ledger of removals.
+        keep_checkpoints: how many are kept, beside that of the best epoch.
+        overwrite: start anew if `checkpoints` holds another fit, or this one finished.
+        label: a text that tells this fit from others, such as the hash of a file.
+        device: "auto": the accelerator if there is one; None: the device of the model's parameters. Under
+            torchrun the fit uses all processes that were started.
+        logger: lightning-fabric's CSVLogger or TensorBoardLogger, or several; they get a line per epoch.
+        progress: show a bar on a terminal, and a line per epoch elsewhere.
+        validate: run Pyro's checks of shapes and supports at every step. elbo="auto" then leaves out the fused
+            implementation, in which there is nothing to check.
         changes: settings by name, such as epochs=40, in place of those in `settings`.
 
     Returns:
@@ -160,7 +161,7 @@ def fit(
 
 @contextmanager
 def _without_tables_of_sites() -> Iterator[None]:
-    """What is wrong, in one line: Pyro adds a table of all sites to errors inside a model or a guide."""
+    """Cuts off the table of all sites that Pyro adds to errors inside a model or a guide."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -178,9 +179,3 @@ def _check_surroundings(checkpoints: object, label: object, logger: object) -> N
     for one in logger if isinstance(logger, list) else [logger]:
         good = one is None or hasattr(one, "log_metrics")
         check(good, "logger", "one of lightning-fabric's loggers, or a list of them", one, TypeError)
-
-
-HISTORY_COLUMNS = [
-    "phase", "epoch", "loss", "log_likelihood", "kl", "kl_weight", "validation_loss",
-    "validation_accuracy", "kept", "parameters", "seconds",
-]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A fitted posterior on disk, and a model and guide put into the state of one: safetensors, nothing else."""
+"""A fitted posterior on disk, as a safetensors file; the state of a model and a guide, and how to restore it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.noise import MultiplicativeNoise
-from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
@@ -22,7 +22,7 @@ FORMAT, VERSION = "pyro_bmrs.posterior", 2
 def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> Path:
     """Write a model's weights and its posterior to a safetensors file.
 
-    The file is whole or not there. It holds all tensors of both and the KL weight of the fit, and no code.
+    The file holds all tensors of both and the KL weight of the fit, and no code. A write that fails leaves no file.
 
     >>> import tempfile, torch
     >>> from torch import nn
@@ -41,9 +41,9 @@ def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
     True
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file; an existing one is replaced.
         model: the Pyro model that was fitted.
-        guide: its guide, which has been called once or fitted.
+        guide: its guide, called once or fitted.
 
     Returns:
         The path.
@@ -62,11 +62,11 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
     Args:
         path: of a file that `save_posterior` wrote.
         model: made as the saved one was made.
-        guide: its guide, which has been called once on a batch, so that it has parameters.
+        guide: its guide, called once on a batch, so that it has parameters.
 
     Raises:
         RuntimeError: if the guide has not been called yet.
-        ValueError: if the file is none, is damaged, belongs to another network, or to another version.
+        ValueError: if the file is no posterior, is damaged, or belongs to another network or version.
     """
     if guide.prototype_trace is None:
         raise RuntimeError("guide has no parameters to load into yet: call it once on a batch, guide(x, y)")
@@ -102,10 +102,10 @@ def state_of(model: nn.Module, guide: Callable[..., Any] | None) -> dict[str, Te
 
 
 def restore(model: nn.Module, guide: Callable[..., Any] | None, state: Mapping[str, Tensor]) -> None:
-    """Put a model and a guide into a state that `state_of` gave; other entries are left alone.
+    """Put a model and a guide into a state that `state_of` gave; other entries are ignored.
 
     Raises:
-        ValueError: if the state is that of another network, or has structures that the model has lost.
+        ValueError: if the state belongs to another network, or has structures that the model has lost.
     """
     _shrink_to(model, guide, state)
     for prefix, module in (("model.", model), ("guide.", guide)):
@@ -118,19 +118,22 @@ def restore(model: nn.Module, guide: Callable[..., Any] | None, state: Mapping[s
 
 
 def _shrink_to(model: nn.Module, guide: Callable[..., Any] | None, state: Mapping[str, Tensor]) -> None:
-    """Take out of model and guide the structures that the state has not."""
+    """Remove from model and guide the structures that the state does not have."""
     if not isinstance(guide, AutoTruncatedLogNormal):
         return
-    gone = {
-        site: (state.get(f"guide.posteriors.{number}.gone_units"), guide.site_posterior(site).gone_units)
+    removed = {
+        site: (
+            state.get(f"guide.posteriors.{number}.removed_units"),
+            guide.site_posterior(site).removed_units,
+        )
         for number, site in enumerate(guide.sites)
     }
     kept: dict[str, Tensor] = {}
     for path, layer in model.named_modules():
         saved = state.get(f"model.{path}.units")
-        if not isinstance(layer, MultiplicativeNoise) or layer.site not in gone:
+        if not isinstance(layer, MultiplicativeNoise) or layer.site not in removed:
             continue
-        before, since = gone[layer.site]
+        before, since = removed[layer.site]
         if saved is None or before is None or before.dim() != 1 or saved.dim() != 1:
             raise ValueError(f"its numbers of the structures of layer {layer.site!r} are damaged, or missing")
         structures = len(saved) + len(before), len(layer.units) + len(since)

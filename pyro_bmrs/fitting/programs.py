@@ -1,4 +1,4 @@
-"""What a fit asks of a Pyro model and its guide before the first step."""
+"""What a fit requires of a Pyro model and its guide, checked before the first step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
@@ -21,8 +22,7 @@ from pyro_bmrs.networks.noise import noise_layers
 def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings: Settings) -> None:
     """Raise, naming the argument, unless a fit can be made of these."""
     check_module("model", model)
-    if guide is not None and not callable(guide):
-        raise TypeError(f"guide must be a Pyro guide or None: got {type(guide).__name__}")
+    check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide), TypeError)
     check_finite("model", model)
     sites = list(noise_layers(model))
     if guide is None and sites:
@@ -36,7 +36,7 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings:
 
 @torch.no_grad()
 def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[Any, ...]) -> None:
-    """Raise if a `pyro.param` is no parameter of a module: it would not be trained, and be lost at the end."""
+    """Raise if a `pyro.param` belongs to no module: no optimiser would train it, and it would be lost."""
     for name, program in (("model", model), ("guide", guide)):
         module = program if isinstance(program, nn.Module) else nn.Module()
         own = {parameter.data_ptr() for parameter in [*module.parameters(), *model.parameters()]}
@@ -54,7 +54,7 @@ def speaks_for_the_data_set(trace: poutine.Trace, batch: int, size: int) -> bool
     """Whether the likelihood in a trace of the model is scaled to the whole data set, and not the batch's own.
 
     Raises:
-        ValueError: if it is scaled otherwise.
+        ValueError: if it has another scale.
     """
     scale, full = likelihood_scale(trace), size / batch
     if math.isclose(scale, 1.0):

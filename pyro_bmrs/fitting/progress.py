@@ -1,4 +1,4 @@
-"""Progress of a fit, in the words of its epochs."""
+"""Progress of a fit, told by epochs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any
 
 from pyro_bmrs.progress import Progress
 
-LINES = 10  # that tell of a whole fit
+LINES = 10  # for a whole fit
 
 
 class EpochProgress(Progress):
-    """A context that is told of each step and each finished epoch."""
+    """`Progress` in steps, with a line for finished epochs."""
 
     def __init__(self, phase: str, epochs: int, steps: int, *, enabled: bool) -> None:
         super().__init__(phase, epochs * steps, shown=enabled)
         self.epochs = epochs
 
     def step(self) -> None:
+        """One step is done."""
         self.advance()
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """Tell of a finished epoch; `row` is its line of the history."""
+        """Show a finished epoch; `row` is its row of the history."""
         words = f"loss {row['loss']:.4f}"
         if row["validation_accuracy"] == row["validation_accuracy"]:
             words += f", validation accuracy {100 * row['validation_accuracy']:.2f} %"
-        if row["kept"] == row["kept"]:  # NaN where they can't be counted
+        if row["kept"] == row["kept"]:  # not NaN
             words += f", {row['kept']} structures kept"
         done = row["epoch"]
         self.note(words)

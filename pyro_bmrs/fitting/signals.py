@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 
+@dataclass
+class StopRequest:
+    """Whether a signal has asked for the end."""
+
+    asked: bool = False
+
+
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """A context in which `handler` gets SIGINT and SIGTERM, in the main thread; elsewhere Python lets nobody."""
-    caught: dict[int, Any] = {}
+def stop_requests() -> Iterator[StopRequest]:
+    """A context in which SIGINT and SIGTERM only set `asked`; a second SIGINT interrupts as usual.
+
+    Outside the main thread it changes nothing: Python lets no other thread handle signals.
+    """
+    request = StopRequest()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if request.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.asked = True
+
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.getsignal(number)
-            # what a parent has chosen to ignore stays ignored; None: not set by Python, which can't put it back
-            if before not in (signal.SIG_IGN, None):
-                caught[number] = signal.signal(number, handler)
+            # A signal that the parent process ignores stays ignored. None: a handler that Python can't put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, ask)
     try:
-        yield
+        yield request
     finally:
-        for caught_number, given in caught.items():
-            signal.signal(caught_number, given)
-
-
-class StopRequest:
-    """Context in which SIGINT and SIGTERM only set `asked`; a second SIGINT interrupts as usual.
-
-    Outside of the main thread it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._handling = _handled_by(self._ask)
-
-    def __enter__(self) -> StopRequest:
-        self._handling.__enter__()
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handling.__exit__(kind, error, trace)
+        for number, handler in before.items():
+            signal.signal(number, handler)

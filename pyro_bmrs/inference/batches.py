@@ -11,26 +11,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_bmrs.arguments import check
+from pyro_bmrs.networks.inputs import map_tensors
+
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in its tuples, lists and dicts moved to `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
-    return value
+def to_device[T](value: T, device: torch.device) -> T:
+    """`value` with every tensor in it moved to `device`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 class Batch(NamedTuple):
     """One process's part of a batch.
 
     Attributes:
-        weight: of the mean over these examples in the mean over processes: 1 but where the batch can't be
-            shared evenly.
+        weight: of this part's mean in the mean over processes; 1 unless the batch can't be shared evenly.
         examples: how many of the batch's examples this part stands for.
     """
 
@@ -46,8 +42,8 @@ class Batches:
     Where several processes share a batch, each gets every `world`-th of its examples.
 
     Args:
-        data: (x, y) tensors, a `Dataset` of (x, y) pairs, or a `DataLoader` (which then keeps its own
-            batch size and order; of several processes each takes batches of that size).
+        data: (x, y) tensors, a `Dataset` of (x, y) pairs, or a `DataLoader`. A loader keeps its own batch size and
+            order; each of several processes takes batches of that size.
         name: the argument's name, for error messages.
         rank, world: which of how many processes this is.
     """
@@ -74,15 +70,14 @@ class Batches:
         self.tensors: tuple[Tensor, ...] | None = None
         self.loader: DataLoader[Any] | None = None
         source: Any = data.dataset if isinstance(data, DataLoader) else data
-        if not isinstance(source, Sized):
-            raise TypeError(f"{name} must be a data set of known length: got {type(source).__name__}")
+        check(isinstance(source, Sized), name, "a data set of known length", type(source), TypeError)
         self.size = len(source)
         if self.size == 0:
             raise ValueError(f"{name} must not be empty")
         if isinstance(data, DataLoader):
             self.loader = data
             shared = isinstance(data.sampler, DistributedSampler)
-            if isinstance(data.sampler, Sized) and not shared:  # it may show fewer, and N is what is seen
+            if isinstance(data.sampler, Sized) and not shared:  # N is what is seen, which may be less
                 self.size = len(data.sampler)
             if len(data) == 0:
                 raise ValueError(f"{name} must give at least one batch: its loader gives none")
@@ -109,8 +104,8 @@ class Batches:
     def epoch(self, generator: torch.Generator | None, *, start: int = 0) -> Iterator[Batch]:
         """One pass, shuffled by `generator` where there is one, from its batch `start` on.
 
-        What a loader draws from the global generators to begin with, and for batches before `start`, it draws
-        here and not with the first batch.
+        A loader may draw from the global generators when it starts, and for the batches before `start`. It does so
+        here, and not when the first batch is asked for.
         """
         if self.loader is not None:
             batches = iter(self.loader)
@@ -121,7 +116,7 @@ class Batches:
         )
         parts, examples, sizes = [], [], []
         for batch in torch.split(order, self.batch_size)[start:]:
-            # one example alone has no variance for a BatchNorm: so small a batch all processes have whole
+            # BatchNorm needs two examples: a batch that is too small to share goes whole to each process
             shared = len(batch) >= 2 * self.world
             parts.append(batch[self.rank :: self.world] if shared else batch)
             examples.append(len(parts[-1]) if shared else len(batch) / self.world)

@@ -1,4 +1,4 @@
-"""The evidence lower bound of a batch: several draws of the latents, and the KL counted once per data set."""
+"""The ELBO of a batch: several draws of the noise, and a KL that is counted once per data set."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from pyro_bmrs.networks.noise import draws_per_batch_allowed
 class LatentsPerBatch(Messenger):  # type: ignore[misc]
     """Effect handler that gives the noise sites `draws` values per batch, and weights the KL of all latents.
 
-    Entered round both model and guide. The programs stay canonical, with one value per noise site; the
-    handler expands the site over a plate of `draws` and scales it by 1/draws, so that the average over
-    draws of the likelihood's parts and one whole KL remain: an unbiased estimate of the same ELBO.
+    Enter it around both model and guide. These still have one value per noise site. The handler expands the site over
+    a plate of `draws` and scales it by 1/draws. What remains is the mean of the likelihood over draws and one whole
+    KL: an unbiased estimate of the same ELBO.
 
     Args:
-        noise_sites: the sites that are drawn several times; each without batch dimensions of its own.
+        noise_sites: the sites that are drawn several times. They have no batch dimensions of their own.
         draws: values per batch, at least 1.
         noise_weight: factor on the KL of the noise sites.
         latent_weight: factor on the KL of every other latent.
-        local_sites: latents of single examples, whose KL belongs to the batch and is left as it is.
+        local_sites: latents of single examples. Their KL belongs to the batch and is not weighted.
     """
 
     def __init__(
@@ -78,10 +78,9 @@ class LatentsPerBatch(Messenger):  # type: ignore[misc]
 
 
 class PackedSites(LatentsPerBatch):
-    """`LatentsPerBatch` whose noise sites take their values, and their one KL, from a draw of all together.
+    """`LatentsPerBatch` in which all noise sites are drawn together, with one KL.
 
-    The distributions of the sites give way to stand-ins that know nothing but their share of that KL: all
-    of it at the first site, nothing at the others.
+    A stand-in replaces the distribution of each site. The first one holds the whole KL, the others 0.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class PackedSites(LatentsPerBatch):
 
 
 class _Packed(TorchDistribution):  # type: ignore[misc]
-    """Stands in for a site's posterior and prior: `value` when drawn, and `kl` between the two."""
+    """Replaces a site's posterior and prior: a draw is `value`, and the KL between the two is `kl`."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     support = constraints.real
@@ -128,7 +127,7 @@ def _kl_packed(p: _Packed, q: _Packed) -> Tensor:
 
 
 class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
-    """TraceMeanField_ELBO that also keeps the log-likelihood part of its last value, in nats."""
+    """TraceMeanField_ELBO that also keeps the log-likelihood of its last value, in nats."""
 
     log_likelihood: Tensor
 

@@ -16,7 +16,7 @@ from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 
 
 class Evaluation(NamedTuple):
-    """Mean over the examples: loss is -log p(y | x, θ) in nats; accuracy is NaN where there are no classes."""
+    """Means over the examples: loss, -log p(y | x, θ) in nats, and accuracy, 0 to 1, NaN where there are no classes."""
 
     loss: float
     accuracy: float

@@ -2,122 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import count
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import MaskedDistribution
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.inference.calls import check_ready, in_order, unique_name
+from pyro_bmrs.inference.site_posterior import SitePosterior
+from pyro_bmrs.inference.traces import elementary, mask_of
 from pyro_bmrs.networks import name_sites
-from pyro_bmrs.networks.cuts import replace_data
-
-# The box in which the distributions' values and gradients are known to be finite, in float32 too: the
-# location stays within 20 of the bounds of log θ.
-LOG_SCALE_BOUNDS = (-20.0, 5.0)
-LOC_MARGIN = 20.0
-# Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
-_serial = count(1)
-
-
-def elementary(distribution: Distribution) -> Distribution:
-    """The distribution of single elements: Independent, Masked and Expanded taken off."""
-    while hasattr(distribution, "base_dist") and not isinstance(
-        distribution, torch.distributions.TransformedDistribution
-    ):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def mask_of(distribution: Distribution) -> object:
-    """The mask that a distribution wears, under any Independent; None where there is none."""
-    while not isinstance(distribution, MaskedDistribution):
-        if not hasattr(distribution, "base_dist"):
-            return None
-        distribution = distribution.base_dist
-    return distribution._mask
-
-
-# The tensors of a site's posterior with an entry per structure.
-PER_UNIT = ("loc", "log_scale", "log_low", "log_high", "kept")
-
-
-def bounded(loc: Tensor, log_scale: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
-    """(loc, scale) of the law that the parameters of a posterior stand for, inside the box of finite values.
-
-    The exponential is taken in float64 and rounded: in float32 each device has its own, and a posterior would
-    have another evidence where it is moved to.
-    """
-    loc = torch.clamp(loc, log_low - LOC_MARGIN, log_high + LOC_MARGIN)
-    return loc, log_scale.clamp(*LOG_SCALE_BOUNDS).double().exp().to(log_scale.dtype)
-
-
-class SitePosterior(nn.Module):
-    """Parameters of one site's posterior, over the shape of the site's value."""
-
-    log_low: Tensor
-    log_high: Tensor
-    kept: Tensor
-    gone_units: Tensor
-    gone_loc: Tensor
-    gone_log_scale: Tensor
-
-    def __init__(self, prior: LogUniform | TruncatedLogNormal, shape: torch.Size, loc: float, scale: float):
-        super().__init__()
-        like = prior.log_low
-        self.loc = nn.Parameter(torch.full(shape, loc, dtype=like.dtype, device=like.device))
-        self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(scale)))
-        self.register_buffer("log_low", prior.log_low.detach().expand(shape).clone())
-        self.register_buffer("log_high", prior.log_high.detach().expand(shape).clone())
-        self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=like.device))
-        # of structures that a fit has taken out: their numbers in the original network, their last parameters
-        self.register_buffer("gone_units", torch.empty(0, dtype=torch.long, device=like.device))
-        for name in ("gone_loc", "gone_log_scale"):
-            self.register_buffer(name, torch.empty(*shape[:-1], 0, dtype=like.dtype, device=like.device))
-
-    def select(self, kept: Tensor, units: Tensor) -> None:
-        """Become, in place, the posterior of the structures where `kept`; `units` are the numbers of all."""
-        stays, goes = (torch.nonzero(mask).flatten().to(self.loc.device) for mask in (kept, ~kept))
-        self.gone_units = torch.cat([self.gone_units, units.to(goes.device)[goes]])
-        for name in ("loc", "log_scale"):
-            last = getattr(self, name).detach().index_select(-1, goes)
-            setattr(self, f"gone_{name}", torch.cat([getattr(self, f"gone_{name}"), last], dim=-1))
-        for name in PER_UNIT:
-            tensor = getattr(self, name)
-            replace_data(tensor, tensor.detach().index_select(-1, stays))
-
-    def gone(self) -> TruncatedLogNormal:
-        """The last posterior of each structure that was taken out, in the order of `gone_units`."""
-        shape = self.gone_loc.shape
-        low, high = (bound[..., :1].expand(shape) for bound in (self.log_low, self.log_high))
-        law = bounded(self.gone_loc, self.gone_log_scale, low, high)
-        return TruncatedLogNormal(*law, low, high, validate_args=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        # as many as the saved one had lost, whatever this one has
-        for name in ("gone_units", "gone_loc", "gone_log_scale"):
-            saved = state_dict.get(f"{prefix}{name}")
-            if saved is not None:
-                setattr(self, name, torch.empty_like(saved, device=self.loc.device))
-        super()._load_from_state_dict(state_dict, prefix, *others)
-
-    def distribution(self) -> TruncatedLogNormal:
-        return TruncatedLogNormal(
-            *bounded(self.loc, self.log_scale, self.log_low, self.log_high),
-            self.log_low,
-            self.log_high,
-            validate_args=False,  # the clamps leave nothing to check but NaN, which reduce and fit look for
-        )
 
 
 class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
@@ -133,11 +33,10 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
     >>> guide.posterior()["2"].mean.shape
     torch.Size([8])
 
-    A latent is supported if its prior is `LogUniform` or `TruncatedLogNormal` (also expanded, masked,
-    `to_event`, inside plates). Others belong to other guides: combine them in Pyro's `AutoGuideList`, each
-    on `poutine.block(model, expose=[…])`. As with Pyro's autoguides the parameters come into being at the
-    first call, which traces the model; they are ordinary `nn.Parameter`s of the guide, so two guides in
-    one process share nothing.
+    A latent is supported if its prior is `LogUniform` or `TruncatedLogNormal`, also expanded, masked, `to_event`, or
+    inside plates. Other latents need other guides: combine them in Pyro's `AutoGuideList`, each on
+    `poutine.block(model, expose=[…])`. As with Pyro's autoguides, the first call traces the model and makes the
+    parameters. They are ordinary `nn.Parameter`s of the guide: two guides share nothing.
 
     Args:
         model: a Pyro model, with any arguments.
@@ -157,24 +56,21 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         init_scale: float = math.exp(-5.0),
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be a Pyro model: got {type(model).__name__}")
-        if not math.isfinite(init_loc):
-            raise ValueError(f"init_loc must be finite: got {init_loc}")
-        if not 0 < init_scale < math.inf:
-            raise ValueError(f"init_scale must be positive and finite: got {init_scale}")
+        check(callable(model), "model", "a Pyro model", type(model), TypeError)
+        check(math.isfinite(init_loc), "init_loc", "finite", init_loc)
+        check(0 < init_scale < math.inf, "init_scale", "positive and finite", init_scale)
         if isinstance(model, nn.Module):
             name_sites(model)
         super().__init__(model, create_plates=create_plates)
-        self._pyro_name = f"{type(self).__name__}_{next(_serial)}"
+        self._pyro_name = unique_name(self)
         self.init_loc, self.init_scale = init_loc, init_scale
         self.sites: tuple[str, ...] = ()
         self.posteriors = nn.ModuleList()
         self.example_arguments: tuple[Any, ...] = ()
-        self.kl_weight = 1.0  # of the last fit: every ΔF read from this guide is to name it
+        self.kl_weight = 1.0  # of the last fit; it is shown beside every ΔF that is read from this guide
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's takes the model out of the guide that is copied, not only out of the copy
+        # Pyro's removes the model from the guide itself, and not only from the copy
         taken: dict[str, Any] = {
             name: self.__dict__[name] for name in ("_model", "master") if name in self.__dict__
         }
@@ -229,7 +125,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values = {}
-        # fetched once: each access to a submodule of a PyroModule registers all its parameters anew
+        # each access to a submodule of a PyroModule registers all its parameters again: access them once
         posteriors: dict[str, Any] = dict(zip(self.sites, self.posteriors, strict=True))
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             posterior = posteriors[name]
@@ -247,8 +143,7 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         Raises:
             RuntimeError: before the first call of the guide, when there are no parameters yet.
         """
-        if self.prototype_trace is None:
-            raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
+        check_ready(self)
         with torch.no_grad():
             return {name: self.site_posterior(name).distribution() for name in self.sites}
 
@@ -260,41 +155,5 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
-        """E[θ] of each latent, 0 for what has been removed: the values to predict with."""
+        """E[θ] of each latent, and 0 for removed structures: the values to predict with."""
         return {name: q.mean * self.site_posterior(name).kept for name, q in self.posterior().items()}
-
-
-def in_order(
-    program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """The arguments of a call of a program by position; those that only have a keyword are left to their defaults."""
-    if not kwargs:
-        return args
-    called = inspect.unwrap(program)  # what poutine.block and its like have wrapped
-    bound = inspect.signature(called.forward if isinstance(called, nn.Module) else called).bind(
-        *args, **kwargs
-    )
-    bound.apply_defaults()
-    return bound.args
-
-
-def read_posterior(guide: Callable[..., Any], *args: Any) -> dict[str, TruncatedLogNormal]:
-    """The truncated log-normal posteriors of any mean-field guide, detached, by site; no trace is left.
-
-    Raises:
-        ValueError: if the guide has none, naming the sites it has and their types.
-    """
-    if isinstance(guide, AutoTruncatedLogNormal):
-        return guide.posterior()
-    with untouched(guide):
-        trace = poutine.trace(guide).get_trace(*args)
-        found = {
-            name: elementary(site["fn"])
-            for name, site in trace.iter_stochastic_nodes()
-            if not site["infer"].get("is_auxiliary")
-        }
-    posteriors = {name: q for name, q in found.items() if isinstance(q, TruncatedLogNormal)}
-    if not posteriors:
-        kinds = {name: type(q).__name__ for name, q in found.items()}
-        raise ValueError(f"guide must have TruncatedLogNormal sites: it has {kinds}")
-    return posteriors

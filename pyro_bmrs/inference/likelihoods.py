@@ -1,11 +1,10 @@
-"""Pyro models of (x, y) round a network: what the data are given the network's output."""
+"""Pyro models of (x, y) around a network: how the data are distributed given its output."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import count
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -16,15 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.inputs import call, check_module
 
-# Pyro's parameter store shares parameters between modules of one name; ours never have one in common.
-_serial = count(1)
-
 
 class _Likelihood(nn.Module):
-    """The part that all likelihoods share: the network, the plates and the scaling to the data set."""
+    """What all likelihoods share: the network, the plates and the scaling to the data set."""
 
     finder: ClassVar[str]  # the argument that finds the tensor in the network's output
 
@@ -33,21 +30,19 @@ class _Likelihood(nn.Module):
     ) -> None:
         super().__init__()
         check_module("net", net)
-        if output is not None and not callable(output):
-            raise TypeError(
-                f"{self.finder} must be a function of the network's output, or None: got {output!r}"
-            )
+        good = output is None or callable(output)
+        check(good, self.finder, "a function of the network's output, or None", output, TypeError)
         good = dataset_size is None or is_whole(dataset_size, 1)
         check(good, "dataset_size", "a positive integer or None", dataset_size)
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
-        self.store_name = f"{type(self).__name__}_{next(_serial)}"
+        self.store_name = unique_name(self)
 
     def predict(self, x: Any) -> Tensor:
         """The network's output tensor for a batch, such as logits.
 
-        With noise layers in the network, θ is drawn from its prior where no guide is at work, with a warning:
-        `pyro_bmrs.predict(model, guide, x)` predicts.
+        Noise layers in the network draw θ from its prior where no guide gives it, with a warning. To predict, call
+        `pyro_bmrs.predict(model, guide, x)`.
         """
         value = call(self.net, x)
         if self.output is not None:
@@ -60,10 +55,7 @@ class _Likelihood(nn.Module):
         return value
 
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        """Σ log p(y | x, θ) over the batch in nats, as `forward` observes it, without Pyro's bookkeeping.
-
-        With `dataset_size` it is still the batch's own, unscaled.
-        """
+        """Σ log p(y | x, θ) over the batch in nats, as in `forward` but without Pyro and unscaled."""
         raise NotImplementedError
 
     def _plates(self, stack: ExitStack, batch: int, positions: torch.Size, device: torch.device) -> None:
@@ -94,9 +86,8 @@ class Classifier(_Likelihood):
             `lambda out: out["logits"]`.
         class_dim: dimension of the logits that counts classes: 1 for (batch, classes) and per-pixel
             (batch, classes, height, width), -1 for per-token (batch, tokens, classes).
-        dataset_size: N, if this model shall speak for the whole data set when called on a batch (the
-            likelihood is then scaled by N/batch, as `pyro.plate` does). `fit` needs no N: it scales the
-            KL instead, and knows N.
+        dataset_size: N. The likelihood of a batch is then scaled by N/batch, as `pyro.plate` does, to stand for the
+            whole data set. `fit` needs no N: it scales the KL instead.
         ignore_index: label of positions that do not count, -100 as in torch.
     """
 
@@ -132,16 +123,15 @@ class Classifier(_Likelihood):
 
     def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The logits as (batch, *positions, classes), checked against the labels."""
-        if not -output.dim() <= self.class_dim < output.dim():
-            raise ValueError(
-                f"class_dim must be a dimension of the logits, of shape {tuple(output.shape)}: got {self.class_dim}"
-            )
+        good = -output.dim() <= self.class_dim < output.dim()
+        shape = tuple(output.shape)
+        check(good, "class_dim", f"a dimension of the logits, of shape {shape}", self.class_dim)
         logits = _single(output).movedim(self.class_dim, -1)
         if y is not None and y.is_floating_point():
             raise ValueError(f"y must hold numbers of classes, integers: got {y.dtype}")
         if y is not None and y.shape != logits.shape[:-1]:
             raise ValueError(
-                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {tuple(output.shape)} "
+                f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {shape} "
                 f"with class_dim={self.class_dim}: got {tuple(y.shape)}"
             )
         return logits
@@ -181,8 +171,8 @@ class Regressor(_Likelihood):
         dataset_size: int | None = None,
     ) -> None:
         super().__init__(net, mean, dataset_size)
-        if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
-            raise ValueError(f"scale must be positive or None, and finite: got {scale!r}")
+        good = scale is None or (isinstance(scale, Real) and 0 < scale < math.inf)
+        check(good, "scale", "positive or None, and finite", scale)
         log_scale = torch.tensor(float(scale or 1.0)).log()
         if scale is None:
             self.log_scale: Tensor = nn.Parameter(log_scale)
@@ -212,12 +202,12 @@ class Regressor(_Likelihood):
 
 
 def _single(output: Tensor) -> Tensor:
-    """At least single precision: a sum over a batch in bfloat16 has two digits."""
+    """In single precision at least: a sum over a batch in bfloat16 has two correct digits."""
     return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 def has_own_likelihood(model: nn.Module) -> bool:
-    """Whether `log_likelihood` says all that the model does: a `Classifier` or `Regressor`, not redefined."""
+    """Whether `log_likelihood` is all that the model does: a `Classifier` or `Regressor` that nobody has changed."""
     hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
     if any(hooks) or "forward" in vars(model):
         return False

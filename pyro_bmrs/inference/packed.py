@@ -1,4 +1,4 @@
-"""All noise sites of a model as one latent: one draw and one KL for every unit there is."""
+"""All noise sites of a model drawn at once: one draw and one KL for all structures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.distributions.packed import draw_with_kl, uniforms
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, bounded, elementary
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.site_posterior import bounded
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 
@@ -26,8 +28,8 @@ class PackedLatents:
 
     Args:
         guide: with parameters (called once).
-        layers: the noise layers by site, all with the prior log-uniform on the guide's bounds.
-        stratified: whether the draws of a unit are stratified: see `distributions.packed.uniforms`.
+        layers: the noise layers by site. Their priors are log-uniform on the guide's bounds.
+        stratified: whether the draws of a structure are stratified: see `distributions.packed.uniforms`.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class PackedLatents:
 
     @staticmethod
     def possible(guide: object, layers: Mapping[str, MultiplicativeNoise]) -> bool:
-        """Whether a guide is ours, has the noise sites, and has them against their log-uniform priors."""
+        """Whether the guide is an `AutoTruncatedLogNormal` of all these layers, with log-uniform priors."""
         if not isinstance(guide, AutoTruncatedLogNormal) or not set(layers) <= set(guide.sites):
             return False
         if type(guide).forward is not AutoTruncatedLogNormal.forward:
@@ -65,8 +67,8 @@ class PackedLatents:
         return torch.cat([getattr(posterior, name) for posterior in self.posteriors])
 
     def _constants(self) -> tuple[list[int], Tensor, Tensor, Tensor]:
-        """Sizes, bounds and kept of all sites; anew only where structures have been removed since."""
-        # what a removal changes: the sizes, or the mask in place
+        """Sizes, bounds and kept of all sites. They are joined again only after a removal of structures."""
+        # a removal changes the sizes, or the mask in place
         state: list[tuple[object, ...]] = [
             (p.loc.shape, p.loc.device, p.kept._version) for p in self.posteriors
         ]

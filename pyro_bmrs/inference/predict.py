@@ -1,25 +1,21 @@
-"""The one way to a prediction: at the posterior mean, or averaged over draws of the posterior."""
+"""Predictions: at the posterior mean, or averaged over draws of the posterior."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.guides import AutoCallable
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.distributions import TruncatedLogNormal
 from pyro_bmrs.inference.batches import to_device
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary
+from pyro_bmrs.inference.calls import check_ready, without_observations
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.likelihoods import Classifier, Regressor
-from pyro_bmrs.inference.posteriors import guide_values
+from pyro_bmrs.inference.traces import elementary, guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
 from pyro_bmrs.networks.inputs import batch_size as examples_in
@@ -54,7 +50,7 @@ def predict(
     >>> bmrs.predict(model, guide, x, draws=100).shape
     torch.Size([20, 3])
 
-    The network itself, as `model.predict(x)`, draws θ from its prior where no guide is at work.
+    Without a guide, as in `model.predict(x)`, the network draws θ from its prior.
 
     Args:
         model: a `Classifier`, a `Regressor`, any other Pyro model of (x, y) that returns a tensor, or a network.
@@ -77,8 +73,8 @@ def predict(
             of single examples and `x` is more than one batch.
         RuntimeError: if the guide has no parameters yet.
     """
-    check(callable(model), "model", "a Pyro model or a network", type(model).__name__, TypeError)
-    check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide).__name__, TypeError)
+    check(callable(model), "model", "a Pyro model or a network", type(model), TypeError)
+    check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide), TypeError)
     check(draws is None or is_whole(draws, 1), "draws", "a positive integer or None", draws)
     check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
     check(is_whole(seed), "seed", "an integer of 0 or more", seed)
@@ -101,10 +97,12 @@ def predict(
 
 
 def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs, *observed: Tensor) -> Any:
-    """What a model gives for a batch at values of its latents: the network's output, of other models what they return.
+    """The output of a model for a batch at given values of its latents.
+
+    That of a `Classifier` or `Regressor` is its network's; any other model's is what it returns.
 
     Args:
-        observed: what a model that is no `Classifier` or `Regressor` is called with beside x.
+        observed: further arguments, for a model that is no `Classifier` or `Regressor`.
     """
     with FixedScales(values):
         if isinstance(model, Classifier | Regressor):
@@ -113,11 +111,12 @@ def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs
             return model(x, *observed)
         if isinstance(model, nn.Module) and not isinstance(x, Tensor):
             return call(model, x)
-        return model(*_arguments(model, x))
+        return model(*without_observations(model, x))
 
 
+@torch.no_grad()
 def posterior_point(guide: Callable[..., Any], *arguments: Any, without: Collection[str] = ()) -> Values:
-    """The values to predict with: E[θ] where it is known, one draw from the guide for other latents.
+    """The values to predict with: E[θ] where it is known; other latents take one draw from the guide.
 
     Args:
         arguments: what the guide is called with.
@@ -126,18 +125,17 @@ def posterior_point(guide: Callable[..., Any], *arguments: Any, without: Collect
     if isinstance(guide, AutoTruncatedLogNormal):
         return guide.mean()
     values = {}
-    for name, site in _latents(guide, arguments).items():
-        law = elementary(site["fn"])
+    for name, node in latents(guide, *arguments).items():
+        law, value = elementary(node["fn"]), node["value"]
         if name not in without:
-            known = isinstance(law, TruncatedLogNormal)
-            values[name] = law.mean.expand(site["value"].shape) if known else site["value"]
+            values[name] = law.mean.expand(value.shape) if isinstance(law, TruncatedLogNormal) else value
     return values
 
 
 def _values(
     model: Callable[..., Any], guide: Callable[..., Any] | None, x: Inputs, draws: int | None, seed: int
 ) -> list[Values]:
-    """The values of the latents that each of the predictions is made with."""
+    """The values of the latents for each prediction that is averaged."""
     layers = noise_layers(model) if isinstance(model, nn.Module) else {}
     if guide is None:
         if layers:
@@ -146,11 +144,10 @@ def _values(
                 "its prior"
             )
         return [{}]
-    if isinstance(guide, AutoGuide) and not isinstance(guide, AutoCallable) and guide.prototype_trace is None:
-        raise RuntimeError("guide has no parameters yet: call it once on a batch, or fit it")
+    check_ready(guide)
     remembered = guide.example_arguments if isinstance(guide, AutoTruncatedLogNormal) else ()
-    arguments = remembered or _arguments(guide, x)
-    with untouched(guide, seed=seed):  # the same draws, whatever a loader has drawn
+    arguments = remembered or without_observations(guide, x)
+    with untouched(guide, seed=seed):  # a loader may have drawn numbers before
         if draws is None:
             values = [posterior_point(guide, *arguments)]
         else:
@@ -161,36 +158,14 @@ def _values(
     return values
 
 
-def _arguments(program: Callable[..., Any], x: Inputs) -> tuple[Any, ...]:
-    """(x,), or (x, None) for a program that has no default for what is observed."""
-    try:
-        inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(x)
-    except TypeError:
-        return x, None
-    except ValueError:  # a callable without a signature
-        pass
-    return (x,)
-
-
-def _latents(guide: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
-    """What a trace of the guide says of each latent."""
-    with torch.no_grad():
-        trace = poutine.trace(guide).get_trace(*arguments)
-    return {
-        name: site
-        for name, site in trace.iter_stochastic_nodes()
-        if not site["infer"].get("is_auxiliary") and not site_is_subsample(site)
-    }
-
-
 def _check_global(guide: Callable[..., Any] | None, x: Inputs) -> None:
-    """Refuse latents in a plate that is as long as the batch: those of the first batch are not those of the others."""
+    """Refuse latents in a plate as long as the batch: the values of the first batch say nothing about others."""
     if guide is None or isinstance(guide, AutoTruncatedLogNormal):
         return
     local = [
         name
-        for name, site in _latents(guide, _arguments(guide, x)).items()
-        if any(frame.vectorized and frame.size == examples_in(x) for frame in site["cond_indep_stack"])
+        for name, node in latents(guide, *without_observations(guide, x)).items()
+        if any(frame.vectorized and frame.size == examples_in(x) for frame in node["cond_indep_stack"])
     ]
     if local:
         raise ValueError(
@@ -204,14 +179,14 @@ def _prediction(model: Callable[..., Any], output: object) -> Tensor:
         raise TypeError(f"model must return a tensor: got {type(output).__name__}")
     if not isinstance(model, Classifier):
         return output
-    # of half precision, at least single
+    # in single precision at least
     return output.softmax(model.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
 
 
 def _batches(
     model: Callable[..., Any], x: Inputs | Dataset[Any] | DataLoader[Any], size: int
 ) -> Iterator[tuple[Inputs, torch.device]]:
-    """Inputs of the network on the model's device, and where they came from."""
+    """Batches of inputs on the model's device, and the device each came from."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if type(x) is TensorDataset:  # a subclass may do more than index
         x = x.tensors[0]
@@ -219,7 +194,7 @@ def _batches(
         x = DataLoader(x, batch_size=size)
     for batch in _loaded(x) if isinstance(x, DataLoader) else _sliced(x, size):
         tensors = tensors_of(batch)
-        check(bool(tensors), "x", "a tensor, or hold one", type(batch).__name__, TypeError)
+        check(bool(tensors), "x", "a tensor, or hold one", type(batch), TypeError)
         yield batch if parameter is None else to_device(batch, parameter.device), tensors[0].device
 
 
@@ -230,7 +205,7 @@ def _loaded(loader: DataLoader[Any]) -> Iterator[Inputs]:
 
 
 def _sliced(x: Inputs, size: int) -> Iterator[Inputs]:
-    check(bool(tensors_of(x)), "x", "a tensor, or hold one", type(x).__name__, TypeError)
+    check(bool(tensors_of(x)), "x", "a tensor, or hold one", type(x), TypeError)
     whole = examples_in(x)
     for start in range(0, whole, size):
         yield map_tensors(

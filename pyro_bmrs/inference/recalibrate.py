@@ -1,4 +1,4 @@
-"""Normalisation statistics gathered anew, for a network that is no longer the one they were gathered in."""
+"""BatchNorm statistics estimated again, for a network that has changed since they were estimated."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def recalibrate[Network: nn.Module](
 ) -> Network:
     """Re-estimate, in place, the running mean and variance of every BatchNorm layer; returns the network.
 
-    In a fit these statistics are gathered under noise, and before structures were removed; the smaller
-    network's activations have others. Here each becomes the plain average over batches of `data`. All other
-    layers stay in evaluation mode; a network without running statistics is left as it is.
+    A fit gathers these statistics under noise and before structures are removed. The smaller network's activations
+    have other statistics. Here each becomes the plain average over batches of `data`. All other layers stay in
+    evaluation mode. A network without running statistics is not changed.
 
     >>> import torch
     >>> from torch import nn
@@ -34,14 +34,14 @@ def recalibrate[Network: nn.Module](
 
     Args:
         network: without noise layers.
-        data: (x, y) tensors, a data set or a loader; of training examples, y is not looked at.
-        examples: how many to look at, about.
+        data: training data, as (x, y) tensors, a data set or a loader. Only x is used.
+        examples: about how many to use.
         batch_size: of the batches that the statistics are averaged over.
         seed: of the choice of examples.
 
     Raises:
-        ValueError: if the network has noise layers, examples or batch_size is below 2, or statistics come out that
-            are not finite; they are then what they were.
+        ValueError: if the network has noise layers, examples or batch_size is below 2, or the new statistics are not
+            finite. The old ones are then restored.
     """
     check_module("network", network)
     if noise_layers(network):

@@ -19,15 +19,15 @@ from pyro_bmrs.networks.modes import in_mode
 def untouched(
     *programs: Callable[..., Any], seed: int | None = None, gradients: bool = False
 ) -> Iterator[None]:
-    """A context that leaves no trace: whatever runs within, these are afterwards as they were before.
+    """A context that leaves no trace: after it, these are as they were before, whatever ran inside.
 
-    - the random generators: torch's, on the CPU and on accelerators, and those of Python and NumPy that Pyro seeds too;
-    - Pyro's parameter store: within, all its parameters are there; new ones are forgotten;
+    - the random generators of torch (CPU and accelerators), Python and NumPy;
+    - Pyro's parameter store: inside, its parameters can be used; new ones are forgotten;
     - Pyro's settings and torch's, such as whether arguments of distributions are validated;
     - of each module among the programs: the training mode of each submodule, and all buffers, such as the running
-      statistics of a BatchNorm. Within, the modules are in evaluation mode.
+      statistics of a BatchNorm. Inside, the modules are in evaluation mode.
 
-    Parameters are not copied: a program that changes them in place does so for good.
+    Parameters are not copied: a program that changes them in place has changed them.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> with untouched(net, seed=0):
@@ -38,9 +38,9 @@ def untouched(
     (True, False, True)
 
     Args:
-        programs: models and guides; of what is no module, nothing has to be put back.
-        seed: of the draws within; None: the generators go on from where they are.
-        gradients: whether gradients may be made within.
+        programs: models and guides.
+        seed: of the draws inside. None: the generators continue from where they are.
+        gradients: whether gradients may be computed inside.
     """
     modules = {
         part: None for program in programs if isinstance(program, nn.Module) for part in program.modules()
@@ -67,6 +67,6 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         for tensor, value in values.items():
-            tensor.data.copy_(value)  # `data`: a graph that remembers the tensor finds it as it was
+            tensor.data.copy_(value)  # `data`, so that a graph that saved the tensor stays valid
         for part, own in buffers:
             part._buffers.update(own)

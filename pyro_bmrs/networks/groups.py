@@ -85,7 +85,7 @@ def weight_of(network: nn.Module, member: Member) -> nn.Parameter:
     return weight
 
 
-def gone(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[str, Tensor]) -> Cuts:
+def cuts_of(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[str, Tensor]) -> Cuts:
     """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""
     removed: dict[tuple[str, str], set[int]] = {}
     attributes: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""Noise at the inputs of the layers that read structures, without a change to the network's own modules."""
+"""Noise at the inputs of the layers that read structures, by hooks: the network's own modules stay unchanged."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ NAME = "structure_noise"
 
 
 class HookedNoise(nn.Module):
-    """The latent scales of all groups of a network, and where each acts: a submodule of that network.
+    """A submodule of a network that holds the θ of all its structures and applies them.
 
-    At each forward pass of the network every θ is drawn once; each layer that reads structures then gets
-    its input multiplied by the θ of what it reads. As a module of its own it passes its input on, so that it
-    may stand at the end of an `nn.Sequential`.
+    At each forward pass of the network every θ is drawn once. The input of each layer that reads structures is
+    multiplied by their θ. Called itself, it returns its input, so that it may stand at the end of an `nn.Sequential`.
 
     Args:
         network: without noise; `attach` changes it.
@@ -44,9 +43,9 @@ class HookedNoise(nn.Module):
         self.drawn: dict[str, Tensor] = {}
         self.running = self.several = False
         self.examples = 0
-        # paths of readers whose input has no entry per example, so that one θ must serve the whole batch
+        # paths of readers whose input has no entry per example: they need one θ for the whole batch
         self.folded: set[str] = set()
-        # sites of each reader's columns, those first that lie in no other structure
+        # by reader: the sites of its columns, in levels (see `_levels`)
         self.readers: dict[str, list[tuple[str, ...]]] = {}
         self._index_readers(network)
 
@@ -65,7 +64,7 @@ class HookedNoise(nn.Module):
             for level, disjoint in enumerate(_levels(parts)):
                 self.readers[path].append(tuple(site for site, _, _ in disjoint))
                 offset, total = 0, sum(self.groups[site].features for site, _, _ in disjoint)
-                columns = torch.full((size,), total)  # behind the last θ stands a 1, for what no θ scales
+                columns = torch.full((size,), total)  # behind the last θ stands a 1, for columns without θ
                 for site, indices, units in disjoint:
                     columns[indices] = offset + units
                     offset += self.groups[site].features
@@ -75,20 +74,24 @@ class HookedNoise(nn.Module):
                 )
 
     def attach(self, network: nn.Module) -> None:
-        """Make this a submodule of `network`, which from now on draws and applies the noise."""
+        """Make this a submodule of `network`, and add the hooks that draw and apply the noise."""
         setattr(network, NAME, self)
-        network.register_forward_pre_hook(_Draw(self), with_kwargs=True)
-        network.register_forward_hook(_Forget(self), always_call=True)
+        network.register_forward_pre_hook(self.draw, with_kwargs=True)
+        network.register_forward_hook(self.finish, always_call=True)
         for number, path in enumerate(self.readers):
-            reader, apply = network.get_submodule(path), _Apply(self, path, number)
-            reader.register_forward_pre_hook(apply, with_kwargs=True)
-            reader.register_forward_hook(_Applied(self, apply), always_call=True)
+            module, reader = network.get_submodule(path), _Reader(self, path, number)
+            module.register_forward_pre_hook(reader.multiply, with_kwargs=True)
+            module.register_forward_hook(reader.finish, always_call=True)
 
-    def draw(self, inputs: Any) -> None:
-        """One value of every θ for the forward pass that begins."""
+    def draw(self, network: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Before a forward pass of the network: one value of every θ for it."""
         self.running, self.several = True, draws_per_batch_allowed.get()
-        self.examples = batch_size(inputs)
+        self.examples = batch_size((*arguments, keywords))
         self.drawn = {str(layer.site): layer.draw() for layer in self.layers}  # type: ignore[operator]
+
+    def finish(self, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """After a forward pass of the network, also of one that failed."""
+        self.running = False
 
     def theta(self, path: str, number: int) -> Tensor:
         """θ for each column of the layer at `path`. Shape: (columns,) or (draws, columns)."""
@@ -116,11 +119,11 @@ class HookedNoise(nn.Module):
         return x
 
     def __getstate__(self) -> dict[str, Any]:
-        # what is drawn belongs to a pass, and to a graph that can't be copied
+        # what was drawn belongs to one pass, and to a graph that can't be copied
         return {**self.__dict__, "drawn": {}, "running": False}
 
     def shrink(self, network: nn.Module, groups: Iterable[StructureGroup]) -> None:
-        """Take over groups that have become smaller, their noise layers with them."""
+        """Take these groups, which have become smaller; so have their noise layers."""
         self.groups = {group.site: group for group in groups}
         self._index_readers(network)
         self.drawn = {}  # and the graph behind it, which remembers the old sizes
@@ -130,9 +133,9 @@ class HookedNoise(nn.Module):
 
 
 def _levels(parts: list[tuple[str, Tensor, Tensor]]) -> list[list[tuple[str, Tensor, Tensor]]]:
-    """The (site, columns, units) of a reader in as few lists as can be, in none of which two share a column.
+    """The (site, columns, units) of a reader in as few lists as possible, so that no two in a list share a column.
 
-    Columns are shared where structures lie inside others: each then has a θ of both.
+    Columns are shared where structures lie inside others. The θ of both then apply.
     """
     levels: list[list[tuple[str, Tensor, Tensor]]] = []
     for part in parts:
@@ -145,33 +148,21 @@ def _levels(parts: list[tuple[str, Tensor, Tensor]]) -> list[list[tuple[str, Ten
     return levels
 
 
-class _Hook:
-    """Objects, not functions: a copy of the network gets hooks that know the copied noise."""
+class _Reader:
+    """The hooks of one layer that reads structures.
 
-    def __init__(self, noise: HookedNoise) -> None:
-        self.noise = noise
+    Bound methods, not functions: a copy of the network gets hooks that know the copied noise.
+    """
 
-
-class _Draw(_Hook):
-    def __call__(self, network: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.noise.draw((*arguments, keywords))
-
-
-class _Forget(_Hook):
-    def __call__(self, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self.noise.running = False
-
-
-class _Apply(_Hook):
     def __init__(self, noise: HookedNoise, path: str, number: int) -> None:
-        super().__init__(noise)
-        self.path, self.number = path, number
-        # of each call of the reader under way: how its input is remembered, where not as usual
+        self.noise, self.path, self.number = noise, path, number
+        # for each call under way: how its input is remembered, where not as usual
         self.under_way: list[saved_tensors_hooks | None] = []
 
-    def __call__(
+    def multiply(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the call: the input multiplied by θ."""
         theta = self.noise.theta(self.path, self.number)
         name = next(iter(keywords), "")
         x = arguments[0] if arguments else keywords[name]
@@ -192,14 +183,9 @@ class _Apply(_Hook):
             return (product, *arguments[1:]), keywords
         return arguments, {**keywords, name: product}
 
-
-class _Applied(_Hook):
-    def __init__(self, noise: HookedNoise, apply: _Apply) -> None:
-        super().__init__(noise)
-        self.apply = apply
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        hooks = self.apply.under_way.pop() if self.apply.under_way else None
+    def finish(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """After the call, also of one that failed."""
+        hooks = self.under_way.pop() if self.under_way else None
         if hooks is not None:
             hooks.__exit__()
 
@@ -207,13 +193,12 @@ class _Applied(_Hook):
 def _as_factors(
     product: Tensor, x: Tensor, theta: Tensor, scale: Callable[[Tensor, Tensor], Tensor]
 ) -> saved_tensors_hooks:
-    """Enter a context in which autograd remembers `product` by its factors, and multiplies again when asked.
+    """Enter a context in which autograd saves the factors of `product`, and multiplies them again for the gradient.
 
-    x is remembered already, by what made it; a product beside each of them would be most of the memory that
-    noise costs.
+    The layer that made x saves it anyway. Saving each product as well would be most of the memory that noise costs.
     """
     x, theta, version = x.detach(), theta.detach(), x._version
-    # not the tensor, which would stay alive
+    # not the tensor itself, which would then stay alive
     place, shape, stride = product.data_ptr(), product.shape, product.stride()
 
     def pack(tensor: Tensor) -> Tensor | None:
@@ -235,7 +220,7 @@ def _as_factors(
 
 
 def hooked_noise(network: nn.Module) -> dict[str, HookedNoise]:
-    """What `insert_noise` put into `network` or a part of it, by the path of that part ("" for all of it)."""
+    """What `insert_noise` put into `network` or its submodules, by path ("" for the network itself)."""
     return {
         path.removesuffix(NAME).removesuffix("."): module
         for path, module in network.named_modules()
@@ -244,12 +229,14 @@ def hooked_noise(network: nn.Module) -> dict[str, HookedNoise]:
 
 
 def without_hooked_noise(network: nn.Module) -> nn.Module:
-    """Take out of `network`, in place, what `insert_noise` put in, but for the separate attention."""
+    """Undo `insert_noise` in place, except for the separate attention projections."""
     for path in hooked_noise(network):
         delattr(network.get_submodule(path), NAME)
     for module in network.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [number for number, hook in hooks.items() if isinstance(hook, _Hook)]:
+            owners = {number: getattr(hook, "__self__", None) for number, hook in hooks.items()}
+            ours = [number for number, owner in owners.items() if isinstance(owner, HookedNoise | _Reader)]
+            for number in ours:
                 del hooks[number]
                 for kind in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
                     getattr(module, kind).pop(number, None)
@@ -284,7 +271,7 @@ def network_of(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")
     network = model
-    # containers that only store modules have no forward of their own
+    # containers that only store modules have no forward
     while network is model or isinstance(network, nn.ModuleList | nn.ModuleDict):
         inner = [
             child

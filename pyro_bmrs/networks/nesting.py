@@ -59,23 +59,23 @@ class Nesting:
             {outer: among(outer, values, False) for outer, values in self.enclosed.items()},
         )
 
-    def taken_along(self, inner: str, gone: Mapping[str, Tensor], *, like: Tensor) -> Tensor:
-        """True for structures of `inner` inside a removed structure of the layers in `gone`. Shape: that of `like`."""
+    def taken_along(self, inner: str, removed: Mapping[str, Tensor], *, like: Tensor) -> Tensor:
+        """True for structures of `inner` inside what is `removed` of other layers. Shape: that of `like`."""
         taken = torch.zeros_like(like)
         for outer, owner in self.owners.get(inner, {}).items():
-            if outer in gone:
-                taken |= gone[outer][owner.clamp(min=0)] & (owner >= 0)
+            if outer in removed:
+                taken |= removed[outer][owner.clamp(min=0)] & (owner >= 0)
         return taken
 
-    def unread(self, outer: str, gone: Mapping[str, Tensor]) -> Tensor:
+    def unread(self, outer: str, removed: Mapping[str, Tensor]) -> Tensor:
         """True for structures of `outer` that no layer reads any more, since all structures inside them are removed."""
         inside = {inner: outers[outer] for inner, outers in self.owners.items() if outer in outers}
-        # a layer outside `gone` loses nothing
-        if not inside or not inside.keys() <= gone.keys():
-            return torch.zeros_like(gone[outer])
+        # a layer outside `removed` loses nothing
+        if not inside or not inside.keys() <= removed.keys():
+            return torch.zeros_like(removed[outer])
         unread = self.enclosed[outer].clone()
         for inner, owner in inside.items():
-            unread[owner[(owner >= 0) & ~gone[inner]]] = False
+            unread[owner[(owner >= 0) & ~removed[inner]]] = False
         return unread
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The layer that puts a latent scale on each structure of a network."""
+"""The layer that multiplies each structure of a network by a latent θ."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.networks.inputs import check_module
 
-# From so many numbers on it is worth some microseconds to make fewer tensors of them.
+# For tensors of this size or larger, fewer copies are worth some microseconds.
 LARGE = 2**16
-# Set by the handler that draws several values per batch: a stack of θ from elsewhere, such as
-# `Predictive(parallel=True)`, must not be taken for them.
+# Set by the handler that draws several values per batch. A stack of θ from elsewhere, such as
+# `Predictive(parallel=True)`, must not be mistaken for them.
 draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
 FROM_PRIOR = (
     "this network has noise layers and is called without a guide, so that each θ is drawn from its prior: to predict, "
     "call pyro_bmrs.predict(model, guide, x)"
 )
-# θ by site, already 0 for what has been removed, where a fit has drawn those of all layers at once.
+# θ by site, 0 for removed structures, where a fit has drawn the θ of all layers at once.
 _drawn_together: ContextVar[Mapping[str, Tensor] | None] = ContextVar("drawn_together", default=None)
 
 
 @contextmanager
 def drawn_together(values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context in which noise layers take these θ, (draws, features) by site, and ask Pyro for none."""
+    """A context in which noise layers use these θ, (draws, features) by site, and don't draw any."""
     tokens = _drawn_together.set(values), draws_per_batch_allowed.set(True)
     try:
         yield
@@ -54,15 +54,14 @@ class MultiplicativeNoise(nn.Module):
     >>> sites
     ['2']
 
-    Put it where the structure is *consumed*: after the activation, at the input of the next linear or
-    convolution layer (pooling, flatten and dropout may stand between). There θ = 0 is exactly removal,
-    and multiplying the consumer's columns by E[θ] is exactly θ = E[θ], whatever activation, bias or
-    normalisation comes before.
+    Put it where the structure is *read*: after the activation, at the input of the next linear or convolution layer.
+    Pooling, flatten and dropout may stand between. There θ = 0 is exactly removal, and multiplying the columns of the
+    next layer by E[θ] is exactly θ = E[θ], whatever activation, bias or normalisation comes before.
 
     Outside of Pyro, as in `net(x)`, θ is drawn from its prior, with a warning: `predict` uses the posterior.
-    In its forward pass the layer is one Pyro sample site, named after its module by `name_sites` (which
-    `Classifier`, `Regressor` and `AutoTruncatedLogNormal` call), with value of shape (features,), or
-    (draws, features) where `fit` draws for groups of examples: example i then uses draw i mod draws.
+    In its forward pass the layer is one Pyro sample site. `name_sites` names it after its module; `Classifier`,
+    `Regressor` and `AutoTruncatedLogNormal` call that. Its value has the shape (features,), or (draws, features) where
+    `fit` draws for groups of examples: example i then uses draw i mod draws.
 
     Attributes:
         kept: False for structures that a fit has removed, whose θ is 0. Shape: (features,).
@@ -151,7 +150,7 @@ class MultiplicativeNoise(nn.Module):
 
 
 def at_one(module: nn.Module) -> FixedScales:
-    """A context in which every θ of `module` is 1: the network as it would be without noise."""
+    """A context in which every θ of `module` is 1, as if there were no noise."""
     layers = noise_layers(module)
     return FixedScales(
         {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in layers.items()}
@@ -167,8 +166,8 @@ def scaled(
         x: (batch, …), with as many entries in `dim` as θ has.
         theta: (features,), or (draws, features) with draws ≤ batch.
         name: of the place, for error messages.
-        several: whether θ may hold several draws; None: within the handler that makes them.
-        exclusive: whether the product goes nowhere but into one linear layer or convolution.
+        several: whether θ may hold several draws. None: if the handler that makes them is active.
+        exclusive: whether only one linear layer or convolution reads the product.
     """
     theta = theta.to(x.dtype)
     layout = [1] * x.dim()
@@ -194,10 +193,10 @@ def scaled(
 
 
 class _ScaleInGroups(torch.autograd.Function):
-    """x · θ whose gradients make as few large tensors as can be: what these cost is mostly memory made and freed.
+    """x · θ, with gradients that allocate as few large tensors as possible: allocating is most of their cost.
 
-    The gradient of θ is a dot product over the positions of a feature map, and where nobody else can have
-    the incoming gradient, that of x takes its place.
+    The gradient of θ is a dot product over the positions of a feature map. The gradient of x overwrites the incoming
+    one, if nothing else can use that.
     """
 
     @staticmethod
@@ -245,8 +244,8 @@ def name_sites(module: nn.Module) -> None:
 class FixedScales(Messenger):  # type: ignore[misc]
     """Effect handler: the sites named in `values` take those values instead of being drawn.
 
-    Unlike `poutine.condition` it leaves them latent, so that they don't count among the observations, and
-    θ = 0, a removed structure, is no value outside the prior's support.
+    Unlike `poutine.condition` it leaves them latent: they are no observations, and θ = 0, a removed structure, does not
+    count as a value outside the prior's support.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -254,7 +253,7 @@ class FixedScales(Messenger):  # type: ignore[misc]
         self.values = values
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        # of two such handlers the inner one decides, and has done so before
+        # of two such handlers the inner one decides; it has run before
         if msg["name"] in self.values and not msg["is_observed"] and not msg["done"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
@@ -263,7 +262,7 @@ def fixed_scales(module: nn.Module, values: Mapping[str, Tensor]) -> FixedScales
     """A context in which the noise sites of `module` that `values` names take those values.
 
     Raises:
-        ValueError: if `values` names a site that `module` has not.
+        ValueError: if `values` names a site that `module` does not have.
     """
     layers = noise_layers(module)
     unknown = sorted(set(values) - set(layers))

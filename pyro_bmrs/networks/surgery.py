@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
-from pyro_bmrs.networks.groups import StructureGroup, gone, weight_of
+from pyro_bmrs.networks.groups import StructureGroup, cuts_of, weight_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_noise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -213,7 +213,7 @@ def remove_structures(
     dtypes = {name: tensor.dtype for name, tensor in _floating(network)}
     usual = next(iter(dtypes.values()))
     groups = structure_groups(network, example_input) if groups is None else groups
-    cuts = gone(network, groups.values(), kept)
+    cuts = cuts_of(network, groups.values(), kept)
     reduced = copy.deepcopy(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)
     for layer in noise_layers(reduced).values():

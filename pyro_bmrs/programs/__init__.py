@@ -1,4 +1,4 @@
-"""Programs: what any Pyro program would be worth under other priors."""
+"""Programs: Bayesian model reduction of any Pyro program, by reduced priors of its latents."""
 
 from pyro_bmrs.programs.evidence_curve import evidence_curve
 from pyro_bmrs.programs.exhaustive import ModelPosterior, exhaustive_reduction

@@ -1,7 +1,7 @@
 """ΔF where a prior depends on another latent: an average over joint draws of the guide.
 
 With θ the chosen elements and ψ all else, E_q[p̃(θ)/p(θ|ψ)] = E_q(ψ)[ E_q(θ|ψ)[p̃(θ)/p(θ|ψ)] ]. The inner mean has a
-closed form wherever log_evidence_change has one, so only the outer one is taken over draws: even a point has a ΔF then.
+closed form wherever log_evidence_change has one. Only the outer one is taken over draws, so that even a point has a ΔF.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import ImportanceEstimate, check_support, log_ratio
+from pyro_bmrs.evidence import estimate_log_mean, log_evidence_change, reduced_posterior
+from pyro_bmrs.evidence.importance import ImportanceEstimate, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import MultivariateChange
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, guide_values, model_at
-from pyro_bmrs.programs.sites import LatentSite, Selection, per_element
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.traces import guide_values, model_at
+from pyro_bmrs.programs.sites import LatentSite, Selection, check_estimable, per_element
 from pyro_bmrs.progress import bar
 
 
 class Asked(Protocol):
-    """What the average needs to know of model, guide and the sites asked about; `Latents` is one."""
+    """What the average needs of model, guide and sites. `Latents` has it."""
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
@@ -40,7 +40,7 @@ class Asked(Protocol):
     def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> GroupReduction: ...
 
 
-# Priors whose support is compared with the reduced prior's: they are of one type.
+# The priors at all draws are of one type: the support of so many is compared with that of the reduced prior.
 _CHECKED = 3
 
 
@@ -53,7 +53,7 @@ class Averaging:
 
     @cached_property
     def _draws(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Values of all latents of the guide, (draws, *site), and at each draw the priors that depend on some."""
+        """Values of all latents of the guide, (draws, *site); and at each draw the priors that depend on them."""
         latents = self.latents
         dependent = {name: site for name, site in latents.sites.items() if site.parents}
         values, priors = [], []
@@ -107,10 +107,8 @@ class Averaging:
 
     def _ratios(self, site: LatentSite) -> Tensor:
         """log p̃(θ) - log p(θ|ψ) at the draws themselves. Shape: (draws, *elements)."""
-        if isinstance(site.reduced_prior, dist.Delta):
-            raise ImportanceError("a point mass can't be estimated from draws, and has no closed form here")
         for prior in self._priors_of(site)[:_CHECKED]:
-            check_support(site.posterior, prior, site.reduced_prior)
+            check_estimable(site, prior)
         values = self._draws[0][site.name].double()
         return torch.stack(
             [
@@ -144,8 +142,7 @@ class Averaging:
 
         Shapes: (rows, n) → (rows, n), (rows, n, n).
         """
-        everything = torch.arange(len(block.loc), device=block.loc.device)
-        precision: Tensor = torch.linalg.inv(block.covariance(everything))
+        precision: Tensor = torch.linalg.inv(block.covariance(block.everything))
         covariance = torch.linalg.inv(precision[rows.unsqueeze(-1), rows.unsqueeze(-2)])
         for away in self._unconstrained(block) - block.loc:
             pull = (precision @ away)[rows].unsqueeze(-1)
@@ -163,7 +160,7 @@ class Averaging:
     # --- the reduced posterior -----------------------------------------------------------------------
 
     def reduced(self, chosen: Selection) -> tuple[dict[str, Tensor], Tensor]:
-        """Values and log-weights of joint draws whose chosen elements are drawn anew under their reduced priors."""
+        """Joint draws, their chosen elements drawn again under the reduced priors, and log-weights."""
         log_weights = self.together(chosen).log_weights
         values = dict(self._draws[0])
         for block, masks in self.latents.by_block(chosen):
@@ -182,14 +179,14 @@ class Averaging:
                 for prior in self._priors_of(site)
             ]
         except NotImplementedError:
-            return before  # weighted as they are
+            return before  # without a closed form the draws stay, and their weights tell
         anew = torch.stack([law.sample().expand(before.shape[1:]) for law in laws])
         where = mask.reshape(mask.shape + (1,) * (before.dim() - 1 - mask.dim()))
         return torch.where(where, anew.to(before.dtype), before)
 
     def _drawn_anew(self, block: JointNormalBlock, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         unconstrained = self._unconstrained(block)
-        with suppress(NotImplementedError):  # without a closed form they stay, weighted as they are
+        with suppress(NotImplementedError):  # without a closed form the draws stay, and their weights tell
             own = self.latents.group(masks, self._draws[1][0]).coordinates
             for row, found in zip(unconstrained, self._of_coordinates(block, masks), strict=True):
                 row[own] = found.loc + root_of(found.covariance) @ torch.randn_like(found.loc)
@@ -197,7 +194,7 @@ class Averaging:
 
 
 def root_of(covariance: Tensor) -> Tensor:
-    """A matrix whose product with its transpose is this one, which may have directions without variance."""
+    """A matrix R with R Rᵀ = covariance, which may be singular."""
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = vectors * values.clamp(min=0).sqrt()
     return root

@@ -1,10 +1,10 @@
-"""ΔF as a function of the reduced prior: which one do the data prefer?"""
+"""ΔF as a function of the reduced prior: which one the data prefer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.arguments import check
 from pyro_bmrs.evidence import log_evidence_change
 from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, by_themselves
-from pyro_bmrs.inference.guides import elementary, read_posterior
-from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.inference.blocks import JointNormalBlock
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.sites import LatentSite, elementary_law, group_of, per_element
 from pyro_bmrs.pruning.criteria import EvidenceCriterion
-from pyro_bmrs.pruning.layers import joined, joined_priors
-from pyro_bmrs.pruning.reduce import arguments_of
+from pyro_bmrs.pruning.layers import joined, prior_of
+from pyro_bmrs.pruning.reduce import arguments_of, posteriors_of
 
 
 def evidence_curve(
@@ -34,7 +33,7 @@ def evidence_curve(
     prior_log_odds: float | None = None,
     **parameter: Sequence[float] | Tensor,
 ) -> pd.DataFrame:
-    """The evidence for many values of one parameter of the reduced prior, each element's in one vectorised call.
+    """The evidence for many values of one parameter of the reduced prior, computed in one vectorised call.
 
     >>> import torch
     >>> from torch import nn
@@ -52,17 +51,17 @@ def evidence_curve(
         model, guide, model_args: as in `reduce`.
         criterion: `BMRS_N()` or `BMRS_U()`, for the structures of a network; or a mapping from sites of any Pyro
             program to functions that make a reduced prior of a tensor of values.
-        prior_log_odds: per structure or element; None: the criterion's own, 0 for a mapping. Or given as the
-            parameter below.
+        prior_log_odds: per structure or element. None: the criterion's own; 0 for a mapping. Several values make it
+            the parameter.
         parameter: one keyword with its values: a field of the criterion (scale, loc, bits, floor_bits),
             prior_log_odds, or, with a mapping, any name.
 
     Returns:
-        A row per value, in nats: the parameter, log_evidence_change (ΔF of reducing everything), reduced (how many
-        elements have ΔF + log-odds ≥ 0, each alone), chosen (ΔF of reducing those), mixture (the evidence, against the
-        full model, of the one in which each element is reduced with the prior probability π that the log-odds stand
-        for: Σ log((1 - π) + π e^ΔF) over independent elements, the sum over all combinations in a joint normal, NaN
-        where that has more than 12 elements). The value with the largest `mixture` is the one that the data prefer.
+        A row per value, in nats. Columns: the parameter; log_evidence_change (ΔF of reducing everything); reduced (how
+        many elements have ΔF + log-odds ≥ 0, each alone); chosen (ΔF of reducing those); mixture (log evidence, against
+        the full model, of a model that reduces each element with prior probability π = sigmoid(log-odds)). The mixture
+        is Σ log((1 - π) + π e^ΔF) over independent elements, and the sum over all combinations of elements in a joint
+        normal; it is NaN where that has more than 12 elements. The data prefer the value with the largest `mixture`.
 
     Raises:
         TypeError: unless there is exactly one parameter, or for a criterion without evidence.
@@ -87,34 +86,26 @@ def evidence_curve(
     log_odds = prior_log_odds
     if isinstance(criterion, EvidenceCriterion):
         log_odds = criterion.prior_log_odds if log_odds is None else log_odds
-        changes = _of_structures(model, guide, criterion, model_args, name, values)
-        parts: tuple[Tensor, list[_Joint]] = changes.expand(len(values), -1), []
+        alone = _of_structures(model, guide, criterion, model_args, name, values)
+        parts: list[_Independent | _Joint] = [_Independent(alone.expand(len(values), -1))]
     elif isinstance(criterion, Mapping):
         log_odds = 0.0 if log_odds is None else log_odds
         parts = _of_latents(model, guide, criterion, model_args, name, values)
     else:
         raise TypeError(f"criterion must be BMRS_N(), BMRS_U() or a mapping of sites: got {criterion!r}")
-    odds = values.unsqueeze(-1) if name == "prior_log_odds" else torch.tensor(log_odds, dtype=torch.float64)
-    independent, joint = parts
-    changes = torch.cat([independent, *(block.alone for block in joint)], -1)
-    better = changes + odds >= 0
-    whole, chosen = independent.sum(-1), torch.where(better, changes, 0.0)[:, : independent.shape[-1]].sum(-1)
-    # log(1 - π) = -softplus(odds), log π + ΔF = odds - softplus(odds) + ΔF
-    mixture = (softplus(independent + odds) - softplus(odds)).sum(-1)
-    start = independent.shape[-1]
-    for block in joint:
-        count = block.alone.shape[-1]
-        found = block.together(better[:, start : start + count], odds.expand(len(values), 1))
-        whole, chosen, mixture = (a + b for a, b in zip((whole, chosen, mixture), found, strict=True))
-        start += count
+    each = values if name == "prior_log_odds" else torch.full_like(values, log_odds)
+    rows = []
+    for part in parts:
+        odds = each.unsqueeze(-1).to(part.alone.device)
+        better = part.alone + odds >= 0
+        whole, chosen, mixture = part.together(better, odds)
+        rows.append((whole, better.sum(-1), chosen, mixture))
+    names = ("log_evidence_change", "reduced", "chosen", "mixture")
     columns = {
-        name: values,
-        "log_evidence_change": whole,
-        "reduced": better.sum(-1),
-        "chosen": chosen,
-        "mixture": mixture,
+        key: torch.stack(column).sum(0).cpu().numpy()
+        for key, column in zip(names, zip(*rows, strict=True), strict=True)
     }
-    return pd.DataFrame({key: column.expand(len(values)).cpu().numpy() for key, column in columns.items()})
+    return pd.DataFrame({name: values.numpy(), **columns})
 
 
 @torch.no_grad()
@@ -122,33 +113,19 @@ def _of_structures(
     model: Any, guide: Any, criterion: EvidenceCriterion, args: tuple[Any, ...], name: str, values: Tensor
 ) -> Tensor:
     """ΔF of each structure that the network has. Shape: (values or 1, structures)."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module to have structures: got {type(model).__name__}")
-    arguments = arguments_of(guide, args)
-    posteriors, priors = [], []
-    found = read_posterior(guide, *arguments)
-    for site, layer in noise_layers(model).items():
-        if site not in found:
-            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
-        q, p, kept = found[site], elementary(layer.prior()), layer.kept
-        assert isinstance(p, LogUniform | TruncatedLogNormal)
-        posteriors.append(cut_to(q, kept))
-        priors.append(cut_to(p, kept))
-    prior = joined_priors(priors, [q.batch_shape for q in posteriors])
+    check(
+        isinstance(model, nn.Module), "model", "a torch.nn.Module to have structures", type(model), TypeError
+    )
+    posteriors = [*posteriors_of(model, guide, arguments_of(guide, args)).values()]
+    layers = noise_layers(model).values()
+    prior = joined([prior_of(layer) for layer in layers], [q.batch_shape for q in posteriors])
     given = {}
     if name != "prior_log_odds":
         for value in values.tolist():
             _check_field(criterion, name, value)
         given[name] = values.to(prior.log_low.device).unsqueeze(-1)
-    return log_evidence_change(joined(posteriors), prior, criterion.reduced_prior(prior, **given))
-
-
-def cut_to(law: LogUniform | TruncatedLogNormal, kept: Tensor) -> Any:
-    """The law of the structures that are kept."""
-    names = (
-        ("log_low", "log_high") if isinstance(law, LogUniform) else ("loc", "scale", "log_low", "log_high")
-    )
-    return type(law)(*(getattr(law, name).expand(kept.shape)[kept] for name in names), validate_args=False)
+    change = log_evidence_change(joined(posteriors), prior, criterion.reduced_prior(prior, **given))
+    return change[..., torch.cat([layer.kept for layer in layers])]
 
 
 def _check_field(criterion: EvidenceCriterion, name: str, value: float) -> None:
@@ -160,12 +137,25 @@ def _check_field(criterion: EvidenceCriterion, name: str, value: float) -> None:
     replace(criterion, **{name: value})  # which checks it
 
 
-# Every combination of so many elements is summed over at each value.
+# Of up to so many elements in a joint normal, all combinations are summed at each value.
 _MOST_EXACT = 12
 
 
+@dataclass(frozen=True)
+class _Independent:
+    """Elements that are independent of each other; `alone` as in `_Joint`."""
+
+    alone: Tensor
+
+    def together(self, better: Tensor, odds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `_Joint`."""
+        # log(1 - π) = -softplus(odds), log π + ΔF = odds - softplus(odds) + ΔF
+        mixture = (softplus(self.alone + odds) - softplus(odds)).sum(-1)
+        return self.alone.sum(-1), torch.where(better, self.alone, 0.0).sum(-1), mixture
+
+
 class _Joint:
-    """Elements in one joint normal, which know of each other.
+    """Elements in one joint normal, whose ΔF depend on each other.
 
     Args:
         block: that joint normal.
@@ -177,7 +167,12 @@ class _Joint:
         self.block, self.groups, self.alone = block, groups, alone
 
     def together(self, better: Tensor, odds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ΔF of all, ΔF of those that are better reduced, and the mixture. Shapes: (values,)."""
+        """ΔF of all, ΔF of those that are better reduced, and the mixture. Shapes: (values,).
+
+        Args:
+            better: which elements are. Shape: (values, elements).
+            odds: prior log-odds. Shape: (values, 1).
+        """
         rows = [self._at(*given) for given in zip(self.groups, better, odds, strict=True)]
         whole, chosen, mixture = (torch.stack(column) for column in zip(*rows, strict=True))
         return whole, chosen, mixture
@@ -219,8 +214,8 @@ def _of_latents(
     args: tuple[Any, ...],
     name: str,
     values: Tensor,
-) -> tuple[Tensor, list[_Joint]]:
-    """ΔF of each independent element, (values, elements), and the elements of joint normals."""
+) -> list[_Independent | _Joint]:
+    """The elements of the sites, in parts that are independent of each other."""
     for key, make in criterion.items():
         if not callable(make):
             raise TypeError(f"criterion must map {key!r} to a function of values of {name}: got {make!r}")
@@ -239,16 +234,16 @@ def _of_latents(
             reduced = per_element(law, many + site.shape, site.event_dim, many + site.value_shape)
             change = log_evidence_change(site.posterior, site.prior, reduced)
             alone[site.name] = change.reshape(len(values), -1)[:, site.kept.flatten()]
-        independent, joint = [torch.zeros(len(values), 0, dtype=torch.float64)], []
+        parts: list[_Independent | _Joint] = []
         whole = {name: site.kept for name, site in latents.sites.items()}
         for block, masks in latents.by_block(whole):
             changes = torch.cat([alone[name] for name in masks], -1)
             if not isinstance(block, JointNormalBlock):
-                independent.append(changes)
+                parts.append(_Independent(changes))
                 continue
             groups = [
                 [group for name in masks for group in _groups_of(latents.sites[name], criterion[name](value))]
                 for value in values
             ]
-            joint.append(_Joint(block, groups, changes))
-    return torch.cat(independent, -1), joint
+            parts.append(_Joint(block, groups, changes))
+    return parts

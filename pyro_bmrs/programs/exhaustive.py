@@ -1,4 +1,4 @@
-"""Exhaustive search: every combination of groups from one posterior, and the posterior over these models."""
+"""Exhaustive search: ΔF of every combination of groups from one posterior, and the posterior over these models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import all_subsets
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
@@ -18,7 +19,7 @@ from pyro_bmrs.programs.space import Joint, LogOdds, Space, plan_of
 from pyro_bmrs.progress import bar
 
 MOST_GROUPS = 20
-# Madigan & Raftery (1994): models that much less probable than the best are discredited.
+# Madigan & Raftery (1994) discard models that are so many times less probable than the best.
 OCCAMS_RATIO = 20.0
 
 
@@ -53,7 +54,7 @@ class ModelPosterior:
         return int(self.log_probability.argmax())
 
     def reduction_probability(self) -> dict[str, float]:
-        """For each group the probability that it is reduced, over all models."""
+        """For each group the probability that it is reduced, summed over all models."""
         probability = self.probability
         models = torch.arange(len(probability), device=probability.device)
         return {
@@ -62,14 +63,13 @@ class ModelPosterior:
 
     def reduced(self, model: int) -> list[str]:
         """The groups that a model reduces."""
-        if not 0 <= model < len(self.log_evidence_change):
-            raise ValueError(f"model must be a number below {len(self.log_evidence_change)}: got {model}")
+        count = len(self.log_evidence_change)
+        check(0 <= model < count, "model", f"a number below {count}", model)
         return [name for k, name in enumerate(self.groups) if model >> k & 1]
 
     def table(self, count: int = 10) -> pd.DataFrame:
         """The most probable models: columns model, reduced, log_evidence_change (nats), probability."""
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"count must be a positive integer: got {count!r}")
+        check(is_whole(count, 1), "count", "a positive integer", count)
         top = self.log_probability.topk(min(count, len(self.log_evidence_change))).indices
         return self._rows(top)
 
@@ -84,17 +84,16 @@ class ModelPosterior:
         )
 
     def occams_window(self, ratio: float = OCCAMS_RATIO, *, simpler_first: bool = False) -> pd.DataFrame:
-        """The models no more than `ratio` times less probable than the best (Madigan & Raftery, 1994).
+        """The models that are at most `ratio` times less probable than the best (Madigan & Raftery, 1994).
 
         Args:
             ratio: above 1.
-            simpler_first: also leave out a model if one that reduces all it reduces, and more, is more probable.
+            simpler_first: also leave out a model if a more probable one reduces the same groups and more.
 
         Returns:
             As `table`, the most probable first.
         """
-        if not ratio > 1:
-            raise ValueError(f"ratio must be above 1: got {ratio!r}")
+        check(ratio > 1, "ratio", "above 1", ratio)
         log_probability = self.log_probability
         near = torch.nonzero(log_probability >= log_probability.max() - torch.tensor(ratio).log()).flatten()
         if simpler_first:
@@ -113,11 +112,11 @@ class ModelPosterior:
         In a network every layer keeps one structure, whatever the model says.
 
         Raises:
-            ValueError: for a model that there is none of.
+            ValueError: if there is no such model.
         """
-        names = self.reduced(self.best if model is None else model)
-        what = f"model {self.best if model is None else model} of {len(self.log_evidence_change)}"
-        return plan_of(self._space, names, what)
+        model = self.best if model is None else model
+        what = f"model {model} of {len(self.log_evidence_change)}"
+        return plan_of(self._space, self.reduced(model), what)
 
     def __str__(self) -> str:
         total = len(self.log_evidence_change)
@@ -153,7 +152,7 @@ def exhaustive_reduction(
     >>> found.reduced(found.best), round(float(found.probability.sum()), 6)
     (['a[0]'], 1.0)
 
-    Joint normal posteriors are reduced along a tree in which the models share their work: 2²⁰ models take seconds.
+    In joint normal posteriors the models share their work along a tree: 2²⁰ models take seconds.
 
     Args:
         model, guide, reduced_priors, model_args, groups, prior_log_odds, draws, seed: as in `greedy_reduction`.
@@ -186,7 +185,7 @@ def _sums(values: Tensor) -> Tensor:
 
 
 def _over_all(joint: Joint, count: int, advance: Callable[[int], None]) -> Tensor:
-    """ΔF in a joint normal of all 2ⁿ models, of which only some groups have a part in it."""
+    """ΔF of all 2ⁿ models in a joint normal, in which only some of the groups lie."""
     numbers = list(joint.groups)
     scale = 2 ** (count - len(numbers))
     own = all_subsets(

@@ -1,4 +1,4 @@
-"""Greedy search: reduce the group that raises the evidence most, and again, while any does."""
+"""Greedy search: reduce the group that raises the evidence most, and repeat while any does."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def greedy_reduction(
     >>> plan.steps.group.tolist(), plan.kept
     (['a[0]', 'a[1]'], {'a': [2]})
 
-    Where the posterior is a joint normal, reducing one element moves what is left, so that of two that can stand
-    in for each other one stays. A mean-field posterior knows of no such thing: there it is `reduce`.
+    In a joint normal posterior, reducing one element moves the others: of two that can replace each other, one stays.
+    In a mean-field posterior the result is that of `reduce`.
 
     Args:
         model, guide, reduced_priors, model_args, draws, seed: as in `reduce`.
@@ -81,13 +81,13 @@ def greedy_reduction(
 
 
 class _Room:
-    """How many elements of each site may still go: of a network's structures every layer keeps one."""
+    """How many elements of each site may still be reduced: every layer of a network keeps one structure."""
 
     def __init__(self, space: Space) -> None:
         floor = int(removes_structures(space.latents))
         sites = space.latents.sites
         self.left = {name: int(site.kept.sum()) - floor for name, site in sites.items()}
-        # what a fit has removed before takes no room
+        # what a fit has removed is not counted
         self._counts = [
             {name: int((mask & sites[name].kept).sum()) for name, mask in chosen.items()}
             for chosen in space.selections.values()

@@ -1,9 +1,8 @@
 """ΔF of any choice of elements of a Pyro model's latents, and the posterior that the choice leads to.
 
-An element is one entry of a site, or one event where the site's law is of events (a point on a simplex, a
-vector with a full covariance). Mean-field posteriors are read element by element; joint normals over their
-unconstrained values, where the priors are normal there too or the reduced prior is a point; everything else
-is estimated from draws.
+An element is one entry of a site, or one event (a point on a simplex, a vector with a full covariance). Mean-field
+posteriors are read element by element. Joint normals are read in their unconstrained values, where the priors are
+normal there too or the reduced prior is a point. Everything else is estimated from draws.
 """
 
 from __future__ import annotations
@@ -12,25 +11,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyro.distributions as dist
 import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, check_support, log_ratio
+from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
-from pyro_bmrs.inference.posteriors import (
-    Block,
-    JointNormalBlock,
-    check_arguments,
-    guide_values,
-    parents_of,
-    read_blocks,
-)
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.calls import check_arguments
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.traces import guide_values, parents_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.averaging import Averaging, root_of
@@ -42,7 +38,8 @@ from pyro_bmrs.programs.reduced_posterior import (
     SitePart,
     WeightedDraws,
 )
-from pyro_bmrs.programs.sites import LatentSite, Selection, group_of, latent_site
+from pyro_bmrs.programs.sites import LatentSite, Selection, check_estimable, group_of, latent_site
+from pyro_bmrs.pruning.reduce import arguments_of
 
 DependentPriors = Literal["raise", "average"]
 
@@ -64,10 +61,11 @@ def _estimated(found: ImportanceEstimate) -> Evidence:
 
 
 class Latents:
-    """A model's posterior with the priors and the reduced priors of the sites asked about.
+    """Posterior, priors and reduced priors of those latents of a model that are asked about.
 
     Args:
-        model, guide, args: the Pyro programs and what they are called with.
+        model, guide: the Pyro programs.
+        args: what both are called with; of an `AutoTruncatedLogNormal` none are needed.
         reduced_priors: by site: a distribution that broadcasts to the site, or a number or tensor: a point.
         dependent_priors: what to do where a prior depends on another latent: "raise", or "average" over
             joint draws of the guide.
@@ -94,22 +92,20 @@ class Latents:
             raise ValueError(
                 "criterion must name at least one site and its reduced prior: got an empty mapping"
             )
-        if dependent_priors not in ("raise", "average"):
-            raise ValueError(f"dependent_priors must be 'raise' or 'average': got {dependent_priors!r}")
-        if not isinstance(draws, int) or draws < 100:
-            raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer: got {seed!r}")
+        known = dependent_priors in get_args(DependentPriors)
+        check(known, "dependent_priors", "'raise' or 'average'", dependent_priors)
+        check(is_whole(draws, 100), "draws", "an integer of at least 100", draws)
+        check(isinstance(seed, int), "seed", "an integer", seed)
         for name, program in (("model", model), ("guide", guide)):
-            if not callable(program):
-                raise TypeError(f"{name} must be a Pyro program: got {type(program).__name__}")
+            check(callable(program), name, "a Pyro program", type(program), TypeError)
+        args = arguments_of(guide, args)
         check_arguments(model, args)
         self.model, self.guide, self.args, self.given = model, guide, args, dict(reduced_priors)
         self.draws, self.seed = draws, seed
         with self.looking():
             blocks = read_blocks(guide, *args, sites=tuple(reduced_priors))
             drawn = guide_values(guide, *args)
-            # what a noise layer's prior is, is known without running the network many times
+            # the prior of a noise layer depends on nothing: the network need not run many times
             layers = noise_layers(model) if isinstance(model, nn.Module) else {}
             self._example, parents = parents_of(
                 model,
@@ -130,7 +126,7 @@ class Latents:
                 self.sites[name] = latent_site(name, block, node, reduced, on, units)
 
     def looking(self, stream: int = 0) -> AbstractContextManager[None]:
-        """No trace is left. Other streams, other draws."""
+        """A context that leaves no trace. Each stream has its own random numbers."""
         return untouched(self.model, self.guide, seed=self.seed + stream)
 
     def _check_parents(
@@ -156,7 +152,7 @@ class Latents:
 
     @cached_property
     def elements(self) -> dict[str, Evidence]:
-        """ΔF of reducing each element alone, of the shape of the site's elements; 0 where a fit has removed it."""
+        """ΔF of reducing each element alone, of the shape of the site's elements; 0 for what a fit has removed."""
         return {name: self._of_elements(site) for name, site in self.sites.items()}
 
     def _of_elements(self, site: LatentSite) -> Evidence:
@@ -168,12 +164,8 @@ class Latents:
                     found = _exact(log_evidence_change(site.posterior, site.prior, site.reduced_prior))
                 except NotImplementedError:
                     found = _estimated(estimate_log_mean(self._ratios(site)))
-        return Evidence(
-            *(
-                torch.where(site.kept, part, filling)
-                for part, filling in zip(found, (0.0, 0.0, math.nan), strict=True)
-            )
-        )
+        nothing = _exact(torch.zeros_like(found.log_evidence_change))
+        return Evidence(*(torch.where(site.kept, *pair) for pair in zip(found, nothing, strict=True)))
 
     @cached_property
     def _averaging(self) -> Averaging:
@@ -196,11 +188,7 @@ class Latents:
 
     def _ratios(self, site: LatentSite) -> Tensor:
         """log p̃(θ) - log p(θ) at draws of the posterior. Shape: (draws, *elements)."""
-        if isinstance(site.reduced_prior, dist.Delta):
-            raise ImportanceError(
-                "a point mass can't be estimated from draws: beside others it has no closed form here"
-            )
-        check_support(site.posterior, site.prior, site.reduced_prior)
+        check_estimable(site, site.prior)
         return log_ratio(site.prior, site.reduced_prior, self._block_draws[id(site.block)][site.name])
 
     # --- of a choice of elements ------------------------------------------------------------------------
@@ -226,7 +214,7 @@ class Latents:
         )
 
     def chosen(self, selection: Selection) -> dict[str, Tensor]:
-        """A selection without what a fit has removed, and without sites of which nothing is chosen."""
+        """The selection without elements that a fit has removed, and without sites that have none left."""
         unknown = sorted(set(selection) - set(self.sites))
         if unknown:
             raise ValueError(f"selection must be of the sites {list(self.sites)}: got {unknown}")
@@ -234,7 +222,7 @@ class Latents:
         return {name: mask for name, mask in masks.items() if bool(mask.any())}
 
     def _averaged_apart(self, chosen: Selection) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What has to be averaged over joint draws, and the rest, which is independent of it.
+        """What has to be averaged over joint draws; and the rest, which is independent of it.
 
         Raises:
             NotImplementedError: where a site is chosen together with one that its prior depends on.
@@ -247,7 +235,7 @@ class Latents:
                     f"{name!r} can't be reduced together with {parents}, which its prior depends on: "
                     "reduce one, then fit again"
                 )
-        # what shares a joint normal with one of them, or with what its prior depends on, moves with it
+        # these depend on each other: sites in a joint normal with one of them, or with a parent of one
         moving = {*dependent, *(parent for name in dependent for parent in self.sites[name].parents)}
         averaged = {name: mask for name, mask in chosen.items() if moving & set(self.sites[name].block.sites)}
         return averaged, {name: mask for name, mask in chosen.items() if name not in averaged}
@@ -298,7 +286,7 @@ class Latents:
     def reduced_posterior(self, selection: Selection) -> ReducedPosterior:
         """The posterior of the model in which all chosen elements are reduced, as a guide."""
         averaged, others = self._averaged_apart(self.chosen(selection))
-        with self.looking(stream=1):  # other random numbers than the joint draws were made of
+        with self.looking(stream=1):  # not the random numbers of the joint draws
             parts = [self._reduced_block(block, masks) for block, masks in self.by_block(others)]
             if averaged:
                 values, log_weights = self._averaging.reduced(averaged)
@@ -320,7 +308,7 @@ class Latents:
         own = group.coordinates
         covariance = block.covariance(own)
         found = group.change(block.loc[own], covariance)
-        across = block.covariance(torch.arange(len(block.loc), device=block.loc.device), own)
+        across = block.covariance(block.everything, own)
         regression: Tensor = torch.linalg.solve(covariance, across.mT).mT
         kinds = {name: self._kind_of(name) for name in block.sites}
         return JointPart(block, own, regression, found.loc, root_of(found.covariance), kinds)
@@ -337,15 +325,14 @@ class Latents:
         except NotImplementedError:
             drawn = self._block_draws[id(site.block)][site.name]
             weights = estimate_log_mean(self._ratios(site)).log_weights
-            elements = len(site.shape)  # behind which Pyro wants the draws
+            elements = len(site.shape)  # Pyro wants the draws behind them
             after = dist.Empirical(drawn.movedim(0, elements), weights.movedim(0, -1), validate_args=False)
         law: Any = after if bool(mask.all()) else dist.MaskedMixture(mask, before, after, validate_args=False)
-        missing = site.value_dims - len(law.event_shape)
+        kind = self._kind_of(site.name)
+        missing = kind.event_dim - len(law.event_shape)
         whole = law.to_event(missing) if missing > 0 else law
-        real = site.dtype if site.dtype.is_floating_point else torch.float64
-        return SitePart(
-            site.name, with_tensors(whole, lambda tensor: tensor.to(real)), self._kind_of(site.name)
-        )
+        real = kind.dtype if kind.dtype.is_floating_point else torch.float64
+        return SitePart(site.name, with_tensors(whole, lambda tensor: tensor.to(real)), kind)
 
     def _weighted(self, values: Mapping[str, Tensor], log_weights: Tensor) -> WeightedDraws:
         kinds = {name: self._kind_of(name) for name in values if name in self._example.nodes}
@@ -360,7 +347,7 @@ def _worst(khat: Tensor) -> Tensor:
 
 @contextmanager
 def _naming(site: str) -> Iterator[None]:
-    """Errors of what is done inside say of which site they speak."""
+    """Errors from inside name the site."""
     try:
         yield
     except (ImportanceError, ValueError) as error:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _ByReducedPriors(Plan):
-    """What plans by given reduced priors have beside the table.
+    """What plans by reduced priors have beside the table.
 
     Attributes:
         sites: ΔF of reducing all of a site at once: columns site, elements, log_evidence_change, standard_error
@@ -38,8 +38,8 @@ class _ByReducedPriors(Plan):
     def joint_evidence(self) -> Evidence:
         """ΔF in nats of reducing at once all that is removed by its own evidence, with standard error and k̂.
 
-        What is removed only along with other structures (`InputSelection`) is not counted: θ = 0 of those says it
-        all. Where the posterior is a joint normal this is not the sum of the single elements' ΔF.
+        Structures that are removed only because others around them are (`InputSelection`) are not counted. In a joint
+        normal posterior this is not the sum of the single elements' ΔF.
 
         Raises:
             ValueError: for a plan that was loaded or unpickled, which knows no reduced priors.
@@ -48,7 +48,7 @@ class _ByReducedPriors(Plan):
         return latents.change(self._chosen(latents))
 
     def reduced_posterior(self) -> ReducedPosterior:
-        """The posterior of the reduced model as a guide, so that it predicts without fitting again.
+        """The posterior of the reduced model, as a guide. It predicts without a new fit.
 
         >>> predictive = pyro.infer.Predictive(model, guide=plan.reduced_posterior(), num_samples=100)  # doctest: +SKIP
 
@@ -109,13 +109,13 @@ class ProgramPlan(_ByReducedPriors):
         return self.reducing(self.table.score >= threshold, rule=rule)
 
     def reducing(self, chosen: Any, **changes: Any) -> Self:
-        """The plan that reduces what is chosen, by row, and what was reduced before."""
+        """The plan that reduces the chosen rows, and what was reduced before."""
         return replace(self, table=self.table.assign(removed=chosen | self.table.removed_in_fit), **changes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StructuresByPriors(_ByReducedPriors, NetworkPlan):
-    """A network's plan by reduced priors that were given, all of which say that θ is as good as 0.
+    """A network's plan by reduced priors, all of which put θ so near 0 that structures can be removed.
 
     It is a `NetworkPlan`, and has the evidence and the reduced posterior of a `ProgramPlan`.
     """
@@ -134,7 +134,7 @@ class StructuresByPriors(_ByReducedPriors, NetworkPlan):
 
 
 def _evidence_lines(table: pd.DataFrame, what: str) -> list[str]:
-    """ΔF of all of a site or a group, with what is known of its error."""
+    """A line for each site or group: its ΔF, and the standard error if it was estimated."""
     lines = []
     for name, change, error in zip(table[what], table.log_evidence_change, table.standard_error, strict=True):
         give_or_take = f" ± {error:.2g}" if error else ""
@@ -143,7 +143,7 @@ def _evidence_lines(table: pd.DataFrame, what: str) -> list[str]:
 
 
 def _records(table: pd.DataFrame | None) -> list[dict[str, Any]] | None:
-    """A table of evidence for JSON, which knows no NaN and no infinity: k̂ as text."""
+    """A table of evidence for JSON. Its k̂ is text, as JSON has no NaN."""
     if table is None:
         return None
     rows: list[dict[Any, Any]] = table.to_dict("records")

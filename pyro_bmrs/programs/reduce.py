@@ -19,15 +19,14 @@ from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduction import (
     Groups,
     check_log_odds,
-    evidence_of_groups,
-    evidence_of_sites,
+    evidence_tables,
     reduce_latents,
     selections,
 )
 from pyro_bmrs.programs.sites import elementary_law
 from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
 from pyro_bmrs.pruning.network_plan import NetworkPlan
-from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of, reduce_structures
+from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.pruning.scoring import Criterion
 
 
@@ -60,11 +59,11 @@ def reduce(
     >>> plan.apply()[0]
     Linear(in_features=4, out_features=4, bias=True)
 
-    A structure is removed where its score is ≥ 0, or if it was removed during the fit; removal is never
-    undone. A layer whose structures would all go keeps the `min_kept` with the lowest scores.
+    A structure is removed where its score is ≥ 0, or if the fit has removed it; removal is never undone. Every layer
+    keeps at least `min_kept` structures, those with the lowest scores.
 
-    With a mapping of sites to reduced priors it asks the same of any Pyro program: would the model have more
-    evidence with this prior instead?
+    With a mapping of sites to reduced priors it asks of any Pyro program: would the model have more evidence with
+    this prior instead?
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -77,34 +76,33 @@ def reduce(
     >>> bmrs.reduce(coins, guide, {"bias": 0.0}, heads).table.log_evidence_change.round(2).tolist()
     [0.89, -11.58]
 
-    ΔF is given per element of a site (`table`), per site (`sites`) and jointly for groups of elements (`groups`);
-    `reduced_posterior()` is a guide that predicts from the reduced model. Closed forms are used where there
-    are any, and draws of the guide where not, with a standard error and k̂: see docs/evidence.md.
+    The plan has ΔF of each element (`table`), of each site (`sites`) and of groups of elements (`groups`).
+    `reduced_posterior()` is a guide that predicts from the reduced model. ΔF has a closed form for most laws; elsewhere
+    it is estimated from draws of the guide, with a standard error and k̂: see docs/evidence.md.
 
     Args:
         model: a Pyro model with noise layers; with a mapping any Pyro model.
         guide: its mean-field guide; with a mapping also one with a joint normal, such as AutoMultivariateNormal.
-        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …: any function from layers to scores. Or a mapping from sites
+        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …, or any function from layers to scores. Or a mapping from sites
             of the model to their reduced priors: distributions that broadcast to the site, or numbers and
             tensors, which are points.
-        model_args: arguments to call model and guide with, where the guide is not an
-            `AutoTruncatedLogNormal` that remembers its first batch.
+        model_args: what model and guide are called with. An `AutoTruncatedLogNormal` remembers its first batch, and
+            needs none.
         min_kept: structures that every layer of a network keeps, at least 1.
-        round_to: keep so many more structures, those with the lowest scores, that the channels of each layer
-            are a multiple of this number, such as 8, where the layer had as many: odd widths run slowly on
-            much hardware. None keeps no more.
-        kl_weight: of the fit, to be named wherever a ΔF is shown; default what `fit` noted in the guide.
-        prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats; a criterion
+        round_to: keep more structures, those with the lowest scores, until the channels of each layer are a multiple
+            of this number, such as 8: other widths run slowly on much hardware. None keeps no more.
+        kl_weight: of the fit, shown beside each ΔF; default what `fit` noted in the guide.
+        prior_log_odds: with a mapping, log p(reduced)/p(full) of each element before seeing data, in nats. A criterion
             has its own.
-        groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}, where
-            elements are numbers (of a network those of the original one), a slice, a bool tensor, or ... for all.
+        groups: with a mapping, named sets of elements to be reduced together, as {"name": {site: elements}}. Elements
+            are numbers (in a network those of the original one), a slice, a bool tensor, or ... for all.
         dependent_priors: with a mapping, what to do where a site's prior depends on another latent: "raise", or
             "average" over joint draws of the guide.
-        draws, seed: with a mapping, of the posterior where ΔF has no closed form.
+        draws, seed: with a mapping, number and seed of posterior draws, used only where ΔF has no closed form.
 
     Returns:
-        The plan. With a mapping, `apply()` makes a smaller network of it where all sites are noise layers' and each
-        reduced prior has 99 % of its mass at θ ≤ 2⁻⁴, so that what is reduced is as good as removed.
+        The plan. With a mapping, `apply()` makes a smaller network if all sites belong to noise layers and each
+        reduced prior has 99 % of its mass at θ ≤ 2⁻⁴: such structures can be removed.
 
     Raises:
         NonFiniteScoreError, NonFiniteEvidenceError: naming the layer and the structures whose score is NaN or infinite.
@@ -118,8 +116,6 @@ def reduce(
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     good = kl_weight is None or (is_number(kl_weight) and kl_weight >= 0)
     check(good, "kl_weight", "finite and not negative, or None", kl_weight)
-    arguments = arguments_of(guide, model_args)
-    weight = kl_weight if kl_weight is not None else kl_weight_of(guide)
     if not isinstance(criterion, Mapping):
         if groups is not None or prior_log_odds or dependent_priors != "raise":
             raise ValueError(
@@ -127,18 +123,20 @@ def reduce(
                 f"them with {text_of(criterion)}"
             )
         return reduce_structures(
-            model, guide, criterion, arguments, min_kept=min_kept, round_to=round_to, kl_weight=weight
+            model, guide, criterion, model_args, min_kept=min_kept, round_to=round_to, kl_weight=kl_weight
         )
     log_odds = check_log_odds(prior_log_odds)
     latents = Latents(
-        model, guide, criterion, arguments, dependent_priors=dependent_priors, draws=draws, seed=seed
+        model, guide, criterion, model_args, dependent_priors=dependent_priors, draws=draws, seed=seed
     )
     if not removes_structures(latents) and (min_kept != 1 or round_to is not None):
         raise ValueError(
             "min_kept and round_to are for structures of a network: got "
             f"{min_kept} and {round_to} for {list(criterion)}"
         )
-    return reduce_by_priors(latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=weight)
+    return reduce_by_priors(
+        latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=kl_weight
+    )
 
 
 def reduce_by_priors(
@@ -148,9 +146,9 @@ def reduce_by_priors(
     *,
     min_kept: int = 1,
     round_to: int | None = None,
-    kl_weight: float,
+    kl_weight: float | None = None,
 ) -> ProgramPlan | StructuresByPriors:
-    """The plan that reduced priors lead to; of structures of a network where they say that θ is as good as 0."""
+    """The plan by reduced priors. It removes structures of a network if all of them put θ near 0."""
     if not removes_structures(latents):
         return reduce_latents(latents, groups=groups, prior_log_odds=log_odds, kl_weight=kl_weight)
     chosen = selections(latents, groups)
@@ -160,21 +158,15 @@ def reduce_by_priors(
         min_kept=min_kept, round_to=round_to, kl_weight=kl_weight,
     )  # fmt: skip
     parts = {entry.name: getattr(plan, entry.name) for entry in fields(plan)}
-    whole = StructuresByPriors(
-        **parts,
-        sites=evidence_of_sites(latents),
-        groups=evidence_of_groups(latents, chosen),
-        _latents=latents,
-    )
-    return whole.at(0.0)
+    return StructuresByPriors(**parts, **evidence_tables(latents, chosen), _latents=latents).at(0.0)
 
 
-# Of a reduced prior that removes structures so much lies where θ is lost at so many bits: the paper's largest interval.
+# A reduced prior removes structures if it has this share of its mass below 2^-bits, the paper's largest interval.
 _REMOVED_SHARE, _REMOVED_BITS = 0.99, 4
 
 
 def removes_structures(latents: Latents) -> bool:
-    """Whether all sites are noise layers' and their reduced priors say that θ is as good as 0."""
+    """Whether all sites belong to noise layers, and their reduced priors put θ near 0."""
     layers = noise_layers(latents.model) if isinstance(latents.model, nn.Module) else {}
 
     def as_good_as_zero(law: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The posterior of a reduced model, as a guide to predict with."""
+"""The posterior of a reduced model, as a guide that predicts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.inference.posteriors import JointNormalBlock, guide_values
+from pyro_bmrs.inference.blocks import JointNormalBlock
+from pyro_bmrs.inference.traces import guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
 
 
 class SiteKind(NamedTuple):
-    """Of a site of the model: the dtype and event dimensions of its values, and the plates it is in."""
+    """The values of a site of the model: their dtype and event dimensions, and the plates they lie in."""
 
     dtype: torch.dtype
     event_dim: int
@@ -45,7 +45,7 @@ class _Plates:
 
 @dataclass(frozen=True)
 class SitePart:
-    """A site whose reduced posterior is a distribution of its own, in the dtype of its values."""
+    """A site whose reduced posterior is independent of all others, in the dtype of its values."""
 
     site: str
     distribution: Distribution
@@ -63,10 +63,10 @@ class SitePart:
 
 @dataclass(frozen=True)
 class JointPart:
-    """Sites of a joint normal of which some coordinates are reduced, and the others follow.
+    """Sites of a joint normal. Some coordinates are reduced, and the others move with them.
 
-    A draw x of the posterior becomes x + K (x̃ - x_g), with x̃ a draw of the reduced coordinates g under the reduced
-    posterior and K = Σ_·g Σ_gg⁻¹ (Matheron's rule): no covariance of all coordinates is needed.
+    A draw x of the posterior becomes x + K (x̃ - x_g), where x̃ is a draw of the reduced coordinates g under the reduced
+    posterior and K = Σ_·g Σ_gg⁻¹ (Matheron's rule). No covariance of all coordinates is needed.
 
     Attributes:
         block: the posterior that was reduced.
@@ -112,7 +112,7 @@ class JointPart:
 
 @dataclass(frozen=True)
 class WeightedDraws:
-    """Joint draws of several sites, each as likely as its weight.
+    """Joint draws of several sites, each with the probability of its weight.
 
     Attributes:
         draws: Shape of each: (draws, *site).
@@ -143,7 +143,7 @@ def _at(site: str, values: Tensor, batch: torch.Size, kind: SiteKind, plates: _P
 
     Args:
         values: Shape: (draws, *site).
-        batch: of the draws, where plates outside of the model ask for several: it ends in a dimension of size 1
+        batch: shape of the draws, where plates outside of the model ask for several. It ends in a dimension of size 1
             for each of the model's own plates.
     """
     shape = values.shape[1:]
@@ -168,7 +168,7 @@ class ReducedPosterior:
 
     >>> predictive = pyro.infer.Predictive(model, guide=plan.reduced_posterior(), num_samples=100)  # doctest: +SKIP
 
-    Call it where the guide is called. Sites that were not asked about are drawn from the guide itself.
+    Call it as the guide is called. It draws sites that were not asked about from the guide itself.
     """
 
     def __init__(self, guide: Callable[..., Any], parts: Sequence[Part], sites: Collection[str]) -> None:
@@ -176,22 +176,20 @@ class ReducedPosterior:
         own = {name for part in self.parts for name in part.sites}
         self._asks_guide = not set(sites) <= own
         frames = (frame.name for part in self.parts for kind in _kinds(part) for frame in kind.frames)
-        self._hidden = sorted(own | set(frames))  # a plate that is made here is made once
+        self._hidden = sorted(own | set(frames))  # plates that are made here must not be made twice
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         if self._asks_guide:
             seen = poutine.block(self.guide, hide=self._hidden)
-            for name, node in poutine.trace(seen).get_trace(*args, **kwargs).iter_stochastic_nodes():
-                if not node["infer"].get("is_auxiliary") and not site_is_subsample(node):
-                    values[name] = node["value"]
+            values = {name: node["value"] for name, node in latents(seen, *args, **kwargs).items()}
         plates = _Plates()
         for part in self.parts:
             values |= part.sample(plates)
         return values
 
     def draw(self, draws: int, *args: Any, seed: int = 0) -> dict[str, Tensor]:
-        """Values of all latents, and no trace left. Shape of each: (draws, *site).
+        """Values of all latents; no trace is left. Shape of each: (draws, *site).
 
         Args:
             args: what the guide is called with.

@@ -17,6 +17,7 @@ from pyro_bmrs.programs.plan import ProgramPlan
 from pyro_bmrs.programs.sites import LatentSite, Selection
 from pyro_bmrs.pruning.criteria import reduced_priors_text
 from pyro_bmrs.pruning.plan import COLUMNS, ESTIMATE_COLUMNS
+from pyro_bmrs.pruning.reduce import kl_weight_of
 from pyro_bmrs.pruning.rule import Rule
 
 # Of a site, the elements of a group: a number, several, a slice, a bool tensor of its shape, or ... for all.
@@ -25,14 +26,15 @@ Groups = Mapping[str, Mapping[str, Elements]]
 
 
 class NonFiniteEvidenceError(ArithmeticError):
-    """ΔF of an element is NaN or infinite, so nothing can be said about it."""
+    """ΔF of an element is NaN or infinite: nothing can be decided about it."""
 
 
 def reduce_latents(
-    latents: Latents, *, groups: Groups | None, prior_log_odds: float, kl_weight: float
+    latents: Latents, *, groups: Groups | None, prior_log_odds: float, kl_weight: float | None
 ) -> ProgramPlan:
-    """ΔF per element, per site and per group of what `latents` asks about; reduced where ΔF + log-odds is ≥ 0."""
+    """The plan that reduces each element with ΔF + log-odds ≥ 0; with ΔF of each site and each group."""
     chosen = selections(latents, groups)
+    kl_weight = kl_weight_of(latents.guide, kl_weight)
     frames = [
         _rows(site, latents.elements[name], prior_log_odds, kl_weight, latents.draws)
         for name, site in latents.sites.items()
@@ -43,37 +45,25 @@ def reduce_latents(
             criterion=reduced_priors_text(latents.sites), prior_log_odds=prior_log_odds, min_kept=0,
             kl_weight=kl_weight,
         ),
-        sites=evidence_of_sites(latents),
-        groups=evidence_of_groups(latents, chosen),
+        **evidence_tables(latents, chosen),
         _latents=latents,
     )  # fmt: skip
     return undecided.at(0.0)
 
 
-def evidence_of_sites(latents: Latents) -> pd.DataFrame:
-    """The table `sites` of a plan."""
-    return _evidence_table(latents, {name: {name: site.kept} for name, site in latents.sites.items()}, "site")
+def evidence_tables(latents: Latents, groups: Mapping[str, Selection]) -> dict[str, Any]:
+    """The tables `sites` and `groups` of a plan; the second is None where there are no groups."""
 
+    def table(kind: str, selections: Mapping[str, Selection]) -> pd.DataFrame:
+        rows = []
+        for name, selection in selections.items():
+            elements = sum(int(mask.sum()) for mask in selection.values())
+            evidence = {part: float(value) for part, value in latents.change(selection)._asdict().items()}
+            rows.append({kind: name, "elements": elements, **evidence})
+        return pd.DataFrame(rows)
 
-def evidence_of_groups(latents: Latents, groups: Mapping[str, Selection]) -> pd.DataFrame | None:
-    """The table `groups` of a plan."""
-    return _evidence_table(latents, groups, "group") if groups else None
-
-
-def _evidence_table(latents: Latents, selections: Mapping[str, Selection], kind: str) -> pd.DataFrame:
-    rows = []
-    for name, selection in selections.items():
-        found = latents.change(selection)
-        rows.append(
-            {
-                kind: name,
-                "elements": sum(int(mask.sum()) for mask in selection.values()),
-                "log_evidence_change": float(found.log_evidence_change),
-                "standard_error": float(found.standard_error),
-                "khat": float(found.khat),
-            }
-        )
-    return pd.DataFrame(rows)
+    sites = table("site", {name: {name: site.kept} for name, site in latents.sites.items()})
+    return {"sites": sites, "groups": table("group", groups) if groups else None}
 
 
 def _rows(
@@ -108,23 +98,25 @@ def _rows(
 
 
 def _parameters(site: LatentSite) -> tuple[Tensor, Tensor]:
-    """Location and scale of each element's posterior, before any transformation; NaN where it has none."""
+    """Location and scale of each element's posterior, before any transformation; NaN for laws without them."""
     law: Any = site.posterior
     while isinstance(law, TransformedDistribution):
         law = law.base_dist
-    missing = torch.full(site.shape, math.nan, dtype=torch.float64)
-    found = []
-    for name in ("loc", "scale"):
-        value = getattr(law, name, None)
-        found.append(value if isinstance(value, Tensor) and value.shape == site.shape else missing)
-    return found[0], found[1]
+    loc, scale = (getattr(law, name, None) for name in ("loc", "scale"))
+    return _of_elements(site, loc), _of_elements(site, scale)
+
+
+def _of_elements(site: LatentSite, values: object) -> Tensor:
+    """Values that have an entry for each element; NaN for others."""
+    if isinstance(values, Tensor) and values.shape == site.shape:
+        return values
+    return torch.full(site.shape, math.nan, dtype=torch.float64)
 
 
 def _moments(site: LatentSite, draws: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each element, from draws where there is no formula; NaN for events."""
     if site.event_dim:
-        missing = torch.full(site.shape, math.nan, dtype=torch.float64)
-        return missing, missing
+        return _of_elements(site, None), _of_elements(site, None)
     try:
         return site.posterior.mean, site.posterior.variance.sqrt()
     except (NotImplementedError, AttributeError):
@@ -141,9 +133,10 @@ def selections(latents: Latents, groups: Groups | None) -> dict[str, Selection]:
         ValueError, TypeError: naming the group, the site and what is allowed.
     """
     chosen: dict[str, Selection] = {}
-    if groups is not None and not isinstance(groups, Mapping):
+    groups = {} if groups is None else groups
+    if not isinstance(groups, Mapping):
         raise TypeError(f"groups must map names to {{site: elements}}: got {groups!r}")
-    for group, members in (groups or {}).items():
+    for group, members in groups.items():
         if not isinstance(members, Mapping) or not members:
             raise TypeError(
                 f"groups must map {group!r} to a mapping of sites to elements, such as {{'weights': [0, 1]}}: got "

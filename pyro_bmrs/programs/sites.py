@@ -1,4 +1,4 @@
-"""The sites of a Pyro model that evidence is asked about: posterior, prior and reduced prior of their elements."""
+"""The sites of a Pyro model whose evidence is asked for: posterior, prior and reduced prior of their elements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
+from pyro_bmrs.evidence import ImportanceError
+from pyro_bmrs.evidence.importance import check_support
 from pyro_bmrs.evidence.joint_normal import GroupReduction
 from pyro_bmrs.evidence.normal import normal_of_vectors
 from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
-from pyro_bmrs.inference.guides import elementary, mask_of
-from pyro_bmrs.inference.posteriors import Block, JointNormalBlock, on_support
+from pyro_bmrs.inference.blocks import Block, JointNormalBlock
+from pyro_bmrs.inference.posteriors import on_support
+from pyro_bmrs.inference.traces import elementary, mask_of
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 
@@ -28,37 +31,35 @@ class LatentSite:
     Attributes:
         name: of the site.
         block: the part of the posterior that it belongs to.
-        shape: of its elements.
+        value_shape: of the whole site.
         event_dim: of an element.
-        value_dims: event dimensions of the whole site in the model.
-        dtype: of its values.
         prior, reduced_prior: of the elements, batch shape `shape`, float64.
         kept: False for elements that a fit has removed, or the model masks out. Shape: `shape`.
         parents: the latents that the prior depends on.
-        value_shape: of the whole site.
-        units: the numbers of the elements, in a network those of the original one. Shape: (elements,).
+        units: the numbers of the elements; in a network those of the original one. Shape: (elements,).
     """
 
     name: str
     block: Block
-    shape: torch.Size
+    value_shape: torch.Size
     event_dim: int
-    value_dims: int
-    dtype: torch.dtype
     prior: Any
     reduced_prior: Any
     kept: Tensor
     parents: tuple[str, ...]
-    value_shape: torch.Size
     units: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of its elements."""
+        return self.kept.shape
 
     @cached_property
     def coordinates(self) -> Tensor:
-        """Of each element in the joint normal. Shape: (elements, coordinates of one)."""
+        """The numbers of each element's coordinates in the joint normal. Shape: (elements, coordinates of one)."""
         assert isinstance(self.block, JointNormalBlock)
         at = self.block.layout[self.name]
-        device = self.block.loc.device
-        return torch.arange(at.start, at.start + at.size, device=device).reshape(self.shape.numel(), -1)
+        return at.of(self.block.everything).reshape(self.shape.numel(), -1)
 
     def law(self, loc: Tensor, covariance: Tensor) -> Any:
         """The distribution of the elements where they are normals of unconstrained values.
@@ -108,28 +109,34 @@ def latent_site(
             f"{reduced} of shape {tuple(reduced.batch_shape + reduced.event_shape)} ({error})"
         ) from None
     kept = torch.ones(shape, dtype=torch.bool, device=value.device)
-    # what a fit has removed, what the model's prior hides, what poutine.mask hides
+    # three ways to leave elements out: a fit removed them, the prior masks them, poutine.mask masks them
     for mask in (getattr(block, "kept", None), mask_of(node["fn"]), node["mask"]):
         if mask is not None:
             kept = kept & torch.as_tensor(mask, device=kept.device).expand(shape)
     return LatentSite(
         name=name,
         block=block,
-        shape=shape,
+        value_shape=value.shape,
         event_dim=event_dim,
-        value_dims=len(node["fn"].event_shape),
-        dtype=value.dtype,
         prior=per_element(prior, shape, event_dim, value.shape),
         reduced_prior=fitted,
         kept=kept,
         parents=parents,
-        value_shape=value.shape,
         units=torch.arange(shape.numel(), device=value.device) if units is None else units,
     )
 
 
+def check_estimable(site: LatentSite, prior: Any) -> None:
+    """Raise ImportanceError unless draws of the posterior can tell of the reduced prior."""
+    if isinstance(site.reduced_prior, dist.Delta):
+        raise ImportanceError(
+            "a point mass can't be estimated from draws: beside others it has no closed form here"
+        )
+    check_support(site.posterior, prior, site.reduced_prior)
+
+
 def elementary_law(name: str, given: Any, device: torch.device | None = None) -> Any:
-    """A reduced prior as a distribution of single elements; numbers and tensors are points."""
+    """A reduced prior as a distribution of single elements. Numbers and tensors are points."""
     if isinstance(given, int | float | Tensor) and not isinstance(given, bool):
         at = torch.as_tensor(given, dtype=torch.float64, device=device)
         if not bool(torch.isfinite(at).all()):
@@ -150,7 +157,7 @@ def elementary_law(name: str, given: Any, device: torch.device | None = None) ->
 
 
 def per_element(law: Any, shape: torch.Size, event_dim: int, value_shape: torch.Size | None = None) -> Any:
-    """A distribution as one of elements: batch shape `shape`, `event_dim` event dimensions, float64."""
+    """A distribution of elements: batch shape `shape`, `event_dim` event dimensions, float64."""
     law = fixed(elementary(law))
     if value_shape is not None and isinstance(law, dist.Delta):
         return dist.Delta(law.v.expand(value_shape), event_dim=event_dim, validate_args=False)
@@ -191,7 +198,7 @@ def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
     width = coordinates.shape[1]
 
     def normal(law: Any) -> tuple[Tensor, Tensor] | None:
-        """Mean and factor of the covariance of what a law is of unconstrained values, where that is normal."""
+        """Mean and covariance factor of the unconstrained values, where these are normal under `law`."""
         found = _unconstrained_normal(law, transform, width)
         if found is None:
             return None
@@ -207,7 +214,7 @@ def group_of(site: LatentSite, mask: Tensor, prior: Any) -> GroupReduction:
         return GroupReduction(coordinates.flatten(), loc, factor, prior_loc, prior_factor @ prior_factor.mT)
     if not isinstance(site.reduced_prior, dist.Delta):
         raise NotImplementedError(f"the prior of {site.name!r} is not normal where its posterior is")
-    # at a point the Jacobian of the transformation turns the prior's density into that of unconstrained values
+    # the Jacobian turns the prior's density at the point into the density of the unconstrained value
     value = site.reduced_prior.v
     jacobian = transform.inv.log_abs_det_jacobian(value, transform.inv(value))  # type: ignore[no-untyped-call]
     density = prior.log_prob(value) - jacobian.reshape(*site.shape, -1).sum(-1)

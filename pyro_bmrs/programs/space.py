@@ -1,4 +1,4 @@
-"""The groups of latents that a search may reduce, and the plan of those that it has chosen."""
+"""The groups of latents that a search may reduce, and the plan of those it has chosen."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.evidence.joint_normal import GroupReduction, by_themselves
-from pyro_bmrs.inference.posteriors import JointNormalBlock
+from pyro_bmrs.inference.blocks import JointNormalBlock
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduce import reduce_by_priors
 from pyro_bmrs.programs.reduction import Groups, check_log_odds, selections
 from pyro_bmrs.programs.sites import Selection
-from pyro_bmrs.pruning.reduce import arguments_of, kl_weight_of
 
 LogOdds = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Joint:
-    """A joint normal and what each group has in it; coordinates of no group are left out."""
+    """A joint normal, and the coordinates of each group in it. Coordinates of no group are left out."""
 
     loc: Tensor
     covariance: Tensor
@@ -32,7 +31,7 @@ class Joint:
 
 
 class Space:
-    """The groups that may be reduced, and all that ΔF of any combination needs."""
+    """The groups that may be reduced, and what ΔF of any combination of them needs."""
 
     def __init__(self, latents: Latents, groups: Groups | None, prior_log_odds: LogOdds) -> None:
         self.latents = latents
@@ -71,10 +70,9 @@ class Space:
         seed: int,
     ) -> Space:
         """The groups of a model's latents: arguments as in `reduce`."""
-        arguments = arguments_of(guide, model_args)
-        # sites whose priors depend on other latents are refused here, in words that say what to do instead
+        # "average", since the constructor refuses dependent priors itself and says what to do instead
         latents = Latents(
-            model, guide, reduced_priors, arguments, dependent_priors="average", draws=draws, seed=seed
+            model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
         )
         return cls(latents, groups, prior_log_odds)
 
@@ -123,13 +121,13 @@ def _log_odds_of(name: str, given: LogOdds) -> float:
 
 
 def plan_of(space: Space, names: Sequence[str], what: str) -> ProgramPlan | StructuresByPriors:
-    """The plan that reduces the named groups and what goes along; of a network every layer keeps one.
+    """The plan that reduces the named groups. In a network every layer keeps one structure.
 
-    A score in its table is the element's ΔF alone and the prior log-odds of its group. It did not decide: the groups
-    were judged together, so the rule has no threshold.
+    The scores in its table are ΔF of each element alone plus the prior log-odds of its group. They did not decide: the
+    groups were judged together, and the rule has no threshold.
     """
     latents = space.latents
-    plan = reduce_by_priors(latents, None, 0.0, kl_weight=kl_weight_of(latents.guide))
+    plan = reduce_by_priors(latents, None, 0.0)
     odds = {name: torch.zeros(site.shape, dtype=torch.float64) for name, site in latents.sites.items()}
     chosen = {name: torch.zeros(site.shape, dtype=torch.bool) for name, site in latents.sites.items()}
     for group, log_odds in zip(space.names, space.log_odds.tolist(), strict=True):

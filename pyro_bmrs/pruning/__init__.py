@@ -1,4 +1,4 @@
-"""Pruning: from the posterior of a network's structures to a plan of what stays."""
+"""Pruning: from the posterior of a network's structures to a plan of which stay."""
 
 from pyro_bmrs.pruning.criteria import (
     BMRS_N,

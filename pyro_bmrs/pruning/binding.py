@@ -1,18 +1,21 @@
-"""A live network and how to call it: what a plan of it needs to count, to cut and to compare costs."""
+"""A live network and a batch to call it with: a plan needs both to count, cut and compare costs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import multiply_accumulates
-from pyro_bmrs.networks.groups import StructureGroup
-from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, blamed_on_input
+from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.groups import StructureGroup, cuts_of
+from pyro_bmrs.networks.hooked_noise import network_of, without_noise
+from pyro_bmrs.networks.inputs import Inputs, blamed_on_input, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one
 from pyro_bmrs.networks.structures import structure_groups
@@ -28,7 +31,7 @@ class Binding:
 
     Args:
         network: the network.
-        find_input: gives a batch of inputs; called when one is needed, once. None: nobody knows any.
+        find_input: makes a batch of inputs; called once, when one is needed. None: there is no batch.
     """
 
     def __init__(self, network: nn.Module, find_input: Callable[[], Inputs] | None) -> None:
@@ -49,7 +52,7 @@ class Binding:
         """A batch of inputs.
 
         Raises:
-            ValueError: where nobody knows any.
+            ValueError: if there is none.
         """
         if self._find_input is None:
             raise ValueError("example_input must be given: a batch of inputs of the network")
@@ -57,11 +60,19 @@ class Binding:
 
     @cached_property
     def groups(self) -> dict[str, StructureGroup]:
-        """What goes along with the structures of each site. Found once: a trial of each removal is part of it."""
+        """What is removed with the structures of each site. Found once: it tries each removal."""
         return structure_groups(self.network, self.example_input)
 
+    def cuts(self, kept: Mapping[str, Tensor]) -> Cuts:
+        """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""
+        return cuts_of(self.network, self.groups.values(), kept)
+
+    def parameters_left(self, kept: Mapping[str, Tensor]) -> int:
+        """How many parameters these cuts would leave, counted without cutting."""
+        return self.cuts(kept).parameters_left(self.network)
+
     def full_network(self) -> nn.Module:
-        """The network without noise as it was made, to measure its costs: with random weights if it has shrunk."""
+        """The original network without noise, to measure its costs; with random weights if it has shrunk since."""
         if not earlier_cuts(self.network):
             return without_noise(copy.deepcopy(self.network))
         full = copy.deepcopy(original_network(self.network))
@@ -70,14 +81,35 @@ class Binding:
             for parameter in full.parameters():
                 parameter.normal_(0.0, 0.02)
             for buffer in full.buffers():
-                # an index must lie in what it looks up
+                # a buffer of indices must be within range
                 buffer.fill_(1 if buffer.is_floating_point() else 0)
         return full
 
 
 def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
-    looked_at = copy.deepcopy(network)  # a forward pass may leave its traces
+    looked_at = copy.deepcopy(network)  # a forward pass may change it
     with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
         one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
+
+
+def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
+    """What the network inside `model` is called with when `model` is called with `arguments`."""
+    network = network_of(model)
+    if not arguments:
+        raise ValueError("model_args must be given: a batch to call the model with")
+    like = next(model.parameters())
+    moved = map_tensors(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None), arguments)
+    caught: list[Inputs] = []
+    handle = network.register_forward_pre_hook(
+        lambda _, given, keywords: caught.append(bound(network, given, keywords)), with_kwargs=True
+    )
+    try:
+        with untouched(model), at_one(model):
+            model(*moved)
+    finally:
+        handle.remove()
+    if not caught or not tensors_of(caught[0]):
+        raise ValueError("the network must be called by the model: pass example_input to apply()")
+    return map_tensors(Tensor.detach, caught[0])

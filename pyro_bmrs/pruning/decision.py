@@ -1,4 +1,4 @@
-"""The decision: which structures are removed, once each has a score. Floors, rounding and nesting have a say."""
+"""Which structures are removed, given scores: by threshold, floor, rounding and nesting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Candidates:
         removed: True for structures that are to be removed.
         score: where a floor keeps some of them, those with the lowest scores stay.
         kept: False for structures that were removed before. They can't come back.
-        least: the floor, as a number of structures.
+        least: the floor: structures that stay at least.
         multiple: the number of structures that stay is a multiple of this, or all stay.
         unread: structures that no layer reads any more. They are removed; if the floor forces some to stay, these
             are kept last. None: there are none.
@@ -46,7 +46,7 @@ class Candidates:
 
 
 def removals(layers: Mapping[str, Candidates], nesting: Nesting) -> dict[str, Tensor]:
-    """What is removed of each layer: what is wanted, what lies inside it, and what no layer reads after that.
+    """What is removed of each layer: candidates, structures inside them, and structures that no layer reads then.
 
     >>> filters = Candidates(torch.tensor([True, False]), torch.tensor([1.0, -1.0]), torch.tensor([True, True]))
     >>> positions = Candidates(torch.tensor([False, False, True]), torch.tensor([-2.0, -1.0, 0.5]),
@@ -79,7 +79,7 @@ def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -
                     decide(outer)
             kept = layer.kept & ~nesting.taken_along(site, found, like=layer.kept)
             if layer.kept.any() and not kept.any():
-                # the layer would lose all its structures: the one that holds the best of them stays after all
+                # the layer would lose all its structures: keep the outer one that holds the best of them
                 best = layer.score.masked_fill(~layer.kept, torch.inf).argmin()
                 for outer, owner in nesting.owners[site].items():
                     if outer in found and owner[best] >= 0:

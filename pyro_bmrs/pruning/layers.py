@@ -1,4 +1,4 @@
-"""What a criterion looks at: the structures of each layer, and all of them as one."""
+"""What a criterion looks at: posteriors, priors and weights of the structures of each layer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.networks.cuts import selections as tensors_of_side
+from pyro_bmrs.networks.groups import StructureGroup, weight_of
+from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 
 @dataclass(frozen=True)
 class LayerStructures:
-    """What a criterion may look at of one layer.
+    """The structures of one layer, as a criterion sees them.
 
     Attributes:
         posterior: of θ, batch shape (features,).
         prior: of θ, broadcasting with it.
         kept: bool (features,), False for structures removed before.
-        weight_norm: on call, the Euclidean norm of each structure's own weights over the square root of
-            their number, (features,).
+        weight_norm: when called, the root mean square of each structure's own weights, (features,).
     """
 
     posterior: TruncatedLogNormal
@@ -33,32 +36,52 @@ Layers = Mapping[str, LayerStructures]
 Scores = dict[str, Tensor]
 
 
-def joined(posteriors: Sequence[TruncatedLogNormal]) -> TruncatedLogNormal:
-    """The posteriors of several layers as one: a formula over many small tensors costs far more than over one."""
-    parts = [(q.loc, q.scale, q.log_low, q.log_high) for q in posteriors]
-    shapes = [q.batch_shape for q in posteriors]
-    return TruncatedLogNormal(*_concatenated(parts, shapes), validate_args=False)
+def prior_of(layer: MultiplicativeNoise) -> LogUniform | TruncatedLogNormal:
+    """The prior of θ of a single structure of a noise layer."""
+    prior = elementary(layer.prior())
+    assert isinstance(prior, LogUniform | TruncatedLogNormal)
+    return prior
 
 
-def _concatenated(parts: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size]) -> list[Tensor]:
-    return [
-        torch.cat([tensor.expand(shape) for tensor, shape in zip(tensors, shapes, strict=True)])
-        for tensors in zip(*parts, strict=True)
+def joined[Law: LogUniform | TruncatedLogNormal](
+    laws: Sequence[Law], shapes: Sequence[torch.Size] | None = None
+) -> Law:
+    """The laws of several layers, all of one type, as one: a formula costs far more on many small tensors than on one.
+
+    Args:
+        shapes: that they are expanded to; default their own.
+    """
+    shapes = [law.batch_shape for law in laws] if shapes is None else shapes
+    bounds = ("log_low", "log_high")
+    names = bounds if isinstance(laws[0], LogUniform) else ("loc", "scale", *bounds)
+    parts = [
+        torch.cat([getattr(law, name).expand(shape) for law, shape in zip(laws, shapes, strict=True)])
+        for name in names
     ]
-
-
-def joined_priors(
-    priors: Sequence[LogUniform | TruncatedLogNormal], shapes: Sequence[torch.Size]
-) -> LogUniform | TruncatedLogNormal:
-    """Priors, all of one type, as one of the shapes of their posteriors."""
-    parts: list[tuple[Tensor, ...]] = []
-    for prior in priors:
-        bounds = (prior.log_low, prior.log_high)
-        parts.append(bounds if isinstance(prior, LogUniform) else (prior.loc, prior.scale, *bounds))
-    return type(priors[0])(*_concatenated(parts, shapes), validate_args=False)
+    return type(laws[0])(*parts, validate_args=False)
 
 
 def by_layer(values: Tensor, layers: Layers) -> Scores:
-    """Values of all structures, layer after layer, by layer."""
+    """Values of all structures, in the order of the layers, as a tensor for each layer."""
     sizes = [len(layer.kept) for layer in layers.values()]
     return dict(zip(layers, torch.split(values, sizes), strict=True))
+
+
+def weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
+    """Root mean square of the weights that make each structure, over all layers that make it. Shape: (features,).
+
+    Structures that no layer makes, such as inputs of the network, have that of the weights that read them.
+    """
+    squares = torch.zeros(group.features, dtype=torch.float64)
+    counts = torch.zeros_like(squares)
+    made = [member for member in group.producers if hasattr(network.get_submodule(member.path), "weight")]
+    for member in made or group.consumers:
+        module = network.get_submodule(member.path)
+        weight = weight_of(network, member).detach().double().cpu()
+        ((_, dim), *_) = tensors_of_side(module, member.side)  # the weight comes first
+        # each group of a grouped convolution has columns of its own
+        parts = weight.chunk(getattr(module, "groups", 1) if member.role == "consumer" else 1)
+        rows = torch.cat([part.movedim(dim, 0) for part in parts]).flatten(1).square()
+        squares.index_add_(0, member.units, rows.sum(1)[member.indices])
+        counts.index_add_(0, member.units, torch.full_like(member.units, rows.shape[1], dtype=torch.float64))
+    return (squares / counts).sqrt()

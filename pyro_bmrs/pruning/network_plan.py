@@ -1,4 +1,4 @@
-"""The plan of a network: which structures stay, which are removed, and from it a smaller network."""
+"""The plan of a network: which structures stay, and the smaller network that follows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
-from pyro_bmrs.networks.groups import gone
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
 from pyro_bmrs.networks.nesting import Nesting
@@ -30,7 +29,7 @@ from pyro_bmrs.pruning.decision import Candidates, least_kept, removals
 from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
 
-# Above this log θ, starting at 0, a posterior has had no time to say anything.
+# A fit starts at log θ = 0. If no posterior is below this, it has had too little time.
 LITTLE_TRAVEL = -3.0
 
 
@@ -38,8 +37,8 @@ LITTLE_TRAVEL = -3.0
 class NetworkPlan(Plan):
     """Which structures of a network stay, which are removed, and why.
 
-    `reduce` makes it with its network, so that `apply` needs no argument. A plan that was loaded or unpickled is given
-    one: `apply(network, example_input)`.
+    A plan from `reduce` knows its network, and `apply` needs no argument. A plan that was loaded or unpickled does not:
+    call `apply(network, example_input)`.
 
     Attributes:
         nesting: which structures lie inside others (`InputSelection`), in the order of the table.
@@ -60,23 +59,20 @@ class NetworkPlan(Plan):
 
     def theta_mean(self) -> dict[str, Tensor]:
         """E[θ] of each kept structure and 0 of each removed one in the network, by layer, float64."""
-        rows = {layer: self._present(layer) for layer in self.layers}
-        return {
-            layer: torch.tensor(present["mean"].where(~present.removed, 0.0).to_numpy())
-            for layer, present in rows.items()
-        }
+        rows = self.table.assign(mean=self.table["mean"].where(~self.table.removed, 0.0))[self.table.present]
+        return {layer: torch.tensor(rows["mean"][rows.layer == layer].to_numpy()) for layer in self.layers}
 
     def at(self, threshold: float) -> Self:
         rule = self.rule.at(threshold)
         return replace(self.deciding(self.candidates(threshold)), rule=rule)
 
     def deciding(self, layers: Mapping[str, Candidates]) -> Self:
-        """The plan that removes what the candidates of all layers, in the order of the table, lead to."""
+        """The plan that these candidates lead to; all layers, in the order of the table."""
         removed = torch.cat([*removals(layers, self.nesting).values()]).numpy()
         return replace(self, table=self.table.assign(removed=removed), _cuts=None)
 
     def candidates(self, threshold: float) -> dict[str, Candidates]:
-        """What of each layer is to be removed where score ≥ threshold, and what may be."""
+        """The candidates of each layer: structures with score ≥ threshold, and those removed before."""
         layers = {}
         for layer, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
@@ -89,11 +85,11 @@ class NetworkPlan(Plan):
     # a smaller network ------------------------------------------------------------------------------
 
     def bound_to(self, network: nn.Module, find_input: Callable[[], Inputs]) -> Self:
-        """This plan with a network to apply it to and a way to an example input, as `load` can't know them."""
+        """This plan, with a network to apply it to and a function that makes an example input."""
         return replace(self, _binding=Binding(network, find_input))
 
     def _bound(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> Binding:
-        """What is given, or else what the plan is bound to; raises ValueError where something is missing."""
+        """What is given, else what the plan is bound to. Raises ValueError if something is missing."""
         own = self._binding
         if network is None:
             if own is None:
@@ -109,13 +105,13 @@ class NetworkPlan(Plan):
 
     @property
     def cuts(self) -> Cuts | None:
-        """What `apply` cuts of each module, all that `rebuild` needs; None where no network says it."""
+        """The rows and columns that `apply` keeps of each module, which `rebuild` needs; None without a network."""
         if self._cuts is not None or self._binding is None or not self._binding.has_input:
             return self._cuts
         network = self._binding.network
-        if self._planned() != _features(network):  # it has shrunk since, and is another one
+        if self._planned() != _features(network):  # it has shrunk since
             return None
-        return earlier_cuts(network).then(gone(network, self._binding.groups.values(), self.kept_masks()))
+        return earlier_cuts(network).then(self._binding.cuts(self.kept_masks()))
 
     def apply(
         self,
@@ -124,7 +120,7 @@ class NetworkPlan(Plan):
         *,
         tolerance: float = TOLERANCE,
     ) -> nn.Module:
-        """The smaller network: a plain module with E[θ] folded in, proved equal to the reduced model.
+        """The smaller network: a plain module with E[θ] folded into its weights, proved equal to the reduced model.
 
         Args:
             network: the network with noise layers; default the one that was reduced.
@@ -137,7 +133,7 @@ class NetworkPlan(Plan):
             The network, in evaluation mode.
 
         Raises:
-            ValueError: where a network or an example input is needed and missing, or does not match.
+            ValueError: if network or example input are missing, or do not match the plan.
             EqualityError: if the smaller network does not compute what the reduced model computes; the
                 message has the largest difference.
         """
@@ -164,7 +160,7 @@ class NetworkPlan(Plan):
         Args:
             small: what `apply` gave.
             network, example_input: as in `apply`.
-            seconds: for all timings together; what would take longer is NaN. 0 for none.
+            seconds: for all timings together; timings that would take longer are NaN. 0 for none.
 
         Returns:
             Rows parameters, multiply_accumulates (of one example), file_bytes, peak_bytes…, milliseconds…; columns
@@ -184,7 +180,7 @@ class NetworkPlan(Plan):
 
     def parameters_left(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> int:
         """Number of parameters that `apply` would leave, counted without cutting."""
-        return _parameters_left([self], self._bound(network, example_input))[0]
+        return self._bound(network, example_input).parameters_left(self.kept_masks())
 
     def parameters_at(self, thresholds: Sequence[float]) -> list[int]:
         """Number of parameters that the plans `at` these thresholds would leave, counted without cutting."""
@@ -192,29 +188,29 @@ class NetworkPlan(Plan):
 
     def parameters_of(self, plans: Sequence[NetworkPlan]) -> list[int]:
         """Number of parameters that other plans for this one's network would leave, counted without cutting."""
-        return _parameters_left(plans, self._bound())
+        binding = self._bound()
+        return [binding.parameters_left(plan.kept_masks()) for plan in plans]
 
     def parameters_before(self, network: nn.Module | None = None) -> int:
-        """Number of parameters of the original network, whatever a fit has removed since."""
+        """Number of parameters of the original network, before a fit removed any."""
         network = network if network is not None else self._bound().network
         return sum(parameter.numel() for parameter in original_network(network).parameters())
 
     def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
-        """The smaller network from a fresh one of the original class: no data, no posterior, no pickle.
+        """The smaller network, made from a fresh one of the original class: no data, no posterior, no pickle.
 
         >>> plan = NetworkPlan.load("plan.json")  # doctest: +SKIP
         >>> small = plan.rebuild(resnet18(), "small.safetensors")  # doctest: +SKIP
 
         Args:
-            network: as the original was made, with noise or without; left unchanged.
-            weights: a safetensors file of the smaller network's weights; None leaves those of `network`,
-                without E[θ].
+            network: made as the original was, with noise or without; not changed.
+            weights: a safetensors file of the smaller network's weights. None: those of `network`, without E[θ].
 
         Returns:
             The network in evaluation mode.
 
         Raises:
-            ValueError: if nothing says what to cut, or network or weights don't belong to the plan.
+            ValueError: if the plan has no cuts, or network or weights don't belong to it.
         """
         cuts = self.cuts
         if cuts is None:
@@ -240,17 +236,16 @@ class NetworkPlan(Plan):
         guide: AutoTruncatedLogNormal,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """Take the removed structures out of model, guide and optimizer, in place, so that fitting goes on.
+        """Take the removed structures out of model, guide and optimizer, in place, and go on fitting.
 
-        The noise stays on what is left; nothing is folded. Parameters stay the same objects with fewer
-        entries, and the optimizer's state of each keeps the entries that belong to them. Tables of later
-        plans number structures as the original network did.
+        The noise stays, and nothing is folded into weights. Parameters are the same objects with fewer entries; so is
+        the optimizer's state of each. Tables of later plans number structures as in the original network.
 
         Args:
             model: the Pyro model that was reduced.
             guide: its guide.
-            optimizer: of their parameters, of your own loop (`fit` makes a new one); one whose state has the
-                shapes of the parameters, such as Adam or SGD.
+            optimizer: of your own loop (`fit` makes a new one). Its state must have the shapes of the parameters, as
+                that of Adam and SGD has.
 
         Raises:
             ValueError, TypeError: if model, guide or optimizer don't match the plan; nothing is changed then.
@@ -303,13 +298,8 @@ def _features(network: nn.Module) -> dict[str, int]:
     return {site: layer.features for site, layer in noise_layers(network).items()}
 
 
-def _parameters_left(plans: Sequence[NetworkPlan], binding: Binding) -> list[int]:
-    network, groups = binding.network, binding.groups.values()
-    return [gone(network, groups, plan.kept_masks()).parameters_left(network) for plan in plans]
-
-
 def _advice(lowest: float) -> str:
-    """What to do where nothing is to be removed, by the lowest log θ: it has not come far, or it is held there."""
+    """Advice where nothing is removed: the fit was too short, or the data need each structure."""
     told = f": the lowest log θ is {lowest:.1f}"
     if lowest > LITTLE_TRAVEL:
         return (

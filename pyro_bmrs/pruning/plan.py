@@ -1,4 +1,4 @@
-"""What all plans are: a table of what stays and what goes, and the rule that decided."""
+"""What all plans have in common: a table of what stays and what is removed, and the rule that decided."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = [
     "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
     "removed_in_fit", "present",
 ]  # fmt: skip
-# What plans of Pyro programs have beside them: of estimates from draws.
+# Further columns of plans of Pyro programs, about estimates from draws.
 ESTIMATE_COLUMNS = ["standard_error", "khat"]
 
 
@@ -26,15 +26,14 @@ ESTIMATE_COLUMNS = ["standard_error", "khat"]
 class Plan:
     """What every plan has and does: `NetworkPlan` removes structures, `ProgramPlan` reduces priors.
 
-    A plan is data. It pickles, and can be saved and loaded. What it remembers of the live model is for convenience
-    and stays behind.
+    A plan is data: it pickles, and can be saved and loaded. It may also refer to a live model, which is not saved.
 
     Attributes:
         table: a row for each structure (of a program: for each element of a site):
             layer (of a program: the site), unit (index in the original network), loc and scale (of log θ), mean
             (E[θ]), snr, score (in the criterion's unit), log_evidence_change (ΔF in nats, NaN for a criterion without
-            evidence), kl_weight, removed, removed_in_fit (before this plan), present (still in the network that was
-            reduced; of others loc and scale are the last ones).
+            evidence), kl_weight, removed, removed_in_fit (before this plan), present (False if a fit has taken it out
+            of the network; loc and scale are then the last ones).
         rule: what decided.
     """
 
@@ -86,7 +85,7 @@ class Plan:
         raise NotImplementedError
 
     def summary(self) -> str:
-        """A few lines for people: the rule, widths, and cautions."""
+        """A few lines of text: the rule, widths, and cautions."""
         widths = self.widths()
         lines = [f"{self.rule} keeps {int(widths.after.sum())} of {int(widths.before.sum())} {self._counted}"]
         lines += [f"  {row.layer}: {row.before} → {row.after}" for row in widths.itertuples()]

@@ -1,4 +1,4 @@
-"""A plan on disk: a JSON file for people and, beside it, the numbers of its table, paired by a hash."""
+"""A plan on disk: a JSON file and, beside it, the numbers of its table; a hash pairs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_bmrs.arguments import check
 from pyro_bmrs.files import check_file, read_text, refuse_newer, write_atomically
 
 FORMAT, VERSION = "pyro_bmrs.plan", 1
-# Not the name alone with another ending: weights saved beside the plan under its name must not replace the numbers.
+# Not just .safetensors: weights that are saved beside the plan under its name must not replace the numbers.
 _NUMBERS = ".numbers.safetensors"
 
 

@@ -14,18 +14,15 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inference.guides import AutoTruncatedLogNormal, elementary, read_posterior
-from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.cuts import selections as tensors_of_side
-from pyro_bmrs.networks.groups import StructureGroup, weight_of
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.networks.hooked_noise import network_of
-from pyro_bmrs.networks.inputs import Inputs, bound, map_tensors, tensors_of
 from pyro_bmrs.networks.nesting import Nesting
-from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
+from pyro_bmrs.networks.noise import MultiplicativeNoise, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
-from pyro_bmrs.pruning.binding import Binding
+from pyro_bmrs.pruning.binding import Binding, input_of
 from pyro_bmrs.pruning.criteria import EvidenceCriterion, ReducedPriors, text_of
-from pyro_bmrs.pruning.layers import LayerStructures, joined
+from pyro_bmrs.pruning.layers import LayerStructures, joined, prior_of, weight_norm
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import COLUMNS
 from pyro_bmrs.pruning.rule import Rule
@@ -33,12 +30,12 @@ from pyro_bmrs.pruning.scoring import Criterion, check_criterion, scores_of
 
 
 class NonFiniteScoreError(ArithmeticError):
-    """A structure's score is NaN or infinite, so nothing can be said about it; it is never removed."""
+    """A structure's score is NaN or infinite: nothing can be decided about it."""
 
 
-def kl_weight_of(guide: Callable[..., Any]) -> float:
-    """Of the last fit, as it noted in the guide; 1, the ELBO, where nothing is noted."""
-    return float(getattr(guide, "kl_weight", 1.0))
+def kl_weight_of(guide: Callable[..., Any], given: float | None = None) -> float:
+    """The KL weight as given; else that of the last fit, which the guide notes; else 1, that of the ELBO."""
+    return float(getattr(guide, "kl_weight", 1.0)) if given is None else given
 
 
 def arguments_of(guide: Callable[..., Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -46,6 +43,26 @@ def arguments_of(guide: Callable[..., Any], given: tuple[Any, ...]) -> tuple[Any
     if not given and isinstance(guide, AutoTruncatedLogNormal):
         return guide.example_arguments
     return given
+
+
+def posteriors_of(
+    model: nn.Module, guide: Callable[..., Any], arguments: tuple[Any, ...]
+) -> dict[str, TruncatedLogNormal]:
+    """The posterior of θ of each noise layer, by site.
+
+    Raises:
+        ValueError: where the guide has none, or one of another number of structures.
+    """
+    found, layers = read_posterior(guide, *arguments), noise_layers(model)
+    for site, layer in layers.items():
+        if site not in found:
+            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+        if found[site].batch_shape != layer.kept.shape:
+            raise ValueError(
+                f"guide must have a posterior of the {layer.features} structures of {site!r}: it has one of shape "
+                f"{tuple(found[site].batch_shape)}"
+            )
+    return {site: found[site] for site in layers}
 
 
 def reduce_structures(
@@ -63,23 +80,10 @@ def reduce_structures(
     check(isinstance(model, nn.Module), "model", "a torch.nn.Module", type(model), TypeError)
     assert isinstance(model, nn.Module)
     arguments = arguments_of(guide, arguments)
-    posterior = read_posterior(guide, *arguments)
-    layers = noise_layers(model)
-    for site in layers:
-        if site not in posterior:
-            raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
-    originals = {site: _original(guide, site, layer, posterior) for site, layer in layers.items()}
+    posteriors, layers = posteriors_of(model, guide, arguments), noise_layers(model)
     binding = Binding(network_of(model), partial(input_of, model, arguments) if arguments else None)
     structures = {
-        site: LayerStructures(
-            posterior=original.posterior,
-            prior=original.prior,
-            kept=original.kept,
-            weight_norm=lambda site=site, original=original: original.spread(  # type: ignore[misc]
-                _weight_norm(binding.network, binding.groups[site]), math.nan
-            ),
-        )
-        for site, original in originals.items()
+        site: _layer(guide, site, layer, posteriors[site], binding) for site, layer in layers.items()
     }
     scores, evidence = _scored(criterion, structures)
     rule = Rule(
@@ -87,11 +91,11 @@ def reduce_structures(
         prior_log_odds=criterion.prior_log_odds if isinstance(criterion, EvidenceCriterion) else None,
         min_kept=min_kept,
         round_to=round_to,
-        kl_weight=kl_weight_of(guide) if kl_weight is None else kl_weight,
+        kl_weight=kl_weight_of(guide, kl_weight),
     )
     asked = criterion.reduced_priors if isinstance(criterion, ReducedPriors) else structures
     for site, score in scores.items():
-        bad = torch.nonzero(~torch.isfinite(score) & originals[site].present.cpu()).flatten().tolist()
+        bad = torch.nonzero(~torch.isfinite(score) & structures[site].present.cpu()).flatten().tolist()
         if bad and site in asked:
             raise NonFiniteScoreError(
                 f"{rule} gave structures {bad[:10]} of layer {site!r} a score that is not finite "
@@ -99,9 +103,9 @@ def reduce_structures(
             )
     nested = any(isinstance(module, InputSelection) for module in binding.network.modules())
     nesting = Nesting.of(binding.groups.values()) if nested else Nesting()
-    q = joined([view.posterior for view in structures.values()])
+    q = joined([layer.posterior for layer in structures.values()])
     columns = {
-        "unit": torch.cat([original.units for original in originals.values()]),
+        "unit": torch.cat([layer.units for layer in structures.values()]),
         "loc": q.loc.double(),
         "scale": q.scale.double(),
         "mean": q.mean.double(),
@@ -109,8 +113,8 @@ def reduce_structures(
         "score": torch.cat([*scores.values()]),
         "log_evidence_change": torch.cat([*evidence.values()]),
         "removed": torch.zeros(len(q.loc), dtype=torch.bool),
-        "removed_in_fit": ~torch.cat([view.kept for view in structures.values()]),
-        "present": torch.cat([original.present for original in originals.values()]),
+        "removed_in_fit": ~torch.cat([layer.kept for layer in structures.values()]),
+        "present": torch.cat([layer.present for layer in structures.values()]),
     }
     names = [site for site, score in scores.items() for _ in range(len(score))]
     numbers = {name: value.detach().cpu().numpy() for name, value in columns.items()}
@@ -119,7 +123,7 @@ def reduce_structures(
         table=table[COLUMNS],
         rule=rule,
         channels={site: layer.channels for site, layer in layers.items() if layer.channels > 1},
-        nesting=nesting.spread({site: original.present for site, original in originals.items()}),
+        nesting=nesting.spread({site: layer.present for site, layer in structures.items()}),
         _binding=binding,
     )
     return undecided.at(0.0)
@@ -133,106 +137,41 @@ def _scored(
         scores = scores_of(structures, criterion(structures))
         return scores, {site: torch.full_like(score, math.nan) for site, score in scores.items()}
     evidence = scores_of(structures, criterion.log_evidence_change(structures))
-    if type(criterion).__call__ is EvidenceCriterion.__call__:
-        return scores_of(structures, criterion.scores(evidence)), evidence
+    if type(criterion).__call__ is EvidenceCriterion.__call__:  # without computing ΔF again
+        return {site: change + criterion.prior_log_odds for site, change in evidence.items()}, evidence
     return scores_of(structures, criterion(structures)), evidence
 
 
 @dataclass(frozen=True)
-class _Original:
+class _Layer(LayerStructures):
     """The structures of a layer as the original network had them, those included that a fit has taken out.
 
     Attributes:
-        units: their numbers, in order. Shape: (features,), as of all others.
-        posterior: of θ; the last one of what was taken out.
-        prior: of θ, broadcasting with it.
-        kept: False for what has been removed.
-        present: False for what has been taken out.
+        units: their numbers, in order. Shape: (features,).
+        present: False for what has been taken out; its posterior is the last one. Shape: (features,).
     """
 
     units: Tensor
-    posterior: TruncatedLogNormal
-    prior: LogUniform | TruncatedLogNormal
-    kept: Tensor
     present: Tensor
 
-    def spread(self, values: Tensor, filling: float) -> Tensor:
-        """Values of the structures present, among `filling` for the others."""
-        whole = torch.full(self.present.shape, filling, dtype=values.dtype, device=self.present.device)
-        return whole.masked_scatter(self.present, values.to(whole.device))
 
+def _layer(
+    guide: object, site: str, layer: MultiplicativeNoise, posterior: TruncatedLogNormal, binding: Binding
+) -> _Layer:
+    prior, kept, units, present = prior_of(layer), layer.kept, layer.units, torch.ones_like(layer.kept)
+    removed = guide.site_posterior(site) if isinstance(guide, AutoTruncatedLogNormal) else None
+    if removed is not None and len(removed.removed_units):
+        none = torch.zeros_like(removed.removed_units, dtype=torch.bool)
+        units = torch.cat([units, removed.removed_units])
+        order = units.argsort()
+        units, kept, present = units[order], torch.cat([kept, none])[order], torch.cat([present, none])[order]
+        q = joined([posterior, removed.removed_posterior()])
+        parameters = (part[order] for part in (q.loc, q.scale, q.log_low, q.log_high))
+        posterior = TruncatedLogNormal(*parameters, validate_args=False)
+        prior = LogUniform(layer.log_low, layer.log_high, validate_args=False)
 
-def _original(
-    guide: Callable[..., Any],
-    site: str,
-    layer: MultiplicativeNoise,
-    posterior: Mapping[str, TruncatedLogNormal],
-) -> _Original:
-    given = posterior[site].batch_shape
-    if given != layer.kept.shape:
-        raise ValueError(
-            f"guide must have a posterior of the {layer.features} structures of {site!r}: it has one of shape "
-            f"{tuple(given)}"
-        )
-    all_present = torch.ones_like(layer.kept)
-    gone_units = layer.units[:0]
-    if isinstance(guide, AutoTruncatedLogNormal):
-        gone_units = guide.site_posterior(site).gone_units
-    prior = elementary(layer.prior())
-    assert isinstance(prior, LogUniform | TruncatedLogNormal)
-    if not len(gone_units):
-        return _Original(layer.units, posterior[site], prior, layer.kept, all_present)
-    assert isinstance(guide, AutoTruncatedLogNormal)
-    none = torch.zeros_like(gone_units, dtype=torch.bool)
-    order = torch.cat([layer.units, gone_units]).argsort()
-    q = joined([posterior[site], guide.site_posterior(site).gone()])
-    return _Original(
-        torch.cat([layer.units, gone_units])[order],
-        TruncatedLogNormal(*(t[order] for t in (q.loc, q.scale, q.log_low, q.log_high)), validate_args=False),
-        LogUniform(layer.log_low, layer.log_high, validate_args=False),
-        torch.cat([layer.kept, none])[order],
-        torch.cat([all_present, none])[order],
-    )
+    def norms() -> Tensor:
+        found = weight_norm(binding.network, binding.groups[site]).to(present.device)
+        return torch.full_like(present, math.nan, dtype=found.dtype).masked_scatter(present, found)
 
-
-def _weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
-    """Root mean square of the weights that make each structure, over all layers that produce it.
-
-    Of what is only selected, such as inputs of the network, that of the weights that read it.
-    """
-    squares = torch.zeros(group.features, dtype=torch.float64)
-    counts = torch.zeros_like(squares)
-    made = [member for member in group.producers if hasattr(network.get_submodule(member.path), "weight")]
-    for member in made or group.consumers:
-        module, weight = (
-            network.get_submodule(member.path),
-            weight_of(network, member).detach().double().cpu(),
-        )
-        ((_, dim), *_) = tensors_of_side(module, member.side)  # the weight comes first
-        # each group of a grouped convolution has columns of its own
-        parts = weight.chunk(getattr(module, "groups", 1) if member.role == "consumer" else 1)
-        rows = torch.cat([part.movedim(dim, 0) for part in parts]).flatten(1).square()
-        squares.index_add_(0, member.units, rows.sum(1)[member.indices])
-        counts.index_add_(0, member.units, torch.full_like(member.units, rows.shape[1], dtype=torch.float64))
-    return (squares / counts).sqrt()
-
-
-def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:
-    """What the network inside `model` is called with when `model` is called with `arguments`."""
-    network = network_of(model)
-    if not arguments:
-        raise ValueError("model_args must be given: a batch to call the model with")
-    like = next(model.parameters())
-    moved = map_tensors(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None), arguments)
-    caught: list[Inputs] = []
-    handle = network.register_forward_pre_hook(
-        lambda _, given, keywords: caught.append(bound(network, given, keywords)), with_kwargs=True
-    )
-    try:
-        with untouched(model), at_one(model):
-            model(*moved)
-    finally:
-        handle.remove()
-    if not caught or not tensors_of(caught[0]):
-        raise ValueError("the network must be called by the model: pass example_input to apply()")
-    return map_tensors(Tensor.detach, caught[0])
+    return _Layer(posterior, prior, kept, norms, units, present)

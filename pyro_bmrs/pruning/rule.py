@@ -1,4 +1,4 @@
-"""The rule of a plan: what decided, and what else had a say."""
+"""The rule of a plan: how it was decided."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_bmrs.arguments import check, is_number, is_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How a plan was decided. Tables, curves, the report's page and its words read this and assume nothing.
+    """How a plan was decided. Tables, curves and the report read this, and assume nothing else.
 
     >>> print(Rule(criterion="BMRS_N", prior_log_odds=0.0).at(-2.5))
     BMRS_N (prior log-odds 0, threshold -2.5)
@@ -22,13 +22,13 @@ class Rule:
 
     Attributes:
         criterion: its name and arguments, as the command line takes them, or the name of a function.
-        prior_log_odds: log p(reduced)/p(full) of a structure before seeing data, in nats; of a search over groups
-            by their names, where they differ; None: the criterion has no evidence.
-        threshold: in the criterion's unit; None: a search decided about all structures together.
+        prior_log_odds: log p(reduced)/p(full) of a structure before seeing data, in nats; by group, where a search
+            had groups that differ. None: the criterion has no evidence.
+        threshold: in the criterion's unit. None: a search decided about all structures together.
         min_kept: structures that every layer keeps, at least.
-        round_to: the channels of a layer are a multiple of this number; None: any number.
+        round_to: the channels of a layer are a multiple of this number. None: any number.
         kl_weight: w of the fit. ΔF is the evidence of the model with likelihood p(y|θ)^(1/w).
-        budget: what the smaller network was allowed to cost, by the name of the cost.
+        budget: the largest costs allowed for the smaller network, by name.
     """
 
     criterion: str
@@ -82,7 +82,7 @@ class Rule:
         return math.nan if odds is None or isinstance(odds, Mapping) else odds - threshold
 
     def cautions(self) -> list[str]:
-        """What to keep in mind about ΔF at this KL weight, a sentence each."""
+        """Sentences on what ΔF means at this KL weight."""
         if not self.has_evidence or self.kl_weight == 1:
             return []
         if self.kl_weight == 0:

@@ -52,7 +52,7 @@ def scores_of(layers: Layers, found: Mapping[str, Tensor]) -> Scores:
 
 
 def check_criterion(criterion: object) -> None:
-    """Raise TypeError unless this is a criterion: something to be called with layers, made and not just named."""
+    """Raise TypeError unless this can be called with layers; a class or a module can't."""
     if isinstance(criterion, type):
         raise TypeError(f"criterion must be made, {criterion.__name__}(): got the class {criterion!r}")
     if not callable(criterion) or isinstance(criterion, nn.Module):

@@ -1,4 +1,4 @@
-"""Smaller in place: what a plan removes leaves network, guide and optimizer, and fitting goes on."""
+"""Take structures out of a network, its guide and the optimizer, in place, in the middle of a fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.cuts import Cuts
-from pyro_bmrs.networks.groups import StructureGroup, after, gone
+from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_noise
 from pyro_bmrs.networks.inputs import Inputs, as_double, first_examples, map_tensors
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
@@ -27,7 +27,7 @@ def shrink(
     optimizer: torch.optim.Optimizer | None,
     example_input: Inputs,
 ) -> None:
-    """Take structures out of model, guide and optimizer, in place: see `Reduction.shrink`.
+    """Take structures out of model, guide and optimizer, in place: see `NetworkPlan.shrink`.
 
     Args:
         kept: per site a bool tensor (features,), on any device.
@@ -45,7 +45,7 @@ def shrink(
     if {site: posterior.loc.shape[-1] for site, posterior in posteriors.items()} != sizes:
         raise ValueError(f"guide must have a posterior for each structure of the model: {sizes}")
     groups = structure_groups(network, example_input)
-    cuts = gone(network, groups.values(), kept)
+    cuts = cuts_of(network, groups.values(), kept)
     if not cuts:
         return
     _check(network, groups, kept, cuts, example_input)
@@ -67,20 +67,20 @@ def shrink(
 
 @dataclass(frozen=True)
 class _Original:
-    """What a network that has shrunk remembers of itself: what was cut since, and a copy without values."""
+    """What a shrunken network knows of the original: all cuts since, and a copy without values."""
 
     cuts: Cuts
     network: nn.Module
 
 
 def earlier_cuts(network: nn.Module) -> Cuts:
-    """What shrinking has taken out of a network since it was made."""
+    """All cuts that shrinking has made in a network."""
     original = getattr(network, "_original", None)
     return original.cuts if isinstance(original, _Original) else Cuts()
 
 
 def original_network(network: nn.Module) -> nn.Module:
-    """The network without noise that `network` was before it first shrank, on the meta device."""
+    """The network without noise as it was before it first shrank, on the meta device."""
     original = getattr(network, "_original", None)
     if isinstance(original, _Original):
         return original.network

@@ -1,8 +1,10 @@
 """Quality: predictions before and after, and what other decisions would have cost."""
 
-from pyro_bmrs.quality.calibration import Predictions, predictions, quality, reliability, risk_coverage
-from pyro_bmrs.quality.curve import compression_curve
-from pyro_bmrs.quality.diagnosis import Diagnosis, criterion_curves, diagnose
+from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.curves import compression_curve, criterion_curves
+from pyro_bmrs.quality.diagnosis import Diagnosis
+from pyro_bmrs.quality.examination import diagnose
+from pyro_bmrs.quality.predictive import Predictions, predictions
 
 # Imported now, not on demand: the function has its module's name, and a later import would bind the module.
 from pyro_bmrs.quality.what_if import what_if

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from pyro_bmrs.checks.draws import check_whole
+from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.pruning.decision import least_kept, removals
 
 if TYPE_CHECKING:
@@ -20,26 +20,23 @@ if TYPE_CHECKING:
 
 # More thresholds than these are not told apart on a slider, and each costs a look at the dependency graph.
 MOST_THRESHOLDS = 300
-# Of a layer with more units the slider shows the count alone.
+# Of a layer with more structures the slider shows the count alone.
 MOST_CELLS = 2000
 
 
-def leaving_thresholds(plan: NetworkPlan) -> NDArray[np.float64]:
-    """The highest threshold at which each structure goes, floors, rounding and nesting included.
+def decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The highest threshold at which each structure is removed, with floors, rounding and nesting.
 
-    `plan.at(t)` removes structure i where t ≤ leaving_thresholds(plan)[i]: a structure's own score, unless it is
-    among those that its layer keeps whatever the threshold (-inf), has to leave together with others so that the
-    number of channels stays a multiple of `round_to`, goes along with others (`InputSelection`), or was removed by
-    the fit (inf). Of structures inside others one that has gone may stay again further down, for a floor.
+    `plan.at(t)` removes structure i where t ≤ leaving[i]. That is the structure's own score, with these exceptions:
+    -inf where its layer keeps it at any threshold; inf where the fit removed it; a lower score where it has to leave
+    together with others, so that the number of channels stays a multiple of `round_to`; a higher one where it lies
+    inside others (`InputSelection`). Of structures inside others, one that was removed may stay again at a lower
+    threshold, for a floor.
 
     Returns:
-        In the order of the table. Shape: (structures,), in the criterion's unit.
+        leaving, in the order of the table, shape (structures,); and all finite thresholds at which something changes,
+        falling. Both in the criterion's unit.
     """
-    return _decisions(plan)[0]
-
-
-def _decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(the highest threshold at which each structure goes, all finite ones at which something changes, falling)."""
     if plan.nesting.owners:
         return _of_nested_layers(plan)
     found = np.full(len(plan.table), -math.inf)
@@ -47,8 +44,7 @@ def _decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float
     gone = plan.table["removed_in_fit"].to_numpy(dtype=bool)
     layers = plan.table["layer"].to_numpy()
     for layer in plan.layers:
-        rule = plan.rule
-        least, multiple = least_kept(rule.min_kept, rule.round_to, plan.channels.get(layer, 1))
+        least, multiple = least_kept(plan.rule.min_kept, plan.rule.round_to, plan.channels.get(layer, 1))
         rows = np.flatnonzero((layers == layer) & ~gone)
         rows = rows[np.argsort(score[rows], kind="stable")]
         for rank, row in enumerate(rows):
@@ -61,7 +57,7 @@ def _decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def _of_nested_layers(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The same where what goes of a layer depends on others: by deciding at every score."""
+    """The same where a layer depends on others: by deciding at every score."""
     layers = plan.candidates(math.inf)
     scores = torch.cat([layer.score[layer.kept] for layer in layers.values()]).numpy()
     leaving = torch.full((len(plan.table),), -math.inf, dtype=torch.float64)
@@ -96,9 +92,9 @@ def what_if(plan: NetworkPlan, *, most: int = MOST_THRESHOLDS) -> pd.DataFrame:
     Raises:
         ValueError: if most < 2, or the plan holds no network.
     """
-    check_whole("most", most, 2)
+    check(is_whole(most, 2), "most", "an integer of at least 2", most)
     own = _threshold_of(plan)
-    _, changes = _decisions(plan)
+    _, changes = decisions(plan)
     if len(changes) > most:
         changes = changes[np.unique(np.linspace(0, len(changes) - 1, most).round().astype(int))]
     thresholds = sorted({math.inf, own, *changes.tolist()}, reverse=True)
@@ -125,7 +121,7 @@ def _threshold_of(plan: NetworkPlan) -> float:
 def slider(
     plan: NetworkPlan, changes: pd.DataFrame, curve: pd.DataFrame | None, before: int | None = None
 ) -> dict[str, Any] | None:
-    """What the page's slider needs: each unit's own threshold, parameters at every change, accuracy on a grid.
+    """What the page's slider needs: each structure's own threshold, parameters at every change, accuracy on a grid.
 
     Args:
         plan: the plan.
@@ -139,7 +135,7 @@ def slider(
     """
     from markupsafe import Markup
 
-    leaving, values = _decisions(plan)
+    leaving, values = decisions(plan)
     threshold = _threshold_of(plan)
     log_odds = plan.rule.log_odds_at(0.0)
     evidence = math.isfinite(log_odds)
@@ -150,19 +146,19 @@ def slider(
     lowest, highest = float(asked.min()) - margin, float(asked.max()) + margin
     decided = plan.rule.log_odds_at(threshold) if evidence else threshold
     decided = min(max(decided, lowest), highest) if math.isinf(decided) else decided
-    layers = []
-    for layer in plan.layers:
-        rows = (plan.table["layer"] == layer).to_numpy()
-        layers.append(
-            {
-                "name": layer,
-                "units": plan.table["unit"][rows].tolist(),
-                "leaving": [
-                    float(value) if math.isfinite(value) else ("gone" if value > 0 else None)
-                    for value in leaving[rows]
-                ],
-            }
-        )
+    rows = plan.table.assign(leaving=leaving).groupby("layer", sort=False)
+    # JSON knows no infinity
+    layers = [
+        {
+            "name": layer,
+            "units": own.unit.tolist(),
+            "leaving": [
+                value if math.isfinite(value) else "gone" if value > 0 else None
+                for value in own.leaving.tolist()
+            ],
+        }
+        for layer, own in rows
+    ]
     shown = ["score_threshold", "accuracy", "parameters_removed"]
     grid = pd.DataFrame(columns=shown) if curve is None else curve[shown].astype(float).dropna()
     # with the two that `what_if` adds, if it has left out none
@@ -177,24 +173,18 @@ def slider(
         "exact": len(changes) == len(every),
         "before": plan.parameters_before() if before is None else before,
         "layers": layers,
-        "parameters": [
-            {"threshold": threshold if math.isfinite(threshold) else None, "parameters": left}
-            for threshold, left in _falling(changes, "score_threshold", "parameters")
-        ],
-        "accuracy": [
-            {
-                "threshold": threshold if math.isfinite(threshold) else None,
-                "accuracy": accuracy,
-                "removed": removed,
-            }
-            for threshold, accuracy, removed in _falling(grid, *shown)
-        ],
+        "parameters": _falling(changes[["score_threshold", "parameters"]]),
+        "accuracy": _falling(grid.rename(columns={"parameters_removed": "removed"})),
     }
     # inside a script element only "<" could end it
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return {"evidence": evidence, "own": decided, "json": Markup(text)}
 
 
-def _falling(table: pd.DataFrame, by: str, *columns: str) -> list[list[float]]:
-    rows: list[list[float]] = table.sort_values(by, ascending=False)[[by, *columns]].to_numpy(float).tolist()
-    return rows
+def _falling(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows by falling threshold, None for an infinite one."""
+    rows = table.rename(columns={"score_threshold": "threshold"}).sort_values("threshold", ascending=False)
+    return [
+        {**row, "threshold": row["threshold"] if math.isfinite(row["threshold"]) else None}
+        for row in rows.to_dict("records")
+    ]

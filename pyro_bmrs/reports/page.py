@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_bmrs.files import write_atomically
 from pyro_bmrs.numerals import number, percent, plain_number, with_error
-from pyro_bmrs.reports.words import (
-    khat_text,
-    khat_value,
-    markdown,
-)
+from pyro_bmrs.reports.words import khat_text, khat_value, markdown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -63,8 +59,8 @@ def _environment(*, html: bool) -> Environment:
     return made
 
 
-def svg(name: str, draw: Callable[[], Figure]) -> Markup:
-    """Draw a figure as an SVG element whose identifiers are unique in the page."""
+def svg(name: str, draw: Callable[..., Figure], *given: Any) -> Markup:
+    """What `draw(*given)` draws as an SVG element, whose identifiers are unique in the page."""
     from markupsafe import Markup
     from matplotlib import rc_context
 
@@ -74,7 +70,7 @@ def svg(name: str, draw: Callable[[], Figure]) -> Markup:
         warnings.filterwarnings("ignore", message="Glyph")
         # No metadata: it would hold the date, and addresses.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        draw().savefig(buffer, format="svg", dpi=200, metadata=nothing)
+        draw(*given).savefig(buffer, format="svg", dpi=200, metadata=nothing)
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
 

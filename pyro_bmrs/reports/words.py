@@ -1,4 +1,4 @@
-"""What a report says in words: the verdict, the warnings, the methods."""
+"""What a report says in words: verdict, decision, warnings, methods."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import numpy as np
 import pandas as pd
 
 from pyro_bmrs.numerals import finite, number, percent, plain_number
-from pyro_bmrs.tables import EVALUATION_COLUMNS, WIDTH_COLUMNS
 
 if TYPE_CHECKING:
     from pyro_bmrs.fitting import Fit
     from pyro_bmrs.pruning import Plan, Rule
     from pyro_bmrs.quality.diagnosis import Diagnosis
 
-# Scores this close to the threshold (criterion's unit) were decided by next to nothing.
+# Scores this close to the threshold (criterion's unit) were narrow decisions.
 NARROW = 0.1
-# Removing what has no evidence should cost next to nothing: more than this (nats per example) is no detail.
+# Removing structures without evidence should cost little. More than this (nats per example) is worth a warning.
 COSTLY = 0.25
 
 
@@ -48,27 +47,26 @@ def khat_value(khat: float) -> str:
     return plain_number(khat)
 
 
-def posterior_warnings(diagnosis: Diagnosis | None) -> list[str]:
-    if diagnosis is None or diagnosis.khat is None:
+def posterior_warnings(khat: pd.DataFrame | None) -> list[str]:
+    """Where Pareto k̂ says that the posterior is a rough approximation. `khat` is that of a `Diagnosis`."""
+    if khat is None:
         return []
-    joint, parts = diagnosis.khat.iloc[:1], diagnosis.khat.iloc[1:]
-    high = pd.concat(
-        [table[~table["reliable"].astype(bool) & table["khat"].notna()] for table in (parts, joint)]
-    )
-    if high.empty:
+    joint, parts = khat.iloc[0], khat.iloc[1:]
+    rough = khat[~khat["reliable"].astype(bool) & khat["khat"].notna()]
+    if rough.empty:
         return []
-    if len(parts) and high.index.tolist() == [0]:
+    threshold = number(joint["threshold"], ".2f")
+    if len(parts) and rough.index.tolist() == [0]:
         return [
-            f"Pareto k̂ of all latents together is {khat_text(joint['khat'].iloc[0])}, above its threshold of "
-            f"{number(joint['threshold'].iloc[0], '.2f')}, though each part alone is fine: many small errors "
-            "add up, or parts depend on each other, which the posterior leaves out."
+            f"Pareto k̂ of all latents together is {khat_text(joint['khat'])}, above its threshold of {threshold}, "
+            "though each part alone is fine: many small errors add up, or parts depend on each other, which the "
+            "posterior leaves out."
         ]
-    if len(parts):
-        high = high[high.index > 0]
-    named = ", ".join(f"{row['part']} ({khat_text(row['khat'])})" for row in high.to_dict("records"))
+    rough = rough[rough.index > 0] if len(parts) else rough
+    named = ", ".join(f"{row['part']} ({khat_text(row['khat'])})" for row in rough.to_dict("records"))
     return [
-        f"Pareto k̂ is above its threshold of {number(joint['threshold'].iloc[0], '.2f')} for {named}: there the "
-        "posterior is a rough approximation, and its spread is not to be taken at its word."
+        f"Pareto k̂ is above its threshold of {threshold} for {named}: there the posterior is a rough approximation, "
+        "and its spread is not to be taken at its word."
     ]
 
 
@@ -80,33 +78,25 @@ def decision(rule: Rule) -> str:
     'Structures were removed where ΔF of BMRS_N plus the prior log-odds of 0 nats was at least -2'
     """
     if rule.threshold is None:
-        return f"A {rule.criterion} decided about all structures together"
-    odds = rule.prior_log_odds
-    if odds is None:
-        return (
-            f"Structures were removed where the score of {rule.criterion} was at least {rule.threshold:.4g}"
-        )
-    return (
-        f"Structures were removed where ΔF of {rule.criterion} plus the prior log-odds of {odds:.4g} nats was at least "
-        f"{rule.threshold:.4g}"
+        return f"A search decided about all structures together: {rule.criterion}"
+    odds = (
+        "" if rule.prior_log_odds is None else f" plus the prior log-odds of {rule.prior_log_odds:.4g} nats"
     )
+    what = f"ΔF of {rule.criterion}" if rule.has_evidence else f"the score of {rule.criterion}"
+    return f"Structures were removed where {what}{odds} was at least {rule.threshold:.4g}"
 
 
-def methods(
-    fit: Fit | None, plan: Plan, diagnosis: Diagnosis | None, settings: Mapping[str, Any] | None
-) -> str:
+def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping[str, Any]) -> str:
     """A paragraph for a paper, of nothing but what was done."""
-    known = {**dict(fit.settings if fit is not None else {}), **(settings or {})}
-    table, widths = plan.table, plan.widths()
-    rule = plan.rule
-    history = fit.history if fit is not None else None
+    known = {**({} if fit is None else dict(fit.settings)), **settings}
+    table, rule = plan.table, plan.rule
+    epochs = {} if fit is None else fit.history["phase"].value_counts().to_dict()
     first = (
-        "Each structure (neuron, filter or head) carried a multiplicative latent scale θ; its posterior, of truncated "
-        "log-normals, was fitted together with the weights by stochastic variational inference (pyro_bmrs on Pyro and "
-        "PyTorch)"
+        "Each structure (neuron, filter or head) was multiplied by a latent θ; its posterior, a truncated log-normal, "
+        "was fitted together with the weights by stochastic variational inference (pyro_bmrs on Pyro and PyTorch)"
     )
-    if history is not None and len(history):
-        first += f", for {int((history['phase'] == 'fit').sum())} epochs"
+    if epochs:
+        first += f", for {epochs.get('fit', 0)} epochs"
         first += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
     first += f" with the KL divergence weighted by {rule.kl_weight:g}"
     first += f", seed {known['seed']}." if "seed" in known else "."
@@ -123,22 +113,25 @@ def methods(
     text.append(f"{decided}.")
     in_fit = int(table["removed_in_fit"].sum()) if "removed_in_fit" in table else 0
     if in_fit:
-        text.append(f"{in_fit:,} of them were removed during the fit, after an epoch, by the same rule then.")
+        text.append(
+            f"Before that, {in_fit:,} had been removed during the fit, by their scores after an epoch."
+        )
     text.append(
         f"Of {len(table):,} structures {int((~table['removed'].astype(bool)).sum()):,} were kept ("
-        + ", ".join(f"{row.after} of {row.before} in {row.layer}" for row in widths.itertuples())
+        + ", ".join(f"{row.after} of {row.before} in {row.layer}" for row in plan.widths().itertuples())
         + "); the others were cut out of the network, with θ = E[θ] folded into the weights that read what was kept."
     )
-    tuned = 0 if history is None else int((history["phase"] == "fine-tune").sum())
-    if tuned:
-        text.append(f"The smaller network was then fine-tuned for {tuned} epochs by maximum likelihood.")
-    if diagnosis is not None and diagnosis.quality is not None:
+    if "fine-tune" in epochs:
+        text.append(
+            f"The smaller network was then fine-tuned for {epochs['fine-tune']} epochs by maximum likelihood."
+        )
+    if diagnosis.quality is not None:
         text.append(
             f"Predictions were averaged over {diagnosis.facts.get('draws', 'some')} draws of the posterior, or made "
             "with E[θ]; expected calibration error is of the top label in 15 bins (Guo et al., 2017), the split of "
             "the predictive entropy that of Depeweg et al. (2018)."
         )
-    if diagnosis is not None and diagnosis.khat is not None:
+    if diagnosis.khat is not None:
         text.append("The approximation was checked by Pareto k̂ (Yao et al., 2018; Vehtari et al., 2024).")
     return " ".join(text)
 
@@ -156,78 +149,69 @@ def verdict(
     evaluation: pd.DataFrame | None,
     costs: pd.DataFrame | None = None,
 ) -> str:
-    """Say in one sentence how much went and what is left of the accuracy."""
+    """Say in one sentence how much was removed, and how accurate the result is."""
     removed = (
         f"{percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} structures removed"
     )
     if costs is not None and "parameters" in costs.index:
-        before = finite(costs["before"]["parameters"])
-        after = finite(costs["after"]["parameters"])
+        before, after = (finite(costs[column]["parameters"]) for column in ("before", "after"))
         if before and after is not None:
             removed = f"{percent(1 - after / before)} of {before:,.0f} parameters removed"
 
-    stops = None if curve is None else curve[curve["is_plan"].astype(bool)]
-    if evaluation is not None and len(evaluation):
+    if evaluation is not None and evaluation["accuracy"].notna().any():
         splits = evaluation["split"].astype(str)
         split = "test" if (splits == "test").any() else splits.iloc[-1]
-        rows = rows_of(evaluation[splits == split], EVALUATION_COLUMNS)
-        rows = [row for row in rows if finite(row["accuracy"]) is not None]
+        rows = evaluation[(splits == split) & evaluation["accuracy"].notna()].to_dict("records")
         if rows:
             first, last = rows[0], rows[-1]
             accuracy = f"{split} accuracy {percent(last['accuracy'], 2)} ({last['network']})"
             if len(rows) > 1:
                 accuracy += f", from {percent(first['accuracy'], 2)} ({first['network']})"
             return f"{removed}; {accuracy}."
-    if history is not None:
-        measured = history["validation_accuracy"].dropna()
-        if len(measured):
-            return f"{removed}; validation accuracy {percent(measured.iloc[-1], 2)} after the last epoch."
-    if stops is not None and len(stops) and finite(stops["accuracy"].iloc[0]) is not None:
-        return f"{removed}; accuracy {percent(stops['accuracy'].iloc[0], 2)}."
+    if history is not None and history["validation_accuracy"].notna().any():
+        measured = history["validation_accuracy"].dropna().iloc[-1]
+        return f"{removed}; validation accuracy {percent(measured, 2)} after the last epoch."
+    if curve is not None:
+        own = curve.loc[curve["is_plan"].astype(bool), "accuracy"].dropna()
+        if len(own):
+            return f"{removed}; accuracy {percent(own.iloc[0], 2)}."
     return f"{removed}."
 
 
-def warnings_of(plan: Plan, widths: pd.DataFrame) -> list[str]:
-    rule = plan.rule
+def warnings_of(plan: Plan) -> list[str]:
+    """What to keep in mind about a plan: its KL weight, floors, narrow decisions, unknown scores."""
+    rule, table = plan.rule, plan.table
     found = rule.cautions()
-    table = plan.table
     removed = table["removed"].astype(bool)
-    # of a search no threshold says what it wanted
-    wanted = table["score"] >= (math.inf if rule.threshold is None else rule.threshold)
-    for row in rows_of(widths, WIDTH_COLUMNS):
-        held = int(((table["layer"] == row["layer"]) & ~removed & wanted).sum())
-        if row["after"] == 1:
-            found.append(
-                f"Layer {row['layer']} is at its floor of 1 unit (of {row['before']:,})"
-                + (
-                    "; the score of its last structure is above the threshold; it stays only because of the floor."
-                    if held
-                    else "."
-                )
-            )
+    # where a search decided, no threshold says what it wanted
+    threshold = math.inf if rule.threshold is None else rule.threshold
+    for row in plan.widths().itertuples():
+        held = int(((table["layer"] == row.layer) & ~removed & (table["score"] >= threshold)).sum())
+        if row.after == 1:
+            only = "; its score is above the threshold, and only the floor keeps it" if held else ""
+            found.append(f"Layer {row.layer} is left with 1 structure of {row.before:,}{only}.")
         elif held:
             found.append(
-                f"Layer {row['layer']} keeps {held:,} of its {row['after']:,} structures only because of its floor or "
+                f"Layer {row.layer} keeps {held:,} of its {row.after:,} structures only because of its floor or "
                 "of rounding: their score is above the threshold."
             )
-    if rule.threshold is not None:
-        narrow = int((removed & ((table["score"] - rule.threshold).abs() <= NARROW)).sum())
-        if narrow:
-            found.append(
-                f"{narrow:,} of {int(removed.sum()):,} removed structures have a score within {NARROW} of the "
-                "threshold: a small change of the criterion or the seed would have kept them."
-            )
+    narrow = int((removed & ((table["score"] - threshold).abs() <= NARROW)).sum())
+    if narrow:
+        found.append(
+            f"{narrow:,} of {int(removed.sum()):,} removed structures have a score within {NARROW} of the "
+            "threshold: a small change of the criterion or the seed would have kept them."
+        )
     unknown = int((~np.isfinite(table["score"].to_numpy(dtype=float, na_value=np.nan))).sum())
     if unknown:
-        found.append(f"{unknown:,} of {len(table):,} units: the score is not a finite number.")
+        found.append(f"{unknown:,} of {len(table):,} structures have a score that is not a finite number.")
     return found
 
 
 def removal_warnings(evaluation: pd.DataFrame | None) -> list[str]:
-    """What to say where the network that was cut predicts far worse than the one that was fitted.
+    """A warning where the network that was cut predicts far worse than the one that was fitted.
 
-    Each structure is judged alone, with the others as they are. Of hundreds of idle ones each can be done without
-    and all of them not: noise that is independent averages out, so that together they carry what none has to.
+    Each structure is judged alone, with the others in place. A network may do without each of hundreds of idle
+    structures, and not without all of them: independent noise averages out, so together they carry what none has to.
     """
     if evaluation is None:
         return []
@@ -241,12 +225,7 @@ def removal_warnings(evaluation: pd.DataFrame | None) -> list[str]:
     accuracy = rows["accuracy"]
     return [
         f"Cutting out what was removed cost {number(cost, '.2f')} nats per example (test accuracy "
-        f"{percent(accuracy[before])} → {percent(accuracy['reduced'])}): units that are idle one by one carried "
+        f"{percent(accuracy[before])} → {percent(accuracy['reduced'])}): structures that are idle one by one carried "
         'something together. Remove after each epoch (removal "epoch"), so that the fit can answer, or lower the '
         "KL weight."
     ]
-
-
-def rows_of(table: pd.DataFrame, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    chosen = [table[column].tolist() for column in columns]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*chosen, strict=True)]

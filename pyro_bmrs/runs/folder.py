@@ -1,28 +1,32 @@
-"""What a run's folder holds, read without its data and its network."""
+"""The files of a run's folder, read without its data and its network."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pyro_bmrs.files import read_table, read_text, refuse_newer
+from pyro_bmrs.files import clear_unfinished, read_table, read_text, refuse_newer
+from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs.settings import RunSettings
+from pyro_bmrs.tables import NAME_COLUMNS
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
-# What each stage leaves. The last of a stage's files is written last: where it is, the stage is done.
+# The files of each stage. The last of them is written last: if it is there, the stage is done.
 FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "posterior.safetensors")
 REDUCE_FILES = (
     "evaluation.csv", "costs.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.numbers.safetensors",
     "plan.json",
 )  # fmt: skip
 REPORT_FILES = ("curve.csv", "report.md", "report.html")
-DIAGNOSIS = "diagnosis"  # a folder of tables; a run is complete without
+DIAGNOSIS = "diagnosis"  # a folder of tables; a run is complete without it
+REMOVAL_COLUMNS = ["phase", *LEDGER_COLUMNS]  # of removals.csv
 
 
 class RunFolder:
@@ -36,7 +40,7 @@ class RunFolder:
         self.folder = Path(folder)
 
     def stored_settings(self) -> dict[str, Any] | None:
-        """settings (RunSettings), fit (the part of them the posterior was fitted with), recipe (its name)."""
+        """settings (RunSettings), fit (those that the posterior was fitted with, as JSON), recipe (its name)."""
         path = self.folder / "settings.json"
         if not path.exists():
             return None
@@ -58,7 +62,7 @@ class RunFolder:
             raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
 
     def needed_settings(self) -> dict[str, Any]:
-        """As `stored_settings`; raises ValueError where there are none."""
+        """As `stored_settings`; raises ValueError if there are none."""
         stored = self.stored_settings()
         if stored is None:
             raise ValueError(f"run must be a folder with a settings.json: {self.folder} has none")
@@ -68,17 +72,18 @@ class RunFolder:
         """Whether the folder holds these files."""
         return all((self.folder / name).exists() for name in names)
 
-    def _need(self, *names: str) -> None:
+    def need(self, *names: str) -> None:
+        """Raise ValueError, saying which command makes the file, unless the folder holds all of these."""
         for name in names:
             if not self.has(name):
                 stage = "fit" if name in FIT_FILES else "reduce"
                 raise ValueError(f"run {self.folder} has no {name}: call `pyro-bmrs {stage}` first")
 
     def read_table(self, name: str, *columns: str) -> pd.DataFrame:
-        """A table of the folder that has at least these columns."""
-        self._need(name)
+        """A table of the folder; raises ValueError unless it has these columns."""
+        self.need(name)
         try:
-            table = read_table(self.folder / name, ("layer", "network", "criterion"))
+            table = read_table(self.folder / name, NAME_COLUMNS)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         missing = [column for column in columns if column not in table]
@@ -87,7 +92,7 @@ class RunFolder:
         return table
 
     def evaluation(self) -> pd.DataFrame:
-        """How the networks do on the test examples, a row each, the final one last."""
+        """Loss and accuracy of the networks on the test examples, a row each, the final one last."""
         numbers = ("negative_log_likelihood", "accuracy", "parameters")
         table = self.read_table("evaluation.csv", "network", *numbers)
         path = self.folder / "evaluation.csv"
@@ -105,13 +110,27 @@ class RunFolder:
         return {"removed": float(removed), "accuracy": float(table.accuracy.iloc[-1])}
 
     def costs(self) -> pd.DataFrame:
-        """What the network costs before and after, a row each."""
+        """Costs of the network before and after, a row each."""
         return self.read_table("costs.csv", "cost", "before", "after").set_index("cost")
 
     def plan(self) -> NetworkPlan:
         """The folder's plan."""
-        self._need("plan.json")
+        self.need("plan.json")
         return NetworkPlan.load(self.folder / "plan.json")
+
+    def clear(self, *names: str) -> None:
+        """Remove these files."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def clear_reduction(self) -> None:
+        """Remove the reduction and its report; the last file of a stage first."""
+        shutil.rmtree(self.folder / DIAGNOSIS, ignore_errors=True)
+        self.clear(*reversed(REPORT_FILES), *reversed(REDUCE_FILES))
+
+    def clear_unfinished(self) -> None:
+        """Remove the half-written files of a process that was killed."""
+        clear_unfinished(self.folder, {*FIT_FILES, *REDUCE_FILES, *REPORT_FILES}.__contains__)
 
     def diagnosis(self) -> Diagnosis | None:
         """The folder's diagnosis, None where it has none."""

@@ -175,12 +175,13 @@ def _show_run(run: RunFolder, console: Console) -> None:
     console.print(table_of(NETWORKS, evaluation.to_dict("records")))
     layers = widths.assign(removed=1 - widths.after / widths.before)
     console.print(table_of(LAYERS, layers.to_dict("records")))
-    if diagnosis is not None and diagnosis.khat is not None:
-        console.print(table_of(KHAT, diagnosis.khat.to_dict("records")))
+    khat = None if diagnosis is None else diagnosis.khat
+    if khat is not None:
+        console.print(table_of(KHAT, khat.to_dict("records")))
     for warning in (
         *removal_warnings(evaluation),
-        *warnings_of(plan, widths),
-        *posterior_warnings(diagnosis),
+        *warnings_of(plan),
+        *posterior_warnings(khat),
     ):
         console.print(Text(f"! {warning}", style="yellow"))
     report = run.folder / "report.html"

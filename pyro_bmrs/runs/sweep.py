@@ -26,8 +26,9 @@ from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.progress import Progress
 from pyro_bmrs.runs.folder import FIT_FILES
 from pyro_bmrs.runs.recipe import Recipe
-from pyro_bmrs.runs.run import Interrupted, Run
+from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.study import Cell, Study, has_fit, one_line
+from pyro_bmrs.runs.workplace import Interrupted
 
 type Row = dict[str, Any]
 

@@ -27,7 +27,7 @@ def test_removals_are_marked_at_their_epochs():
     figure = plot_history(history(), removals(counts).sample(frac=1, random_state=0))
     assert dashed(figure) == [3, 9, 20, 20.5]
     axes = figure.axes[-1]
-    assert axes.get_ylabel() == "units left"
+    assert axes.get_ylabel() == "structures left"
     written = {text.xy[0]: text.get_text() for text in axes.texts}
     # The seven of epoch 20 are too close to the 187 after it.
     assert written == {3: "−50", 9: "−12", 20.5: "−187"}
@@ -48,7 +48,7 @@ def test_history_without_removals_is_as_before():
     for figure in (bare, empty):
         assert dashed(figure) == []
         assert not figure.axes[-1].texts
-        assert "units removed" not in [text.get_text() for text in figure.legends[0].get_texts()]
+        assert "structures removed" not in [text.get_text() for text in figure.legends[0].get_texts()]
     assert bare.axes[-1].get_ylim() == empty.axes[-1].get_ylim()
 
 

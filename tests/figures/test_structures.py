@@ -24,3 +24,17 @@ def test_one_cell_per_structure_in_the_order_of_scores(scale):
     places[~gone], places[gone] = kept.get_offsets(), removed.get_offsets()
     reading_order = np.lexsort((places[wide, 0], places[wide, 1].round(6)))
     assert np.all(np.diff(table.score.to_numpy()[wide][reading_order]) >= 0)
+
+
+def test_colours_tell_the_distance_from_the_plans_threshold():
+    """At any threshold a score that is just kept has the colours' middle."""
+    table = units({"layer": 3}).assign(score=[-320.0, -300.0, -280.0], removed=[False, True, True])
+    at_zero, below = plan(table.assign(score=table.score + 300)), plan(table)
+    below.rule = below.rule.at(-300.0)
+    colours = []
+    for made in (at_zero, below):
+        kept, removed = plot_structures(made).axes[0].collections
+        colours.append([*kept.get_facecolors().tolist(), *removed.get_edgecolors().tolist()])
+    assert colours[0] == colours[1]
+    texts = [axes.get_xlabel() for axes in plot_structures(below).axes]
+    assert "← keep | score, from ΔF (nats), above -300 | remove →" in texts

@@ -87,8 +87,8 @@ def test_no_more_series_than_can_be_told_apart(kind, most: int):
 
 
 def test_series_differ_by_marker_line_and_colour():
-    for part in zip(*style.SERIES, strict=True):
-        assert len(set(part)) == len(style.SERIES) == MOST_CRITERIA
+    for name in ("color", "marker", "linestyle"):
+        assert len({look[name] for look in style.SERIES}) == len(style.SERIES) == MOST_CRITERIA
     assert len(set(predictions.HATCHES)) == predictions.MOST_DATA
     assert len(style.SERIES) >= style.MOST_NETWORKS
 

@@ -243,15 +243,14 @@ def test_nothing_is_printed_that_a_fit_does_not_have():
     assert "nan" not in str(regression)
 
 
-def test_a_count_that_nobody_asked_for_ends_no_fit(monkeypatch):
+def test_a_score_that_is_not_finite_is_an_error_and_no_missing_count(monkeypatch):
     def fail(*_, **__):
         raise ArithmeticError("a score is not finite")
 
-    monkeypatch.setattr("pyro_bmrs.fitting.loop.reduce_structures", fail)
-    _, _, result = fitted(epochs=2)
-    assert result.history.kept.isna().all()
-    with pytest.raises(ArithmeticError, match="not finite"):
-        fitted(epochs=2, criterion="BMRS_N")
+    monkeypatch.setattr("pyro_bmrs.fitting.epochs.reduce_structures", fail)
+    for named in ({}, {"criterion": "BMRS_N"}):
+        with pytest.raises(ArithmeticError, match="not finite"):
+            fitted(epochs=2, **named)
 
 
 def test_settings_are_given_whole_or_by_name_and_kept_with_the_fit():

@@ -21,7 +21,7 @@ from pyro_bmrs.distributions.packed import uniforms
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference import packed
 from pyro_bmrs.inference.evaluate import likelihood_scale
-from pyro_bmrs.inference.guides import elementary
+from pyro_bmrs.inference.traces import elementary
 from pyro_bmrs.networks import hooked_noise
 from pyro_bmrs.networks.noise import FixedScales, noise_layers, scaled
 
@@ -399,12 +399,12 @@ def test_auto_takes_the_first_path_that_will_do_and_others_are_refused(case):
     if guide is not None:
         guide(x, y)
 
-    def objective(elbo):
-        return Objective(model, guide, (x, y), dataset_size=SIZE, draws=2, elbo=elbo)
+    def objective(elbo, **options):
+        return Objective(model, guide, (x, y), dataset_size=SIZE, draws=2, elbo=elbo, **options)
 
     assert objective("auto").elbo == allowed[0]
     # under Pyro's own checks of sites there must be sites
-    assert objective("checked").elbo == ("packed" if "packed" in allowed else "pyro")
+    assert objective("auto", validate=True).elbo == ("packed" if "packed" in allowed else "pyro")
     for elbo in ("fused", "packed", "pyro"):
         if elbo in allowed:
             loss, likelihood = objective(elbo)(x, y, 1.0)

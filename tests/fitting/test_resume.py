@@ -19,8 +19,8 @@ from small_fits import CASES, SmallFit, data
 import pyro_bmrs as bmrs
 from pyro_bmrs import Classifier
 from pyro_bmrs.files import read_tensors, write_tensors
-from pyro_bmrs.fitting import loop
 from pyro_bmrs.fitting.checkpoints import Checkpoints
+from pyro_bmrs.fitting.epochs import Measure
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.fitting.progress import EpochProgress
 
@@ -335,7 +335,7 @@ def test_from_process_to_process(whole, tmp_path):
 
 def with_best(monkeypatch, *scores):
     """Let the epochs have these scores: the least is the best."""
-    monkeypatch.setattr(loop.Loop, "_score", lambda self, row: scores[row["epoch"] - 1])
+    monkeypatch.setattr(Measure, "score", lambda self, row: scores[row["epoch"] - 1])
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -346,7 +346,7 @@ def test_only_the_newest_and_the_best_stay(keep, tmp_path, monkeypatch):
 
     def saved(*arguments):
         path = save(*arguments)
-        seen.append([name for name in names(folder) if name != "ledger.csv"])
+        seen.append([name for name in names(folder) if name.startswith("epoch-")])
         return path
 
     monkeypatch.setattr(Checkpoints, "save", saved)

@@ -158,7 +158,7 @@ def test_the_documentation_lists_every_setting(monkeypatch):
     monkeypatch.syspath_prepend(docs / "tools")
     import hooks
 
-    assert hooks.SETTINGS.search((docs / "fitting.md").read_text())
+    assert hooks.SETTINGS.search((docs / "settings.md").read_text())
     table = "\n".join(hooks.table_of_settings())
     for name, field in RunSettings.model_fields.items():
         assert f"| `{name}` | `{field.default}` |" in table

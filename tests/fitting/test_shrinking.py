@@ -100,7 +100,7 @@ def test_a_plan_lists_every_structure_of_the_original(shrunk, criterion):
     for site in shrunk.sizes:
         rows = table[table.layer == site]
         assert rows["mean"][rows.present].tolist() == pytest.approx(mean[site].tolist(), rel=1e-6)
-        assert len(shrunk.guide.site_posterior(site).gone_units) == (~rows.present).sum()
+        assert len(shrunk.guide.site_posterior(site).removed_units) == (~rows.present).sum()
 
 
 @pytest.mark.parametrize("criterion", OF_THE_POSTERIOR, ids=str)

@@ -12,8 +12,8 @@ from torch import nn
 
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, LogUniform, MultiplicativeNoise, TruncatedLogNormal
 from pyro_bmrs.fitting.posterior_file import load_posterior, save_posterior
-from pyro_bmrs.inference.guides import read_posterior
-from pyro_bmrs.pruning.reduce import input_of
+from pyro_bmrs.inference.posteriors import read_posterior
+from pyro_bmrs.pruning.binding import input_of
 
 
 def classifier(width=5):

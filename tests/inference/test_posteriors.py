@@ -21,7 +21,8 @@ from pyro.infer.autoguide import (
 from torch.distributions import constraints
 
 from pyro_bmrs import AutoTruncatedLogNormal, LogUniform
-from pyro_bmrs.inference.posteriors import JointNormalBlock, SiteBlock, UnreadablePosteriorError, read_blocks
+from pyro_bmrs.inference.blocks import JointNormalBlock, SiteBlock
+from pyro_bmrs.inference.posteriors import UnreadablePosteriorError, read_blocks
 
 SITES = ("weights", "scale", "share", "mixing", "table")
 

@@ -14,7 +14,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.quality import diagnose
-from pyro_bmrs.quality.calibration import predictions
+from pyro_bmrs.quality.predictive import predictions
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -137,7 +137,7 @@ def test_random_follows_its_seed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BMRS_N(scale=0.0), "scale must be positive: got 0.0"),
+        (lambda: BMRS_N(scale=0.0), "scale must be positive and finite: got 0.0"),
         (lambda: BMRS_N(prior_log_odds=float("nan")), "prior_log_odds must be finite"),
         (lambda: BMRS_N(loc=float("inf")), "loc must be finite or None"),
         (lambda: BMRS_U(bits=8, floor_bits=4), "floor_bits must be above bits=8"),

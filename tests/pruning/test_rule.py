@@ -65,10 +65,10 @@ def test_curve_what_if_words_and_warnings_read_the_threshold():
     table = what_if(plan)
     kept = int((~plan.table.removed).sum())
     assert table[table.score_threshold == -300.0].structures.tolist() == [kept]
-    assert "at least -300" in methods(None, plan, None, None)
+    assert "at least -300" in methods(None, plan, bmrs.Diagnosis(), {})
     assert "threshold -300" in plan.summary()
-    assert any("within 0.1 of the threshold" in warning for warning in warnings_of(plan, plan.widths()))
-    assert not any("within 0.1" in warning for warning in warnings_of(plan_at(-200.0), plan.widths()))
+    assert any("within 0.1 of the threshold" in warning for warning in warnings_of(plan))
+    assert not any("within 0.1" in warning for warning in warnings_of(plan_at(-200.0)))
 
 
 def test_a_plan_is_frozen_and_pickles():

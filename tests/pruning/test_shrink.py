@@ -169,7 +169,7 @@ class Fitted:
 
     def selected(self, name, tensor, kept):
         """What is left of a tensor of that name: by the table above, not by the library."""
-        if " gone_" in name:
+        if " removed_" in name:
             return None
         if name.startswith("guide "):
             return tensor[..., kept[name.split()[1]]]

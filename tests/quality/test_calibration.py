@@ -17,13 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise
-from pyro_bmrs.quality.calibration import (
-    Predictions,
-    predictions,
-    quality,
-    reliability,
-    risk_coverage,
-)
+from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.predictive import Predictions, predictions
 
 
 def point(probability, label):
@@ -412,7 +407,7 @@ def test_a_class_that_is_ruled_out_is_allowed():
 
 
 X, Y = torch.zeros(6, 4), torch.zeros(6, dtype=torch.long)
-SCALES = {"4": torch.ones(8), "7": torch.ones(6)}
+THETA = {"4": torch.ones(8), "7": torch.ones(6)}
 
 
 @pytest.mark.parametrize(
@@ -429,19 +424,19 @@ SCALES = {"4": torch.ones(8), "7": torch.ones(6)}
         ({"data": (X, Y - 100)}, ValueError, "data must have labels other than ignore_index=-100"),
         ({"data": (X, Y[:5])}, ValueError, "data must have as many labels"),
         ({"data": (X[:0], Y[:0])}, ValueError, "data must not be empty"),
-        ({"scales": {}}, ValueError, r"scales must name the noise sites \['4', '7'\]: got \[\]"),
-        ({"scales": {**SCALES, "9": torch.ones(2)}}, ValueError, r"scales must name.* got \['4', '7', '9'\]"),
-        ({"scales": {**SCALES, "7": torch.ones(5)}}, ValueError, r"scales must have shape \(6,\).*got \(5,\)"),
-        ({"scales": {**SCALES, "7": torch.ones(2, 1, 6)}}, ValueError, r"scales must have shape.*\(2, 1, 6\)"),
-        ({"scales": {**SCALES, "7": torch.ones(0, 6)}}, ValueError, r"scales must have shape.*\(0, 6\)"),
-        ({"scales": {**SCALES, "7": torch.ones(2, 6)}}, ValueError, "scales must have the same number of draws"),
-        ({"scales": {**SCALES, "7": [1.0] * 6}}, TypeError, "scales must be tensors: got list for site '7'"),
+        ({"theta": {}}, ValueError, r"theta must be of the noise sites \['4', '7'\]: got \[\]"),
+        ({"theta": {**THETA, "9": torch.ones(2)}}, ValueError, r"theta must be of.* got \['4', '7', '9'\]"),
+        ({"theta": {**THETA, "7": torch.ones(5)}}, ValueError, r"theta of site '7' must.* \(6,\).*got \(5,\)"),
+        ({"theta": {**THETA, "7": torch.ones(2, 1, 6)}}, ValueError, r"theta of site .* of shape.*\(2, 1, 6\)"),
+        ({"theta": {**THETA, "7": torch.ones(0, 6)}}, ValueError, r"theta of site .* must be of shape.*\(0, 6\)"),
+        ({"theta": {**THETA, "7": torch.ones(2, 6)}}, ValueError, "theta must be of the same number of draws"),
+        ({"theta": {**THETA, "7": [1.0] * 6}}, TypeError, "theta of site '7' must be a tensor: got list"),
         ({"batch_size": 0}, ValueError, "batch_size must be a positive integer: got 0"),
         ({"batch_size": 2.0}, ValueError, r"batch_size must be a positive integer: got 2\.0"),
     ],
 )  # fmt: skip
 def test_bad_arguments_of_predictions(change, error, match):
-    arguments = {"model": Classifier(network()), "data": (X, Y), "scales": SCALES, **change}
+    arguments = {"model": Classifier(network()), "data": (X, Y), "theta": THETA, **change}
     with pytest.raises(error, match=match):
         predictions(**arguments)
 
@@ -548,7 +543,7 @@ def test_scores_need_labelled_predictions(function):
         (
             lambda: quality(SIX, point([[0.5, 0.25, 0.25]], [-1])),
             ValueError,
-            "out_of_distribution must have 2 classes, as predictions: got 3",
+            "out_of_distribution must be of 2 classes, as predictions: got 3",
         ),
     ],
 )  # fmt: skip

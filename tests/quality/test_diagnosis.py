@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
+from pyro_bmrs.checks.data import first_of
 from pyro_bmrs.checks.posterior import check_posterior
 from pyro_bmrs.files import NewerFileError
-from pyro_bmrs.quality import Diagnosis, compression_curve, criterion_curves, diagnose
+from pyro_bmrs.quality import Diagnosis, compression_curve, criterion_curves, diagnose, examination
 from pyro_bmrs.quality import diagnosis as diagnosis_module
-from pyro_bmrs.quality.calibration import predictions, quality, reliability, risk_coverage
-from pyro_bmrs.quality.diagnosis import CRITERIA, first_of
+from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.curves import CRITERIA
+from pyro_bmrs.quality.predictive import predictions
 from pyro_bmrs.quality.what_if import what_if
 from pyro_bmrs.reports import report
 
@@ -176,7 +178,7 @@ def test_by_draws_what_was_removed_is_at_0_and_nothing_is_there_that_was_not_giv
         seen.append(scales)
         return predictions(program, inputs, scales, **options)
 
-    monkeypatch.setattr(diagnosis_module, "predictions", watched)
+    monkeypatch.setattr(examination, "predictions", watched)
     found = look(fitted, out_of_distribution=None, fine_tuned=None, criteria={})
     full, _, reduced, mean = seen
     for layer, kept in fitted.plan.kept.items():
@@ -607,10 +609,9 @@ def test_a_bad_argument_is_named_before_any_work(fitted, monkeypatch, name, valu
         "what_if",
         "draw_posterior",
         "predictions",
-        "compression_curve",
-        "reduce_structures",
+        "criterion_curves",
     ):
-        monkeypatch.setattr(diagnosis_module, work, lambda *_, **__: pytest.fail("it began"))
+        monkeypatch.setattr(examination, work, lambda *_, **__: pytest.fail("it began"))
     given = dict(
         model=fitted.model, guide=fitted.guide, plan=fitted.plan, train=fitted.train, test=fitted.test
     )
@@ -622,7 +623,7 @@ def test_a_bad_argument_is_named_before_any_work(fitted, monkeypatch, name, valu
 
 def test_a_plan_without_its_network_is_refused_before_any_work(fitted, tmp_path, monkeypatch):
     fitted.plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr(diagnosis_module, "check_posterior", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr(examination, "check_posterior", lambda *_, **__: pytest.fail("it began"))
     loaded = bmrs.NetworkPlan.load(tmp_path / "plan.json")
     with pytest.raises(ValueError, match=r"^plan must .*network"):
         diagnose(fitted.model, fitted.guide, loaded, fitted.train, fitted.test)
@@ -669,7 +670,7 @@ def test_what_is_not_there_stays_away(tmp_path):
     plan = make_plan(random_scores({"a": 4}))
     made = make_diagnosis(plan)
     made.save(tmp_path)
-    made.loo = made.quality = made.contraction = None
+    made = replace(made, loo=None, quality=None, contraction=None)
     made.save(tmp_path)  # over the other
     loaded = Diagnosis.load(tmp_path)
     assert loaded.loo is loaded.quality is loaded.contraction is None

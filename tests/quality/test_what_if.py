@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.nesting import Nesting
-from pyro_bmrs.quality.what_if import _decisions, leaving_thresholds, slider, what_if
+from pyro_bmrs.quality.what_if import decisions, slider, what_if
 
 quick = settings(max_examples=70, deadline=None)
 
@@ -81,7 +81,7 @@ def thresholds_to_try(plan):
 @example(Case({"even": [3.0, 2.0, 1.0, 0.0, -1.0]}, set(), {}, min_kept=1, round_to=2))
 def test_leaving_is_when_the_plan_removes(case):
     plan = case.plan()
-    leaving = leaving_thresholds(plan)
+    leaving = decisions(plan)[0]
     for threshold in thresholds_to_try(plan):
         removed = plan.at(threshold).table.removed.to_numpy()
         assert (threshold <= leaving).tolist() == removed.tolist(), threshold
@@ -100,7 +100,7 @@ def test_of_nested_layers_every_change_is_known(data):
     enclosed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3, max_size=3)))
     plan = make_plan({"outer": outer, "inner": inner}, min_kept=least, round_to=multiple)
     plan = replace(plan, nesting=Nesting({"inner": {"outer": owner}}, {"outer": enclosed}))
-    leaving, turns = _decisions(plan)
+    leaving, turns = decisions(plan)
     tried = {t: plan.at(t).table.removed.to_numpy() for t in thresholds_to_try(plan)}
     first = [max((t for t, gone in tried.items() if gone[row]), default=-math.inf) for row in range(9)]
     assert leaving.tolist() == first
@@ -110,15 +110,15 @@ def test_of_nested_layers_every_change_is_known(data):
 
 
 def test_floors_multiples_and_channels_by_hand():
-    leaving = leaving_thresholds(make_plan({"a": [5.0, -1.0, 3.0, 1.0]}, min_kept=2))
+    leaving = decisions(make_plan({"a": [5.0, -1.0, 3.0, 1.0]}, min_kept=2))[0]
     assert leaving.tolist() == [5.0, -math.inf, 3.0, -math.inf]
     # three go together or not at all: the last three as soon as the best of them does
     scores = {"a": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}
     plan = make_plan(scores, round_to=3)
-    assert leaving_thresholds(plan).tolist() == [-math.inf] * 3 + [4.0] * 3 + [7.0]
+    assert decisions(plan)[0].tolist() == [-math.inf] * 3 + [4.0] * 3 + [7.0]
     # of two channels each, three make a multiple of six
     plan = make_plan(scores, round_to=6, channels={"a": 2})
-    assert leaving_thresholds(plan).tolist() == [-math.inf] * 3 + [4.0] * 3 + [7.0]
+    assert decisions(plan)[0].tolist() == [-math.inf] * 3 + [4.0] * 3 + [7.0]
 
 
 def test_rows_are_the_plans_at_the_thresholds():
@@ -146,7 +146,7 @@ def test_rows_are_the_plans_at_the_thresholds():
 
 def leaving_of(plan):
     """The scores at which something leaves."""
-    leaving = leaving_thresholds(plan)
+    leaving = decisions(plan)[0]
     return leaving[np.isfinite(leaving)]
 
 
@@ -242,7 +242,7 @@ def test_what_the_slider_is_given(log_odds, with_curve):
     data = strict(found["json"])
     assert (data["evidence"], data["own"], data["exact"]) == (found["evidence"], found["own"], True)
     assert [layer["name"] for layer in data["layers"]] == NAMES
-    leaving = leaving_thresholds(plan)
+    leaving = decisions(plan)[0]
     codes = [
         "gone" if value == math.inf else None if value == -math.inf else value for value in leaving.tolist()
     ]

@@ -203,7 +203,7 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     assert watched.page.locator("img, main style:not(svg style), b b, form, iframe").count() == 0
     assert watched.page.locator("script").count() == 3
     # a browser shows a line break as a space, and keeps it all the same
-    for table in ("widths", "units", "khat"):
+    for table in ("widths", "structures", "khat"):
         shown = watched.texts(f"table[data-name={table}] td:first-child")
         assert set(HOSTILE) <= {text.strip() for text in shown}, table
     for section in ("#what-if-layers .soft", "#settings li", "#settings dt", "#settings dd"):
@@ -220,7 +220,7 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     assert HOSTILE[0] in watched.text("#methods .methods")
     assert watched.text("#what-if-accuracy-note").startswith(f"{ATTACKING_FACT} accuracy without fine-tuning")
     assert (
-        watched.text("#what-if-units")
+        watched.text("#what-if-structures")
         == f"{(~hostile.plan.table.removed).sum()} of {len(hostile.plan.table)}"
     )
     # the figures' letters are text too
@@ -244,13 +244,13 @@ def test_a_comparison_shows_users_text_as_text(watch, compared):
 def test_a_score_of_exactly_0_goes_unless_the_floor_keeps_it(watch, tmp_path):
     plan = make_plan({"at 0": [0.0, 5.0], "below": [-1.0, 0.0], "above": [1.0, 2.0]})
     watched = watch(written(tmp_path, plan))
-    decisions = [[row[0], *row[2:3]] for row in cells(watched, "units")]
+    decisions = [[row[0], *row[2:3]] for row in cells(watched, "structures")]
     assert decisions == [
         ["at 0", "kept by the floor"], ["at 0", "removed"],
         ["below", "kept"], ["below", "removed"],
         ["above", "kept by the floor"], ["above", "removed"],
     ]  # fmt: skip
-    assert watched.text("#what-if-units") == "3 of 6"
+    assert watched.text("#what-if-structures") == "3 of 6"
 
 
 # --- the slider ----------------------------------------------------------------------------------------
@@ -292,7 +292,9 @@ class Slider:
         widths = there.widths()
         headings = self.watched.texts("#what-if-layers .soft")
         assert headings == [f"{row.layer}: {row.after:,} of {row.before:,}" for row in widths.itertuples()]
-        assert self.watched.text("#what-if-units") == f"{widths.after.sum():,} of {widths.before.sum():,}"
+        assert (
+            self.watched.text("#what-if-structures") == f"{widths.after.sum():,} of {widths.before.sum():,}"
+        )
         cells = self.page.locator(".cells i").evaluate_all(
             "marks => marks.map(mark => mark.classList.contains('out'))"
         )
@@ -406,7 +408,7 @@ def keys(frame):
 
 
 def shown_keys(watched):
-    return [(row[0], row[1]) for row in values(watched, "units")]
+    return [(row[0], row[1]) for row in values(watched, "structures")]
 
 
 def rounded(plan):
@@ -419,29 +421,29 @@ def test_a_click_sorts_by_number_and_again_the_other_way_round(watch, by_hand):
     table = rounded(by_hand.plan)
     assert shown_keys(watched) == keys(table)
     assert table.score.isna().sum() == 3
-    for label, column in (("score (SNR)", "score"), ("SNR", "snr"), ("unit", "unit")):
+    for label, column in (("score (SNR)", "score"), ("SNR", "snr"), ("structure", "unit")):
         for ascending in (True, False):
-            heading = head(watched, "units", label)
+            heading = head(watched, "structures", label)
             heading.locator("button").click()
             assert heading.get_attribute("aria-sort") == ("ascending" if ascending else "descending")
             table = table.sort_values(column, ascending=ascending, kind="stable", na_position="last")
             assert shown_keys(watched) == keys(table), (label, ascending)
-    assert watched.page.locator("table[data-name=units] th[aria-sort]").count() == 1
+    assert watched.page.locator("table[data-name=structures] th[aria-sort]").count() == 1
 
 
 def test_the_keyboard_sorts_too_and_text_by_its_numbers(watch, by_hand):
     watched = watch(by_hand.page)
-    button = head(watched, "units", "layer").locator("button")
+    button = head(watched, "structures", "layer").locator("button")
     for key, layers in (("Enter", ["conv2", "conv10", "fc"]), ("Space", ["fc", "conv10", "conv2"])):
         button.focus()
         watched.page.keyboard.press(key)
         table = by_hand.plan.table
         table = table.sort_values("layer", key=lambda column: column.map(layers.index), kind="stable")
         assert shown_keys(watched) == keys(table)
-    assert head(watched, "units", "layer").get_attribute("aria-sort") == "descending"
+    assert head(watched, "structures", "layer").get_attribute("aria-sort") == "descending"
     # a text column that is not the first
-    head(watched, "units", "decision").locator("button").click()
-    decisions = [row[2] for row in values(watched, "units")]
+    head(watched, "structures", "decision").locator("button").click()
+    decisions = [row[2] for row in values(watched, "structures")]
     assert decisions == sorted(decisions)
     assert set(decisions) > {"kept", "removed", "removed in the fit"}
 
@@ -459,15 +461,15 @@ def test_khat_sorts_as_the_number_it_is(watch, by_hand):
 @pytest.mark.parametrize("asked", ["removed", "FC kept", "conv10 removed  in fit", "nothing like it", "  "])
 def test_a_search_shows_the_rows_with_all_its_words(watch, by_hand, asked):
     watched = watch(by_hand.page)
-    every = cells(watched, "units")
-    field = watched.page.get_by_label("Search in units")
+    every = cells(watched, "structures")
+    field = watched.page.get_by_label("Search in structures")
     field.fill(asked)
     expected = [row for row in every if all(word in "".join(row).lower() for word in asked.lower().split())]
-    assert cells(watched, "units") == expected
-    assert watched.text("[data-count=units]") == f"{len(expected)} of {len(every)}"
+    assert cells(watched, "structures") == expected
+    assert watched.text("[data-count=structures]") == f"{len(expected)} of {len(every)}"
     field.fill("")
-    assert cells(watched, "units") == every
-    assert watched.text("[data-count=units]") == f"{len(every)} of {len(every)}"
+    assert cells(watched, "structures") == every
+    assert watched.text("[data-count=structures]") == f"{len(every)} of {len(every)}"
     if asked == "removed":  # as the plan says
         assert len(expected) == by_hand.plan.table.removed.sum() > 0
 
@@ -482,13 +484,13 @@ def downloaded(watched, name):
 
 def test_csv_has_the_same_numbers(watch, run):
     watched = watch(run.page)
-    table, found = run.plan.table, downloaded(watched, "units")
+    table, found = run.plan.table, downloaded(watched, "structures")
     assert len(found) == len(table)
     assert found["layer"].astype(str).tolist() == table.layer.tolist()
     assert (found["decision"] == "removed").tolist() == table.removed.tolist()
     weight = "KL weight 2"
     for label, column in (
-        ("unit", "unit"), ("loc of log θ", "loc"), ("scale of log θ", "scale"), ("E[θ]", "mean"), ("SNR", "snr"),
+        ("structure", "unit"), ("loc of log θ", "loc"), ("scale of log θ", "scale"), ("E[θ]", "mean"), ("SNR", "snr"),
         (f"score, from ΔF (nats, {weight})", "score"), (f"ΔF (nats, {weight})", "log_evidence_change"),
     ):  # fmt: skip
         assert found[label].to_numpy() == pytest.approx(table[column].to_numpy(), rel=1e-9), label
@@ -508,15 +510,15 @@ def test_csv_has_the_same_numbers(watch, run):
 
 def test_csv_has_the_rows_that_are_seen_in_their_order(watch, by_hand):
     watched = watch(by_hand.page)
-    head(watched, "units", "score (SNR)").locator("button").click()
-    watched.page.get_by_label("Search in units").fill("conv10")
-    found, seen = downloaded(watched, "units"), values(watched, "units")
+    head(watched, "structures", "score (SNR)").locator("button").click()
+    watched.page.get_by_label("Search in structures").fill("conv10")
+    found, seen = downloaded(watched, "structures"), values(watched, "structures")
     assert len(seen) == 12
-    assert found["unit"].astype(str).tolist() == [row[1] for row in seen]
+    assert found["structure"].astype(str).tolist() == [row[1] for row in seen]
     assert found["score (SNR)"].isna().tolist() == [False] * 10 + [True] * 2
     assert found["score (SNR)"].dropna().is_monotonic_increasing
     table = rounded(by_hand.plan).set_index(["layer", "unit"]).score
-    assert found["score (SNR)"].tolist()[:10] == [table["conv10", unit] for unit in found["unit"][:10]]
+    assert found["score (SNR)"].tolist()[:10] == [table["conv10", unit] for unit in found["structure"][:10]]
 
 
 def test_csv_has_any_name_as_it_is(watch, hostile):
@@ -619,7 +621,7 @@ def test_on_paper_all_rows_are_there_and_nothing_to_click(watch, run):
     watched.page.emulate_media(media="print")
     assert watched.page.locator(".controls:visible, nav:visible, input:visible").count() == 0
     assert not sheet.evaluate(higher)
-    rows = watched.page.locator("table[data-name=units] tbody tr:visible")
+    rows = watched.page.locator("table[data-name=structures] tbody tr:visible")
     assert rows.count() == len(run.plan.table)
     box, last = sheet.bounding_box(), rows.last.bounding_box()
     assert last["y"] + last["height"] <= box["y"] + box["height"] + 1
@@ -634,22 +636,23 @@ def test_on_paper_all_rows_are_there_and_nothing_to_click(watch, run):
 
 
 @pytest.mark.parametrize(
-    ("layers", "units", "marks"), [(LENET5, 226, 226), ({"wide": 3000, "other": 1990, "few": 10}, 5000, 2000)]
+    ("layers", "structures", "marks"),
+    [(LENET5, 226, 226), ({"wide": 3000, "other": 1990, "few": 10}, 5000, 2000)],
 )
-def test_a_page_can_be_mailed(watch, tmp_path, layers, units, marks):
+def test_a_page_can_be_mailed(watch, tmp_path, layers, structures, marks):
     plan = make_plan(random_scores(layers))
     page = written(tmp_path, plan, diagnosis=make_diagnosis(plan, most=20))
     assert page.stat().st_size < 5_000_000
     watched = watch(page)
-    assert watched.page.locator("table[data-name=units] tbody tr").count() == units
-    # of a layer with too many units to look at, only the count; of many thresholds, only some were counted at
+    assert watched.page.locator("table[data-name=structures] tbody tr").count() == structures
+    # of a layer with too many structures to look at, only the count; of many thresholds, only some were counted at
     assert watched.page.locator(".cells i").count() == marks
     assert watched.text("#what-if-parameters").startswith("about ")
-    assert watched.text("#what-if-units") == f"{(~plan.table.removed).sum():,} of {units:,}"
+    assert watched.text("#what-if-structures") == f"{(~plan.table.removed).sum():,} of {structures:,}"
     watched.page.locator("#what-if-slider").focus()
-    for key, left in (("Home", units), ("End", len(layers))):
+    for key, left in (("Home", structures), ("End", len(layers))):
         watched.page.keyboard.press(key)
-        assert watched.text("#what-if-units") == f"{left:,} of {units:,}"
+        assert watched.text("#what-if-structures") == f"{left:,} of {structures:,}"
 
 
 def test_a_plan_from_disk_makes_the_same_page(by_hand, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from diagnosed import make_diagnosis, random_scores
+from diagnosed import make_plan as by_hand
 
 from pyro_bmrs.numerals import percent
-from pyro_bmrs.pruning import Rule
+from pyro_bmrs.pruning import NetworkPlan, Rule
+from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.reports.report import report
 from pyro_bmrs.reports.words import removal_warnings
 from pyro_bmrs.tables import (
@@ -24,7 +28,6 @@ from pyro_bmrs.tables import (
     EVALUATION_COLUMNS,
     HISTORY_COLUMNS,
     TABLE_COLUMNS,
-    WIDTH_COLUMNS,
 )
 
 # The package's attribute of this name is the function.
@@ -175,7 +178,7 @@ def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
     )
     assert verdict in page
     identifiers = [attributes.get("id") for _, attributes in Page(page).tags]
-    for section in ("warnings", "before-after", "structures", "decision", "history", "units", "settings"):
+    for section in ("warnings", "before-after", "map", "decision", "history", "structures", "settings"):
         assert section in identifiers
     assert page.count("<svg") == 6
     assert "15.63×" in page
@@ -274,16 +277,17 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     page = write(tmp_path / "large.html", large)
     assert len(page.encode()) < 2_000_000
     assert (
-        "2,000 of 20,004 units with a score closest to the threshold; all of them are in structures.csv"
+        "2,000 of 20,004 structures with a score closest to the threshold; all of them are in structures.csv"
         in page
     )
-    assert page[page.index("<tbody>", page.index('data-name="units"')) :].count("<tr") == 2000
+    assert page[page.index("<tbody>", page.index('data-name="structures"')) :].count("<tr") == 2000
 
 
 def test_large_tables_show_the_closest_scores() -> None:
-    table = make_plan({"wide": 6000}).table
+    plan = make_plan({"wide": 6000})
+    table = plan.table
     table.loc[17, "score"] = np.nan
-    shown = report_module._shown_units(table, 0.0)
+    shown = report_module._structures(plan, Diagnosis())
     hidden = table.drop(shown.index)
     assert len(shown) == 2000
     assert shown["score"].abs().max() <= hidden["score"].abs().min()
@@ -305,9 +309,6 @@ def without_column(name: str, column: str) -> dict[str, object]:
     )
     if name == "plan.table":
         plan.table = plan.table.drop(columns=column)
-    elif name == "plan.widths()":
-        widths = plan.widths().drop(columns=column)
-        plan.widths = lambda: widths
     elif name == "costs":
         costs = costs.drop(columns=column)
     elif name == "fit.history":
@@ -323,7 +324,6 @@ def without_column(name: str, column: str) -> dict[str, object]:
     ("name", "column", "needed"),
     [
         ("plan.table", "score", TABLE_COLUMNS),
-        ("plan.widths()", "after", WIDTH_COLUMNS),
         ("costs", "before", COST_COLUMNS),
         ("fit.history", "kept", HISTORY_COLUMNS),
         ("curve", "is_plan", CURVE_COLUMNS),
@@ -400,7 +400,7 @@ def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:
     assert all("KL weight 100" in label for label in labels)
     warnings = " ".join(tempered.texts)
     assert "ΔF is the evidence of the tempered model p(y|θ)^(1/100)" in warnings
-    assert "w = 100" in warnings
+    assert "The KL weight of the fit was 100" in warnings
 
     plain = " ".join(Page(write(tmp_path / "report.html", make_plan())).texts)
     assert "ΔF (nats)" in plain
@@ -424,7 +424,10 @@ def test_warns_of_floors_and_narrow_decisions(tmp_path: Path) -> None:
     plan.table.loc[[10, 11], ["score", "removed"]] = [[0.05, True], [0.1, True]]
     plan.table.loc[12, ["score", "removed"]] = [-0.05, False]
     text = " ".join(Page(write(tmp_path / "report.html", plan)).texts)
-    assert "Layer conv1 is at its floor of 1 unit (of 6); the score of its last structure is above" in text
+    assert (
+        "Layer conv1 is left with 1 structure of 6; its score is above the threshold, and only the floor keeps it."
+        in text
+    )
     assert "Layer fc1" not in text
     removed = int(plan.table["removed"].sum())
     assert f"2 of {removed} removed structures have a score within 0.1 of the threshold" in text
@@ -446,7 +449,7 @@ def test_numbers_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
     assert not {"nan", "inf", "-inf", "none", "<na>"} & set(texts)
     assert texts.count("–") >= 5
     assert "test accuracy 98.00 % (reduced)" in page
-    assert "1 of 226 units: the score is not a finite number" in page
+    assert "1 of 226 structures have a score that is not a finite number" in page
 
 
 @pytest.mark.parametrize("score", [-3.0, 0.0, 40.0, float("nan")])
@@ -478,3 +481,44 @@ def test_public_name_is_the_function() -> None:
         "assert callable(pyro_bmrs.report) and callable(pyro_bmrs.reports.report)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+def diagnosed(plan: NetworkPlan) -> dict[str, object]:
+    """What belongs to a page beside the plan, with a diagnosis that was made for this plan."""
+    return {"fit": None, "curve": None, "diagnosis": make_diagnosis(plan)}
+
+
+def test_a_plan_at_another_threshold_is_described_as_such(tmp_path: Path) -> None:
+    scores = {"a": [-310.0, -301.0, -290.0, 5.0], "b": [-300.05, -299.95, 1.0, -500.0]}
+    gone = [("a", 3)]
+    plan = by_hand(scores, gone=gone, log_odds=0.5).at(-300.0)
+    page = Page(write(tmp_path / "report.html", plan, **diagnosed(plan)))
+    text = " ".join(page.texts)
+    rule = "ΔF of Given plus the prior log-odds of 0.5 nats was at least -300"
+    assert text.count(rule) == 2  # below the verdict, and in the methods
+    assert "Before that, 1 had been removed during the fit" in text
+    assert "by the same rule" not in text
+    assert "1 of 4 removed structures have a score within 0.1 of the threshold" in text
+    assert "the dashed line is the threshold of -300." in text
+    assert "as decided: 300.5" in text
+    data = json.loads(next(part for part in page.texts if part.startswith('{"evidence"')))
+    assert data["own"] == 300.5
+    decisions = [part for part in page.texts if part in ("kept", "removed", "removed in the fit")]
+    rows = decisions[-len(plan.table) :]
+    assert rows == ["kept", "kept", "removed", "removed in the fit", "kept", "removed", "removed", "kept"]
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "at least -300" in markdown
+
+
+def test_a_plan_of_a_search_has_a_page(tmp_path: Path) -> None:
+    plan = by_hand(random_scores({"a": 6, "b": 5}))
+    given = diagnosed(plan)
+    given["diagnosis"] = replace(given["diagnosis"], what_if=None)
+    odds = {"one": 0.5, "other": -1.0}
+    rule = replace(plan.rule, criterion="greedy search by given priors", threshold=None, prior_log_odds=odds)
+    page = Page(write(tmp_path / "report.html", replace(plan, rule=rule), **given))
+    text = " ".join(page.texts)
+    assert "A search decided about all structures together: greedy search by given priors" in text
+    assert "Structures by score." in text  # no line at a threshold that there is not
+    assert "kept by the floor" not in text
+    assert "what-if" not in {attributes.get("id") for _, attributes in page.tags}

@@ -14,9 +14,8 @@ from command_line import call
 from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
 from pyro_bmrs.quality import Diagnosis
-from pyro_bmrs.runs import outcomes
-from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs import outcomes, report_stage
+from pyro_bmrs.runs.folder import FIT_FILES, RunFolder
 from pyro_bmrs.runs.outcomes import compare_runs, report_runs, show_runs
 
 MARKUP = "[red]x[/red]"
@@ -49,7 +48,7 @@ def only_fitted(finished, tmp_path_factory):
     """A run that has not been reduced."""
     folder = tmp_path_factory.mktemp("only") / "fitted"
     folder.mkdir()
-    for name in runs.FIT_FILES:
+    for name in FIT_FILES:
         shutil.copy(finished / name, folder)
     return folder
 
@@ -237,7 +236,7 @@ def test_widths_are_those_of_the_plans(compared, finished, other):
         for index, (layer, before) in enumerate([("3", 6), ("7", 20)])
     ]
     assert Page(compared).rows("widths") == expected
-    assert markdown_rows(compared.with_suffix(".md"), "Units per layer")[1:] == expected
+    assert markdown_rows(compared.with_suffix(".md"), "Structures per layer")[1:] == expected
     assert widths[0].after.tolist() != widths[1].after.tolist()
 
 
@@ -310,7 +309,7 @@ def test_users_text_is_no_markup(finished, tmp_path):
     markdown = out.with_suffix(".md")
     assert [row[0] for row in markdown_rows(markdown, "")[1:]] == names
     assert markdown_rows(markdown, "Settings that differ")[0][1:] == names
-    assert markdown_rows(markdown, "Units per layer")[0][1:] == names
+    assert markdown_rows(markdown, "Structures per layer")[0][1:] == names
     assert re.search(r"(?<!\\)[<>`*\[]", markdown.read_text().replace("**", "")) is None
     assert pd.read_csv(out.with_suffix(".csv")).run.tolist() == names
 
@@ -589,7 +588,7 @@ def diagnosing(monkeypatch):
         return asked
 
     stored = None
-    monkeypatch.setattr(runs, "diagnose", diagnose)
+    monkeypatch.setattr(report_stage, "diagnose", diagnose)
     return given
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from pyro_bmrs.data import load_data
 from pyro_bmrs.files import held
 from pyro_bmrs.fitting.progress import EpochProgress
-from pyro_bmrs.runs import run as runs
+from pyro_bmrs.runs import fit_stage, reduce_stage, report_stage
+from pyro_bmrs.runs.folder import FIT_FILES
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.settings import RunSettings
@@ -33,7 +34,7 @@ CONTRACT = {
 }  # fmt: skip
 # of the two epochs of the recipe
 CHECKPOINTS = {"fit/epoch-0001.safetensors", "fit/epoch-0002.safetensors", "fit/ledger.csv"}
-FIT = {*runs.FIT_FILES, "checkpoints"}
+FIT = {*FIT_FILES, "checkpoints"}
 # A diagnosis takes longer than all the rest: only the run that all tests read has one.
 NO_DIAGNOSIS = ("--draws", 0)
 UNDIAGNOSED = CONTRACT - {"diagnosis"}
@@ -494,10 +495,13 @@ def test_half_written_files_of_a_killed_process_do_not_stay(command, copied):
     assert left >= set(others)
 
 
-@pytest.mark.parametrize("stage", ["save_posterior", "export_program", "report"])
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [(fit_stage, "save_posterior"), (reduce_stage, "export_program"), (report_stage, "report")],
+)
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
-    finished, copied, stage, error, monkeypatch, capsys
+    finished, copied, stage, step, error, monkeypatch, capsys
 ):
     """Whatever was there before, other settings' files do not survive beside the new ones."""
 
@@ -505,7 +509,7 @@ def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs, stage, stop)
+        patched.setattr(stage, step, stop)
         arguments = ("--quiet", "--overwrite", "--criterion", "SNR", *NO_DIAGNOSIS)
         assert call("run", RECIPE, "--out", copied, *arguments) == (2 if isinstance(error, OSError) else 130)
     assert capsys.readouterr().err.count("\n") == 1
@@ -513,12 +517,12 @@ def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
     assert left <= CONTRACT
     assert "checkpoints" in left
     assert "report.html" not in left
-    if stage != "report":
+    if stage is not report_stage:
         assert "plan.json" not in left
         assert call("report", copied) == 2
         assert call("predict", copied, "--out", copied.parent / "p.csv") == 2
         assert capsys.readouterr().err.count("\n") == 2
-    if stage == "export_program" and isinstance(error, OSError):  # one finish is enough; each takes seconds
+    if stage is reduce_stage and isinstance(error, OSError):  # one finish is enough; each takes seconds
         assert call("run", RECIPE, "--out", copied, "--quiet", *NO_DIAGNOSIS) == 0
         assert names(copied) == UNDIAGNOSED
         same_outcome(finished, copied)

@@ -22,13 +22,13 @@ from command_line import call
 from safetensors.torch import load_file
 
 from pyro_bmrs.files import held
-from pyro_bmrs.runs import run as runs
-from pyro_bmrs.runs import sweep
+from pyro_bmrs.runs import fit_stage, sweep
 from pyro_bmrs.runs.folder import FIT_FILES
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.settings import RunSettings
 from pyro_bmrs.runs.study import Study
 from pyro_bmrs.runs.sweep import run_study
+from pyro_bmrs.runs.workplace import Interrupted
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 BASE = {
@@ -235,7 +235,7 @@ def test_called_again_only_what_failed_is_tried(again, capsys):
 
 @pytest.mark.slow
 def test_an_interrupted_cell_goes_on_where_it_stood(again, monkeypatch):
-    monkeypatch.setattr(runs, "fit", lambda *_, **__: pytest.fail("a fit was made"))
+    monkeypatch.setattr(fit_stage, "fit", lambda *_, **__: pytest.fail("a fit was made"))
     table = results()
     no_report, no_fit = (again / "out" / name for name in table.folder[:2])
     (no_report / "report.html").unlink()
@@ -353,7 +353,7 @@ def test_any_error_is_a_row(error, place, monkeypatch, capsys):
 
 def test_a_worker_that_is_told_to_end_is_a_row(place, monkeypatch):
     def told(_):
-        raise runs.Interrupted("interrupted in epoch 3")
+        raise Interrupted("interrupted in epoch 3")
 
     monkeypatch.setattr(Run, "fit", told)
     cell = Study.read(write_study()).cells[0]

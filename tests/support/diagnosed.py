@@ -13,7 +13,8 @@ from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise, NetworkPlan, Rule
 from pyro_bmrs.quality import Diagnosis
-from pyro_bmrs.quality.calibration import Predictions, quality, reliability, risk_coverage
+from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.predictive import Predictions
 from pyro_bmrs.quality.what_if import what_if
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
@@ -182,7 +183,7 @@ def make_diagnosis(plan, *, foreign="elsewhere", names=("full", "reduced"), note
         what_if=what_if(plan, most=most),
         facts=dict(
             draws=100, seed=0, examples=150, dataset_size=200, kl_weight=plan.rule.kl_weight,
-            out_of_distribution=foreign,
+            out_of_distribution=foreign, curves_of=None,
         ),
         notes=list(notes),
     )  # fmt: skip

@@ -812,7 +812,7 @@ FITS = [
 REDUCTIONS = [
     function(
         "BMRS_N", "scale is 0", lambda: bmrs.BMRS_N(scale=0.0), ValueError,
-        r"^scale must be positive: got 0\.0$",
+        r"^scale must be positive and finite: got 0\.0$",
     ),
     function(
         "BMRS_N", "prior_log_odds is NaN", lambda: bmrs.BMRS_N(prior_log_odds=math.nan), ValueError,
@@ -831,7 +831,8 @@ REDUCTIONS = [
         r"^bits must leave an interval above its lower end: 2\^-bits is 8\.67e-19, the lower end 2\.06e-09$",
     ),
     function(
-        "SNR", "threshold is 0", lambda: bmrs.SNR(0.0), ValueError, r"^threshold must be positive: got 0\.0$",
+        "SNR", "threshold is 0", lambda: bmrs.SNR(0.0), ValueError,
+        r"^threshold must be positive and finite: got 0\.0$",
     ),
     function(
         "ExpectedScale", "threshold above 1", lambda: bmrs.ExpectedScale(1.5), ValueError,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
+from pyro_bmrs import Rule
 from pyro_bmrs.figures import (
     plot_compression_curve,
     plot_criteria,
@@ -132,7 +133,7 @@ def removals(counts: dict[tuple[str, int], int], layer: str = "fc1") -> pd.DataF
 
 
 def plan(table):
-    return SimpleNamespace(table=table, criterion="BMRS_N()", kl_weight=1.0)
+    return SimpleNamespace(table=table, rule=Rule(criterion="BMRS_N", prior_log_odds=0.0))
 
 
 def forest(table):

@@ -1,20 +1,37 @@
-"""Accuracy against parameters removed, along a criterion's own ranking."""
+"""Accuracy against parameters removed: along the plan's own scores, and along those of other criteria."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
 from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.checks.data import DataOfModel, first_of
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.pruning.criteria import BMRS_N, BMRS_U, SNR, ExpectedScale, Random, WeightNorm, text_of
+from pyro_bmrs.pruning.reduce import NonFiniteScoreError, reduce_structures
+from pyro_bmrs.pruning.scoring import Criterion
 
 if TYPE_CHECKING:
     from pyro_bmrs.inference.batches import Data
     from pyro_bmrs.pruning import NetworkPlan
+
+CRITERIA: dict[str, Criterion] = {
+    "BMRS_N": BMRS_N(),
+    "BMRS_U-8": BMRS_U(bits=8),
+    "BMRS_U-4": BMRS_U(bits=4),
+    "SNR": SNR(),
+    "E[θ]": ExpectedScale(),
+    "weight norm": WeightNorm(),
+    "random": Random(),
+}
 
 
 def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points: int = 15) -> pd.DataFrame:
@@ -28,7 +45,7 @@ def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points
             between the plan's number and all, where the accuracy falls.
 
     Returns:
-        A row per point: parameters_removed (fraction 0 to 1, physically gone), accuracy (0 to 1, NaN for a
+        A row per point: parameters_removed (share, 0 to 1), accuracy (0 to 1, NaN for a
         model without classes), loss (nats per example), score_threshold (removed at or above it), is_plan.
 
     Raises:
@@ -71,3 +88,46 @@ def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points
             }
         )
     return pd.DataFrame(rows)
+
+
+def criterion_curves(
+    model: nn.Module,
+    guide: Callable[..., Any],
+    plan: NetworkPlan,
+    data: Data,
+    criteria: Mapping[str, Criterion] | None = None,
+    notes: list[str] | None = None,
+) -> pd.DataFrame:
+    """Accuracy against parameters removed of several criteria on one posterior, without fine-tuning.
+
+    Args:
+        model, guide, plan: as of `diagnose`; the plan's own curve comes first, under the criterion's own name.
+        data: of examples that were not used for the fit.
+        criteria: by name; default the paper's.
+        notes: takes a line for each criterion that can't score these structures.
+
+    Returns:
+        As `compression_curve`, with a column criterion. `is_plan` marks the plan, and of each other criterion the plan
+        that it would make. Random removal makes none.
+    """
+    rule, own = plan.rule, plan.rule.criterion.partition(":")[0]
+    curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
+    # another guide than this one remembers no arguments to be called with
+    remembers = isinstance(guide, AutoTruncatedLogNormal)
+    arguments = () if remembers else DataOfModel(model, first_of(data, 1000), 1000).first()
+    for name, criterion in (CRITERIA if criteria is None else criteria).items():
+        odds = getattr(criterion, "prior_log_odds", None)
+        if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
+            continue
+        try:
+            with untouched(model, guide, seed=0):
+                other = reduce_structures(
+                    model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
+                )
+        except (NonFiniteScoreError, ValueError) as error:
+            if notes is not None:
+                notes.append(f"curve of {name}: {error}")
+            continue
+        curve = compression_curve(model, other, data).assign(criterion=name)
+        curves.append(curve.assign(is_plan=False) if isinstance(criterion, Random) else curve)
+    return pd.concat(curves, ignore_index=True)

@@ -1,0 +1,72 @@
+"""A model's data as the arguments that it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.calls import check_arguments
+from pyro_bmrs.inference.likelihoods import Classifier, Regressor
+from pyro_bmrs.inference.untouched import untouched
+
+
+class DataOfModel:
+    """A model's data as the arguments that it is called with, whole or in batches of examples.
+
+    Args:
+        model: any Pyro model.
+        data: a tuple of the arguments that model and guide are called with. Or a data set or loader of pairs
+            (x, y), for a model that can be called on any batch of them; so can a `Classifier` and a
+            `Regressor`, and a tuple (x, y) is cut into batches for them.
+        batch_size: examples per batch.
+
+    Raises:
+        TypeError, ValueError: for data of another kind, or arguments that the model does not take.
+    """
+
+    def __init__(self, model: Callable[..., Any], data: tuple[Any, ...] | Data, batch_size: int) -> None:
+        check(callable(model), "model", "a Pyro model", type(model), TypeError)
+        check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
+        allowed = "a tuple of the arguments of model and guide, such as (x, y), or a data set or loader of pairs (x, y)"
+        check(isinstance(data, tuple | Dataset | DataLoader), "data", allowed, type(data), TypeError)
+        self.model = model
+        self.batched = isinstance(model, Classifier | Regressor) or not isinstance(data, tuple)
+        if not self.batched:
+            self._batches, self.arguments, self.size = None, tuple(data), 1  # type: ignore[arg-type]
+            try:
+                check_arguments(model, self.arguments)
+            except ValueError as error:
+                raise ValueError(f"data{str(error).removeprefix('model_args')}") from None
+            return
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        device = torch.device("cpu") if parameter is None else parameter.device
+        self._batches = Batches(data, batch_size, device, "data")
+        self.size = self._batches.size
+        if isinstance(data, DataLoader) and data.drop_last and data.batch_size is not None:
+            self.size = len(data) * data.batch_size  # what it leaves out is not looked at
+
+    def __len__(self) -> int:
+        return 1 if self._batches is None else len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter([self.arguments] if self._batches is None else self._batches)
+
+    def first(self) -> tuple[Any, ...]:
+        """The first batch; what a loader draws for it is drawn again."""
+        with untouched():
+            return next(iter(self))
+
+
+def first_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
+    """The first examples of data, as pairs. A loader is returned as it is: it decides itself what it shows."""
+    if isinstance(data, DataLoader):
+        return data
+    if isinstance(data, tuple):
+        data = TensorDataset(*data)
+    return data if len(data) <= count else Subset(data, range(count))  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""What a model says of draws of its latents: log p, element by element and in all.
+
+The data pass by in batches. Of each batch and draw, only the sums stay, and what a visitor keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_bmrs.checks.data import DataOfModel
+from pyro_bmrs.checks.draws import check_scales
+from pyro_bmrs.fitting.programs import local_sites_of
+from pyro_bmrs.inference.traces import model_at
+
+Values = Mapping[str, Tensor]
+
+
+def element_log_prob(site: Mapping[str, Any]) -> Tensor:
+    """log density of each element of a site, without the scale of its plates, 0 where it is masked."""
+    law = site["fn"]
+    while isinstance(law, Independent):
+        law = law.base_dist
+    value: Tensor = law.log_prob(site["value"])
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return value
+    return torch.where(_over_elements(mask, site, value), value, 0.0)
+
+
+def _scaled(terms: Tensor, site: Mapping[str, Any]) -> Tensor:
+    """Densities of elements with the scale of their plates, a number or one for each of a batch."""
+    scale = site["scale"]
+    many = isinstance(scale, Tensor) and scale.dim() > 0
+    return terms * (_over_elements(scale, site, terms) if many else scale)
+
+
+def _over_elements(part: Any, site: Mapping[str, Any], value: Tensor) -> Tensor:
+    """What a site says of its batch, such as a mask, in the shape of the densities of its elements."""
+    whole = torch.as_tensor(part, device=value.device)
+    elements = value.dim() - max(len(site["fn"].batch_shape), whole.dim())
+    return whole.reshape(whole.shape + (1,) * elements)
+
+
+@dataclass(frozen=True)
+class LogDensities:
+    """log p at draws, float64, in nats. Shape of each: (draws,).
+
+    Attributes:
+        log_prior: of all latents.
+        log_likelihood: of all data that were given.
+    """
+
+    log_prior: Tensor
+    log_likelihood: Tensor
+
+
+# Of a draw's number, where its batch starts in the data, the batch's arguments, the model's trace, and the log
+# density of each element of each site, float64.
+Visitor = Callable[[int, int, tuple[Any, ...], Trace, Mapping[str, Tensor]], None]
+
+
+def log_densities(
+    data: DataOfModel,
+    values: Sequence[Values],
+    visit: Visitor = lambda draw, start, arguments, trace, terms: None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> LogDensities:
+    """log p(θ) and log p(y | θ) at values of all latents; to be called within `untouched`.
+
+    Args:
+        values: of all latents, for each draw.
+        visit: is shown the model's trace and its densities at each draw, for each batch.
+        advance: is told of each batch and draw that is done.
+
+    Raises:
+        ValueError: where latents have no value, or belong to single examples of data that come in batches; for a
+            loader that gives other examples than it says.
+    """
+    log_prior = torch.zeros(len(values), dtype=torch.float64)
+    log_likelihood = torch.zeros_like(log_prior)
+    start = 0
+    for arguments in data:
+        size = len(arguments[1]) if data.batched else 1
+        if start + size > data.size:
+            raise _other_size(data, start + size)
+        for draw, chosen in enumerate(values):
+            try:
+                trace = model_at(data.model, chosen, *arguments)
+            except RuntimeError:  # of values for all examples, as a batch can't take them
+                _check_local(data, _trace_of_prior(data.model, arguments), size)
+                raise
+            if draw == 0:
+                _check_latents(trace, chosen)
+                _check_local(data, trace, size)
+            terms = {
+                name: element_log_prob(site).double()
+                for name, site in trace.nodes.items()
+                if site["type"] == "sample" and not site_is_subsample(site)
+            }
+            for name, own in terms.items():
+                # batches stand for themselves; a model that is called once says what it stands for
+                total = float((own if data.batched else _scaled(own, trace.nodes[name])).sum())
+                if name in trace.observation_nodes:
+                    log_likelihood[draw] += total
+                elif start == 0:
+                    log_prior[draw] += total
+            visit(draw, start, arguments, trace, terms)
+            advance(1)
+        start += size
+    if start != data.size:
+        raise _other_size(data, start)
+    return LogDensities(log_prior, log_likelihood)
+
+
+def _other_size(data: DataOfModel, found: int) -> ValueError:
+    more = " or more" if found > data.size else ""
+    return ValueError(
+        f"data must give as many examples as its sampler says, {data.size}: it gives {found}{more}"
+    )
+
+
+def _check_latents(trace: Trace, values: Values) -> None:
+    check_scales("model", trace)
+    latents = [name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)]
+    unknown = [name for name in latents if name not in values]
+    if unknown:
+        raise ValueError(
+            f"guide must have a posterior of every latent of the model: it has none of {unknown}. Sum them out in the "
+            "model, or give the guide one"
+        )
+    foreign = [name for name in values if name not in latents]
+    if foreign:
+        raise ValueError(
+            f"guide must have no latents but the model's: it has {foreign}. Mark what it only draws with as "
+            'infer={"is_auxiliary": True}'
+        )
+
+
+def _trace_of_prior(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:
+    """A trace of the model at latents of its prior, without any where that can't be drawn."""
+    with suppress(RuntimeError, NotImplementedError):
+        return poutine.trace(model).get_trace(*arguments)
+    return Trace()
+
+
+def _check_local(data: DataOfModel, trace: Trace, batch: int) -> None:
+    if not data.batched or len(data) == 1:
+        return
+    # plates are sites too, and no latents
+    local = sorted(name for name in local_sites_of(trace, batch) if not site_is_subsample(trace.nodes[name]))
+    if local:
+        raise ValueError(
+            f"data must be a tuple of whole arguments where latents belong to single examples: {local} do, and the "
+            "data come in batches"
+        )

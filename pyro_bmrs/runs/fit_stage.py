@@ -1,0 +1,71 @@
+"""The first stage of a run: the fit, after a check that its network can be made smaller."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+
+import torch
+
+from pyro_bmrs.files import write_atomically, write_table
+from pyro_bmrs.fitting import Fit, fit
+from pyro_bmrs.fitting.posterior_file import save_posterior
+from pyro_bmrs.networks.inputs import check_finite
+from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.surgery import remove_structures
+from pyro_bmrs.pruning.binding import check_examples
+from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
+from pyro_bmrs.runs.recipe import blamed
+from pyro_bmrs.runs.workplace import Interrupted, Workplace
+
+
+def fit_posterior(run: Workplace) -> Fit:
+    """Fit the posterior and write it. The folder keeps what it holds until the fit is done."""
+    _check_recipe(run)
+    result = fit(
+        run.model, run.guide, run.dataset.train, run.dataset.validation, run.settings,
+        checkpoints=run.folder / "checkpoints" / "fit", overwrite=run.overwrite, label=_name(run),
+        device=run.device, logger=run.logger_of("fit"), progress=run.progress,
+    )  # fmt: skip
+    if result.interrupted:
+        raise Interrupted(
+            f"interrupted in epoch {len(result.history) + 1}; the same command goes on from there"
+        )
+    run.fitted_with = run.settings.of_fit()
+    # The posterior marks a folder that holds a fit: it is removed first and written last.
+    run.clear("posterior.safetensors")
+    run.clear_reduction()
+    run.write_settings()
+    copied = run.folder / "recipe.py"
+    if run.recipe.path.resolve() != copied.resolve():
+        write_atomically(copied, lambda beside: shutil.copyfile(run.recipe.path, beside))
+    write_table(run.folder / "history.csv", result.history)
+    write_table(run.folder / "removals.csv", result.removals.assign(phase="fit")[REMOVAL_COLUMNS])
+    save_posterior(run.folder / "posterior.safetensors", run.model, run.guide)
+    run.overwrite = False
+    return result
+
+
+def _check_recipe(run: Workplace) -> None:
+    """Call the model once and shrink its network once, so that a bad recipe is refused before the fit."""
+    recipe, example = f"recipe {run.recipe.path}", run.example()
+    check_finite(f"{recipe}: network", run.network)
+    with blamed(f"{recipe}: its model"):
+        run.traced(copy.deepcopy(run.model)).compute_log_prob()
+    layers = noise_layers(run.network)
+    if not layers:
+        raise ValueError(f"{recipe}: network must have MultiplicativeNoise layers")
+    kept, halves = {}, {}
+    for site, layer in layers.items():
+        kept[site] = torch.arange(layer.features) < max(1, layer.features - 1)
+        halves[site] = torch.full((layer.features,), 0.5, dtype=torch.float64)
+    with blamed(f"{recipe}: removing structures of its network"):
+        remove_structures(run.network, kept, halves, example[: check_examples(run.network, example)])
+
+
+def _name(run: Workplace) -> str:
+    """A text that differs for each recipe and each settings of a fit, including those that `fit` does not see."""
+    content = run.recipe.path.read_bytes() + json.dumps(run.settings.of_fit()).encode()
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,94 @@
+"""The second stage of a run: reduce, apply, fine-tune, evaluate, and write plan, tables and small network."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+
+import pandas as pd
+from torch import nn
+
+from pyro_bmrs.files import write_table
+from pyro_bmrs.fitting import fit
+from pyro_bmrs.inference import evaluate, recalibrate
+from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.networks.export import export_program, save_weights
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.pruning.reduce import reduce_structures
+from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
+from pyro_bmrs.runs.workplace import Interrupted, Workplace
+
+
+def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
+    """The plan and the small network, both also written to the folder."""
+    settings, data = run.settings, run.dataset
+    plan = reduce_structures(
+        run.model, run.guide, settings.made_criterion(),
+        min_kept=settings.min_kept, round_to=settings.round_to,
+    ).bound_to(run.network, run.example)  # fmt: skip
+    small = plan.apply()
+    costs = plan.costs(small)
+    if settings.recalibrate:
+        recalibrate(small, data.train, batch_size=settings.batch_size, seed=settings.seed)
+    model = run.model_of(small)
+    history = run.read_table("history.csv", "phase", "epoch")
+    history = history[history.phase == "fit"]
+    removals = _removals(run, plan, len(history))
+    rows = [*_full_network(run), ("reduced", *evaluate(model, data.test), parameters(small))]
+    tuning = run.folder / "checkpoints" / f"fine-tune-{_name(run)}"
+    if settings.fine_tune:
+        tuned = fit(
+            model, None, data.train, data.validation, settings.of_fine_tuning(),
+            checkpoints=tuning, logger=run.logger_of("fine-tune"), progress=run.progress,
+        )  # fmt: skip
+        if tuned.interrupted:
+            raise Interrupted(
+                f"interrupted in epoch {len(tuned.history) + 1} of the fine-tuning; the same command, without "
+                "--overwrite, goes on from there"
+            )
+        kept = sum(map(len, plan.kept.values()))
+        history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
+        rows.append(("fine-tuned", *evaluate(model, data.test), parameters(small)))
+    columns = ["network", "negative_log_likelihood", "accuracy", "parameters"]
+    # Files of two reductions never stand side by side.
+    run.clear_reduction()
+    run.write_settings()
+    write_table(run.folder / "history.csv", history)
+    write_table(run.folder / "removals.csv", removals)
+    write_table(run.folder / "evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
+    write_table(run.folder / "costs.csv", costs.reset_index(names="cost"))
+    write_table(run.folder / "structures.csv", plan.table)
+    small.cpu()  # so that the program can be loaded where there is no accelerator
+    save_weights(small, run.folder / "small.safetensors")
+    export_program(small, data.test[:2][0], run.folder / "small.pt2")
+    plan.save(run.folder / "plan.json")
+    shutil.rmtree(tuning, ignore_errors=True)
+    return plan, small
+
+
+def _full_network(run: Workplace) -> list[tuple[str, float, float, int]]:
+    """Rows of the evaluation for the network before the reduction."""
+    fitted, left = evaluate(run.model, run.dataset.test, run.guide.mean()), parameters(run.network)
+    if left == run.parameters_before:
+        return [("full, E[θ]", *fitted, left)]
+    # The fit removed structures, so the full network was never fitted to its end.
+    return [("full", math.nan, math.nan, run.parameters_before), ("shrunk in the fit, E[θ]", *fitted, left)]
+
+
+def _name(run: Workplace) -> str:
+    """A text that differs for each posterior and each way of reducing it."""
+    content = (run.folder / "posterior.safetensors").read_bytes()
+    content += run.settings.model_dump_json().encode()
+    return hashlib.blake2b(content, digest_size=4).hexdigest()
+
+
+def _removals(run: Workplace, plan: NetworkPlan, epochs: int) -> pd.DataFrame:
+    """A row per removed structure: first those that the fit removed, then those of this reduction."""
+    of_fit = run.read_table("removals.csv", *REMOVAL_COLUMNS)
+    of_fit = of_fit[of_fit.phase == "fit"]
+    known = set(zip(of_fit.layer, of_fit.unit, strict=True))
+    removed = plan.table[plan.table.removed].assign(phase="reduce", epoch=epochs)
+    new = [pair not in known for pair in zip(removed.layer, removed.unit, strict=True)]
+    removed = removed.loc[new, REMOVAL_COLUMNS]
+    return removed if of_fit.empty else pd.concat([of_fit, removed], ignore_index=True)

@@ -1,0 +1,125 @@
+"""The last stage of a run: curve, diagnosis and page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from pyro_bmrs.arguments import check
+from pyro_bmrs.data import DataError, load_data
+from pyro_bmrs.data.sources import is_at_hand
+from pyro_bmrs.evidence.importance import LEAST_DRAWS
+from pyro_bmrs.files import NewerFileError, write_table
+from pyro_bmrs.fitting import Fit
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
+from pyro_bmrs.quality.examination import DRAWS
+from pyro_bmrs.reports import report
+from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS
+from pyro_bmrs.runs.workplace import Interrupted, Workplace, versions
+
+# By data set: another with inputs of the same form. Does a network know that it does not know these?
+FOREIGN = {"digits": "patches", "mnist": "fashion-mnist", "fashion-mnist": "mnist"}
+FOREIGN_EXAMPLES = 500
+
+
+class ReportStage:
+    """What the report of a run is made of.
+
+    Args:
+        run: the run.
+        draws, foreign: as of `Run.report`.
+
+    Raises:
+        ValueError: if `draws` or `foreign` can't be used; before any work.
+    """
+
+    def __init__(self, run: Workplace, draws: int | None, foreign: str | None) -> None:
+        self.run, self.draws, self.foreign = run, draws, foreign
+        enough = draws is None or draws == 0 or draws >= LEAST_DRAWS
+        check(enough, "draws", f"at least {LEAST_DRAWS}, or 0 for no diagnosis", draws)
+        check(foreign != run.settings.data, "foreign", "another data set than the run's own", foreign)
+        self._foreign_inputs: dict[str, Tensor] = {}
+        if foreign is not None:
+            self._foreign(foreign)
+
+    def asks_anew(self) -> bool:
+        """Whether a diagnosis is asked for that the folder does not hold."""
+        return self._differs(self._stored())
+
+    def write(self) -> Path:
+        """Measure what the folder does not hold yet, and write report.html and report.md."""
+        run = self.run
+        run.need("plan.json")
+        history = run.read_table("history.csv", "phase", "epoch")
+        removals = run.read_table("removals.csv", *REMOVAL_COLUMNS)
+        evaluation = run.read_table("evaluation.csv", "network", "parameters", "accuracy")
+        plan = run.plan().bound_to(run.network, run.example)
+        if run.has("curve.csv"):
+            curve = run.read_table("curve.csv")
+        else:
+            curve = compression_curve(run.model, plan, run.dataset.validation)
+            write_table(run.folder / "curve.csv", curve)
+        epochs = int((history.phase == "fit").sum())
+        return report(
+            Fit(history, removals[removals.phase == "fit"], run.settings, best_epoch=epochs), plan,
+            run.folder / "report.html", costs=run.costs(), curve=curve, evaluation=evaluation,
+            diagnosis=None if self.draws == 0 else self._diagnosis(plan),
+            settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
+        )  # fmt: skip
+
+    def _diagnosis(self, plan: NetworkPlan) -> Diagnosis:
+        """The folder's diagnosis; a new one if there is none, or another is asked for."""
+        run, draws, foreign = self.run, self.draws, self.foreign
+        found = self._stored()
+        if found is not None:
+            if not self._differs(found):
+                return found
+            # What is not asked for stays as it is.
+            draws, foreign = draws or found.facts["draws"], foreign or found.facts["out_of_distribution"]
+        tuned = run.model_of(run.small_network()) if run.settings.fine_tune else None
+        data = run.dataset
+        try:
+            found = diagnose(
+                run.model, run.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
+                out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=run.settings.seed,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted in the diagnosis; fit and reduction are kept, and the same command makes it anew"
+            ) from None
+        found.save(run.folder / DIAGNOSIS)
+        return found
+
+    def _stored(self) -> Diagnosis | None:
+        """The folder's diagnosis. A damaged one is ignored if `draws` asks for one anyway."""
+        try:
+            return self.run.diagnosis()
+        except NewerFileError:
+            raise
+        except ValueError:
+            if not self.draws:
+                raise
+            return None
+
+    def _differs(self, found: Diagnosis | None) -> bool:
+        facts = {} if found is None else found.facts
+        asked = {"draws": self.draws or None, "out_of_distribution": self.foreign}
+        return any(value not in (None, facts.get(name)) for name, value in asked.items())
+
+    def _foreign(self, name: str | None) -> dict[str, Tensor]:
+        """Inputs of another data set by its name; by default of a known one, if it is on this machine."""
+        run = self.run
+        asked = name or FOREIGN.get(run.settings.data)
+        if asked is None or (name is None and not is_at_hand(asked, run.data_root)):
+            return {}
+        if asked not in self._foreign_inputs:  # checked before a fit, and used after it
+            shape = run.dataset.input_shape
+            size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
+            try:
+                other = load_data(asked, data_root=run.data_root, image_size=size)
+                self._foreign_inputs[asked] = run.dataset.foreign(other)[:FOREIGN_EXAMPLES]
+            except DataError as error:
+                raise ValueError(f"foreign {asked!r} can't be used: {error}") from error
+        return {asked: self._foreign_inputs[asked]}

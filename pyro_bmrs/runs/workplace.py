@@ -1,0 +1,205 @@
+"""What every stage of a run works with: the folder, and the recipe, data, network, model and guide of its settings."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_bmrs import __version__
+from pyro_bmrs.arguments import check
+from pyro_bmrs.data import DataError, load_data
+from pyro_bmrs.files import held, write_atomically
+from pyro_bmrs.fitting.checkpoints import changes_between
+from pyro_bmrs.fitting.posterior_file import load_posterior
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.runs.folder import FORMAT, VERSION, RunFolder
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.settings import RunSettings
+
+LOGGERS = ("csv", "tensorboard")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run, with a message that says what is kept. All that was finished before is."""
+
+
+class Workplace(RunFolder):
+    """A run's folder with all that its stages need.
+
+    Args:
+        folder: where the files are, or will be.
+        recipe: the recipe; default the copy in the folder.
+        settings: default those in the folder.
+        changes: to the settings in the folder, by name.
+        data_root: where the data sets are.
+        device: where to compute; "auto": the accelerator if there is one.
+        logger: "csv" or "tensorboard": write the history to logs/ in the folder, too, while a fit runs.
+        progress: show progress.
+        overwrite: let a fit with other settings or another recipe in the folder be replaced.
+
+    Raises:
+        ValueError: if the folder holds a fit with other settings or another recipe, or no run where one is
+            needed, or was written by a newer version; if recipe, data or device can't be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        recipe: Recipe | None = None,
+        settings: RunSettings | None = None,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        data_root: Path | str | None = None,
+        device: str = "auto",
+        logger: str | None = None,
+        progress: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__(folder)
+        check(logger in (None, *LOGGERS), "logger", f"one of {LOGGERS} or None", logger)
+        if logger == "tensorboard" and not find_spec("tensorboard"):
+            raise ValueError("logger tensorboard needs the package: pip install pyro-bmrs[tensorboard]")
+        self.progress, self.overwrite, self.logger, self.data_root = progress, overwrite, logger, data_root
+        self._is_held = False
+        stored = None if overwrite else self.stored_settings()
+        if recipe is None or settings is None:
+            stored = stored or self.needed_settings()
+            recipe = recipe or Recipe.read(self.folder / "recipe.py", stored["recipe"])
+            settings = settings or stored["settings"].changed(**(changes or {}))
+        elif stored is not None and self.has("posterior.safetensors"):
+            self._check_same_fit(stored["fit"], recipe, settings)
+        self.recipe, self.settings = recipe, settings
+        # The settings of the fit in the folder. A later reduction may have others.
+        self.fitted_with = settings.of_fit() if stored is None else stored["fit"]
+        self.device = _usable_device(device)
+        try:
+            self.dataset = load_data(
+                settings.data, data_root=data_root, image_size=settings.image_size, seed=settings.seed,
+                limit=settings.limit, validation_fraction=settings.validation_fraction,
+            )  # fmt: skip
+        except DataError as error:
+            raise ValueError(f"data {settings.data!r} can't be used: {error}") from error
+        self.network = self.original_network().to(self.device)
+        self.parameters_before = parameters(self.network)
+        self.model = recipe.model(self.network).to(self.device)
+        self.guide = recipe.guide(self.model)
+
+    def _check_same_fit(self, before: Mapping[str, Any], recipe: Recipe, settings: RunSettings) -> None:
+        changed = changes_between(before, settings.of_fit())
+        self.need("recipe.py")
+        if recipe.path.read_bytes() != (self.folder / "recipe.py").read_bytes():
+            changed.append("another recipe")
+        if changed:
+            raise ValueError(
+                f"out {self.folder} holds a fit with other settings ({'; '.join(changed)}): "
+                "choose another folder, or pass --overwrite"
+            )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A context in which no other process works in the folder. Stages that call one another share it."""
+        if self._is_held:
+            yield
+            return
+        with held("out", self.folder):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    def original_network(self) -> nn.Module:
+        """The recipe's network as it was before the fit, with all its structures."""
+        return self.recipe.network(self.dataset, self.settings.network or {}, self.settings.seed)
+
+    def example(self) -> Tensor:
+        """Inputs of the first training batch."""
+        x: Tensor = self.dataset.train[: self.settings.batch_size][0].to(self.device)
+        return x
+
+    def traced(self, program: Callable[[Tensor, Tensor], Any]) -> poutine.Trace:
+        """The trace of a model or a guide on the first training batch."""
+        x, y = self.dataset.train[: self.settings.batch_size]
+        with untouched(self.model):
+            return poutine.trace(program).get_trace(x.to(self.device), y.to(self.device))
+
+    def load_posterior(self) -> None:
+        """Put the folder's posterior into model and guide."""
+        self.need("posterior.safetensors")
+        self.traced(self.guide)
+        self.guide.to(self.device)
+        load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
+
+    def model_of(self, small: nn.Module) -> nn.Module:
+        """The Pyro model of the small network, with what the fit learned outside the network."""
+        model = self.recipe.model(small)
+        network = {id(tensor) for tensor in self.network.state_dict(keep_vars=True).values()}
+        state = self.model.state_dict(keep_vars=True)
+        model.load_state_dict({n: t for n, t in state.items() if id(t) not in network}, strict=False)
+        return model.to(self.device)
+
+    def small_network(self) -> nn.Module:
+        """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
+        self.need("small.safetensors")
+        return self.plan().rebuild(self.original_network(), self.folder / "small.safetensors")
+
+    def logger_of(self, stage: str) -> Any:
+        """A new TensorBoard or CSV logger of a stage; None if none was asked for."""
+        if self.logger is None:
+            return None
+        from lightning_fabric.loggers.csv_logs import CSVLogger
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+        logs = self.folder / "logs"
+        shutil.rmtree(logs / stage, ignore_errors=True)
+        if self.logger == "csv":
+            return CSVLogger(logs, name=stage, version="", flush_logs_every_n_steps=1)
+        return TensorBoardLogger(logs, name=stage, version="")
+
+    def write_settings(self) -> None:
+        """Write settings.json."""
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings.model_dump(mode="json"),
+            "fit": self.fitted_with,
+            "recipe": self.recipe.name,
+            "versions": versions(),
+        }
+        write_atomically(
+            self.folder / "settings.json", lambda beside: beside.write_text(json.dumps(document, indent=1))
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the figures of a run depend on."""
+    packages = {"torch": "torch", "pyro": "pyro-ppl", "arviz": "arviz"}
+    return {
+        "pyro_bmrs": __version__,
+        "python": platform.python_version(),
+        **{name: version(package) for name, package in packages.items()},
+    }
+
+
+def _usable_device(name: str) -> torch.device:
+    """The device of this name; "auto": the accelerator if there is one."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for a device
+        raise ValueError(f"device must be auto, or one that torch can use: got {name!r} ({error})") from error
+    return device
