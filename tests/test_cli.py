@@ -64,7 +64,7 @@ BAD_RECIPES = {
 def finished(tmp_path_factory):
     """One finished run; to be read only."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert call("run", RECIPE, "--out", folder, "--quiet") == 0
+    assert call("run", RECIPE, "--out", folder, "--quiet", "--draws", 0) == 0
     return folder
 
 
@@ -369,7 +369,8 @@ def test_a_recipe_has_its_own_likelihood_and_guide(place, capsys):
     Path("own.py").write_text(
         NETWORK.replace('"limit": 50', '"posterior_learning_rate": 0.0') + OWN_LIKELIHOOD
     )
-    assert call("run", "own.py", "--out", "own", "--quiet", "--criterion", "Random") == 0, capsys.readouterr()
+    status = call("run", "own.py", "--out", "own", "--quiet", "--draws", 0, "--criterion", "Random")
+    assert status == 0, capsys.readouterr()
     structures = pd.read_csv("own/structures.csv", dtype={"layer": str})
     assert structures.layer.unique().tolist() == [
         "network.3"
@@ -402,7 +403,12 @@ def network(input_shape, num_classes):
 
 def test_the_whole_network_is_made_smaller_where_the_noise_is_in_a_part_of_it(place):
     Path("split.py").write_text(NETWORK + SPLIT)
-    assert call("run", "split.py", "--out", "split", "--quiet", "--criterion", "Random:fraction=0.5") == 0
+    assert (
+        call(
+            "run", "split.py", "--out", "split", "--quiet", "--draws", 0, "--criterion", "Random:fraction=0.5"
+        )
+        == 0
+    )
     table = pd.read_csv("split/evaluation.csv")
     full = 64 * 12 + 12 + 12 * 8 + 8 + 8 * 6 + 6 + 6 * 10 + 10
     assert table.parameters.tolist() == [full, full - 4 * (12 + 1 + 6)]
@@ -422,7 +428,7 @@ def test_data_from_an_archive_and_recipes_settings_for_it(place):
         )
     }
     np.savez("own.npz", **parts)
-    line = "run tiny.py --data own.npz --out npz --quiet --limit 50 --epochs 1 --fine-tune 0"
+    line = "run tiny.py --data own.npz --out npz --quiet --limit 50 --epochs 1 --fine-tune 0 --draws 0"
     assert call(*line.split()) == 0
     assert json.loads(Path("npz/settings.json").read_text())["settings"]["data"] == "own.npz"
     assert Run("npz").small_network()(torch.zeros(4, 1, 8, 8)).shape == (4, 3)

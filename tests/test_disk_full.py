@@ -1,55 +1,58 @@
 """A full disk, or a quota: an error that names the file, nothing half-written, and a run that goes on later."""
 
-import os
+import contextlib
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import call
 
 from pyro_bmrs.files import read_tensors, write_atomically
 
-TESTS = Path(__file__).parent
+RECIPE = Path(__file__).with_name("tiny_recipe.py")
 ARGUMENTS = ["--data", "digits", "--epochs", "3", "--fine-tune", "2", "--device", "cpu", "--quiet"]
 # of a run, byte for byte
 IDENTICAL = (
     "posterior.safetensors",
     "small.safetensors",
-    "plan.safetensors",
+    "plan.numbers.safetensors",
     "structures.csv",
     "evaluation.csv",
 )
 
 
-def run(folder, limit=None):
-    """`pyro-bmrs run` in a new process that can write no file of more than so many bytes; its status and output."""
+@contextlib.contextmanager
+def quota(limit):
+    """No file that this process writes can have more than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def within_quota():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-    done = subprocess.run(
-        [sys.executable, "-m", "pyro_bmrs.cli", "run", str(TESTS / "tiny_recipe.py"), "--out", str(folder), *ARGUMENTS],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=None if limit is None else within_quota,
-    )  # fmt: skip
-    return done.returncode, done.stderr
+def run(folder, draws=0):
+    return call("run", RECIPE, "--out", folder, "--draws", draws, *ARGUMENTS)
 
 
 @pytest.fixture(scope="module")
 def untroubled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("untroubled") / "run"
-    assert run(folder)[0] == 0
+    assert run(folder) == 0
     return folder
 
 
 # in the fit, in the diagnosis, in the report
 @pytest.mark.parametrize(
-    ("limit", "where"), [(4_000, "epoch-0001"), (25_000, "diagnosis"), (120_000, "report")]
+    ("limit", "draws", "where"),
+    [(4_000, 0, "epoch-0001"), (25_000, 100, "diagnosis"), (120_000, 0, "report")],
 )
-def test_a_quota_stops_a_run_and_nothing_is_lost(limit, where, untroubled, tmp_path):
+def test_a_quota_stops_a_run_and_nothing_is_lost(limit, draws, where, untroubled, tmp_path, capsys):
     folder = tmp_path / "run"
-    status, told = run(folder, limit)
+    with quota(limit):
+        status = run(folder, draws)
+    told = capsys.readouterr().err
     (line,) = [line for line in told.splitlines() if line.startswith("pyro-bmrs: error: ")]
     assert status == 2
     assert "can't be written: File too large" in line
@@ -58,7 +61,7 @@ def test_a_quota_stops_a_run_and_nothing_is_lost(limit, where, untroubled, tmp_p
     for path in folder.rglob("*.safetensors"):
         read_tensors(path)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("posterior.safetensors")}
-    assert run(folder)[0] == 0
+    assert run(folder) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "fitted anew"
     for name in IDENTICAL:
         assert (folder / name).read_bytes() == (untroubled / name).read_bytes(), name

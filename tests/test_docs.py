@@ -90,6 +90,10 @@ def blocks_of(page):
 
 NOT_RUN = 0  # blocks left out, in all pages
 WITH_PYTHON = [page for page in PAGES if blocks_of(page)]
+# Their blocks train for more than a few seconds.
+SLOW = {"README.md"} | {
+    f"docs/{page}.md" for page in ("tutorial", "diagnostics", "half_the_size", "sweeps", "trained_network")
+}
 
 
 def run_statements(block, names):
@@ -273,7 +277,9 @@ def test_all_blocks_are_run():
     assert len(marked) == NOT_RUN
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in WITH_PYTHON]
+)
 def test_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))  # for `models`
     monkeypatch.chdir(tmp_path)

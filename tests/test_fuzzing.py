@@ -19,7 +19,7 @@ from pyro_bmrs.runs.study import Study
 
 INPUTS = 150
 FORMATS = (
-    "plan.json", "plan.safetensors", "study.yaml", "data.npz", "checkpoint", "posterior.safetensors",
+    "plan.json", "plan.numbers.safetensors", "study.yaml", "data.npz", "checkpoint", "posterior.safetensors",
     "settings.json", "diagnosis.json",
 )  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_same_lines_above(capfd, monkeypat
         shown.epoch(row(1))
     told = capfd.readouterr().err
     assert "\x1b[" in told
-    assert "fine-tune epoch 1/2: loss 0.2500, validation accuracy 50.00 %; 0:00:0" in told
+    assert "fine-tune epoch 1/2: loss 0.2500, validation accuracy 50.00 %, 7 structures kept; 0:00:0" in told
     with bar("models", 2) as advance:
         advance(1)
     assert "models" in capfd.readouterr().err

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_bmrs.fitting.programs import asks_for_criterion
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.evaluate import evaluate
@@ -50,11 +49,8 @@ class Measure:
     local_sites: frozenset[str]
 
     def __post_init__(self) -> None:
-        guide, sites = self.guide, noise_layers(self.model).keys()
-        countable = isinstance(guide, AutoTruncatedLogNormal) and (
-            asks_for_criterion(self.settings) or sites <= set(guide.sites)
-        )
-        self.phase = "fine-tune" if guide is None else "fit"
+        self.phase = "fine-tune" if self.guide is None else "fit"
+        countable = isinstance(self.guide, AutoTruncatedLogNormal)
         self.criterion = self.settings.made_criterion() if countable else None
 
     def row(self, epoch: int, loss: float, likelihood: float, kl_weight: float) -> dict[str, Any]:
@@ -119,7 +115,7 @@ class Measure:
         )
 
     def _kept(self) -> float:
-        """How many structures `reduce` would keep; NaN if the guide has no posterior of each of them."""
+        """How many structures `reduce` would keep; NaN unless the guide is an AutoTruncatedLogNormal."""
         if self.criterion is None:
             return math.nan
         if self.settings.removal == "epoch":

@@ -15,7 +15,7 @@ from torch import nn
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
-from pyro_bmrs.fitting.devices import check_device, open_fabric
+from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.epochs import HISTORY_COLUMNS
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
@@ -35,7 +35,7 @@ class Fit:
             per example), log_likelihood (nats per example, training), kl (nats, whole data set, unweighted),
             kl_weight (of this epoch), validation_loss (nats per example, at θ = E[θ]), validation_accuracy,
             kept (structures that `reduce` would keep by the settings' criterion; NaN unless the guide is an
-            AutoTruncatedLogNormal of all of them), parameters (of the model, at the end of the epoch), seconds.
+            AutoTruncatedLogNormal), parameters (of the model, at the end of the epoch), seconds.
         removals: one row per structure removed during the fit: epoch, layer, unit (its number in the
             original network), score, log_evidence_change (nats; NaN for criteria without evidence).
         settings: the settings of the fit.
@@ -134,7 +134,6 @@ def fit(
     settings = (settings or Settings()).changed(**changes)
     check(is_whole(keep_checkpoints, 1), "keep_checkpoints", "a positive integer", keep_checkpoints)
     _check_surroundings(checkpoints, label, logger)
-    check_device(device)
     check_programs(model, guide, settings)
     home = next(model.parameters()).device
     for name, data in (("train", train), ("validation", validation)):

@@ -19,11 +19,6 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
 
-def asks_for_criterion(settings: Settings) -> bool:
-    """Whether the fit can't do without a criterion: one was named, or it removes structures."""
-    return "criterion" in settings.model_fields_set or settings.removal == "epoch"
-
-
 def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings: Settings) -> None:
     """Raise, naming the argument, unless a fit can be made of these."""
     check_module("model", model)
@@ -34,7 +29,8 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings:
         raise ValueError(f"guide must be given for a model with noise layers {sites}")
     if guide is not None and not sites:
         raise ValueError("model must hold MultiplicativeNoise layers when a guide is given: it has none")
-    if asks_for_criterion(settings) and not isinstance(guide, AutoTruncatedLogNormal):
+    asked = "criterion" in settings.model_fields_set or settings.removal == "epoch"
+    if asked and not isinstance(guide, AutoTruncatedLogNormal):
         raise TypeError("criterion needs an AutoTruncatedLogNormal guide; use reduce() after the fit instead")
 
 

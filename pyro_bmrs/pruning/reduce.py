@@ -169,7 +169,14 @@ def _layer(
         q = joined([posterior, removed.removed_posterior()])
         parameters = (part[order] for part in (q.loc, q.scale, q.log_low, q.log_high))
         posterior = TruncatedLogNormal(*parameters, validate_args=False)
-        prior = LogUniform(layer.log_low, layer.log_high, validate_args=False)
+        # a layer's structures have one prior
+        names = (
+            ("log_low", "log_high")
+            if isinstance(prior, LogUniform)
+            else ("loc", "scale", "log_low", "log_high")
+        )
+        values = (getattr(prior, name).flatten()[0].expand(present.shape) for name in names)
+        prior = type(prior)(*values, validate_args=False)
 
     def norms() -> Tensor:
         found = weight_norm(binding.network, binding.groups[site]).to(present.device)

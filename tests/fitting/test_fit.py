@@ -253,17 +253,6 @@ def test_a_score_that_is_not_finite_is_an_error_and_no_missing_count(monkeypatch
             fitted(epochs=2, **named)
 
 
-def test_structures_are_counted_where_the_guide_has_a_posterior_of_each():
-    net = nn.Sequential(*network(), nn.Linear(2, 5), nn.Tanh(), bmrs.MultiplicativeNoise(5), nn.Linear(5, 2))
-    model = Classifier(net)
-    sites = list(noise_layers(model))
-    guide = AutoTruncatedLogNormal(pyro.poutine.block(model, expose=sites[:1]))
-    result = bmrs.fit(model, guide, data(), epochs=1, elbo="pyro", **QUIET)
-    assert result.history.kept.isna().all()
-    with pytest.raises(ValueError, match=f"posterior of {sites[1]!r}"):
-        bmrs.fit(model, guide, data(), epochs=1, elbo="pyro", criterion="BMRS_N", **QUIET)
-
-
 def test_settings_are_given_whole_or_by_name_and_kept_with_the_fit():
     settings = bmrs.Settings(epochs=2, batch_size=50, kl_weight=3)
     _, _, result = fitted()

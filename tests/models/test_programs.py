@@ -94,6 +94,7 @@ def ard_truth():
     return x, y, torch.tensor(changes, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_relevance_against_long_importance_sampling(ard_truth):
     """Full rank, 1,500 steps, 1,000 draws. Tolerance: 0.15 nat, and 15 % where ΔF is below -6 (k̂ says so there).
 

@@ -170,7 +170,31 @@ class Removed:
     cuts: Cuts
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.build.__name__)
+def pytest_generate_tests(metafunc):
+    """Each family, and of each what three plans leave in both precisions; among the quick tests float64 has one."""
+    if "removed" in metafunc.fixturenames:
+        metafunc.parametrize(
+            ("inserted", "removed"),
+            [
+                pytest.param(
+                    family,
+                    (kind, dtype),
+                    id=f"{family.build.__name__}-{kind}-{dtype}".replace("torch.", ""),
+                    marks=[pytest.mark.slow] * (dtype == torch.float64 and kind != "half"),
+                )
+                for family in FAMILIES
+                for kind in ("half", "nothing", "all but one")
+                for dtype in TOLERANCES
+            ],
+            indirect=True,
+            scope="module",
+        )
+    elif "inserted" in metafunc.fixturenames:
+        named = [pytest.param(family, id=family.build.__name__) for family in FAMILIES]
+        metafunc.parametrize("inserted", named, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def inserted(request):
     family = request.param
     torch.manual_seed(0)
@@ -180,11 +204,7 @@ def inserted(request):
     return Inserted(family, network, example, bmrs.insert_noise(network, example), before)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(kind, dtype) for kind in ("half", "nothing", "all but one") for dtype in TOLERANCES],
-    ids=lambda parameter: f"{parameter[0]}-{parameter[1]}".replace("torch.", ""),
-)
+@pytest.fixture(scope="module")
 def removed(inserted, request):
     kind, dtype = request.param
     noisy = copy.deepcopy(inserted.noisy).to(dtype)

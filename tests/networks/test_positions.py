@@ -18,7 +18,7 @@ from pyro_bmrs.networks.structures import StructureError, structure_groups
 
 MODELS = Path(__file__).parents[2] / "models"
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 
 
 def examples(count=800):
@@ -67,7 +67,7 @@ class Given:
         return {site: 2.0 * self.removed[site].double() - 1.0 for site in layers}
 
 
-@pytest.fixture(scope="module", params=["end", "epoch"])
+@pytest.fixture(scope="module", params=[pytest.param("end", marks=pytest.mark.slow), "epoch"])
 def reduced(request):
     """(plan, small network, model, guide) after a fit that removes at its end, or within."""
     model = bmrs.Classifier(network())

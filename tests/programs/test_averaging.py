@@ -53,7 +53,7 @@ def nested_truth(guide, joint, log_reduced, columns):
 def test_dependent_priors_are_averaged(joint, reduced):
     guide = hierarchy_guide(joint)
     plan = reduce(
-        hierarchy, guide, {"effects": reduced}, YH, dependent_priors="average", draws=3000,
+        hierarchy, guide, {"effects": reduced}, YH, dependent_priors="average", draws=1000,
         groups={"outer": {"effects": [0, 2]}},
     )  # fmt: skip
     for row in plan.table.itertuples():

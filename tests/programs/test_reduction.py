@@ -192,14 +192,17 @@ def test_joint_points_include_correlations():
 
 @pytest.mark.parametrize("kind", GUIDES)
 def test_the_reduced_posterior_of_each_kind(kind):
-    """Weighted draws of the guide are the truth; means and standard deviations of 1,500 draws."""
+    """Weighted draws of the guide are the truth; means and standard deviations of 500 draws.
+
+    The mean of 500 errs by 0.045 standard deviations: 0.25 are 4.5 of these and 0.05 for the weights' own error.
+    """
     guide = GUIDES[kind]()
     guide(Y0)
     drawn = draws_of(guide)
     for name in ("weights", "rates", "mixing"):
         plan = reduce(varied, guide, {name: REDUCED[name]}, Y0, prior_log_odds=50.0)
         assert bool(plan.table.removed.all())
-        found = plan.reduced_posterior().draw(1500, Y0)
+        found = plan.reduced_posterior().draw(500, Y0)
         assert set(found) == set(PRIORS)
         ratio = REDUCED[name].log_prob(drawn[name]) - PRIORS[name].log_prob(drawn[name])
         ratio = ratio.reshape(len(ratio), -1).sum(1)
@@ -211,8 +214,8 @@ def test_the_reduced_posterior_of_each_kind(kind):
             mean = weights @ truth
             deviation = (weights @ (truth - mean) ** 2).sqrt()
             error = (values.mean(0) - mean).abs()
-            assert bool((error < 0.2 * deviation).all()), (name, site)
-            assert bool(((values.std(0) / deviation - 1).abs() < 0.2).all()), (name, site)
+            assert bool((error < 0.25 * deviation).all()), (name, site)
+            assert bool(((values.std(0) / deviation - 1).abs() < 0.25).all()), (name, site)
 
 
 def test_another_threshold():

@@ -190,7 +190,7 @@ def test_foreign_and_damaged_weights_are_refused(problem):
     other = save_weights(nn.Linear(2, 2), problem.folder / "other.safetensors")
     damaged = problem.folder / "damaged.safetensors"
     contents = [whole[:-20], whole[:100], whole[:7], b"", b"no safetensors at all", b"\x80\x04" + whole]
-    for wrong in [full, other, problem.folder / "plan.safetensors"]:
+    for wrong in [full, other, problem.folder / "plan.numbers.safetensors"]:
         with pytest.raises(ValueError, match=rf"weights .*{wrong.name} are damaged, or not of this plan"):
             plan.rebuild(problem.fresh(), wrong)
     for content in contents:

@@ -156,7 +156,7 @@ def test_the_numbers_are_those_of_the_runs_files(finished, other):
 
 def test_of_one_part_its_khat_is_the_worst(copied, finished):
     diagnosis = RunFolder(copied).diagnosis()
-    diagnosis.khat = diagnosis.khat.iloc[:1]
+    diagnosis = replace(diagnosis, khat=diagnosis.khat.iloc[:1])
     diagnosis.save(copied / "diagnosis")
     assert compare_runs([copied, finished]).khat[0] == diagnosis.khat.khat[0]
 
@@ -609,6 +609,7 @@ def test_a_report_shows_the_stored_diagnosis(copied, diagnosing, capsys):
     assert changed == {"report.html", "report.md"}
 
 
+@pytest.mark.slow
 def test_no_draws_leave_the_diagnosis_out_of_the_report(copied, diagnosing):
     asked, before = diagnosing(copied), snapshot(copied / "diagnosis")
     assert call("report", copied, "--quiet", "--draws", 0) == 0
@@ -627,6 +628,7 @@ def test_no_draws_need_no_diagnosis(other, tmp_path, diagnosing):
     assert not sections(copy) & OF_DIAGNOSIS
 
 
+@pytest.mark.slow
 def test_what_else_is_asked_for_is_made_anew_and_the_rest_stays(copied, diagnosing, tmp_path):
     generator = np.random.default_rng(0)
     grey = tmp_path / "grey.npz"
@@ -674,6 +676,7 @@ def test_a_damaged_diagnosis_is_made_anew_when_draws_are_asked_for(copied, diagn
     assert Diagnosis.load(copied / "diagnosis").facts["draws"] == 110
 
 
+@pytest.mark.slow
 def test_more_draws_are_really_drawn(copied):
     before = Diagnosis.load(copied / "diagnosis")
     assert call("report", copied, "--quiet", "--draws", 150) == 0

@@ -510,7 +510,7 @@ def test_a_run_that_stops_between_two_files_is_finished_by_the_next(
 
     with monkeypatch.context() as patched:
         patched.setattr(stage, step, stop)
-        arguments = ("--quiet", "--overwrite", "--criterion", "SNR")
+        arguments = ("--quiet", "--overwrite", "--criterion", "SNR", *NO_DIAGNOSIS)
         assert call("run", RECIPE, "--out", copied, *arguments) == (2 if isinstance(error, OSError) else 130)
     assert capsys.readouterr().err.count("\n") == 1
     left = names(copied)

@@ -155,6 +155,7 @@ def test_the_table_has_a_row_per_cell_in_the_order_of_the_study(swept):
     assert {path.name for path in (folder / "out").iterdir()} == {"results.csv", *table.folder[:2]}
 
 
+@pytest.mark.slow
 def test_one_fit_serves_all_criteria_and_gives_what_a_fit_of_its_own_gives(swept, place):
     folder = swept[0]
     first, shared = (
@@ -204,7 +205,7 @@ def test_a_criterion_with_a_hand_in_the_fit_has_a_fit_of_its_own(place, fits):
     assert fits == ["net-digits-w2-BMRS_N-seed0", "net-digits-w2-Random-fraction0.3-seed0"]
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_torchs_threads_and_the_current_folder_are_set_where_the_work_is(jobs, place):
     before = torch.get_num_threads()
     Path("tells.py").write_text(with_network("raise KeyError(torch.get_num_threads(), os.getcwd())"))
@@ -232,6 +233,7 @@ def test_called_again_only_what_failed_is_tried(again, capsys):
     assert repeated.error.isna().all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_goes_on_where_it_stood(again, monkeypatch):
     monkeypatch.setattr(fit_stage, "fit", lambda *_, **__: pytest.fail("a fit was made"))
     table = results()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import resource
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -35,12 +35,11 @@ from pyro_bmrs.files import NewerFileError, read_tensors, write_tensors
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.export import export_onnx
 from pyro_bmrs.networks.structures import StructureError
-from pyro_bmrs.pruning import plan
+from pyro_bmrs.pruning import network_plan
 from pyro_bmrs.pruning.reduce import NonFiniteScoreError
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.study import Study
-from pyro_bmrs.runs.sweep import run_study
 
 WORKS, WARNS = "works", "warning"
 
@@ -110,7 +109,7 @@ def make_place():
     Path("file").write_text("a line of text\n")
     Path("empty").mkdir()
     # no timings of the networks, which take seconds
-    with patch.object(plan, "compare_costs", lambda *given, **_: compare_costs(*given, seconds=0.0)):
+    with patch.object(network_plan, "compare_costs", lambda *given, **_: compare_costs(*given, seconds=0.0)):
         command_line("run net.py --data own.npz --out run --draws 100 --quiet")
     command_line("fit net.py --data own.npz --out fitted --quiet")
 
@@ -156,12 +155,6 @@ def within_quota(limit, work):
         return work()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def killed_worker():
-    """A study whose recipe kills the process that it is in: what the table says of its cells."""
-    table = run_study(Study.read("study.yaml"), progress=False)
-    print(table.error[0], file=sys.stderr)
 
 
 def edit(path, **entries):
@@ -250,6 +243,15 @@ def fit(train=(X, Y), validation=None, *, guide=True, **options):
 
 def reduce(criterion=None, **options):
     return bmrs.reduce(fitted().model, fitted().guide, criterion or bmrs.BMRS_N(), **options)
+
+
+def outlived():
+    """A plan whose network has shrunk since."""
+    small = SmallFit("plain")
+    small.guide(X, Y)
+    plan = bmrs.reduce(small.model, small.guide, bmrs.Random(0.5))
+    plan.shrink(small.model, small.guide)
+    return plan
 
 
 def diagnose(**changed):
@@ -385,7 +387,6 @@ def nan_guide():
 Q = bmrs.TruncatedLogNormal(torch.tensor([-0.5, -3.0]), torch.tensor([0.1, 1.0]))
 P = bmrs.LogUniform()
 HOLE = X.clone().index_fill_(0, torch.tensor([3]), math.nan)
-INF = X.clone().index_fill_(0, torch.tensor([3]), math.inf)
 NORMAL, VECTOR = dist.Normal(0.0, 1.0), dist.Normal(torch.zeros(2), 1.0)
 
 
@@ -399,16 +400,8 @@ EVIDENCE = [
         BOUNDS.format("log_", "0.0", "-20.0"),
     ),
     function(
-        "LogUniform", "bounds of no width", lambda: bmrs.LogUniform(-3.0, -3.0), ValueError,
-        BOUNDS.format("log_", "-3.0", "-3.0"),
-    ),
-    function(
         "LogUniform", "log_low is NaN", lambda: bmrs.LogUniform(math.nan, 0.0), ValueError,
         BOUNDS.format("log_", "nan", "0.0"),
-    ),
-    function(
-        "LogUniform", "log_low is -inf", lambda: bmrs.LogUniform(-math.inf, 0.0), ValueError,
-        BOUNDS.format("log_", "-inf", "0.0"),
     ),
     function(
         "LogUniform", "one of several bounds of no width",
@@ -426,14 +419,6 @@ EVIDENCE = [
     function(
         "TruncatedNormal", "scale is negative", lambda: bmrs.TruncatedNormal(0.0, -1.0, -2.0, 2.0),
         ValueError, r"scale.*-1\.0",
-    ),
-    function(
-        "TruncatedNormal", "scale is 0", lambda: bmrs.TruncatedNormal(0.0, 0.0, -2.0, 2.0), ValueError,
-        r"scale.*0\.0",
-    ),
-    function(
-        "TruncatedNormal", "loc is NaN", lambda: bmrs.TruncatedNormal(math.nan, 1.0, -2.0, 2.0), ValueError,
-        r"loc.*nan",
     ),
     function(
         "TruncatedNormal", "shapes that do not broadcast",
@@ -456,10 +441,6 @@ EVIDENCE = [
     function(
         "log_evidence_change", "posterior is a number", lambda: bmrs.log_evidence_change(3.0, P, P),
         TypeError, r"^posterior must be a distribution: got float$",
-    ),
-    function(
-        "log_evidence_change", "reduced_prior is a number", lambda: bmrs.log_evidence_change(Q, P, 0.0),
-        TypeError, r"^reduced_prior must be a distribution: got float$",
     ),
     function(
         "log_evidence_change", "no closed form of these types",
@@ -555,14 +536,6 @@ NETWORKS = [
         r"^features must be a positive integer: got 0$",
     ),
     function(
-        "MultiplicativeNoise", "features is a fraction", lambda: bmrs.MultiplicativeNoise(2.5), ValueError,
-        r"^features must be a positive integer: got 2\.5$",
-    ),
-    function(
-        "MultiplicativeNoise", "features is True", lambda: bmrs.MultiplicativeNoise(True), ValueError,
-        r"^features must be a positive integer: got True$",
-    ),
-    function(
         "MultiplicativeNoise", "dim counts examples", lambda: bmrs.MultiplicativeNoise(8, dim=0), ValueError,
         r"^dim must not be 0, which counts examples: got 0$",
     ),
@@ -578,11 +551,6 @@ NETWORKS = [
         "MultiplicativeNoise", "input of another width",
         lambda: bmrs.Classifier(plain(bmrs.MultiplicativeNoise(9)))(X, Y), ValueError,
         r"^input of noise layer '2' must have 9 structures in dimension 1: got shape \(40, 8\)$",
-    ),
-    function(
-        "MultiplicativeNoise", "dim that the input has not",
-        lambda: bmrs.Classifier(plain(bmrs.MultiplicativeNoise(8, dim=3)))(X, Y), ValueError,
-        r"^input of noise layer '2' must have 8 structures in dimension 3: got shape \(40, 8\)$",
     ),
     function(
         "MultiplicativeNoise", "called without a model round it",
@@ -657,10 +625,6 @@ NETWORKS = [
         r"^dataset_size must be a positive integer or None: got 0$",
     ),
     function(
-        "Classifier", "dataset_size is text", lambda: bmrs.Classifier(plain(), dataset_size="many"),
-        ValueError, r"^dataset_size must be a positive integer or None: got 'many'$",
-    ),
-    function(
         "Classifier", "class_dim that the logits have not",
         lambda: bmrs.Classifier(plain(), class_dim=2)(X, Y), ValueError,
         r"^class_dim must be a dimension of the logits, of shape \(40, 2\): got 2$",
@@ -687,14 +651,6 @@ NETWORKS = [
         r"^scale must be positive or None, and finite: got -1\.0$",
     ),
     function(
-        "Regressor", "scale is infinite", lambda: bmrs.Regressor(plain(), scale=math.inf), ValueError,
-        r"^scale must be positive or None, and finite: got inf$",
-    ),
-    function(
-        "Regressor", "scale is text", lambda: bmrs.Regressor(plain(), scale="1"), ValueError,
-        r"^scale must be positive or None, and finite: got '1'$",
-    ),
-    function(
         "Regressor", "y of another shape", lambda: bmrs.Regressor(plain())(X, Y), ValueError,
         r"^y must have the output's shape \(40, 2\): got \(40,\)$",
     ),
@@ -705,10 +661,6 @@ NETWORKS = [
     function(
         "AutoTruncatedLogNormal", "init_scale is 0", lambda: guide_of(init_scale=0.0), ValueError,
         r"^init_scale must be positive and finite: got 0\.0$",
-    ),
-    function(
-        "AutoTruncatedLogNormal", "init_loc is NaN", lambda: guide_of(init_loc=math.nan), ValueError,
-        r"^init_loc must be finite: got nan$",
     ),
     function(
         "AutoTruncatedLogNormal", "a latent that is no scale",
@@ -772,10 +724,6 @@ FITS = [
         r"^train must be \(x, y\) tensors, a Dataset or a DataLoader: got a list of Tensor, Tensor$",
     ),
     function(
-        "fit", "train is NumPy arrays", lambda: fit((X.numpy(), Y.numpy())), TypeError,
-        r"^train must be \(x, y\) tensors, a Dataset or a DataLoader: got a tuple of ndarray, ndarray$",
-    ),
-    function(
         "fit", "train without examples", lambda: fit((X[:0], Y[:0])), ValueError,
         r"^train must not be empty$",
     ),
@@ -788,7 +736,6 @@ FITS = [
         r"^validation must not be empty$",
     ),
     function("fit", "NaN in the inputs", lambda: fit((HOLE, Y)), FloatingPointError, LOSS),
-    function("fit", "inf in the inputs", lambda: fit((INF, Y)), FloatingPointError, LOSS),
     function(
         "fit", "NaN in the weights", lambda: fit_of(broken(noisy())), ValueError,
         r"^model must have finite parameters: got NaN or inf in 'net\.0\.weight'$",
@@ -812,14 +759,6 @@ FITS = [
         r"^learning_rate must be a finite number: got nan$",
     ),
     function(
-        "fit", "kl_weight is negative", lambda: fit(kl_weight=-1.0), ValueError,
-        r"^kl_weight must be greater than or equal to 0: got -1\.0$",
-    ),
-    function(
-        "fit", "warm_up above 1", lambda: fit(warm_up=2.0), ValueError,
-        r"^warm_up must be less than or equal to 1: got 2\.0$",
-    ),
-    function(
         "fit", "schedule of an unknown name", lambda: fit(schedule="step"), ValueError,
         r"^schedule must be one of constant, cosine, linear or a function: got 'step'$",
     ),
@@ -833,7 +772,7 @@ FITS = [
     ),
     function(
         "fit", "criterion is a type", lambda: fit(criterion=bmrs.SNR), TypeError,
-        r"^criterion must be one of pyro_bmrs's or a callable with a unit: got .*; make one: SNR\(\)$",
+        r"^criterion must be made, SNR\(\): got the class <class 'pyro_bmrs\.pruning\.criteria\.SNR'>$",
     ),
     function(
         "fit", "device of an unknown name", lambda: fit(device="toaster"), ValueError,
@@ -846,10 +785,6 @@ FITS = [
     on_disk(
         "fit", "checkpoints is a file", lambda: fit(checkpoints="file"), ValueError,
         r"^checkpoints must be a folder that can be written to: got file, and file is none$",
-    ),
-    on_disk(
-        "fit", "checkpoints below a file", lambda: fit(checkpoints="file/below"), ValueError,
-        r"^checkpoints must be a folder that can be written to: got file/below, and file is none$",
     ),
     on_disk(
         "fit", "checkpoints of another fit", lambda: fit(checkpoints="saved", seed=3), ValueError,
@@ -869,11 +804,6 @@ FITS = [
         r"up to \d+\): upgrade pyro_bmrs$",
         both(lambda: fit(checkpoints="saved"), edit_header("saved/epoch-0001.safetensors", version=99)),
     ),
-    on_disk(
-        "checkpoints", "a version that is text", lambda: fit(checkpoints="saved"), WARNS,
-        r"^checkpoint saved/epoch-0001\.safetensors can't be used, the one before it is: .*version.* 'new'$",
-        both(lambda: fit(checkpoints="saved"), edit_header("saved/epoch-0001.safetensors", version="new")),
-    ),
 ]  # fmt: skip
 
 
@@ -883,14 +813,6 @@ REDUCTIONS = [
     function(
         "BMRS_N", "scale is 0", lambda: bmrs.BMRS_N(scale=0.0), ValueError,
         r"^scale must be positive and finite: got 0\.0$",
-    ),
-    function(
-        "BMRS_N", "scale is infinite", lambda: bmrs.BMRS_N(scale=math.inf), ValueError,
-        r"^scale must be positive and finite: got inf$",
-    ),
-    function(
-        "BMRS_N", "scale is text", lambda: bmrs.BMRS_N(scale="1"), ValueError,
-        r"^scale must be positive and finite: got '1'$",
     ),
     function(
         "BMRS_N", "prior_log_odds is NaN", lambda: bmrs.BMRS_N(prior_log_odds=math.nan), ValueError,
@@ -913,24 +835,12 @@ REDUCTIONS = [
         r"^threshold must be positive and finite: got 0\.0$",
     ),
     function(
-        "SNR", "threshold is infinite", lambda: bmrs.SNR(math.inf), ValueError,
-        r"^threshold must be positive and finite: got inf$",
-    ),
-    function(
         "ExpectedScale", "threshold above 1", lambda: bmrs.ExpectedScale(1.5), ValueError,
         r"^threshold must be between 0 and 1: got 1\.5$",
     ),
     function(
         "WeightNorm", "fraction above 1", lambda: bmrs.WeightNorm(1.5), ValueError,
         r"^fraction must be in \[0, 1\]: got 1\.5$",
-    ),
-    function(
-        "WeightNorm", "fraction is NaN", lambda: bmrs.WeightNorm(math.nan), ValueError,
-        r"^fraction must be in \[0, 1\]: got nan$",
-    ),
-    function(
-        "WeightNorm", "fraction is None", lambda: bmrs.WeightNorm(None), ValueError,
-        r"^fraction must be in \[0, 1\]: got None$",
     ),
     function(
         "Random", "fraction is negative", lambda: bmrs.Random(-0.1), ValueError,
@@ -965,7 +875,7 @@ REDUCTIONS = [
     ),
     function(
         "reduce", "criterion is text", lambda: reduce("BMRS_N"), TypeError,
-        r"^criterion must be one of pyro_bmrs's or a callable with a unit: got 'BMRS_N'$",
+        r"^criterion must be one of pyro_bmrs's or a function of layers that returns scores: got 'BMRS_N'$",
     ),
     function(
         "reduce", "criterion is an empty mapping", lambda: reduce_by({}), ValueError,
@@ -990,8 +900,8 @@ REDUCTIONS = [
     function(
         "reduce", "NaN in the posterior", lambda: bmrs.reduce(*nan_guide(), bmrs.BMRS_N()),
         NonFiniteScoreError,
-        r"^BMRS_N\(.*\) gave structures \[2\] of layer '2' a score that is not finite \(\[nan\]\); nothing is "
-        r"removed$",
+        r"^BMRS_N \(prior log-odds 0\.919\) gave structures \[2\] of layer '2' a score that is not finite \(\[nan\]\); "
+        r"nothing is removed$",
     ),
     function(
         "reduce", "a site that the model has not", lambda: search(bmrs.reduce, {"bias": 0.0}), ValueError,
@@ -1076,14 +986,6 @@ REDUCTIONS = [
         r"^bits must be finite values, at least one: got \[2\.0, nan\]$",
     ),
     function(
-        "evidence_curve", "no values", lambda: curve_of(bits=[]), ValueError,
-        r"^bits must be finite values, at least one: got \[\]$",
-    ),
-    function(
-        "evidence_curve", "values that are text", lambda: curve_of(bits=["two"]), ValueError,
-        r"^bits must be finite values, at least one: got \['two'\]$",
-    ),
-    function(
         "evidence_curve", "a criterion without evidence",
         lambda: bmrs.evidence_curve(fitted().model, fitted().guide, bmrs.SNR(), threshold=[1.0]), TypeError,
         r"^criterion must be BMRS_N\(\), BMRS_U\(\) or a mapping of sites: got SNR\(threshold=1\.0\)$",
@@ -1123,10 +1025,6 @@ REDUCTIONS = [
         r"^curve lacks the columns 'log_evidence_change', 'reduced', 'chosen', 'mixture'; it needs .* and has bits$",
     ),
     function(
-        "NetworkPlan.apply", "a plan of no network", lambda: search(bmrs.reduce).apply(), ValueError,
-        r"^plan has nothing to remove from a network: ",
-    ),
-    function(
         "NetworkPlan.apply", "another network", lambda: fitted().plan.apply(wide(), X), ValueError,
         r"^network must have the noise layers of the plan, \{'2': 12, '5': 8\}: got \{'2': 9\}$",
     ),
@@ -1136,7 +1034,8 @@ REDUCTIONS = [
         r"^example_input must be what network can be called with: Sequential fails with RuntimeError: (?P<library>.*)$",
     ),
     function(
-        "NetworkPlan.apply", "seconds is negative", lambda: fitted().plan.apply(seconds=-1.0), ValueError,
+        "NetworkPlan.costs", "seconds is negative",
+        lambda: fitted().plan.costs(fitted().plan.apply(), seconds=-1.0), ValueError,
         r"^seconds must be 0 or more: got -1\.0$",
     ),
     function(
@@ -1144,20 +1043,25 @@ REDUCTIONS = [
         r"^network must have finite parameters: got NaN or inf in '0\.weight'$",
     ),
     function(
-        "Reduction.at", "threshold is NaN", lambda: fitted().plan.at(math.nan), ValueError,
-        r"^threshold must be a number: got nan$",
+        "NetworkPlan.at", "threshold is NaN", lambda: fitted().plan.at(math.nan), ValueError,
+        r"^threshold must be a number or None: got nan$",
     ),
     function(
-        "Reduction.shrink", "guide is None", lambda: fitted().plan.shrink(fitted().model, None), TypeError,
+        "NetworkPlan.shrink", "guide is None", lambda: fitted().plan.shrink(fitted().model, None), TypeError,
         r"^guide must be an AutoTruncatedLogNormal: got NoneType$",
     ),
     function(
-        "Reduction.rebuild", "a plan that was not applied", lambda: reduce().rebuild(noisy()), ValueError,
-        r"^plan must have been applied before it was saved: it does not say what was cut$",
+        "NetworkPlan.rebuild", "a plan whose network has shrunk since", lambda: outlived().rebuild(noisy()), ValueError,
+        r"^plan must say what to cut: this one was made without a network, or that has shrunk since$",
     ),
     function(
-        "Reduction.reduced_posterior", "a plan by a criterion", lambda: fitted().plan.reduced_posterior(),
-        ValueError, r"^plan must be one of reduce\(model, guide, \{site: reduced_prior, …\}\), not loaded",
+        "ProgramPlan.reduced_posterior", "a plan that was pickled",
+        lambda: pickle.loads(pickle.dumps(search(bmrs.reduce))).reduced_posterior(), ValueError,
+        r"^plan must be ",
+    ),
+    function(
+        "Rule", "min_kept is negative", lambda: bmrs.Rule(criterion="own", min_kept=-1), ValueError,
+        r"^min_kept must be an integer of 0 or more: got -1$",
     ),
     function(
         "ReducedPosterior", "whose density is not known, as a guide to be checked",
@@ -1231,7 +1135,7 @@ DIAGNOSTICS = [
     ),
     function(
         "diagnose", "plan is None", lambda: diagnose(plan=None), TypeError,
-        r"^plan must be a Reduction: got NoneType$",
+        r"^plan must be a NetworkPlan: got NoneType$",
     ),
     function(
         "diagnose", "fine_tuned is a network, no model", lambda: diagnose(fine_tuned=nn.Linear(6, 2)), ValueError,
@@ -1256,12 +1160,8 @@ DIAGNOSTICS = [
         r"^points must be at least 2: got 1$",
     ),
     function(
-        "compression_curve", "points is a fraction", lambda: curve(points=2.5), ValueError,
-        r"^points must be at least 2: got 2\.5$",
-    ),
-    function(
         "compression_curve", "plan is text", lambda: bmrs.compression_curve(fitted().model, "plan", (X, Y)),
-        TypeError, r"^plan must be a Reduction: got str$",
+        TypeError, r"^plan must be a NetworkPlan: got str$",
     ),
     function(
         "compression_curve", "data without examples", lambda: curve((X[:0], Y[:0])), ValueError,
@@ -1310,9 +1210,6 @@ DATA = [
     on_disk(
         "load_data", "a name of no data set", lambda: load("nothing"), ValueError,
         r"^name must be 'digits', .* that exists: got 'nothing'$",
-    ),
-    on_disk(
-        "load_data", "name is a number", lambda: load(3), ValueError, r"^name must be 'digits', .*: got 3$",
     ),
     on_disk(
         "load_data", "validation_fraction is 1", lambda: load(validation_fraction=1.0), ValueError,
@@ -1439,49 +1336,44 @@ def columns(path, **changed):
     return spoil
 
 
-PLAN, NUMBERS = "run/plan.json", "run/plan.safetensors"
+PLAN, NUMBERS = "run/plan.json", "run/plan.numbers.safetensors"
 POSTERIOR, SMALL, SETTINGS = "run/posterior.safetensors", "run/small.safetensors", "run/settings.json"
 FILES = [
     on_disk(
         "NetworkPlan.load", "a name that does not end in .json", lambda: bmrs.NetworkPlan.load("run/plan"),
-        ValueError, r"^path must end in \.json: got run/plan$",
+        ValueError, r"^path must be a file whose name ends in \.json: got 'run/plan'$",
     ),
     on_disk(
-        "Reduction.save", "a name that does not end in .json", lambda: fitted().plan.save("plan.txt"),
-        ValueError, r"^path must end in \.json: got plan\.txt$",
+        "NetworkPlan.save", "a name that does not end in .json", lambda: fitted().plan.save("plan.txt"),
+        ValueError, r"^path must be a file whose name ends in \.json: got 'plan\.txt'$",
     ),
     on_disk(
-        "Reduction.save", "path below a file", lambda: fitted().plan.save("file/plan.json"), ValueError,
+        "NetworkPlan.save", "path below a file", lambda: fitted().plan.save("file/plan.json"), ValueError,
         r"^path must be in a folder that can be written to: got file/plan\.json, and file is none$",
     ),
     on_disk(
-        "Reduction.save", "no room on the disk, or a full quota",
+        "NetworkPlan.save", "no room on the disk, or a full quota",
         lambda: within_quota(100, lambda: fitted().plan.save("plan.json")), OSError,
-        r"^plan\.safetensors can't be written: File too large; nothing else is lost, and what is done need not be done "
-        r"again once there is room$",
+        r"^plan\.numbers\.safetensors can't be written: File too large; nothing else is lost, and what is done need "
+        r"not be done again once there is room$",
     ),
     on_disk(
-        "Reduction.save", "path is a folder", lambda: fitted().plan.save("plan.json"), ValueError,
+        "NetworkPlan.save", "path is a folder", lambda: fitted().plan.save("plan.json"), ValueError,
         r"^path must be a file to write: got the folder plan\.json$", lambda: Path("plan.json").mkdir(),
     ),
     on_disk(
         "plan.json", "no such file", load_plan, ValueError,
-        r"^path must be a plan written by Reduction\.save: run/plan\.json can't be read \((?P<library>.*)\)$",
+        r"^path must be a plan written by save: run/plan\.json can't be read \((?P<library>.*)\)$",
         without(PLAN),
     ),
     on_disk(
-        "plan.json", "a folder", load_plan, ValueError,
-        r"^path must be a plan written by Reduction\.save: run/plan\.json can't be read \((?P<library>.*)\)$",
-        folder_instead(PLAN),
-    ),
-    on_disk(
         "plan.json", "cut short", load_plan, ValueError,
-        r"^path must be a plan written by Reduction\.save: run/plan\.json is no JSON \((?P<library>.*)\)$",
+        r"^path must be a plan written by save: run/plan\.json is no JSON \((?P<library>.*)\)$",
         cut(PLAN),
     ),
     on_disk(
         "plan.json", "another JSON file", load_plan, ValueError,
-        r"^path must be a plan written by Reduction\.save: run/plan\.json is none$", instead(PLAN, SETTINGS),
+        r"^path must be a plan written by save: run/plan\.json is none$", instead(PLAN, SETTINGS),
     ),
     on_disk(
         "plan.json", "of a newer version", load_plan, NewerFileError,
@@ -1490,45 +1382,30 @@ FILES = [
     ),
     on_disk(
         "plan.json", "kl_weight is negative", load_plan, ValueError,
-        r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: its kl_weight can't be -1$",
-        edit(PLAN, kl_weight=-1),
+        r"^path must be a whole plan: run/plan\.json: kl_weight must be finite and not negative: got -1$",
+        lambda: edit(PLAN, rule=json.loads(Path(PLAN).read_text())["rule"] | {"kl_weight": -1})(),
     ),
     on_disk(
         "plan.json", "layers of another network", load_plan, ValueError,
         r"run/plan\.json: its layers can't be \{'2': 3\}$", edit(PLAN, layers={"2": 3}),
     ),
     on_disk(
-        "plan.json", "keeps others than its numbers say", load_plan, ValueError,
-        r"^run/plan\.json and its \.safetensors do not belong together: they keep different structures$",
-        edit(PLAN, kept={"2": [99]}),
-    ),
-    on_disk(
-        "plan.safetensors", "no such file", load_plan, ValueError,
-        r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: (?P<library>.*)$",
-        without(NUMBERS),
-    ),
-    on_disk(
-        "plan.safetensors", "cut short", load_plan, ValueError,
-        r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: (?P<library>.*)$",
+        "plan.numbers.safetensors", "cut short", load_plan, ValueError,
+        r"^path must be a whole plan with plan\.numbers\.safetensors beside it: run/plan\.json: (?P<library>.*)$",
         cut(NUMBERS),
     ),
     on_disk(
-        "plan.safetensors", "the posterior's file", load_plan, ValueError,
-        r"^path must be a whole plan with its \.safetensors beside it: run/plan\.json: its numbers lack unit, ",
+        "plan.numbers.safetensors", "the posterior's file", load_plan, ValueError,
+        r"^run/plan\.json and plan\.numbers\.safetensors do not belong together: they are of different plans$",
         instead(NUMBERS, POSTERIOR),
     ),
     on_disk(
-        "small.safetensors", "no such file", rebuild, ValueError,
-        r"^weights run/small\.safetensors are damaged, or not of this plan: (?P<library>.*)$", without(SMALL),
+        "ProgramPlan.load", "the plan of a network", lambda: bmrs.ProgramPlan.load("run/plan.json"), ValueError,
+        r"^path must be a plan of a program: run/plan\.json is one of a network$",
     ),
     on_disk(
         "small.safetensors", "cut short", rebuild, ValueError,
         r"^weights run/small\.safetensors are damaged, or not of this plan: (?P<library>.*)$", cut(SMALL),
-    ),
-    on_disk(
-        "small.safetensors", "a table", rebuild, ValueError,
-        r"^weights run/small\.safetensors are damaged, or not of this plan: (?P<library>.*)$",
-        instead(SMALL, "run/history.csv"),
     ),
     on_disk(
         "small.safetensors", "the posterior's file", rebuild, ValueError,
@@ -1536,24 +1413,24 @@ FILES = [
         instead(SMALL, POSTERIOR),
     ),
     on_disk(
-        "small.safetensors", "a folder", rebuild, ValueError,
-        r"^weights run/small\.safetensors are damaged, or not of this plan: (?P<library>.*)$",
-        folder_instead(SMALL),
-    ),
-    on_disk(
         "small.safetensors", "NaN in the weights", rebuild, ValueError,
         r"^weights run/small\.safetensors must have finite parameters: got NaN or inf in '0\.weight'$",
         edit_tensors(SMALL, spoiled_weight),
     ),
     on_disk(
+        "save_posterior", "path below a file",
+        lambda: bmrs.save_posterior("file/posterior.safetensors", fitted().model, fitted().guide), ValueError,
+        r"^path must be in a folder that can be written to: got file/posterior\.safetensors, and file is none$",
+    ),
+    on_disk(
+        "load_posterior", "guide that was never called",
+        lambda: bmrs.load_posterior(POSTERIOR, SmallFit("plain").model, SmallFit("plain").guide), RuntimeError,
+        r"^guide has no parameters to load into yet: call it once on a batch, guide\(x, y\)$",
+    ),
+    on_disk(
         "posterior.safetensors", "cut short", posterior_of, ValueError,
         r"^path must be a posterior written by save_posterior: run/posterior\.safetensors is damaged or no "
         r"safetensors file: (?P<library>.*)$", cut(POSTERIOR),
-    ),
-    on_disk(
-        "posterior.safetensors", "a folder", posterior_of, ValueError,
-        r"^path must be a posterior written by save_posterior: run/posterior\.safetensors is damaged or no "
-        r"safetensors file: (?P<library>.*)$", folder_instead(POSTERIOR),
     ),
     on_disk(
         "posterior.safetensors", "the plan's numbers", posterior_of, ValueError,
@@ -1566,11 +1443,6 @@ FILES = [
         edit_header(POSTERIOR, version=99),
     ),
     on_disk(
-        "posterior.safetensors", "a version that is text", posterior_of, ValueError,
-        r"^run/posterior\.safetensors must have a posterior version that is a whole number: got 'new'$",
-        edit_header(POSTERIOR, version="new"),
-    ),
-    on_disk(
         "posterior.safetensors", "kl_weight is text", posterior_of, ValueError,
         r"^path must be a posterior written by save_posterior: run/posterior\.safetensors has kl_weight 'much'$",
         edit_header(POSTERIOR, kl_weight="much"),
@@ -1581,18 +1453,9 @@ FILES = [
         lambda: Path("run/recipe.py").write_text(NETWORK.replace("8", "7")),
     ),
     on_disk(
-        "posterior.safetensors", "a tensor is missing", posterior_of, ValueError,
-        r"^run/posterior\.safetensors belongs to another network: (?P<library>.*)$",
-        edit_tensors(POSTERIOR, lambda tensors: dict(list(tensors.items())[1:])),
-    ),
-    on_disk(
         "Diagnosis.load", "a folder without one", lambda: bmrs.Diagnosis.load("empty"), ValueError,
         r"^folder must hold a diagnosis: empty/diagnosis\.json is none, or damaged \((?P<library>.*)\); that of a run "
         r"is made anew by pyro-bmrs report RUN --draws$",
-    ),
-    on_disk(
-        "Diagnosis.load", "a file", lambda: bmrs.Diagnosis.load("file"), ValueError,
-        r"^folder must hold a diagnosis: file/diagnosis\.json is none, or damaged \((?P<library>.*)\); that of ",
     ),
     on_disk(
         "Diagnosis.save", "folder below a file", lambda: load_diagnosis().save("file/below"), ValueError,
@@ -1612,16 +1475,6 @@ FILES = [
         "diagnosis/", "of a newer version", load_diagnosis, NewerFileError,
         r"^run/diagnosis/diagnosis\.json was written by a newer pyro_bmrs \(diagnosis version 99, this one reads ",
         edit("run/diagnosis/diagnosis.json", version=99),
-    ),
-    on_disk(
-        "diagnosis/", "a version that is text", load_diagnosis, ValueError,
-        r"^folder must hold a diagnosis: run/diagnosis/diagnosis\.json is none, or damaged \(",
-        edit("run/diagnosis/diagnosis.json", version="new"),
-    ),
-    on_disk(
-        "diagnosis/", "diagnosis.json is a list", load_diagnosis, ValueError,
-        r"^folder must hold a diagnosis: run/diagnosis/diagnosis\.json is none, or damaged \(",
-        write("run/diagnosis/diagnosis.json", "[]"),
     ),
     on_disk(
         "save_datatree", "a name that does not end in .nc", lambda: save_tree("tree.txt"), ValueError,
@@ -1647,16 +1500,6 @@ FILES = [
         "NetCDF", "cut short", load_tree, ValueError,
         r"^path must be a NetCDF file written by save_datatree: tree\.nc: (?P<library>.*)$",
         both(lambda: save_tree("tree.nc"), cut("tree.nc")),
-    ),
-    on_disk(
-        "NetCDF", "a file of text", load_tree, ValueError,
-        r"^path must be a NetCDF file written by save_datatree: tree\.nc: (?P<library>.*)$",
-        write("tree.nc", "tree"),
-    ),
-    on_disk(
-        "NetCDF", "a folder", load_tree, ValueError,
-        r"^path must be a NetCDF file written by save_datatree: there is no file tree\.nc$",
-        lambda: Path("tree.nc").mkdir(),
     ),
     on_disk(
         "Study.read", "out is a number", lambda: Study.read("study.yaml"), ValueError,
@@ -1702,21 +1545,6 @@ def bad_study(wrong, says, spoil=None, **changed):
     return replace(case, called="study YAML")
 
 
-KILLS_ITSELF = """
-import os, signal
-
-def network(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-WORKERS = [
-    on_disk(
-        "run_study", "a worker process is killed", killed_worker, WORKS,
-        r"^its process was killed, and again when alone: for want of memory, or by a crash in a library$",
-        both(recipe(NETWORK + KILLS_ITSELF), lambda: write_study(jobs=2, seeds=[0, 1])),
-    ),
-]  # fmt: skip
-
 COMMANDS = [
     command("", "no command", r"^Missing command\.$"),
     command("walk", "no such command", r"^No such command 'walk'\.$"),
@@ -1724,8 +1552,6 @@ COMMANDS = [
     run("--epochs", "an option without its value", r"^Option '--epochs' requires an argument\.$"),
     run("--epochs many", "no number", r"^Invalid value for '--epochs': epochs must be a whole number: got 'many'$"),
     run("--epochs 0", "out of range", r"epochs must be greater than or equal to 1: got 0$"),
-    run("--batch-size 0", "out of range", r"batch_size must be greater than or equal to 1: got 0$"),
-    run("--kl-weight nan", "not finite", r"kl_weight must be a finite number: got nan$"),
     run("--criterion BMRS", "no such criterion", r"criterion must be one of BMRS_N, .*, Random: got 'BMRS'$"),
     run(
         "--criterion SNR --prior-log-odds 0", "log-odds for a criterion without evidence",
@@ -1778,20 +1604,12 @@ COMMANDS = [
         r"recipe must be a Python file: gone\.py is none$",
     ),
     command(
-        "fit net.py --data own.npz --out file", "out is a file",
-        r"out must be a folder that can be written to: got file, and file is none$",
-    ),
-    command(
         "fit net.py --data own.npz --out new --removal foo", "no such removal",
         r"removal must be 'end' or 'epoch': got 'foo'$",
     ),
     command(
         "reduce empty", "a folder without a run",
         r"run must be a folder with a settings\.json: empty has none$",
-    ),
-    command(
-        "reduce run --min-kept 0", "out of range",
-        r"min_kept must be greater than or equal to 1: got 0$",
     ),
     command(
         "reduce run --criterion SNR:threshold=high", "no number in the criterion",
@@ -1817,11 +1635,6 @@ COMMANDS = [
         edit_tensors(POSTERIOR, spoiled_loc),
     ),
     command(
-        "reduce run", "NaN in the weights",
-        r"network must have finite parameters: got NaN or inf in '0\.weight'$",
-        edit_tensors(POSTERIOR, spoiled_weight),
-    ),
-    command(
         "report fitted", "a run that is not reduced",
         r"run fitted has no plan\.json: call `pyro-bmrs reduce` first$",
     ),
@@ -1836,15 +1649,10 @@ COMMANDS = [
     ),
     command("report run --out x.html", "--out for one run", r"--out is for comparisons, .*: got x\.html$"),
     command(
-        "report run --draws 99", "fewer than 100 draws",
-        r"draws must be at least 100, or 0 for no diagnosis: got 99$",
-    ),
-    command(
         "report run", "history.csv lacks a column", r"run/history\.csv is damaged: it has no column phase$",
         columns("run/history.csv", phase=None),
     ),
     command("show gone", "no such folder", r"run must be a folder with a settings\.json: gone has none$"),
-    command("show file", "a file", r"run must be a folder with a settings\.json: file has none$"),
     command(
         "show run", "settings.json cut short",
         r"run/settings\.json is not the settings file of a run, or is damaged$", cut(SETTINGS),
@@ -1865,10 +1673,6 @@ COMMANDS = [
         lambda: edit(SETTINGS, settings=json.loads(Path(SETTINGS).read_text())["settings"] | {"depth": 0})(),
     ),
     command(
-        "show run", "settings.json is a folder",
-        r"run/settings\.json is not the settings file of a run, or is damaged$", folder_instead(SETTINGS),
-    ),
-    command(
         "show run", "evaluation.csv is empty", r"run/evaluation\.csv is damaged: (?P<library>.*)$",
         write("run/evaluation.csv"),
     ),
@@ -1880,10 +1684,6 @@ COMMANDS = [
         "show run", "evaluation.csv of text",
         r"run/evaluation\.csv is damaged: accuracy must be numbers, got 'good'$",
         columns("run/evaluation.csv", accuracy="good"),
-    ),
-    command(
-        "show run", "evaluation.csv of other bytes", r"run/evaluation\.csv is damaged: (?P<library>.*)$",
-        instead("run/evaluation.csv", SMALL),
     ),
     command(
         "predict run --inputs gone.npy", "no such file", r"path must be a file that exists: got 'gone\.npy'$",
@@ -1899,19 +1699,8 @@ COMMANDS = [
         lambda: np.save("x.npy", HOLE.numpy()),
     ),
     command(
-        "predict run --inputs x.npy", "no inputs",
-        r"array in 'x\.npy' must be .* not empty: got 'float32 of shape \(0, 6\)'$", lambda: np.save("x.npy", ONE[:0]),
-    ),
-    command(
         "predict run --out file/labels.csv", "out below a file",
         r"out must be in a folder that can be written to: got file/labels\.csv, and file is none$",
-    ),
-    command(
-        "predict run --out empty", "out is a folder", r"out must be a file to write: got the folder empty$",
-    ),
-    command(
-        "predict run", "small.safetensors cut short",
-        r"weights run/small\.safetensors are damaged, or not of this plan: (?P<library>.*)$", cut(SMALL),
     ),
     command(
         "predict run", "a plan of a newer version",
@@ -1926,15 +1715,10 @@ COMMANDS = [
         missing="onnxruntime",
     ),
     command(
-        "export run --out file/small.pt2", "out below a file",
-        r"out must be in a folder that can be written to: got file/small\.pt2, and file is none$",
-    ),
-    command(
         "export fitted --out small.pt2", "a run that is not reduced",
         r"run fitted has no small\.safetensors: call `pyro-bmrs reduce` first$",
     ),
     command("sweep gone.yaml", "no such file", r"study gone\.yaml: can't be read \((?P<library>.*)\)$"),
-    command("sweep empty", "a folder", r"study empty: can't be read \((?P<library>.*)\)$"),
     command(
         "sweep study.yaml --jobs 0", "out of range", r"study study\.yaml: jobs must be 1 or more: got 0$",
     ),
@@ -1945,10 +1729,6 @@ COMMANDS = [
     command(
         "sweep study.yaml --backend ray --jobs 2", "without the extra ray",
         r"backend ray needs .*pyro-bmrs\[ray\]", missing="ray",
-    ),
-    command(
-        "sweep study.yaml --out file", "out is a file",
-        r"out must be a folder that can be written to: got file, and file is none$",
     ),
     command("sweep study.yaml", "the data are gone", r"data 'own\.npz' can't be used: ", without("own.npz")),
     bad_study("no YAML", r"is not YAML \((?P<library>.*)\)$", write("study.yaml", "recipes: [")),
@@ -1966,11 +1746,9 @@ COMMANDS = [
     bad_study(
         "a recipe that is not there", r"recipe must be a Python file: gone\.py is none$", recipes="gone.py",
     ),
-    bad_study("an empty list", r"data must be one value or more: got \[\]$", data=[]),
     bad_study("a seed that is true", r"seeds must be a whole number: got True$", seeds=[True]),
     bad_study("a cell given twice", r".* must give each cell another name .*: got .* twice$", seeds=[0, 0]),
     bad_study("a setting out of range", r"epochs must be greater than or equal to 1: got 0$", settings={"epochs": 0}),
-    bad_study("a number that is text", r"kl_weights must be a number: got 'heavy'$", kl_weights=["heavy"]),
     bad_recipe("def network(:", "a syntax error", r"recipe net\.py fails with SyntaxError: (?P<library>.*)$"),
     bad_recipe(
         "", "empty",
@@ -1982,10 +1760,6 @@ COMMANDS = [
     ),
     bad_recipe(
         "1 / 0", "raises when read", r"recipe net\.py fails with ZeroDivisionError: division by zero$",
-    ),
-    bad_recipe(
-        "import a_module_that_is_not_there", "imports what is not there",
-        r"recipe net\.py fails with ModuleNotFoundError: No module named 'a_module_that_is_not_there'$",
     ),
     bad_recipe("raise SystemExit(3)", "exits when read", r"recipe net\.py fails with SystemExit: 3$"),
     bad_recipe(
@@ -2029,10 +1803,6 @@ COMMANDS = [
         r"recipe net\.py: its model fails with RuntimeError: (?P<library>.*\))$",
     ),
     bad_recipe(
-        NETWORK.replace("num_classes)\n", "1)\n"), "too few outputs",
-        r"recipe net\.py: its model fails with ValueError: (?P<library>.*)$",
-    ),
-    bad_recipe(
         NETWORK.replace("nn.Tanh(), MultiplicativeNoise(8)", "MultiplicativeNoise(8), nn.Sigmoid()"),
         "noise before the activation",
         r"recipe net\.py: removing structures of its network fails with EqualityError: .* by at most (?P<library>.*)$",
@@ -2047,5 +1817,5 @@ SECTIONS = {
     "Diagnostics": DIAGNOSTICS,
     "Data": DATA,
     "Files": FILES,
-    "The command line, studies and recipes": [*COMMANDS, *WORKERS],
+    "The command line, studies and recipes": COMMANDS,
 }

@@ -227,10 +227,12 @@ def targets(place: Path) -> dict[str, Target]:
     settings_of_fit = read_tensors(checkpoint)[0]["settings"]
     return {
         "plan.json": Target(of_text(plan_json), file("plan.json", NetworkPlan.load), _as_json(plan_json)),
-        "plan.safetensors": Target(
-            of_tensors(bytes_of("plan.safetensors")),
-            file("numbers/plan.safetensors", lambda path: NetworkPlan.load(path.with_suffix(".json"))),
-            bytes_of("plan.safetensors"),
+        "plan.numbers.safetensors": Target(
+            of_tensors(bytes_of("plan.numbers.safetensors")),
+            file(
+                "numbers/plan.numbers.safetensors", lambda path: NetworkPlan.load(path.with_name("plan.json"))
+            ),
+            bytes_of("plan.numbers.safetensors"),
         ),
         "study.yaml": Target(of_text(study, _as_yaml), file("study.yaml", Study.read), _as_yaml(study)),
         "data.npz": Target(
