@@ -32,10 +32,10 @@ demo: .venv/installed
 	.venv/bin/pyro-bmrs run models/lenet5.py --data digits --out runs/demo --draws 100 --require-removed 0.60 --require-accuracy 0.95
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest -n 2 -m ''
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: .venv/installed
 	.venv/bin/ruff check .

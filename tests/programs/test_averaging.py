@@ -26,6 +26,8 @@ def hierarchy(y):
 
 
 YH = torch.tensor([0.1, 1.0, -0.4])
+# Of a mean of 1,000 draws among 1,500 weighted ones, in standard deviations: about 4.5 standard errors.
+WITHIN = 0.25
 
 
 def hierarchy_guide(joint):
@@ -69,10 +71,10 @@ def test_dependent_priors_are_averaged(joint, reduced):
 def test_a_point_under_a_dependent_prior(joint):
     """Estimated from draws it would be nothing; conditional on all else it has a closed form."""
     guide = hierarchy_guide(joint)
-    plan = reduce(hierarchy, guide, {"effects": 0.0}, YH, dependent_priors="average", draws=3000)
+    plan = reduce(hierarchy, guide, {"effects": 0.0}, YH, dependent_priors="average", draws=1000)
     for row in plan.table.itertuples():
         narrow = nested_truth(guide, joint, dist.Normal(0.0, 0.02).log_prob, [row.unit])
-        assert row.log_evidence_change == pytest.approx(narrow, abs=0.1)
+        assert abs(row.log_evidence_change - narrow) < 4.5 * row.standard_error + 0.02
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["mean-field", "joint"])
@@ -80,9 +82,9 @@ def test_the_reduced_posterior_under_a_dependent_prior(joint):
     guide = hierarchy_guide(joint)
     plan = reduce(
         hierarchy, guide, {"effects": dist.Normal(0.0, 0.2)}, YH,
-        dependent_priors="average", draws=4000, prior_log_odds=99.0,
+        dependent_priors="average", draws=1500, prior_log_odds=99.0,
     )  # fmt: skip
-    found = plan.reduced_posterior().draw(3000, YH)
+    found = plan.reduced_posterior().draw(1000, YH)
     z = guide.get_posterior().sample((400_000,)).detach()
     scale, effects = z[:, 0].exp(), z[:, 1:]
     weights = (
@@ -93,8 +95,8 @@ def test_the_reduced_posterior_under_a_dependent_prior(joint):
     for values, truth in ((found["scale"], scale), (found["effects"], effects)):
         mean = weights @ truth
         deviation = (weights @ (truth - mean) ** 2).sqrt()
-        assert bool(((values.mean(0) - mean).abs() < 0.15 * deviation).all())
-        assert bool(((values.std(0) / deviation - 1).abs() < 0.15).all())
+        assert bool(((values.mean(0) - mean).abs() < WITHIN * deviation).all())
+        assert bool(((values.std(0) / deviation - 1).abs() < WITHIN).all())
 
 
 def coin(y):
@@ -112,6 +114,8 @@ def test_a_discrete_parent_is_noticed(seed):
     """Two draws of it coincide most of the time."""
     with pytest.raises(ValueError, match="'weights' that depends on 'side'"):
         reduce(coin, coin_guide, {"weights": dist.Normal(0.0, 0.3)}, Y0, seed=seed)
+    if seed:  # the average is of a law, whatever the seed
+        return
     plan = reduce(
         coin,
         coin_guide,
@@ -212,7 +216,7 @@ def test_what_is_correlated_with_a_parent_is_averaged_along():
         guide[1].locs.effects.copy_(torch.tensor([1.0, -0.5]))
     reduced = {"effects": dist.Normal(0.0, 0.5), "friend": dist.Normal(0.0, 0.4)}
     plan = reduce(
-        model, guide, reduced, Y0, dependent_priors="average", prior_log_odds=99.0, draws=4000,
+        model, guide, reduced, Y0, dependent_priors="average", prior_log_odds=99.0, draws=1500,
         groups={"all": {"effects": ..., "friend": ...}},
     )  # fmt: skip
     z = dist.MultivariateNormal(torch.tensor([1.0, 0.6, 0.0]), covariance).sample((400_000,)).double()
@@ -226,11 +230,11 @@ def test_what_is_correlated_with_a_parent_is_averaged_along():
     assert truth == pytest.approx(1.743, abs=0.02)
     assert abs(plan.groups.log_evidence_change[0] - truth) < 4.5 * plan.groups.standard_error[0] + 0.02
     weights = ratio.softmax(0)
-    found = plan.reduced_posterior().draw(3000, Y0)
+    found = plan.reduced_posterior().draw(1000, Y0)
     for values, wanted in ((found["scale"].log(), scale.log()), (found["friend"], friend)):
         mean = weights @ wanted
         deviation = (weights @ (wanted - mean) ** 2).sqrt()
-        assert bool(((values.mean(0) - mean).abs() < 0.15 * deviation).all())
+        assert bool(((values.mean(0) - mean).abs() < WITHIN * deviation).all())
 
 
 def test_the_support_is_checked_under_dependent_priors_too():
@@ -283,7 +287,7 @@ def test_what_is_correlated_with_an_averaged_site_is_averaged_with_it():
         guide.scale_tril = torch.eye(5) + torch.tril(torch.full((5, 5), -0.6), -1)
     reduced = {"effects": dist.Normal(0.0, 0.3), "offset": dist.Normal(0.0, 0.15)}
     plan = reduce(
-        with_offset, guide, reduced, YH, dependent_priors="average", draws=4000, prior_log_odds=99.0,
+        with_offset, guide, reduced, YH, dependent_priors="average", draws=1500, prior_log_odds=99.0,
         groups={"both": {"effects": 0, "offset": ...}},
     )  # fmt: skip
     z = guide.get_posterior().sample((400_000,)).detach().double()
@@ -295,12 +299,12 @@ def test_what_is_correlated_with_an_averaged_site_is_averaged_with_it():
     assert abs(plan.groups.log_evidence_change[0] - truth) < 4.5 * plan.groups.standard_error[0] + 0.01
     assert abs(apart - truth) > 0.07
     weights = (ratio + each.sum(-1)).softmax(0)
-    found = plan.reduced_posterior().draw(3000, YH)
+    found = plan.reduced_posterior().draw(1000, YH)
     for values, wanted in ((found["offset"], offset), (found["effects"], effects), (found["scale"], scale)):
         mean = weights @ wanted.float().double()
         deviation = (weights @ (wanted - mean) ** 2).sqrt()
-        assert bool(((values.mean(0) - mean).abs() < 0.15 * deviation).all())
-        assert bool(((values.std(0) / deviation - 1).abs() < 0.15).all())
+        assert bool(((values.mean(0) - mean).abs() < WITHIN * deviation).all())
+        assert bool(((values.std(0) / deviation - 1).abs() < WITHIN).all())
 
 
 def test_dependent_priors_raise_unless_asked():

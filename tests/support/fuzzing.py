@@ -263,7 +263,7 @@ def prepared(place: Path) -> dict[str, Target]:
     """`targets`, and what they need beside the files that are tried."""
     (place / "numbers").mkdir()
     found = targets(place)
-    for suffix in (".json", ".safetensors"):
+    for suffix in (".json", ".numbers.safetensors"):
         (place / "numbers" / f"plan{suffix}").write_bytes((place / f"plan{suffix}").read_bytes())
     return found
 
