@@ -172,7 +172,6 @@ def targets(place: Path) -> dict[str, Target]:
         criterion=bmrs.SNR(),
     )  # fmt: skip
     plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
-    plan.apply(seconds=0.0)
     plan.save(place / "plan.json")
     save_posterior(place / "posterior.safetensors", model, guide)
     (place / "net.py").write_text("SETTINGS = {}\ndef network(shape, classes): ...\n")
