@@ -1,8 +1,4 @@
-"""LeNet5 with ReLU and max pooling, and one latent θ per filter and hidden unit (the paper's LeNet5).
-
-A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`. It may also define
-`model(network)` and `guide(model)`.
-"""
+"""LeNet5 with ReLU and max pooling, and one latent θ per filter and hidden unit (the paper's LeNet5)."""
 
 from torch import nn
 

@@ -1,8 +1,4 @@
-"""LeNet-5-Caffe, 20-50-500 with 431,080 parameters: the network of published studies of Bayesian compression.
-
-A recipe defines `network(input_shape, num_classes, …)` and `SETTINGS`. It may also define
-`model(network)` and `guide(model)`.
-"""
+"""LeNet-5-Caffe, 20-50-500 with 431,080 parameters: the network of published studies of Bayesian compression."""
 
 from torch import nn
 

@@ -1,8 +1,4 @@
-"""A multilayer perceptron with tanh and one latent θ per hidden unit (the paper's MLP).
-
-Copy this file to start your own recipe. A recipe defines `network(input_shape, num_classes, …)` and
-`SETTINGS`. It may also define `model(network)` and `guide(model)`.
-"""
+"""A multilayer perceptron with tanh and one latent θ per hidden unit (the paper's MLP)."""
 
 import math
 

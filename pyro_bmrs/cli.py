@@ -109,24 +109,25 @@ def _print_outcome(run: Run) -> None:
 
 def _print_cells(study: Study) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
+
+    from pyro_bmrs.runs.outcomes import table_of
 
     fits = list(dict.fromkeys(cell.fit for cell in study.cells))
-    table = Table(Column("folder", overflow="fold"))
-    for name in ("KL weight", "criterion", "seed", "fit"):
-        table.add_column(name, justify="left" if name == "criterion" else "right", no_wrap=True)
-    for cell in study.cells:
-        settings = cell.settings
-        row = (settings.kl_weight, settings.criterion, settings.seed, fits.index(cell.fit) + 1)
-        table.add_row(cell.name, *map(str, row))
+    columns = [
+        (name, name.replace("_", " "), "text") for name in ("folder", "kl_weight", "criterion", "seed", "fit")
+    ]
+    rows = [
+        {**cell.settings.model_dump(), "folder": cell.name, "fit": fits.index(cell.fit) + 1}
+        for cell in study.cells
+    ]
     console = Console()
-    console.print(table)
+    console.print(table_of(columns, rows))
     told = f"{len(study.cells)} cells, {len(fits)} fits, in {study.out}"
     console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
-# The commands take their options from the context by name: each appears once in a signature, for its help
-# and type, and `_new_run` and `_old_run` pick what they need. Options that are settings come from their fields.
+# `_new_run` and `_old_run` take options from the context by name. So an option appears once, in a signature.
+# Options that are settings are made from their fields.
 
 
 @app.command()
@@ -163,7 +164,7 @@ def run(
     ] = None,
     **settings: Any,
 ) -> int:
-    """Fit, reduce, remove, fine-tune and report; called again it goes on from the last finished stage."""
+    """Fit, reduce, remove, fine-tune and report. Called again, it goes on from the last finished stage."""
     required = {"removed": require_removed, "accuracy": require_accuracy}
     for name, least in required.items():
         if least is not None and not 0 <= least <= 1:
@@ -174,7 +175,7 @@ def run(
     _print_outcome(current)
     print(f"report: {out / 'report.html'}")
     outcome = current.outcome()
-    # an accuracy that is not known, NaN, is not enough either
+    # An unknown accuracy, NaN, is not enough.
     missed = [
         f"{name} is {outcome[name]:.4f}, required at least {least:g}"
         for name, least in required.items()
@@ -213,7 +214,7 @@ def reduce(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Reduce a fitted run again, by another criterion if you like, and write the small network."""
+    """Reduce a fitted run again, for example by another criterion, and write the small network."""
     current = _old_run(context.params, given_settings(context))
     current.load_posterior()
     current.reduce()
@@ -228,9 +229,7 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The page to write where runs are compared, with .md and .csv beside it; default comparison.html."
-        ),
+        typer.Option(help="The page of a comparison, with .md and .csv beside it; default comparison.html."),
     ] = None,
     draws: PosteriorDraws = None,
     foreign: Foreign = None,
@@ -238,7 +237,7 @@ def report(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Write the report of a reduced run anew, or compare several runs."""
+    """Write the report of a reduced run again, or compare several runs."""
     if len(folders) > 1:
         for name, value in (("draws", draws), ("foreign", foreign)):
             if value is not None:
@@ -260,7 +259,7 @@ def show(
         list[Path], typer.Argument(metavar="DIR...", help="A run's folder; several are shown side by side.")
     ],
 ) -> None:
-    """Print what came out of runs: sizes, accuracy, widths; of one run k̂ and warnings too."""
+    """Print the results of runs: sizes, accuracy, widths; of one run also k̂ and warnings."""
     from pyro_bmrs.runs.outcomes import show_runs
 
     show_runs(folders)
@@ -311,16 +310,16 @@ def sweep(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file; docs/sweeps.md has its keys.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for everything that comes out; this and what follows: default the file's."),
+        typer.Option(help="Folder for all results; default, here and below: as the file says."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(parser=whole, help="Runs side by side.")] = None,
+    jobs: Annotated[int | None, typer.Option(parser=whole, help="Runs at the same time.")] = None,
     backend: Annotated[str | None, typer.Option(help="processes, or ray (needs the extra ray).")] = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and stop.")] = False,
 ) -> int:
-    """Do many runs, of all combinations that a file gives, into one table; called again it goes on."""
+    """Do the runs of all combinations in a file, with one table of results. Called again, it goes on."""
     from pyro_bmrs.runs.study import Study
 
     asked = Study.read(study, out=out, jobs=jobs, backend=backend)
@@ -338,13 +337,13 @@ def sweep(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line; any mistake of the user's is one line on stderr and exit status 2."""
+    """Run the command line. A mistake of the user is one line on stderr and exit status 2."""
     sys.exit(_guarded(arguments))
 
 
 def _guarded(arguments: list[str] | None) -> int:
     try:
-        # not app(): that would answer Ctrl-C itself, without saying what stands
+        # app() would answer Ctrl-C itself, without saying what is kept.
         command = typer.main.get_command(app)
         words = sys.argv[1:] if arguments is None else arguments
         with command.make_context("pyro-bmrs", list(words)) as context:

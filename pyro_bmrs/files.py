@@ -1,4 +1,4 @@
-"""What all files of the project have in common: they are whole or not there, and they carry a version."""
+"""How files are written and read: a failed write leaves no half file, and newer versions are refused."""
 
 from __future__ import annotations
 
@@ -18,39 +18,37 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-# One entry in a safetensors file's metadata: several are written in an order that differs from save to save.
+# The one entry in a safetensors file's metadata: the order of several would differ from save to save.
 _HEADER = "pyro_bmrs"
-# What `tempfile.mkstemp` makes of the prefix and suffix below.
+# The names that `tempfile.mkstemp` makes of the prefix and suffix below.
 _BESIDE = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}(?P<suffix>\.[^.]+)")
-# What safetensors writes first, beside the file that it is asked for.
+# The names of the files that safetensors writes first, beside the file that it is asked for.
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
-
-
-# A plan of a network with a million structures has fewer bytes of JSON.
+# Bytes. The JSON of a plan of a million structures has fewer.
 MOST_TEXT = 2**26
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raise ValueError, naming the argument, unless files can be written to `folder`; nothing is created."""
+    """Raise ValueError, naming the argument, unless files can be written to `folder`. Creates nothing."""
     _check_writable(name, "a folder", folder, folder)
 
 
 def check_file(name: str, path: Path) -> None:
-    """Raise ValueError, naming the argument, unless a file can be written to `path`; nothing is created."""
+    """Raise ValueError, naming the argument, unless a file can be written to `path`. Creates nothing."""
     if path.is_dir():
         raise ValueError(f"{name} must be a file to write: got the folder {path}")
     _check_writable(name, "in a folder", path, path.parent)
 
 
 def _check_writable(name: str, allowed: str, given: Path, folder: Path) -> None:
-    """Raise ValueError if nothing can be written to the folder, or where it would have to be made."""
+    """Raise ValueError unless the folder, or its nearest parent that exists, can be written to."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ValueError(f"{name} must be {allowed} that can be written to: got {given}, and {there} is none")
 
 
 def _make_folder(name: str, folder: Path) -> None:
-    """Make a folder where it is missing; raise ValueError, naming the argument, where even root may not."""
+    """Create a folder if it is missing; raise ValueError, naming the argument, if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,7 +64,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
 
     Raises:
         ValueError: if no file can be written to `path`.
-        OSError: naming `path`, if the disk or a quota is full; what was there is as it was.
+        OSError: naming `path`, if the disk or a quota is full; the file is as it was.
     """
     path = Path(path)
     check_file("path", path)
@@ -78,9 +76,9 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
         write(beside)
         mask = os.umask(0)
         os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # mkstemp's files are private; the result should not be
+        beside.chmod(0o666 & ~mask)  # mkstemp's files are private
         with beside.open("rb") as file:
-            os.fsync(file.fileno())  # a rename may reach the disk before what it renames
+            os.fsync(file.fileno())  # a rename may reach the disk before the content
         beside.replace(path)
     except Exception as error:
         reason = _lack_of_space(error)
@@ -96,13 +94,13 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
 
 
 def _lack_of_space(error: Exception) -> str | None:
-    """Words for an error of writing that a full disk or a quota explains, whoever raised it; else None."""
-    # the words are in the system's error, and in what safetensors makes of it
+    """What the system calls a full disk or quota, if this error comes from one; else None."""
+    # safetensors repeats the system's words in its own error.
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if os.strerror(number) in str(error):
             return os.strerror(number)
     if any(words in str(error) for words in ("PytorchStreamWriter failed", "unexpected pos")):
-        return os.strerror(errno.ENOSPC)  # torch's writer says no more than that
+        return os.strerror(errno.ENOSPC)  # torch's writer tells no reason
     return None
 
 
@@ -112,15 +110,15 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def held(name: str, folder: Path) -> Iterator[None]:
-    """A context in which no other process that asks is let into `folder`, which is made where it is missing.
+    """A context in which no other process can hold `folder`, which is created if it is missing.
 
-    The file `.lock` in the folder is locked. The system unlocks it when the process ends, however that happens.
+    The file `.lock` in the folder is locked. The system unlocks it when the process ends, also when it is killed.
 
     Args:
         name: the argument that gave the folder, for the message.
 
     Raises:
-        FolderInUseError: if another process, or another context of this one, has it.
+        FolderInUseError: if another process, or another context of this one, holds it.
         ValueError: if it can't be written to.
     """
     check_folder(name, folder)
@@ -130,10 +128,8 @@ def held(name: str, folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path, blocking=False))
-        except (
-            Timeout,
-            FileNotFoundError,
-        ):  # the folder is gone: another process is just removing what it made
+        # FileNotFoundError: the other process is just removing the folder that it made.
+        except (Timeout, FileNotFoundError):
             raise FolderInUseError(
                 f"{name} must be a folder that no other process works in: got {folder}, which one does; wait for "
                 "it, stop it, or choose another folder"
@@ -141,23 +137,23 @@ def held(name: str, folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # All this while the file is still locked. A process that has opened it, and locks it next, finds that it
-            # has no name any more, and is refused by filelock.
-            with suppress(OSError):  # Windows removes no open file; a folder with other files stays
+            # The file is removed while it is locked. Filelock refuses a process that opened it before and locks it
+            # next, because the file has no name any more.
+            with suppress(OSError):  # Windows can't remove open files; a folder with other files stays
                 path.unlink()
                 for empty in made:
                     empty.rmdir()
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file of at most `MOST_TEXT` bytes.
+    """The text of a file.
 
     Raises:
-        ValueError: if it is larger, or no UTF-8.
+        ValueError: if it has more than `MOST_TEXT` bytes, or is not UTF-8.
         OSError: if it can't be read.
     """
     with path.open("rb") as file:
-        content = file.read(MOST_TEXT + 1)  # not what the folder says of its size: a device has none
+        content = file.read(MOST_TEXT + 1)  # a device has no size to ask for
     if len(content) > MOST_TEXT:
         raise ValueError(f"it has more than {MOST_TEXT:,} bytes")
     try:
@@ -172,7 +168,7 @@ def write_table(path: Path | str, table: pd.DataFrame) -> Path:
 
 
 def read_table(path: Path | str, text: Collection[str]) -> pd.DataFrame:
-    """Read what `write_table` wrote; the columns named in `text` stay text, also "1", and "NA", which is a name too."""
+    """Read a table of `write_table`. Columns named in `text` stay text: there "1" and "NA" are names."""
     import pandas as pd
 
     numbers = [column for column in pd.read_csv(path, nrows=0).columns if column not in text]
@@ -182,10 +178,10 @@ def read_table(path: Path | str, text: Collection[str]) -> pd.DataFrame:
 
 
 def clear_unfinished(folder: Path, ours: Callable[[str], object]) -> None:
-    """Remove what a killed process has left in `folder` of files that it was writing atomically.
+    """Remove the half-written files that a killed process left in `folder`.
 
     Args:
-        ours: whether a file of such a name is written by the caller.
+        ours: whether the caller writes files of this name.
     """
     for path in folder.glob(".*"):
         match = _BESIDE.fullmatch(path.name)
@@ -203,7 +199,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: Mappi
 
 
 def read_tensors(path: Path | str, *, header_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors (with `header_only` none) that `write_tensors` wrote.
+    """The header and the tensors (none with `header_only`) of a file of `write_tensors`.
 
     Raises:
         ValueError: if the file is missing, damaged, or of another kind.

@@ -32,7 +32,7 @@ _METAVARS = {int: "int", float: "float", str: "str", dict: "JSON"}
 
 
 def _option(name: str, whose: str) -> Any:
-    """The option of a setting, typed and described by its field."""
+    """The option of a setting, with the type and the description of its field."""
     field = RunSettings.model_fields[name]
     flag = name.replace("_", "-")
     shown = field.default if name == "data" else f"the {whose}'s"
@@ -62,7 +62,7 @@ def _option(name: str, whose: str) -> Any:
 def with_settings[Command: Callable[..., Any]](
     *names: str, whose: str = "recipe"
 ) -> Callable[[Command], Command]:
-    """Gives a command an option for each of these settings; `given_settings` tells which of them were on the line."""
+    """Gives a command an option for each of these settings. `given_settings` reads them."""
 
     def give(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
@@ -80,7 +80,7 @@ def with_settings[Command: Callable[..., Any]](
 
 
 def given_settings(context: typer.Context) -> dict[str, Any]:
-    """The settings that the command line gives. None is a value too."""
+    """The settings that are on the command line, also those given as none."""
     return {
         name: value
         for name, value in context.params.items()
@@ -97,8 +97,8 @@ RecipeFile = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
-Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")]
+Out = Annotated[Path, typer.Option(help="Folder for all results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew if the folder holds a run.")]
 PosteriorDraws = Annotated[
     int | None,
     typer.Option(
@@ -109,13 +109,15 @@ PosteriorDraws = Annotated[
 ]
 Foreign = Annotated[
     str | None,
-    typer.Option(help="A data set that is not this one, to see if the network knows; default one at hand."),
+    typer.Option(
+        help="Another data set, to see if the network is less sure of it; default one that is on this machine."
+    ),
 ]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 LoggerName = Annotated[
-    str | None, typer.Option("--logger", help="csv or tensorboard: write logs/ while the fit runs.")
+    str | None, typer.Option("--logger", help="csv or tensorboard: write logs/ during the fit.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]

@@ -1,4 +1,4 @@
-"""How far something is: a line now and then, and on a terminal a bar below them with the time that is left."""
+"""Progress: lines with the time so far, and on a terminal a bar below them with the time left."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A context that is told what is done. What it shows goes to standard error.
+    """A context that counts finished parts of some work and shows them on standard error.
 
     Args:
-        what: what is done, in a word or two.
+        what: the name of the work, in a word or two.
         total: how many parts it has.
-        shown: False: nothing is shown.
-        bar: whether there is a bar; None: where standard error is a terminal.
+        shown: False: show nothing.
+        bar: whether to show a bar; None: if standard error is a terminal.
     """
 
     def __init__(self, what: str, total: int, *, shown: bool = True, bar: bool | None = None) -> None:
@@ -48,23 +48,23 @@ class Progress:
         self._stack.close()
 
     def advance(self, count: int = 1) -> None:
-        """So many more parts are done."""
+        """`count` more parts are done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, left=self._left())
 
     def resume(self, count: int) -> None:
-        """So many more parts were done before. They say nothing about the time that the others take."""
+        """`count` parts were done before. They do not count for the time left."""
         self.done_before += count
         self.advance(count)
 
     def note(self, text: str) -> None:
-        """Show a text beside the bar, in place of the one before."""
+        """Replace the text beside the bar."""
         if self._bar is not None:
             self._bar.update(self._task, note=text)
 
     def say(self, line: str) -> None:
-        """Print a line, with the time so far and the time that is left."""
+        """Print a line, with the time so far and the time left."""
         if not self.shown:
             return
         times = f"{_clock(time.perf_counter() - self._start)} so far"
@@ -87,10 +87,10 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def bar(what: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A context that gives a function to be told of how many more are done.
+    """A bar alone: a context that gives a function to call with the number of parts just done.
 
     Args:
-        shown: None: where standard error is a terminal.
+        shown: None: if standard error is a terminal.
     """
     with Progress(what, total, shown=shown is not False, bar=shown) as progress:
         yield progress.advance

@@ -1,4 +1,4 @@
-"""The tables that pass from room to room: the columns that their readers need, and the one check of them."""
+"""The tables that packages hand to each other: the columns that their readers need, and the check of them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.calls import check_arguments
-from pyro_bmrs.inference.likelihoods import Classifier, Regressor
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
 
 
@@ -36,7 +36,7 @@ class DataOfModel:
         allowed = "a tuple of the arguments of model and guide, such as (x, y), or a data set or loader of pairs (x, y)"
         check(isinstance(data, tuple | Dataset | DataLoader), "data", allowed, type(data), TypeError)
         self.model = model
-        self.batched = isinstance(model, Classifier | Regressor) or not isinstance(data, tuple)
+        self.batched = isinstance(model, Likelihood) or not isinstance(data, tuple)
         if not self.batched:
             self._batches, self.arguments, self.size = None, tuple(data), 1  # type: ignore[arg-type]
             try:

@@ -75,7 +75,7 @@ def joint_draws(guide: Callable[..., Any], data: DataOfModel, draws: int) -> Joi
     layers = noise_layers(data.model) if isinstance(data.model, nn.Module) else {}
     for name in posterior.values[0]:
         stacked = torch.stack([values[name] for values in posterior.values])
-        if name in layers:  # what a fit has removed is 0, whatever the guide still draws for it
+        if name in layers:  # θ of a structure that a fit removed is 0, whatever the guide draws for it
             stacked = stacked * layers[name].kept
             found.units[name] = _host(layers[name].units)
         found.values[name] = _host(stacked)
@@ -93,7 +93,7 @@ def _host(value: Tensor) -> Array:
 
 
 class _Collector:
-    """Puts what is seen of each batch and draw in its place."""
+    """Stores what a model says of each batch and draw in its place among the results."""
 
     def __init__(self, data: DataOfModel, posterior: PosteriorDraws) -> None:
         self.data, self.posterior, self.result = data, posterior, JointDraws()

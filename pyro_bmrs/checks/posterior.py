@@ -1,4 +1,4 @@
-"""What can be said of a variational posterior: k̂ of its draws, its ELBO, and how far it moved from the prior."""
+"""How good a variational posterior is: k̂ of its draws, its ELBO, and how far it moved from the prior."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from pyro_bmrs.programs.sites import LatentSite, latent_site
 from pyro_bmrs.progress import bar
 from pyro_bmrs.pruning.reduce import kl_weight_of
 
-# Log densities that differ by no more than so many rounding errors of their size are equal, if that is no more than so
-# many nats: where rounding is larger, nobody can tell.
+# Log densities are equal if they differ by at most so many rounding errors of their size, and by at most so many nats.
 _ROUNDINGS, _MOST = 16, 0.1
 
 
@@ -134,7 +133,7 @@ def check_posterior(
     allowed = f"the number of all examples, of which data has {examples} in batches"
     check(is_whole(size, examples) and (size == examples or of_model.batched), "dataset_size", allowed, size)
     with untouched(model, guide, seed=seed):
-        return _Checking(model, guide, of_model, draws, size / examples, weight).result(examples, size)
+        return _Checking(model, guide, of_model, draws, size, weight).result()
 
 
 class _Checking:
@@ -146,11 +145,12 @@ class _Checking:
         guide: Callable[..., Any],
         data: DataOfModel,
         draws: int,
-        scale: float,
+        size: int,
         kl_weight: float,
     ) -> None:
         self.model, self.guide, self.data, self.draws = model, guide, data, draws
-        self.scale, self.kl_weight = scale, kl_weight
+        self.size, self.kl_weight = size, kl_weight
+        self.scale = size / data.size
         self.arguments = data.first()
         self.posterior = draw_posterior(guide, self.arguments, draws)
         if self.posterior.log_q is None:
@@ -173,7 +173,7 @@ class _Checking:
             return read_blocks(self.guide, *self.arguments, sites=self.names)
         return []
 
-    def result(self, examples: int, size: int) -> PosteriorChecks:
+    def result(self) -> PosteriorChecks:
         blocks = self.blocks if len(self.blocks) > 1 else []
         # drawn before the data pass by: a loader draws from the same generator
         parts = [(block, *self._draws_of(block)) for block in blocks]
@@ -183,21 +183,15 @@ class _Checking:
             centre = self._centre() if parts else {}
             for block, values, log_q in parts:
                 inside = [{**centre, **chosen} for chosen in values]
-                rows.append(
-                    self._khat(
-                        ", ".join(block.sites),
-                        block.sites,
-                        log_densities(self.data, inside, advance=advance),
-                        log_q,
-                    )
-                )
+                found = log_densities(self.data, inside, advance=advance)
+                rows.append(self._khat(", ".join(block.sites), block.sites, found, log_q))
         return PosteriorChecks(
             khat=pd.DataFrame(rows),
             elbo=self._elbo(densities),
             contraction=self._contraction(),
             draws=self.draws,
-            examples=examples,
-            dataset_size=size,
+            examples=self.data.size,
+            dataset_size=self.size,
             kl_weight=self.kl_weight,
         )
 
@@ -213,7 +207,7 @@ class _Checking:
             found.append(terms[name].cpu())
 
     def _add_examples(self, parts: Sequence[Tensor]) -> None:
-        """Gather the mean over draws of each example's log-likelihood; batches come draw after draw."""
+        """Add to the mean over draws of each example's log-likelihood. All draws of a batch come one after another."""
         sums = [part.flatten(1).sum(1) if part.dim() > 1 else part for part in parts]
         examples = torch.stack(sums).sum(0).cpu() / self.draws
         if self._seen % self.draws == 0:
@@ -222,7 +216,7 @@ class _Checking:
         self._seen += 1
 
     def _log_weights(self, densities: LogDensities, log_q: Tensor, kl_weight: float) -> Tensor:
-        return densities.log_prior + densities.log_likelihood * (self.scale / kl_weight) - log_q.cpu()
+        return densities.log_prior + densities.log_likelihood * (self.scale / kl_weight) - log_q
 
     def _khat(
         self, part: str, sites: Sequence[str], densities: LogDensities, log_q: Tensor
@@ -231,9 +225,7 @@ class _Checking:
         khat, threshold = math.nan, khat_threshold(self.draws)
         if self.kl_weight:  # at 0 there is no posterior to compare with
             log_weights = self._log_weights(densities, log_q, self.kl_weight)
-            size = (
-                densities.log_likelihood.abs().max() * self.scale / self.kl_weight + log_q.abs().max().cpu()
-            )
+            size = densities.log_likelihood.abs().max() * self.scale / self.kl_weight + log_q.abs().max()
             kinds = [values[name].dtype for name in self.names if values[name].is_floating_point()]
             rounding = max(torch.finfo(kind).eps for kind in kinds or [torch.float32])
             allowed = min(_ROUNDINGS * rounding * float(size), _MOST)
@@ -259,10 +251,9 @@ class _Checking:
         if not self.per_example:
             return 0.0
         found = torch.cat(self.per_example)
-        size = self.scale * len(found)
         if len(found) < 2:
             return math.nan
-        return size * float(found.std()) * math.sqrt((1 - len(found) / size) / len(found))
+        return self.size * float(found.std()) * math.sqrt((1 - len(found) / self.size) / len(found))
 
     # --- one part at a time -------------------------------------------------------------------------
 
@@ -302,7 +293,7 @@ class _Checking:
         return [
             {name: value[draw].to(first[name].dtype) for name, value in values.items() if name in first}
             for draw in range(self.draws)
-        ], log_q
+        ], log_q.cpu()
 
     # --- each latent ----------------------------------------------------------------------------------
 

@@ -16,14 +16,14 @@ from pyro_bmrs.arguments import check
 
 type Array = npt.NDArray[Any]
 
-# An axis of so many is read as that of the channels, wherever it stands.
+# An axis of one of these lengths is read as the channels, wherever it stands.
 CHANNEL_COUNTS = (1, 3, 4)
-# Kilobytes of a compressed file can stand for more than any memory holds.
+# A compressed file of some kilobytes can expand to more than any memory holds.
 MOST_BYTES = 2**33
 
 
 class DataError(ValueError):
-    """Data that can't be read or used: one line that says what must be given, and what was.
+    """Data that can't be read or used. The message is one line: what is allowed, and what was given.
 
     >>> from pyro_bmrs.data import load_data
     >>> try:
@@ -36,7 +36,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class InputForm:
-    """What a source's raw inputs look like, so that new ones can be held to it.
+    """Shape and values of a source's raw inputs, to check new inputs against.
 
     >>> form = InputForm((1, 28, 28), "bytes")
     >>> print(form)
@@ -58,7 +58,7 @@ class InputForm:
         """Check raw inputs, and arrange them as (N, C, H, W) or (N, F): uint8, or float32, not scaled.
 
         Raises:
-            DataError: They are not in this form.
+            DataError: if they are not in this form.
         """
         array = _to_array(inputs)
         arranged = [
@@ -105,14 +105,14 @@ def read_inputs(path: str | Path) -> Array:
     """Read raw inputs to predict on, from a .npy file or from an .npz file's key `x`.
 
     Args:
-        path: The file; which of the two it is, its content tells. Pickles are refused, not run.
+        path: of the file. Its content tells which of the two it is. Pickles are refused.
 
     Returns:
-        The array as stored: integers or floating point, not empty, all finite. Whether it fits a data
-        set, `Dataset.prepare` says.
+        The array as stored: integers or floating point, not empty, all finite. `Dataset.prepare` checks
+        whether it fits a data set.
 
     Raises:
-        DataError: The file is missing, unreadable, or not as above.
+        DataError: if the file is missing, unreadable, or not as above.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +131,10 @@ def read_inputs(path: str | Path) -> Array:
 
 
 def read_arrays(argument: str, path: Path, keys: Sequence[str]) -> list[Array]:
-    """The arrays of an .npz file by these keys. A .npy file is one array, of the only key asked for.
+    """The arrays of an .npz file by these keys. A .npy file is one array, for a single key.
 
     Raises:
-        DataError: The file is missing, damaged, too large, holds a pickle, or lacks a key.
+        DataError: if the file is missing, damaged, too large, holds a pickle, or lacks a key.
     """
     check(path.is_file(), argument, "a file that exists", str(path), DataError)
     allowed = f"a whole .npz file with {', '.join(keys)}, as arrays without pickles"
@@ -155,14 +155,14 @@ def read_arrays(argument: str, path: Path, keys: Sequence[str]) -> list[Array]:
                 raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(loaded) or 'nothing'}")
             return [np.asarray(loaded[key]) for key in keys]
     except Exception as error:
-        # NumPy, zipfile and zlib each raise in their own ways on a file cut short, altered, or pickled.
+        # NumPy, zipfile and zlib raise many kinds of errors for damaged files and pickles.
         raise DataError(f"{argument} must be {allowed}: got {str(path)!r}: {one_line(error)}") from error
 
 
 def to_tensor(name: str, array: Array) -> Tensor:
-    """A tensor of its own memory, or of the array's where that is bytes: uint8, else finite float32."""
+    """A uint8 tensor, which may share the array's memory, or a float32 one that must be finite."""
     if array.dtype != np.uint8:
-        with np.errstate(over="ignore"):  # The check below says it better.
+        with np.errstate(over="ignore"):  # the check below has a better message
             array = array.astype(np.float32)
     inputs = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     if inputs.is_floating_point():
@@ -177,7 +177,7 @@ def describe(array: Array) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a library on one line, with its type where it says nothing else."""
+    """An error's message on one line; its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""A data set of three parts, split, sized and standardised."""
+"""A data set in three parts: split, resized and standardised."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.data.arrays import Array, DataError, InputForm
 from pyro_bmrs.data.sources import KNOWN_NAMES, read_source
 
-# MNIST's 28 pixels become the paper's 32 by padding, which keeps every pixel as it was; a wider frame
-# would be mostly empty, so beyond this the image is interpolated.
+# Padding keeps every pixel: MNIST's 28 pixels become the paper's 32. A wider frame would be mostly empty, so
+# beyond this number of pixels images are interpolated.
 _MAXIMUM_PADDING = 8
 
 
-@dataclass(frozen=True, eq=False)  # Tensors do not compare to a truth value.
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no truth value
 class Dataset:
     """A classification data set in three parts, each a `TensorDataset` of (inputs, labels) in memory.
 
@@ -41,8 +41,8 @@ class Dataset:
     num_classes: int
     mean: Tensor  # (1, C, 1, 1) or (1, F), of the training part, in scaled units
     deviation: Tensor  # (1, C, 1, 1) or (1, F), 1 where the training part is constant
-    image_size: int | None  # What `load_data` was asked for.
-    form: InputForm  # What raw inputs look like.
+    image_size: int | None  # as given to `load_data`
+    form: InputForm  # of raw inputs
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -54,20 +54,20 @@ class Dataset:
         return tuple(self.train.tensors[0].shape[1:])
 
     def prepare(self, inputs: Array | Tensor) -> Tensor:
-        """Bring raw inputs to the form the parts have: what `load_data` did, with the same statistics.
+        """Scale, resize and standardise raw inputs as `load_data` did, with the same statistics.
 
         Args:
-            inputs: Not empty, in the form of the data set's source: images (N, H, W) with one channel,
-                (N, H, W, C) with C in 1, 3, 4, or (N, C, H, W), or vectors (N, F). Images are of the
-                source's size, before `image_size`; of an image folder read with an `image_size`, any size.
-                Their type is the source's too: uint8 (0 to 255) for bytes and image files, floating point
-                for floating point, any numbers from 0 to 16 for digits.
+            inputs: not empty, in the form of the data set's source: images (N, H, W) with one channel,
+                (N, H, W, C) with C in 1, 3, 4, or (N, C, H, W), or vectors (N, F). Images have the source's
+                size, before `image_size`; for an image folder read with an `image_size`, any size. They also
+                have the source's type: uint8 (0 to 255) for bytes and image files, floating point for
+                floating point, any numbers from 0 to 16 for digits.
 
         Returns:
             float32, (N, *input_shape), in memory of its own.
 
         Raises:
-            DataError: The inputs are not in this form, or not finite.
+            DataError: if the inputs are not in this form, or not finite.
 
         >>> from sklearn.datasets import load_digits
         >>> load_data("digits", image_size=12).prepare(load_digits().images[:5]).shape
@@ -77,16 +77,16 @@ class Dataset:
         return _standardise(scaled, self.mean, self.deviation)
 
     def foreign(self, other: Dataset) -> Tensor:
-        """The test inputs of another data set as this one would show them: out-of-distribution inputs.
+        """The test inputs of another data set, standardised with this one's mean and deviation.
 
-        They are standardised with this data set's mean and deviation.
+        They are out-of-distribution inputs for a network of this data set.
 
         >>> digits = load_data("digits", image_size=16)
         >>> digits.foreign(load_data("patches", image_size=16)).shape
         torch.Size([1696, 1, 16, 16])
 
         Raises:
-            DataError: Their inputs have another shape.
+            DataError: if its inputs have another shape.
         """
         alike = other.input_shape == self.input_shape
         allowed = f"a data set with inputs of shape {self.input_shape}, as {self.name} has"
@@ -113,39 +113,39 @@ def load_data(
     """Read a data set, split its training examples, size its images and standardise it.
 
     The official training examples are permuted by `seed` and split into a training and a validation
-    part; the test part stays as it is. Pixels of type uint8 are scaled to [0, 1]; then every channel (of
+    part. The test part stays as it is. Pixels of type uint8 are scaled to [0, 1]. Then every channel (of
     vectors: every feature) is standardised with the mean and the standard deviation of the training part.
-    A channel that is constant there is only centred.
+    A channel that is constant in the training part is only centred.
 
     Args:
         name: One of
 
             - `"digits"`: the 1797 images of 8 x 8 pixels that come with scikit-learn. A stratified fifth,
               the same for every `seed`, is the test part.
-            - `"patches"`: 8480 grey squares of 8 x 8 pixels of the two photographs that come with scikit-learn, for
-              each the one it is from: foreign to a network of digits.
-            - `"mnist"`, `"fashion-mnist"`, `"cifar10"`: read by torchvision, and downloaded by it where
-              they are not under `data_root` yet.
+            - `"patches"`: 8480 grey squares of 8 x 8 pixels of the two photographs that come with scikit-learn;
+              the label is the photograph. They are out of distribution for a network of digits.
+            - `"mnist"`, `"fashion-mnist"`, `"cifar10"`: read by torchvision, which downloads them if they
+              are not under `data_root` yet.
             - a path ending in `.npz`, with `x_train`, `y_train`, `x_test`, `y_test`: images (N, H, W),
               (N, H, W, C) with C in 1, 3, 4, or (N, C, H, W), or vectors (N, F), as uint8 or floating
               point; labels (N,), integers from 0, each class at least once in `y_train`.
             - a folder of images, one folder a class: either `train/` and `test/` with the class folders in
               each, or the class folders themselves, of which a stratified fifth, the same for every
               `seed`, is the test part. Transparency is dropped.
-        data_root: Where the named sets lie or go to; else the environment's `PYRO_BMRS_DATA`, else
+        data_root: the folder of the named sets; default the environment's `PYRO_BMRS_DATA`, else
             `~/.cache/pyro_bmrs`. Paths in `name` do not start from it.
-        image_size: Height and width in pixels to bring images to, before they are standardised. Images
-            smaller by at most 8 pixels are padded with zeros, equally on all sides (the odd pixel goes to
-            the bottom and the right); others are interpolated bilinearly.
-        validation_fraction: Share of the training examples set aside for validation, between 0 and 1.
-        seed: Seeds the permutation; nothing else is random.
-        limit: Keep only so many of the permuted training examples, before the split, for quick tries.
+        image_size: height and width of the images in pixels. They are resized before they are standardised:
+            those smaller by at most 8 pixels are padded with zeros, equally on all sides (the odd pixel goes
+            to the bottom and the right); others are interpolated bilinearly.
+        validation_fraction: share of the training examples set aside for validation, between 0 and 1.
+        seed: of the permutation; nothing else is random.
+        limit: keep at most this many of the permuted training examples, before the split, for quick tries.
 
     Returns:
         The three parts, as float32 (N, C, H, W) or (N, F) and int64 (N,).
 
     Raises:
-        DataError: An argument is out of range, or the data are missing, unreadable, or not as above.
+        DataError: if an argument is out of range, or the data are missing, unreadable, or not as above.
 
     >>> small = load_data("digits", image_size=12, limit=100)
     >>> len(small.train), len(small.validation), small.input_shape
@@ -205,7 +205,7 @@ def _whole(name: str, value: object, least: int) -> int:
 
 
 def _scale(inputs: Tensor, form: InputForm, image_size: int | None) -> Tensor:
-    """Raw inputs, which may be overwritten, as float32 of the wanted size, bytes and counts in [0, 1]."""
+    """Raw inputs as float32 of the wanted size, bytes and counts in [0, 1]. May overwrite the inputs."""
     sized = _to_float(inputs) if image_size is None else _resize(inputs, image_size)
     return sized.div_(form.scale)
 
@@ -219,7 +219,7 @@ def _to_float(inputs: Tensor) -> Tensor:
     """float32 in the ordinary memory layout; inputs that are float32 come back as they are."""
     if inputs.dtype != torch.uint8:
         return inputs
-    # What was stored as (N, H, W, C) would keep that layout, and layers would sum in another order.
+    # Arrays stored as (N, H, W, C) would keep that layout, and layers would sum in another order.
     return inputs.to(torch.float32, memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Where data sets come from: each source read and checked, and handed on as it was stored.
+"""The sources of data sets. Each is read and checked; values stay as they were stored.
 
 >>> digits = read_source("digits")
 >>> digits.train_inputs.shape, digits.train_inputs.max(), digits.form.scale
@@ -35,15 +35,15 @@ TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10
 KNOWN_NAMES = (
     "'digits', 'patches', 'mnist', 'fashion-mnist', 'cifar10', a path ending in .npz, or an image folder"
 )
-# A set without an official test part gives up the same fifth whatever `seed` is: were it to follow
-# the seed, runs with several seeds would choose their settings on each other's test examples.
+# The test part of a set without an official one does not depend on `seed`: runs with several seeds would
+# otherwise choose their settings on each other's test examples.
 TEST_FRACTION = 0.2
 TEST_SEED = 20240601
 
 
 @dataclass(frozen=True)
 class RawData:
-    """Checked data in the units they were stored in: uint8, or float32."""
+    """Checked data with values as stored: uint8, or float32."""
 
     train_inputs: Tensor  # (N, C, H, W) or (N, F)
     train_labels: Tensor  # (N,)
@@ -54,16 +54,16 @@ class RawData:
 
 
 def read_source(name: str, data_root: str | Path | None = None, resize: Resize | None = None) -> RawData:
-    """Read the data set that `name` stands for, as `pyro_bmrs.data.load_data` documents it.
+    """Read the data set of this name, as documented at `pyro_bmrs.data.load_data`.
 
     Args:
-        name: A known name, a path ending in .npz, or an image folder.
-        data_root: Where the named sets lie or go to.
-        resize: Brings images from files, which may differ in size, to one size as each is read; other
-            sources leave it to the caller.
+        name: a known name, a path ending in .npz, or an image folder.
+        data_root: the folder of the named sets.
+        resize: applied to each image of an image folder as it is read, because they may differ in size. For
+            other sources the caller resizes.
 
     Raises:
-        DataError: The data are missing, unreadable, or not as documented.
+        DataError: if the data are missing, unreadable, or not as documented.
     """
     if name == "digits":
         return _read_digits()
@@ -101,7 +101,7 @@ def _read_digits() -> RawData:
 
 
 def _read_patches() -> RawData:
-    """Squares of two photographs, which a network that reads digits has never seen the like of."""
+    """Squares of two photographs: nothing like what a network that reads digits has seen."""
     from sklearn.datasets import load_sample_images
 
     side, parts = 8, []
@@ -130,7 +130,7 @@ def _open_torchvision(name: str, root: Path, *, train: bool) -> Any:
     try:
         return reader(root, train=train, download=False)
     except RuntimeError:
-        pass  # Absent, or not what was published: torchvision says both so, and downloading mends both.
+        pass  # missing, or damaged; a download mends both
     except Exception as error:
         # torchvision reads these formats with bare assertions and struct arithmetic.
         raise DataError(
@@ -152,7 +152,7 @@ def _read_npz(path: Path) -> RawData:
     for key, inputs, labels in (("y_train", train, y_train), ("y_test", test, y_test)):
         right = labels.dtype.kind in "iu" and labels.shape == (len(inputs),)
         check(right, key, f"integers of shape ({len(inputs)},), one per example", describe(labels), DataError)
-    # Were the types to differ, one part would be scaled from 0..255 and the other not.
+    # If the types differed, one part would be scaled from 0..255 and the other not.
     alike = train.shape[1:] == test.shape[1:] and train.dtype == test.dtype
     check(alike, "x_test", f"like x_train, {describe(x_train)}", describe(x_test), DataError)
     classes = np.unique(y_train)
@@ -227,7 +227,7 @@ def _read_folder(path: Path, resize: Resize | None) -> RawData:
 def _open_folder(path: Path, resize: Resize | None) -> Any:
     """torchvision's `ImageFolder` of images (C, H, W), uint8 or as `resize` makes them."""
     datasets = _torchvision_datasets(str(path))
-    # Sized one by one: a folder of photographs would not fit at full size.
+    # Resized one by one: a folder of photographs at full size would not fit into memory.
     sized = None if resize is None else lambda image: resize(image.unsqueeze(0)).squeeze(0)
     try:
         folder = datasets.ImageFolder(path, loader=_read_image, transform=sized)
@@ -246,14 +246,14 @@ def _read_image(file: str) -> Tensor:
 
     try:
         with Image.open(file) as opened:
-            # Pillow would clip 16 bits and more to 8 without a word.
+            # Pillow would silently clip 16 bits and more to 8.
             if opened.mode.startswith(("I", "F")):
                 raise ValueError(f"its mode is {opened.mode}")
             grey = opened.mode in ("1", "L", "LA", "La")
             image: Tensor = pil_to_tensor(opened.convert("L" if grey else "RGB"))
             return image
     except Exception as error:
-        # Pillow's plugins raise whatever their formats' damage leads to.
+        # Pillow's plugins raise many kinds of errors for damaged files.
         raise DataError(
             f"name must lead to readable images of 8 bits a channel: got '{file}': {one_line(error)}"
         ) from error

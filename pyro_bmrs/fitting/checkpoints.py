@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pyro_bmrs.files import (
@@ -41,33 +42,24 @@ class FitState:
         finished: whether the fit has ended without an interruption.
     """
 
-    epoch: int = 0
-    batch: int = 0
+    epoch: NonNegativeInt = 0
+    batch: NonNegativeInt = 0
     steps: list[tuple[float, float, float]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     removals: list[dict[str, Any]] = field(default_factory=list)
     best_score: float = float("inf")
-    best_epoch: int = 0
+    best_epoch: NonNegativeInt = 0
     finished: bool = False
 
-
-# The types of a `FitState`'s fields in a checkpoint's header.
-_COUNTS, _LISTS = ("epoch", "batch", "best_epoch"), {"steps": list, "history": dict, "removals": dict}
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
-def _progress(entries: Mapping[str, Any]) -> FitState:
-    """The state in a checkpoint's header; raises ValueError or TypeError if it is damaged."""
-    progress = FitState(**entries)
-    good = all(type(getattr(progress, name)) is int and getattr(progress, name) >= 0 for name in _COUNTS)
-    for name, kind in _LISTS.items():
-        rows = getattr(progress, name)
-        good &= isinstance(rows, list) and all(isinstance(row, kind) for row in rows)
-    good = good and all(
-        len(step) == 3 and all(type(value) in (int, float) for value in step) for step in progress.steps
-    )
-    if not (good and type(progress.best_score) in (int, float) and type(progress.finished) is bool):
-        raise ValueError("its progress is damaged")
-    return progress
+def _state(entries: Mapping[str, Any]) -> FitState:
+    """The state in a checkpoint's header; raises ValueError if it is damaged."""
+    try:
+        return TypeAdapter(FitState).validate_json(json.dumps(entries), strict=True)
+    except ValidationError:
+        raise ValueError("its progress is damaged") from None
 
 
 def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -144,7 +136,7 @@ class Checkpoints:
         for path in self._paths():
             try:
                 header, tensors = self._read(path)
-                progress = _progress(header["progress"])
+                progress = _state(header["progress"])
             except NewerFileError:
                 raise
             except (ValueError, TypeError, KeyError) as error:

@@ -12,17 +12,6 @@ if TYPE_CHECKING:
     from lightning_fabric.loggers.logger import Logger
 
 
-def check_device(device: object) -> None:
-    """Raise ValueError unless `open_fabric` can take this device."""
-    if device is not None and device != "auto":
-        try:
-            torch.device(device)  # type: ignore[call-overload]
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f'device must be "auto", None or what torch.device takes: got {device!r} ({error})'
-            ) from None
-
-
 def open_fabric(
     device: str | torch.device | None,
     precision: str,
@@ -36,13 +25,21 @@ def open_fabric(
         precision: of the network's forward pass.
         home: the device of the model.
         loggers: for Fabric.
+
+    Raises:
+        ValueError: if there is no such device.
     """
     from lightning_fabric import Fabric
 
     if device == "auto":
         kind, index = "auto", None
     else:
-        chosen = home if device is None else torch.device(device)
+        try:
+            chosen = home if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f'device must be "auto", None or what torch.device takes: got {device!r} ({error})'
+            ) from None
         kind, index = chosen.type, chosen.index
     options: dict[str, Any] = dict(
         accelerator=kind, precision="32-true" if precision == "32" else precision, loggers=loggers

@@ -15,7 +15,7 @@ from torch import nn
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
-from pyro_bmrs.fitting.devices import check_device, open_fabric
+from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.epochs import HISTORY_COLUMNS
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
@@ -134,7 +134,6 @@ def fit(
     settings = (settings or Settings()).changed(**changes)
     check(is_whole(keep_checkpoints, 1), "keep_checkpoints", "a positive integer", keep_checkpoints)
     _check_surroundings(checkpoints, label, logger)
-    check_device(device)
     check_programs(model, guide, settings)
     home = next(model.parameters()).device
     for name, data in (("train", train), ("validation", validation)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,23 @@ def make_optimizer(
     Raises:
         ValueError: if no parameter requires a gradient.
     """
+    rate, decay = settings.learning_rate, settings.weight_decay
     weights = [p for p in model.parameters() if p.requires_grad and not settings.freeze_weights]
     # A parameter of the model itself, such as a Regressor's noise scale, is no weight.
     beside = set(model.parameters(recurse=False))
-    parts: dict[Literal["others", "weights", "posterior"], list[nn.Parameter]] = {
-        "others": [p for p in weights if p in beside],
-        "weights": [p for p in weights if p not in beside],
-        "posterior": list(guide.parameters()) if isinstance(guide, nn.Module) else [],
-    }
-    groups = [
-        {"of": of, "params": parameters, **settings.optimizer_options(of)}
-        for of, parameters in parts.items()
+    posterior = list(guide.parameters()) if isinstance(guide, nn.Module) else []
+    parts = (
+        ("others", [p for p in weights if p in beside], rate, 0.0),
+        ("weights", [p for p in weights if p not in beside], rate, decay),
+        ("posterior", posterior, settings.posterior_learning_rate, 0.0),
+    )
+    groups: list[dict[str, Any]] = [
+        {"of": of, "params": parameters, "lr": lr, "given_lr": lr, "weight_decay": weight_decay}
+        for of, parameters, lr, weight_decay in parts
         if parameters
     ]
     if not groups:
         raise ValueError("there is nothing to fit: no parameter requires a gradient")
-    for group in groups:
-        group["given_lr"] = group["lr"]
     return torch.optim.AdamW(groups, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a fit: one field each, with its type, default, bounds and help, and what follows from them alone.
+"""The settings of a fit: a field each, with type, default, bounds and help, and what follows from them alone.
 
 `fit`, recipes, the command line, studies, checkpoints and the documentation read these fields. A new setting is a
 field here and the line that uses it.
@@ -34,14 +34,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-# By the first word of pydantic's name for an error of type.
+# What must be given, by the first word of pydantic's name for a wrong type.
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "True or False", "string": "text", "dict": "a mapping",
 }  # fmt: skip
 
 
 class Checked(BaseModel):
-    """Frozen fields, of which a bad or unknown value is a ValueError of one line."""
+    """Frozen fields. A bad value or an unknown field is a ValueError of one line."""
 
     model_config = _CONFIG
 
@@ -56,9 +56,9 @@ class Checked(BaseModel):
 
     @classmethod
     def _problem(cls, name: str, error: Any, *, text: bool = False) -> str:
-        """One error of pydantic's: the field, what is allowed, what was given (as a text that stood for a value)."""
+        """The message for one of pydantic's errors. `text`: the value was given as a text."""
         kind, given = error["type"], error["input"]
-        if kind == "value_error":  # a check of ours, which says all of that
+        if kind == "value_error":  # from a check of this package, with its own message
             return str(error["ctx"]["error"])
         if kind == "missing":
             return f"{name} must be given"
@@ -76,7 +76,7 @@ class Checked(BaseModel):
 
     @classmethod
     def read(cls, name: str, text: str) -> Any:
-        """The value of a field that a text stands for: "none" is None, braces hold JSON.
+        """The value of a field from a text: "none" is None, and braces hold JSON.
 
         Raises:
             ValueError: in one line.
@@ -101,7 +101,7 @@ class Checked(BaseModel):
 
 
 def _text(value: object) -> str:
-    """What to call a criterion or a schedule: the same in every process, so without an address."""
+    """The text of a criterion or a schedule. It has no address in it: it is the same in every process."""
     text = str(value)
     if " at 0x" not in text:
         return text
@@ -122,7 +122,7 @@ _Schedule = Annotated[
 
 
 class Settings(Checked):
-    """All that shapes a fit.
+    """All settings of a fit.
 
     >>> Settings(epochs=40, kl_weight=3).changed(epochs=10).kl_weight
     3.0
@@ -137,9 +137,11 @@ class Settings(Checked):
         default=128, ge=1,
         description="Examples per step, of all processes together. A DataLoader keeps its own.",
     )  # fmt: skip
-    learning_rate: float = Field(default=1e-3, ge=0, description="AdamW's, of the model's parameters.")
+    learning_rate: float = Field(
+        default=1e-3, ge=0, description="Learning rate of AdamW for the model's parameters."
+    )
     posterior_learning_rate: float = Field(
-        default=5e-3, ge=0, description="AdamW's, of the posterior's parameters."
+        default=5e-3, ge=0, description="Learning rate of AdamW for the posterior's parameters."
     )
     kl_weight: float = Field(
         default=1.0, ge=0, description="Factor on the KL of the structures. 1 is the ELBO; more removes more."
@@ -158,8 +160,8 @@ class Settings(Checked):
     )
     schedule: _Schedule = Field(
         default="constant",
-        description="Of the learning rates: constant, cosine or linear (to zero). "
-        "In Python also a function of the share of steps done, from 0 to 1, to a factor.",
+        description="How the learning rates change: constant, cosine or linear (to zero). "
+        "In Python also a function from the share of steps done, from 0 to 1, to a factor.",
     )
     rate_warm_up: float = Field(
         default=0.0, ge=0, le=1,
@@ -167,12 +169,12 @@ class Settings(Checked):
     )  # fmt: skip
     weight_decay: float = Field(
         default=0.0, ge=0,
-        description="Of the weights of the model's layers, decoupled from the gradient (AdamW). "
-        "The posterior and what a model holds beside its layers do not decay.",
+        description="Decay of the weights of the model's layers, decoupled from the gradient (AdamW). "
+        "The posterior and parameters that a model holds beside its layers do not decay.",
     )  # fmt: skip
     gradient_clip: float | None = Field(
         default=None, gt=0,
-        description="Largest Euclidean norm of a step's gradient, of weights and of posterior each.",
+        description="Largest Euclidean norm of a step's gradient, for weights and posterior each.",
     )  # fmt: skip
     accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged for one step.")
     patience: int | None = Field(
@@ -183,7 +185,7 @@ class Settings(Checked):
     criterion: _Criterion = Field(
         default="BMRS_N",
         description="What decides about each structure: BMRS_N, BMRS_U:bits=4, SNR, ExpectedScale, WeightNorm, "
-        "Random:fraction=0.5. A fit counts what it keeps after each epoch.",
+        "Random:fraction=0.5. A fit counts the structures that it keeps after each epoch.",
     )
     prior_log_odds: float | None = Field(
         default=None,
@@ -192,27 +194,29 @@ class Settings(Checked):
     )
     removal: Literal["end", "epoch"] = Field(
         default="end",
-        description="epoch: after each epoch past the warm-up, structures with a score of 0 or more leave "
-        "network, posterior and optimizer for good. end: they stay until the network is reduced.",
+        description="When structures are removed. epoch: after each epoch past the warm-up, from network, posterior "
+        "and optimizer, if their score is 0 or more. end: when the network is reduced.",
     )
-    min_kept: int = Field(default=1, ge=1, description="Structures that every layer keeps.")
+    min_kept: int = Field(default=1, ge=1, description="Least number of structures that every layer keeps.")
     freeze_weights: bool = Field(
         default=False,
         description="Fit the posterior alone. Weights and normalisation statistics stay as they are.",
     )
     keep_best: bool = Field(
         default=True,
-        description="End with the parameters of the best epoch after the warm-up and the last removal: least "
-        "validation objective (training objective without validation data), or without a posterior the "
+        description="End with the parameters of the best epoch after the warm-up and the last removal: the least "
+        "validation objective (without validation data, training objective), or without a posterior the "
         "highest validation accuracy.",
     )
-    seed: int = Field(default=0, ge=0, description="Of initial weights, split, order of examples and noise.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of initial weights, split, order of examples and noise."
+    )
     precision: Literal["32", "bf16-mixed"] = Field(
-        default="32", description="Of the network. Noise, KL and evidence are float64 always."
+        default="32", description="Precision of the network. Noise, KL and evidence are always float64."
     )
     elbo: Literal["auto", "fused", "packed", "pyro"] = Field(
         default="auto",
-        description="How the ELBO is computed. auto: the fastest way that model and guide allow.",
+        description="Implementation of the ELBO. auto: the fastest that model and guide allow.",
     )
 
     @model_validator(mode="after")
@@ -232,13 +236,13 @@ class Settings(Checked):
         return type(self)(**{**given, **changes})
 
     def given(self) -> dict[str, Any]:
-        """The settings that do not stand at their defaults because nobody gave them."""
+        """The settings that were given, without the defaults."""
         return {
             name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
         }
 
     def made_criterion(self) -> Criterion:
-        """The criterion, made from its name where it is one."""
+        """The criterion; made from its name if a name was given."""
         from pyro_bmrs.pruning.criteria import parse_criterion
         from pyro_bmrs.pruning.scoring import check_criterion
 
@@ -246,12 +250,8 @@ class Settings(Checked):
             return parse_criterion(self.criterion, self.prior_log_odds)
         check_criterion(self.criterion)
         own = self.prior_log_odds is None
-        check(
-            own,
-            "prior_log_odds",
-            "None beside a criterion that was made: it has its own",
-            self.prior_log_odds,
-        )
+        allowed = "None beside a criterion that was made: it has its own"
+        check(own, "prior_log_odds", allowed, self.prior_log_odds)
         return cast("Criterion", self.criterion)
 
     def rate_factor(self, done: float) -> float:
@@ -265,8 +265,3 @@ class Settings(Checked):
         """Factor on the KL weight at a step, counted from 0, of a fit of `steps` steps."""
         rising = round(self.warm_up * steps)
         return min((step + 1) / rising, 1.0) if rising else 1.0
-
-    def optimizer_options(self, of: Literal["weights", "others", "posterior"]) -> dict[str, float]:
-        """AdamW's options for weights of layers, for what a model holds beside its layers, and for the posterior."""
-        rate = self.posterior_learning_rate if of == "posterior" else self.learning_rate
-        return {"lr": rate, "weight_decay": self.weight_decay if of == "weights" else 0.0}

@@ -23,23 +23,23 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module, data: Data | Batches, scales: Mapping[str, Tensor] | None = None, batch_size: int = 1000
+    model: nn.Module, data: Data | Batches, theta: Mapping[str, Tensor] | None = None, batch_size: int = 1000
 ) -> Evaluation:
     """Loss and accuracy of a Pyro model of (x, y), with its noise sites at the given values.
 
     Args:
         model: any Pyro model that observes y; accuracy is given where it returns logits and y is integer.
         data: (x, y) tensors, a data set or a loader.
-        scales: θ by site, e.g. `guide.mean()`; sites without one are drawn from their prior, with a warning.
+        theta: θ by site, such as `guide.mean()`. Other sites are drawn from their prior, with a warning.
     """
     device = next(model.parameters()).device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
-    if set(noise_layers(model)) - set(scales or {}):
+    if set(noise_layers(model)) - set(theta or {}):
         warnings.warn(FROM_PRIOR, stacklevel=2)
     with untouched(model):
         for x, y in batches:
-            with FixedScales(scales or {}):
+            with FixedScales(theta or {}):
                 trace = poutine.trace(model).get_trace(x, y)
             scale = likelihood_scale(trace)
             likelihood += float(observed_log_prob(trace)) / scale

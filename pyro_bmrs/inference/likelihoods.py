@@ -20,8 +20,12 @@ from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.inputs import call, check_module
 
 
-class _Likelihood(nn.Module):
-    """What all likelihoods share: the network, the plates and the scaling to the data set."""
+class Likelihood(nn.Module):
+    """What all likelihoods share: the network, the plates and the scaling to the data set.
+
+    A new one defines `forward`, `log_likelihood` and, where the network's output is no prediction, `prediction`. It
+    then has the fast implementation of the ELBO, and `predict`, checks and reports know it.
+    """
 
     finder: ClassVar[str]  # the argument that finds the tensor in the network's output
 
@@ -54,6 +58,10 @@ class _Likelihood(nn.Module):
             )
         return value
 
+    def prediction(self, output: Tensor) -> Tensor:
+        """What `pyro_bmrs.predict` gives for the network's output, and averages over draws: here the output itself."""
+        return output
+
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
         """Σ log p(y | x, θ) over the batch in nats, as in `forward` but without Pyro and unscaled."""
         raise NotImplementedError
@@ -69,7 +77,7 @@ class _Likelihood(nn.Module):
             stack.enter_context(pyro.plate(f"position_{index}", length, dim=dim, device=where))
 
 
-class Classifier(_Likelihood):
+class Classifier(Likelihood):
     """p(y | x, θ) = Categorical(softmax(net(x))), a Pyro model: `model(x, y=None)`, returning the logits.
 
     >>> import torch, pyro
@@ -136,6 +144,10 @@ class Classifier(_Likelihood):
             )
         return logits
 
+    def prediction(self, output: Tensor) -> Tensor:
+        """Probabilities of the classes, in single precision at least. Shape: that of the logits."""
+        return output.softmax(self.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
+
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
         logits = self._class_last(self.predict(x), y)
         try:
@@ -150,7 +162,7 @@ class Classifier(_Likelihood):
             ) from None
 
 
-class Regressor(_Likelihood):
+class Regressor(Likelihood):
     """p(y | x, θ) = Normal(net(x), scale²) elementwise, a Pyro model: `model(x, y=None)`, returning the mean.
 
     Args:
@@ -207,12 +219,15 @@ def _single(output: Tensor) -> Tensor:
 
 
 def has_own_likelihood(model: nn.Module) -> bool:
-    """Whether `log_likelihood` is all that the model does: a `Classifier` or `Regressor` that nobody has changed."""
+    """Whether `log_likelihood` is all that the model does: no hook or override changes what `forward` observes."""
+    if not isinstance(model, Likelihood):
+        return False
     hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
     if any(hooks) or "forward" in vars(model):
         return False
-    return any(
-        isinstance(model, kind)
-        and all(getattr(type(model), name) is getattr(kind, name) for name in ("forward", "log_likelihood"))
-        for kind in (Classifier, Regressor)
-    )
+    # one class wrote both: a subclass that redefines one of them may observe something else
+    homes = [
+        next(kind for kind in type(model).__mro__ if name in vars(kind))
+        for name in ("forward", "log_likelihood")
+    ]
+    return homes[0] is homes[1]

@@ -14,7 +14,7 @@ from pyro_bmrs.distributions import TruncatedLogNormal
 from pyro_bmrs.inference.batches import to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.likelihoods import Classifier, Regressor
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.traces import elementary, guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
@@ -99,13 +99,13 @@ def predict(
 def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs, *observed: Tensor) -> Any:
     """The output of a model for a batch at given values of its latents.
 
-    That of a `Classifier` or `Regressor` is its network's; any other model's is what it returns.
+    That of a likelihood such as `Classifier` is its network's; any other model's is what it returns.
 
     Args:
-        observed: further arguments, for a model that is no `Classifier` or `Regressor`.
+        observed: further arguments, for a model that is no such likelihood.
     """
     with FixedScales(values):
-        if isinstance(model, Classifier | Regressor):
+        if isinstance(model, Likelihood):
             return model.predict(x)
         if observed:
             return model(x, *observed)
@@ -177,10 +177,7 @@ def _check_global(guide: Callable[..., Any] | None, x: Inputs) -> None:
 def _prediction(model: Callable[..., Any], output: object) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"model must return a tensor: got {type(output).__name__}")
-    if not isinstance(model, Classifier):
-        return output
-    # in single precision at least
-    return output.softmax(model.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
+    return model.prediction(output) if isinstance(model, Likelihood) else output
 
 
 def _batches(

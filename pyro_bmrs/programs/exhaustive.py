@@ -162,7 +162,7 @@ def exhaustive_reduction(
         ValueError: for more than 20 groups, and as in `greedy_reduction`.
         NotImplementedError: as in `greedy_reduction`.
     """
-    space = Space.of(model, guide, reduced_priors, model_args, groups, prior_log_odds, draws=draws, seed=seed)
+    space = Space(model, guide, reduced_priors, model_args, groups, prior_log_odds, draws=draws, seed=seed)
     count = len(space.names)
     if count > MOST_GROUPS:
         raise ValueError(

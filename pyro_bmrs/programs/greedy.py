@@ -58,7 +58,7 @@ def greedy_reduction(
         NotImplementedError: for sites whose priors depend on other latents, or have no closed form in a joint normal.
         ValueError: for overlapping groups, and as in `reduce`.
     """
-    space = Space.of(model, guide, reduced_priors, model_args, groups, prior_log_odds, draws=draws, seed=seed)
+    space = Space(model, guide, reduced_priors, model_args, groups, prior_log_odds, draws=draws, seed=seed)
     states = [(joint.loc, joint.covariance) for joint in space.joints]
     left, total = list(range(len(space.names))), 0.0
     room = _Room(space)

@@ -31,9 +31,26 @@ class Joint:
 
 
 class Space:
-    """The groups that may be reduced, and what ΔF of any combination of them needs."""
+    """The groups that may be reduced, and what ΔF of any combination of them needs.
 
-    def __init__(self, latents: Latents, groups: Groups | None, prior_log_odds: LogOdds) -> None:
+    Args:
+        model, guide, reduced_priors, model_args, groups: as in `reduce`.
+        prior_log_odds: of each group, or one for all.
+        sampling: draws and seed, as in `reduce`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        reduced_priors: Mapping[str, Any],
+        model_args: tuple[Any, ...],
+        groups: Groups | None,
+        prior_log_odds: LogOdds,
+        **sampling: int,
+    ) -> None:
+        # dependent priors are refused here, where the message can say what to do instead
+        latents = Latents(model, guide, reduced_priors, model_args, dependent_priors="average", **sampling)
         self.latents = latents
         dependent = [name for name, site in latents.sites.items() if site.parents]
         if dependent:
@@ -55,26 +72,6 @@ class Space:
             )
         self.independent = torch.zeros(len(self.names), dtype=torch.float64)
         self.joints = self._read()
-
-    @classmethod
-    def of(
-        cls,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        reduced_priors: Mapping[str, Any],
-        model_args: tuple[Any, ...],
-        groups: Groups | None,
-        prior_log_odds: LogOdds,
-        *,
-        draws: int,
-        seed: int,
-    ) -> Space:
-        """The groups of a model's latents: arguments as in `reduce`."""
-        # "average", since the constructor refuses dependent priors itself and says what to do instead
-        latents = Latents(
-            model, guide, reduced_priors, model_args, dependent_priors="average", draws=draws, seed=seed
-        )
-        return cls(latents, groups, prior_log_odds)
 
     def _check_disjoint(self) -> None:
         for name, site in self.latents.sites.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -89,12 +88,3 @@ def _with_what_lies_inside(layers: Mapping[str, Candidates], nesting: Nesting) -
         return found[site]
 
     return {site: decide(site) for site in layers}
-
-
-def least_kept(min_kept: int, round_to: int | None, channels: int) -> tuple[int, int]:
-    """(structures to keep at least, number of structures to keep a multiple of).
-
-    Args:
-        channels: of one structure.
-    """
-    return min_kept, 1 if round_to is None else round_to // math.gcd(round_to, channels)

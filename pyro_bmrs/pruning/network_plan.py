@@ -25,7 +25,7 @@ from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.pruning.binding import Binding, check_examples
-from pyro_bmrs.pruning.decision import Candidates, least_kept, removals
+from pyro_bmrs.pruning.decision import Candidates, removals
 from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
 
@@ -77,9 +77,9 @@ class NetworkPlan(Plan):
         for layer, rows in self.table.groupby("layer", sort=False):
             score = torch.tensor(rows.score.to_numpy())
             before = torch.tensor(rows.removed_in_fit.to_numpy())
-            channels = self.channels.get(str(layer), 1)
-            least = least_kept(self.rule.min_kept, self.rule.round_to, channels)
-            layers[str(layer)] = Candidates((score >= threshold) | before, score, ~before, *least)
+            multiple = self.rule.multiple(self.channels.get(str(layer), 1))
+            wanted = (score >= threshold) | before
+            layers[str(layer)] = Candidates(wanted, score, ~before, self.rule.min_kept, multiple)
         return layers
 
     # a smaller network ------------------------------------------------------------------------------

@@ -54,9 +54,10 @@ def posteriors_of(
         ValueError: where the guide has none, or one of another number of structures.
     """
     found, layers = read_posterior(guide, *arguments), noise_layers(model)
-    for site, layer in layers.items():
+    for site in layers:
         if site not in found:
             raise ValueError(f"guide must have a truncated log-normal posterior of {site!r}: it has none")
+    for site, layer in layers.items():
         if found[site].batch_shape != layer.kept.shape:
             raise ValueError(
                 f"guide must have a posterior of the {layer.features} structures of {site!r}: it has one of shape "
@@ -168,7 +169,14 @@ def _layer(
         q = joined([posterior, removed.removed_posterior()])
         parameters = (part[order] for part in (q.loc, q.scale, q.log_low, q.log_high))
         posterior = TruncatedLogNormal(*parameters, validate_args=False)
-        prior = LogUniform(layer.log_low, layer.log_high, validate_args=False)
+        # a layer's structures have one prior
+        names = (
+            ("log_low", "log_high")
+            if isinstance(prior, LogUniform)
+            else ("loc", "scale", "log_low", "log_high")
+        )
+        values = (getattr(prior, name).flatten()[0].expand(present.shape) for name in names)
+        prior = type(prior)(*values, validate_args=False)
 
     def norms() -> Tensor:
         found = weight_norm(binding.network, binding.groups[site]).to(present.device)

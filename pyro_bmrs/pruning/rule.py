@@ -64,6 +64,10 @@ class Rule:
         """Whether scores are changes of evidence."""
         return self.prior_log_odds is not None
 
+    def multiple(self, channels: int) -> int:
+        """Of structures with so many channels each, a multiple of this number stays."""
+        return 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, channels)
+
     def at(self, threshold: float) -> Rule:
         """The same rule at another threshold.
 

@@ -110,14 +110,14 @@ def _check(
         layer.kept.fill_(True)
     small = copy.deepcopy(reduced)
     _shrink_network(small, kept, cuts)
-    scales, left = {}, {}
+    whole, left = {}, {}
     for site, mask in kept.items():
         theta = torch.linspace(0.25, 1.0, len(mask), dtype=torch.float64)
-        scales[site], left[site] = (theta * mask).to(device), theta[mask].to(device)
+        whole[site], left[site] = (theta * mask).to(device), theta[mask].to(device)
     example = as_double(map_tensors(lambda t: t.to(device), first_examples(example_input, 8)))
     with fixed_scales(small, left):
         check_equal(
-            small, reduced, scales, example, readers=comparable(groups.values(), small), rows=cuts.rows
+            small, reduced, whole, example, readers=comparable(groups.values(), small), rows=cuts.rows
         )
 
 

@@ -204,8 +204,8 @@ def _check_foreign(given: object, x: object) -> None:
         known = isinstance(key, str) and isinstance(inputs, Tensor)
         check(known, name, "a tensor by a name that is text", {key: type(inputs).__name__}, TypeError)
         check(key != "test", name, "called something other than the test examples", key)
-        alike = len(inputs) > 0 and (not isinstance(x, Tensor) or inputs.shape[1:] == x.shape[1:])
-        check(alike, name, "inputs like those of test", tuple(inputs.shape))
+        if not len(inputs) or (isinstance(x, Tensor) and inputs.shape[1:] != x.shape[1:]):
+            raise ValueError(f"{name} must be inputs like those of test: got shape {tuple(inputs.shape)}")
 
 
 def _no_leave_one_out(checks: PosteriorChecks) -> str | None:

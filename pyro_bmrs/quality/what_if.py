@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_bmrs.arguments import check, is_whole
-from pyro_bmrs.pruning.decision import least_kept, removals
+from pyro_bmrs.pruning.decision import removals
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning import NetworkPlan
@@ -44,7 +44,7 @@ def decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float6
     gone = plan.table["removed_in_fit"].to_numpy(dtype=bool)
     layers = plan.table["layer"].to_numpy()
     for layer in plan.layers:
-        least, multiple = least_kept(plan.rule.min_kept, plan.rule.round_to, plan.channels.get(layer, 1))
+        least, multiple = plan.rule.min_kept, plan.rule.multiple(plan.channels.get(layer, 1))
         rows = np.flatnonzero((layers == layer) & ~gone)
         rows = rows[np.argsort(score[rows], kind="stable")]
         for rank, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What came out of runs: one in a terminal, several side by side in a terminal or on a page."""
+"""Results of runs: one in a terminal, several side by side in a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from pyro_bmrs.reports.words import (
     warnings_of,
 )
 from pyro_bmrs.runs.folder import RunFolder
-
-# More lines than these can't be told apart.
-MOST_CURVES = 8
+from pyro_bmrs.tables import MOST_CRITERIA
 
 type Columns = Sequence[tuple[str, str, str]]
 type Rows = Sequence[Mapping[Any, Any]]
@@ -54,7 +52,7 @@ KHAT: Columns = (
 
 
 def shown(value: Any, kind: str) -> str:
-    """A cell of a table, as people read it.
+    """The text of a table's cell.
 
     >>> shown(0.25, "%"), shown(1370, ",.0f"), shown(float("nan"), ".4f"), shown(0.456, "khat")
     ('25.00 %', '1,370', '–', '0.46')
@@ -67,7 +65,7 @@ def shown(value: Any, kind: str) -> str:
 
 
 def table_of(columns: Columns, rows: Rows) -> Table:
-    """A table for a terminal. What a user named is text, with no markup in it."""
+    """A table for a terminal. Names given by users are shown as they are, without markup."""
     table = Table()
     for index, (_, label, _) in enumerate(columns):
         table.add_column(Text(label), justify="left" if index == 0 else "right", overflow="fold")
@@ -77,7 +75,7 @@ def table_of(columns: Columns, rows: Rows) -> Table:
 
 
 def compare_runs(folders: Sequence[Path | str]) -> pd.DataFrame:
-    """What came out of several runs, a row each.
+    """Results of several runs, a row each.
 
     Args:
         folders: of runs that have been reduced.
@@ -135,9 +133,9 @@ def _row(name: str, run: RunFolder) -> dict[str, Any]:
 
 
 def show_runs(folders: Sequence[Path | str], console: Console | None = None) -> None:
-    """Print what came out of runs that have been reduced.
+    """Print the results of runs that have been reduced.
 
-    Of one run: verdict, networks, widths, k̂ and warnings. Of several, side by side: what came out, the settings that
+    Of one run: verdict, networks, widths, k̂ and warnings. Of several, side by side: results, the settings that
     differ, and the widths.
 
     Args:
@@ -152,7 +150,7 @@ def show_runs(folders: Sequence[Path | str], console: Console | None = None) -> 
         _show_run(RunFolder(folders[0]), console)
         return
     table, runs = compare_runs(folders), [RunFolder(folder) for folder in folders]
-    # a row for each column of the page: runs are few, and a terminal is narrow
+    # A row for each column of the page, because a terminal is narrow.
     rows = [
         {"of": label, **{f"run {index}": shown(value, kind) for index, value in enumerate(table[key])}}
         for key, label, kind in OUTCOMES[1:]
@@ -213,9 +211,9 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         for name, run in zip(table.run, runs, strict=True)
         if run.has("curve.csv")
     ]
-    # regressions have losses, and no accuracy to draw
+    # Regressions have no accuracy to draw.
     curves = [curve for curve in curves if curve.accuracy.notna().any()]
-    drawn = pd.concat(curves[:MOST_CURVES], ignore_index=True) if curves else None
+    drawn = pd.concat(curves[:MOST_CRITERIA], ignore_index=True) if curves else None
     content = dict(
         title="Comparison of runs",
         verdict=_verdict(table),
@@ -227,7 +225,7 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         widths=_widths(columns, runs),
         scatter=svg("runs", lambda: plot_runs(table)) if table.accuracy.notna().any() else None,
         curves=None if drawn is None else svg("curves", lambda: plot_criteria(drawn)),
-        curves_left_out=max(0, len(curves) - MOST_CURVES),
+        curves_left_out=max(0, len(curves) - MOST_CRITERIA),
     )
     write_page(out, "comparison", content)
     write_table(out.with_suffix(".csv"), table)
@@ -246,7 +244,7 @@ def _verdict(table: pd.DataFrame) -> str:
 
 
 def _run_columns(table: pd.DataFrame) -> Columns:
-    """A column for each run, by number: a run may be called like another column."""
+    """A column for each run, by number: a run may have the name of another column."""
     return [(f"run {index}", name, "text") for index, name in enumerate(table.run)]
 
 

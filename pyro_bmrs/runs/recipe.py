@@ -1,4 +1,4 @@
-"""A recipe, the Python file that says what network to fit and how."""
+"""A recipe: the Python file that defines the network and how to fit it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier
 
 @contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """Turns any error of a recipe's code into a ValueError of one line that says whose it is."""
+    """Turns any error of a recipe's code into a ValueError that names the recipe."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        # Pyro adds a table of all sites, which is no part of one line
+        # Pyro adds a table of all sites.
         reason = str(error).partition("Trace Shapes:")[0].strip()
         raise ValueError(f"{what} fails with {type(error).__name__}: {reason}") from error
 
@@ -35,8 +35,8 @@ class Recipe:
 
     Attributes:
         path: the file.
-        module: what it defines.
-        name: what to call it; a run's folder keeps it as recipe.py, whatever its name was.
+        module: the module that it defines.
+        name: its name; a run's folder keeps the file as recipe.py.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Recipe:
         module = ModuleType(f"pyro_bmrs_recipe_{path.stem}")
         module.__file__ = str(path)
         with blamed(f"recipe {path}"):
-            # not through importlib, which would leave a __pycache__ beside it, in a run's folder too
+            # importlib would leave a __pycache__ beside it, also in a run's folder.
             exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
         if not callable(getattr(module, "network", None)):
             raise ValueError(
@@ -63,7 +63,7 @@ class Recipe:
         return cls(path, module, name or path.name)
 
     def settings(self, data: str) -> dict[str, Any]:
-        """The recipe's settings for a data set, those under "default" where it has none."""
+        """The recipe's settings for a data set; those under "default" if it has none for it."""
         table = self.module.SETTINGS
         chosen = table.get(data, table.get("default", {}))
         if not isinstance(chosen, dict):
@@ -79,7 +79,7 @@ class Recipe:
         return self._checked("network", net, nn.Module)
 
     def model(self, network: nn.Module) -> nn.Module:
-        """The Pyro model round a network: the recipe's own, or `Classifier`."""
+        """The Pyro model of a network: the recipe's own, or `Classifier`."""
         with self._blamed("model", "network"):
             model = getattr(self.module, "model", Classifier)(network)
         return self._checked("model", model, nn.Module)

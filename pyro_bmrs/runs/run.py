@@ -26,18 +26,17 @@ class Run(Workplace):
 
     def finish(self, *, draws: int | None = None, foreign: str | None = None) -> bool:
         """Do what is missing of all stages; returns whether anything was. Arguments as of `report`."""
-        page = ReportStage(self, draws, foreign)
+        asked = ReportStage(self, draws, foreign)  # refuses bad arguments before the fit
         with self.alone():
             if self.complete() and not self.overwrite:
-                if not page.asks_anew():
+                if not asked.asks_anew():
                     return False
                 self.load_posterior()
             else:
                 self.fit()
                 if not self.reduced():
                     self.reduce()
-            self.clear_unfinished()
-            page.write()
+            self.report(draws=draws, foreign=foreign)
             return True
 
     def fit(self) -> Fit | None:

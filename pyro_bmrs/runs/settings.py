@@ -1,4 +1,4 @@
-"""The settings of a run: those of its fit, of its data and network, and of what is done with the posterior."""
+"""The settings of a run: those of its fit, of its data and network, and of the reduction."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pyro_bmrs.fitting.settings import Settings
 if TYPE_CHECKING:
     from pyro_bmrs.runs.recipe import Recipe
 
-# What shapes the reduction and not the fit, unless the fit removes structures by itself.
+# Settings of the reduction. The fit does not depend on them, unless it removes structures itself.
 OF_REDUCTION = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
-# What has no meaning for a network without a posterior; and its tuning always goes to the end.
+# Settings that fine-tuning leaves out: it has no posterior, and always runs all its epochs.
 _NOT_OF_TUNING = {
     "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
 }  # fmt: skip
 
 
 def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
-    """As settings.json will give it back, with lists for tuples."""
+    """As read back from settings.json, with lists for tuples."""
     try:
         copy: dict[str, Any] | None = json.loads(json.dumps(network))
     except (TypeError, ValueError) as error:
@@ -31,7 +31,7 @@ def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class RunSettings(Settings):
-    """All that shapes a run: texts and numbers, so that a file can hold them.
+    """All settings of a run: texts and numbers only, so that a file can hold them.
 
     >>> settings = RunSettings(kl_weight=3, round_to=8)
     >>> settings.changed(round_to=None, data="mnist").given()
@@ -40,7 +40,7 @@ class RunSettings(Settings):
 
     criterion: str = Field(default="BMRS_N", description=Settings.model_fields["criterion"].description)
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="Of the learning rates: constant, cosine or linear (to zero)."
+        default="constant", description="How the learning rates change: constant, cosine or linear (to zero)."
     )
     data: str = Field(
         default="digits",
@@ -60,7 +60,7 @@ class RunSettings(Settings):
         lt=1,
         description="Share of the training examples that are set aside for validation.",
     )
-    limit: int | None = Field(default=None, ge=2, description="Use only so many training examples.")
+    limit: int | None = Field(default=None, ge=2, description="Use at most this many training examples.")
     round_to: int | None = Field(
         default=None, ge=1, description="Keep channels in multiples of this, such as 8."
     )
@@ -69,7 +69,7 @@ class RunSettings(Settings):
 
     @classmethod
     def of(cls, recipe: Recipe, data: str, changes: Mapping[str, Any]) -> Self:
-        """The recipe's settings for `data`, with those in `changes` laid over them."""
+        """The recipe's settings for `data`, replaced by those in `changes`."""
         chosen = recipe.settings(data)
         known = cls.model_fields.keys() - {"data"}
         unknown = sorted(map(str, chosen.keys() - known))
@@ -82,7 +82,7 @@ class RunSettings(Settings):
     def of_fit(self) -> dict[str, Any]:
         """The part that a fitted posterior depends on, as JSON has it."""
         left_out = set(OF_REDUCTION)
-        if self.removal != "end":  # then the criterion has a hand in the fit
+        if self.removal != "end":  # the criterion then shapes the fit, too
             left_out -= {"criterion", "prior_log_odds", "min_kept"}
         return self.model_dump(mode="json", exclude=left_out)
 

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, found by their names; and one to start from."""
+"""The recipes that come with the package, found by name, and the one to start from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFINES_NETWORK = re.compile(r"^def network\(", re.MULTILINE)
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The files by name: models/ in an installed package, or beside it in a checkout. None of them is run.
+    """The files by name, from models/ in an installed package or beside it in a checkout. None is run.
 
     >>> sorted(shipped_recipes())
     ['lenet5', 'lenet5_caffe', 'mlp', 'resnet', 'starter', 'vit']
@@ -22,7 +22,7 @@ def shipped_recipes() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     inside = package / "models"
     folder = inside if inside.is_dir() else package.parent / "models"
-    # the others are Pyro programs without a network to make smaller
+    # The other files are Pyro programs without a network.
     return {
         path.stem: path
         for path in sorted(folder.glob("*.py"))
@@ -31,7 +31,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(given: Path | str, place: Path | None = None) -> Path:
-    """The file that is meant: a path if it ends in .py, else the name of a recipe that comes with the package.
+    """The file of a recipe: a path that ends in .py, or the name of a recipe that comes with the package.
 
     Args:
         given: a path or a name.

@@ -1,4 +1,4 @@
-"""A study: the file that asks for a sweep, checked whole before any work is done (docs/sweeps.md).
+"""A study: the file that asks for a sweep, checked as a whole before any work is done (docs/sweeps.md).
 
     recipes × data × kl_weights × criteria × seeds
 
@@ -20,6 +20,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field
 
+from pyro_bmrs.arguments import check
+from pyro_bmrs.data.arrays import one_line
 from pyro_bmrs.files import read_text
 from pyro_bmrs.fitting.settings import Checked
 from pyro_bmrs.runs.folder import FIT_FILES
@@ -27,7 +29,7 @@ from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
 from pyro_bmrs.runs.shipped import find_recipe
 
-# The axes of a study: the key in its file, and the setting that the key's values are given to.
+# The axes of a study: the key in its file, and the setting that takes the key's values.
 _AXES = {"data": "data", "kl_weights": "kl_weight", "criteria": "criterion", "seeds": "seed"}
 _BACKENDS = ("processes", "ray")
 
@@ -39,7 +41,7 @@ type _OneOrMore[Value] = Annotated[
 
 
 class _Document(Checked):
-    """What a study's file may hold. A key of the axes that is not there leaves the setting to the recipe."""
+    """The keys of a study's file. If an axis is left out, the recipe decides the setting."""
 
     out: str
     recipes: _OneOrMore[str]
@@ -70,7 +72,7 @@ class Cell:
         recipe: the recipe's file.
         settings: the run's settings, complete.
         folder: the run's folder; its name says recipe, data, KL weight, criterion and seed.
-        fit: the folder of the cell whose fit serves this one, too; its own where it fits itself.
+        fit: the folder of the cell whose fit this one uses; its own folder if it makes the fit.
     """
 
     recipe: Path
@@ -80,7 +82,7 @@ class Cell:
 
     @classmethod
     def of(cls, recipe: Path, settings: RunSettings, out: Path) -> Cell:
-        """The cell with its folder in `out`, of a name that depends on nothing but the cell itself."""
+        """The cell with its folder in `out`. The folder's name depends on the cell alone."""
         criterion = settings.criterion.replace("=", "")
         weight = f"w{settings.kl_weight}".removesuffix(".0")
         parts = (recipe.stem, Path(settings.data).name, weight, criterion, f"seed{settings.seed}")
@@ -94,13 +96,13 @@ class Cell:
 
     @property
     def fits(self) -> bool:
-        """Whether the cell makes its fit itself."""
+        """Whether the cell makes its own fit."""
         return self.fit == self.folder
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study's file asks for.
+    """The content of a study's file.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp())
@@ -115,9 +117,8 @@ class Study:
 
     Attributes:
         out: the folder of all that comes out.
-        cells: every combination of recipe, data, KL weight, criterion and seed, in this order, the seed
-            changing first.
-        jobs: how many cells are worked on side by side; 1: in the calling process.
+        cells: every combination of recipe, data, KL weight, criterion and seed; the seed changes fastest.
+        jobs: how many cells run at the same time; 1: in the calling process.
         threads: torch's threads for each of them.
         backend: "processes" of this machine, or "ray".
     """
@@ -130,10 +131,8 @@ class Study:
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more: got {getattr(self, name)}")
-        if self.backend not in _BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}: got {self.backend!r}")
+            check(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        check(self.backend in _BACKENDS, "backend", f"one of {', '.join(_BACKENDS)}", self.backend)
         twice = _twice(cell.name for cell in self.cells)
         if twice:
             raise ValueError(
@@ -154,11 +153,10 @@ class Study:
 
         Args:
             path: a YAML file. Recipes in it are relative to its folder; out and data, to the current one.
-            out, jobs, backend: go before what the file says; None: what the file says.
+            out, jobs, backend: replace those of the file; None: those of the file.
 
         Raises:
-            ValueError: in one line, if the file or a recipe can't be read, or a key or value is none that
-                is allowed.
+            ValueError: in one line, if the file or a recipe can't be read, or a key or value is not allowed.
         """
         path = Path(path)
         given = {"out": out and str(out), "jobs": jobs, "backend": backend}
@@ -193,7 +191,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"can't be read ({error})") from error
     try:
-        # a few lines of them stand for more than any memory holds
+        # A few lines of aliases can expand to more than any memory holds.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise ValueError("must have no aliases (*name)")
         document, node = yaml.load(text, _Loader), yaml.compose(text, _Loader)
@@ -201,7 +199,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"is not YAML ({error})") from error
     if not isinstance(document, dict) or node is None:
         raise ValueError(f"must be a mapping of keys to values: got {type(document).__name__}")
-    # safe_load takes the last of two equal keys, and says nothing
+    # safe_load silently takes the last of two equal keys.
     for mapping in (node, *(value for _, value in node.value)):
         twice = _twice(str(key.value) for key, _ in mapping.value) if mapping.tag.endswith(":map") else []
         if twice:
@@ -220,7 +218,7 @@ def _check_names(what: str, given: Iterable[object], allowed: Collection[str]) -
 
 
 def _with_fits(cells: list[Cell]) -> list[Cell]:
-    """The cells with one fit for all that differ in nothing that shapes it; one that is there, if any is."""
+    """The cells with one shared fit for all with the same settings of the fit. An existing fit is preferred."""
     fits: dict[str, Path] = {}
     keys = [json.dumps([str(cell.recipe), cell.settings.of_fit()], sort_keys=True) for cell in cells]
     for key, cell in sorted(zip(keys, cells, strict=True), key=lambda pair: not has_fit(pair[1].folder)):
@@ -231,8 +229,3 @@ def _with_fits(cells: list[Cell]) -> list[Cell]:
 def has_fit(folder: Path) -> bool:
     """Whether the folder holds all that a fit leaves."""
     return all((folder / name).exists() for name in FIT_FILES)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, without its line breaks."""
-    return " ".join(str(error).split())

@@ -1,6 +1,6 @@
-"""A sweep: the runs that a study asks for, side by side, and one table of what came out (docs/sweeps.md).
+"""A sweep: the runs of a study, several at a time, and one table of their results (docs/sweeps.md).
 
-Every cell is the folder of a `pyro_bmrs.runs.run.Run`, so a sweep that was stopped goes on where it stood.
+Every cell is the folder of a `pyro_bmrs.runs.run.Run`, so a sweep that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 import pandas as pd
 from joblib.externals.loky import ProcessPoolExecutor
 
-from pyro_bmrs.data import DataError, load_data
+from pyro_bmrs.data.arrays import one_line
 from pyro_bmrs.files import held, write_atomically, write_table
 from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.progress import Progress
 from pyro_bmrs.runs.folder import FIT_FILES
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
-from pyro_bmrs.runs.study import Cell, Study, has_fit, one_line
-from pyro_bmrs.runs.workplace import Interrupted
+from pyro_bmrs.runs.study import Cell, Study, has_fit
+from pyro_bmrs.runs.workplace import Interrupted, dataset_of
 
 type Row = dict[str, Any]
 
@@ -39,12 +39,12 @@ _COLUMNS = (
     "recipe", "data", "seed", "criterion", "kl_weight", "status", "error", *_MEASURED, "folder",
 )  # fmt: skip
 _KILLED = (
-    "its process was killed, for want of memory or by a crash in a library; the same command goes on with it"
+    "its process was killed, by a lack of memory or a crash in a library; the same command goes on with it"
 )
 
 
 def _row(cell: Cell, status: str, **rest: Any) -> Row:
-    """A row of the results, with nothing measured but what is given."""
+    """A row of the results. What is not given in `rest` counts as not measured."""
     settings = cell.settings
     return {
         "recipe": cell.recipe.as_posix(),
@@ -64,7 +64,7 @@ def _row(cell: Cell, status: str, **rest: Any) -> Row:
 
 
 def _copy_fit(source: Path, folder: Path) -> None:
-    """Every file whole or not there; the posterior, which says that there is a fit, is the last of them."""
+    """Copy the files of a fit. The posterior, which marks a folder that holds a fit, is the last."""
     for name in FIT_FILES:
         write_atomically(folder / name, partial(shutil.copyfile, source / name))
 
@@ -77,17 +77,17 @@ def _finish(
     device: str,
     caught: tuple[type[BaseException], ...],
 ) -> Row:
-    """The row of a cell brought to its end; in a worker, that of whatever goes wrong.
+    """Finish a cell; returns its row, also if it fails.
 
     Args:
         cell: the cell.
         place: the folder that relative paths start from: a worker may have been started elsewhere.
         threads, data_root, device: as for `run_study`.
-        caught: what is made a row.
+        caught: the errors that become a row.
     """
     start = time.perf_counter()
     try:
-        with chdir(place), torch_threads(threads):  # with jobs: 1 these are the caller's own
+        with chdir(place), torch_threads(threads):  # with jobs: 1 in the caller's process
             if not cell.fits and not has_fit(cell.folder):
                 if not has_fit(cell.fit):
                     raise ValueError(f"it shares the fit of {cell.fit.name}, which has failed")
@@ -126,13 +126,13 @@ def _done(cell: Cell, run: Run, seconds: float) -> Row:
 def _rows(
     work: Callable[[Cell], Row], groups: Iterable[Iterable[Cell]], jobs: int, start: Callable[[], Any]
 ) -> Generator[Row]:
-    """A row per cell, as they finish; a group begins when the one before is done.
+    """A row per cell, as they finish. A group begins when the one before is done.
 
     Args:
         work: what a worker does with a cell; it raises nothing.
         groups: the cells.
-        jobs: how many are worked on side by side.
-        start: makes a worker, an executor with one process: if that is killed, it is plain which cell it was at.
+        jobs: how many run at the same time.
+        start: makes a worker, an executor with one process. If that is killed, it is clear which cell it was at.
     """
     idle: list[Any] = []
     busy: dict[Future[Row], tuple[Cell, Any]] = {}
@@ -158,12 +158,12 @@ def _rows(
 
 
 def _workers(study: Study, device: str) -> Callable[[], Any]:
-    """What starts a worker of the study's backend."""
+    """A function that starts a worker of the study's backend."""
     if study.backend == "ray":
         return _ray_workers(study.jobs, device)
     return partial(
         ProcessPoolExecutor, 1, env={"OMP_NUM_THREADS": str(study.threads)},
-        # Ctrl-C goes to all processes of a terminal; it is the caller's to answer, who then ends the workers
+        # Ctrl-C reaches all processes of a terminal. The caller answers it, and ends the workers.
         initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
 
@@ -177,14 +177,14 @@ def _ray_workers(jobs: int, device: str) -> Callable[[], Any]:
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="warning")
     there = ray.cluster_resources()
-    # a worker without a GPU of its own would take the first of its node, as all others there would
+    # Workers without a GPU of their own would all take the first of their node.
     needed = "GPU" if there.get("GPU") and device != "cpu" else "CPU"
     if jobs > there.get(needed, 0):
         raise ValueError(
             f"jobs must be at most the {there.get(needed, 0):g} {needed}s of the Ray cluster: got {jobs}"
         )
     resources = {"num_gpus": 1, "num_cpus": 0} if needed == "GPU" else {"num_cpus": 1}
-    # Ray tries a cell again whose process or node is lost, once; each cell has a process of its own
+    # Ray retries a cell once if its process or node is lost. Each cell has a process of its own.
     options = {"scheduling_strategy": "SPREAD", "max_retries": 1, "max_calls": 1, **resources}
     task = ray.remote(**options)(lambda work, cell: work(cell))
 
@@ -210,7 +210,7 @@ class _Results:
         self.rows = {cell.name: _row(cell, **earlier.get(cell.name, waiting)) for cell in study.cells}
 
     def _earlier(self) -> dict[str, Row]:
-        """What was measured of the cells that an earlier call finished, by name."""
+        """The measurements of the cells that an earlier call finished, by name."""
         if not self.path.exists():
             return {}
         try:
@@ -223,7 +223,7 @@ class _Results:
         return {row["folder"]: {name: row[name] for name in ("status", *_MEASURED)} for row in done}
 
     def record(self, row: Row) -> None:
-        """Put a row in its place. A cell that was found complete keeps the seconds that it once took."""
+        """Put a row in its place. A cell that was complete before keeps its seconds."""
         if row["status"] == "done" and math.isnan(row["seconds"]):
             row = row | {"seconds": self.rows[row["folder"]]["seconds"]}
         self.rows[row["folder"]] = row
@@ -241,7 +241,7 @@ class _Results:
 
 
 def _show(progress: Progress, row: Row) -> None:
-    """Tell of a finished cell."""
+    """Show a finished cell."""
     found = row["status"] == "done" and math.isnan(row["seconds"])
     if found:
         progress.resume(1)
@@ -256,35 +256,30 @@ def _show(progress: Progress, row: Row) -> None:
 
 
 def _check_data(cells: Iterable[Cell], data_root: Path | str | None) -> None:
-    """Read each data set once: what is wrong is said before any work, and no two workers download it at once."""
-    whole = {
-        (s.data, s.image_size, s.limit, s.validation_fraction) for s in (cell.settings for cell in cells)
+    """Read each data set once: errors come before any work, and no two workers download it at the same time."""
+    different = {
+        (s.data, s.image_size, s.limit, s.validation_fraction): s for s in (cell.settings for cell in cells)
     }
-    for name, image_size, limit, fraction in sorted(whole, key=str):
-        try:
-            load_data(
-                name, data_root=data_root, image_size=image_size, limit=limit, validation_fraction=fraction
-            )
-        except DataError as error:
-            raise ValueError(f"data {name!r} can't be used: {error}") from error
+    for settings in different.values():
+        dataset_of(settings, data_root)
 
 
 def run_study(
     study: Study, *, data_root: Path | str | None = None, device: str = "auto", progress: bool = True
 ) -> pd.DataFrame:
-    """Bring every cell of a study to its end, several side by side, and keep `out`/results.csv up to date.
+    """Finish every cell of a study, several at a time, and keep `out`/results.csv up to date.
 
-    Cells that are complete are left as they are, interrupted ones go on, failed ones are tried again.
-    Of cells that share a fit one fits, and the others get a copy of its files.
+    Complete cells stay as they are, interrupted ones go on, failed ones are tried again. Of cells that share a fit
+    one makes it, and the others get a copy of its files.
 
     Args:
         study: from `Study.read`.
         data_root: where the data sets are.
-        device: where to compute: "auto" is the accelerator where there is one.
+        device: where to compute; "auto": the accelerator if there is one.
         progress: print a line on stderr for each finished cell, and on a terminal a bar below them.
 
     Returns:
-        What is in results.csv: a row per cell in the order of the study, with recipe, data, seed, criterion,
+        The content of results.csv: a row per cell in the order of the study, with recipe, data, seed, criterion,
         kl_weight, status ("waiting", "done" or "failed"), error (one line), parameters_before and
         parameters_after (counts), removed (1 - after/before), accuracy (0 to 1) and negative_log_likelihood
         (nats per example) of the final network on the test examples, seconds (of the call that finished the
@@ -292,16 +287,16 @@ def run_study(
 
     Raises:
         ValueError: if a data set can't be read, the backend is not installed or too small for `jobs`, or
-            results.csv is none of a study's, or another process works in `out`; before any work.
+            results.csv is not that of a study, or another process works in `out`; before any work.
         OSError: if `out` can't be written to.
-        Interrupted: on Ctrl-C. What is finished stands; the same call goes on.
+        Interrupted: on Ctrl-C. What is finished is kept; the same call goes on.
     """
     with held("out", study.out):
         return _run_study(study, data_root, device, progress)
 
 
 def _run_study(study: Study, data_root: Path | str | None, device: str, progress: bool) -> pd.DataFrame:
-    # a worker that is told to end is one cell that failed; in the caller's own process it is the caller's Ctrl-C
+    # A worker that is told to end is one failed cell. In the caller's own process it is the caller's Ctrl-C.
     caught = (Exception, SystemExit) if study.jobs == 1 else (BaseException,)
     finish = partial(
         _finish, place=Path.cwd(), threads=study.threads, data_root=data_root, device=device, caught=caught
@@ -311,7 +306,8 @@ def _run_study(study: Study, data_root: Path | str | None, device: str, progress
     _check_data((cell for cell in study.cells if not done[cell.name]), data_root)
     start = _workers(study, device)
     results.write()
-    # those that are done first, so that the time left is that of the others; before those that share a fit, all fits
+    # Finished cells come first, so that the time left is that of the others. All fits come before the cells that
+    # share them.
     cells = sorted(study.cells, key=lambda cell: not done[cell.name])
     groups = [[cell for cell in cells if cell.fits is fits] for fits in (True, False)]
     rows = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs import __version__
 from pyro_bmrs.arguments import check
-from pyro_bmrs.data import DataError, load_data
+from pyro_bmrs.data import DataError, Dataset, load_data
 from pyro_bmrs.files import held, write_atomically
 from pyro_bmrs.fitting.checkpoints import changes_between
 from pyro_bmrs.fitting.posterior_file import load_posterior
@@ -84,13 +84,7 @@ class Workplace(RunFolder):
         # The settings of the fit in the folder. A later reduction may have others.
         self.fitted_with = settings.of_fit() if stored is None else stored["fit"]
         self.device = _usable_device(device)
-        try:
-            self.dataset = load_data(
-                settings.data, data_root=data_root, image_size=settings.image_size, seed=settings.seed,
-                limit=settings.limit, validation_fraction=settings.validation_fraction,
-            )  # fmt: skip
-        except DataError as error:
-            raise ValueError(f"data {settings.data!r} can't be used: {error}") from error
+        self.dataset = dataset_of(settings, data_root)
         self.network = self.original_network().to(self.device)
         self.parameters_before = parameters(self.network)
         self.model = recipe.model(self.network).to(self.device)
@@ -181,6 +175,17 @@ class Workplace(RunFolder):
         write_atomically(
             self.folder / "settings.json", lambda beside: beside.write_text(json.dumps(document, indent=1))
         )
+
+
+def dataset_of(settings: RunSettings, data_root: Path | str | None) -> Dataset:
+    """The data of a run; raises ValueError if they can't be used."""
+    try:
+        return load_data(
+            settings.data, data_root=data_root, image_size=settings.image_size, seed=settings.seed,
+            limit=settings.limit, validation_fraction=settings.validation_fraction,
+        )  # fmt: skip
+    except DataError as error:
+        raise ValueError(f"data {settings.data!r} can't be used: {error}") from error
 
 
 def versions() -> dict[str, str]:

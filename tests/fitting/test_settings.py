@@ -11,6 +11,7 @@ from command_line import call
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.fitting.optimizer import make_optimizer
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.settings import RunSettings
 from pyro_bmrs.runs.study import Study
@@ -115,14 +116,22 @@ def test_they_are_stable_text_in_json():
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
+def test_each_group_of_parameters_has_its_rate_and_decay():
+    model = bmrs.Regressor(nn.Sequential(nn.Linear(2, 3), bmrs.MultiplicativeNoise(3), nn.Linear(3, 1)))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(torch.zeros(4, 2), torch.zeros(4, 1))
+    settings = bmrs.Settings(learning_rate=0.1, weight_decay=0.3)
+    groups = make_optimizer(model, guide, settings).param_groups
+    assert {group["of"]: (group["lr"], group["weight_decay"]) for group in groups} == {
+        "others": (0.1, 0.0), "weights": (0.1, 0.3), "posterior": (5e-3, 0.0),
+    }  # fmt: skip
+
+
 def test_what_follows_from_them():
-    settings = bmrs.Settings(schedule="linear", warm_up=0.5, learning_rate=0.1, weight_decay=0.3)
+    settings = bmrs.Settings(schedule="linear", warm_up=0.5)
     assert [settings.rate_factor(done) for done in (0, 0.25, 1)] == [1, 0.75, 0]
     assert [settings.kl_factor(step, 8) for step in (0, 2, 3, 7)] == [0.25, 0.75, 1, 1]
     assert bmrs.Settings(warm_up=0).kl_factor(0, 8) == 1
-    assert settings.optimizer_options("weights") == {"lr": 0.1, "weight_decay": 0.3}
-    assert settings.optimizer_options("others") == {"lr": 0.1, "weight_decay": 0.0}
-    assert settings.optimizer_options("posterior") == {"lr": 5e-3, "weight_decay": 0.0}
     assert settings.made_criterion() == bmrs.BMRS_N()
     assert settings.changed(prior_log_odds=0).made_criterion() == bmrs.BMRS_N(prior_log_odds=0)
     assert settings.changed(criterion=bmrs.SNR()).made_criterion() == bmrs.SNR()

@@ -177,7 +177,7 @@ def test_it_is_one_call(monkeypatch):
         (bmrs.BMRS_U(), dict(bits=[1], floor_bits=[2]), TypeError, "values of one parameter"),
         (bmrs.BMRS_U(), dict(scale=[1.0]), TypeError, "bits, floor_bits, prior_log_odds: got 'scale'"),
         (bmrs.BMRS_U(), dict(bits=[8, 40]), ValueError, "bits must leave an interval above its lower end"),
-        (bmrs.BMRS_N(), dict(scale=[0.1, -1.0]), ValueError, "scale must be positive: got -1.0"),
+        (bmrs.BMRS_N(), dict(scale=[0.1, -1.0]), ValueError, "scale must be positive and finite: got -1.0"),
         (bmrs.BMRS_N(), dict(scale=[]), ValueError, "scale must be finite values, at least one"),
         (bmrs.BMRS_N(), dict(scale=[math.nan]), ValueError, "scale must be finite values"),
         (bmrs.SNR(), dict(threshold=[1.0]), TypeError, "criterion must be BMRS_N"),

@@ -583,3 +583,23 @@ def test_a_grouped_convolution_with_one_channel_a_group_left_is_still_read():
     assert (model.net[2].in_channels, model.net[2].out_channels, model.net[2].groups) == (4, 4, 4)
     later = bmrs.reduce(model, guide, bmrs.Random(0.0))
     assert later.apply()(x).shape == (6, 2)
+
+
+class NormalNoise(MultiplicativeNoise):
+    """Noise whose prior is no log-uniform."""
+
+    def prior(self):
+        law = bmrs.TruncatedLogNormal(torch.full((self.features,), -8.0), 6.0, self.log_low, self.log_high)
+        return law.mask(self.kept).to_event(1)
+
+
+def test_what_left_keeps_the_prior_of_its_layer():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), NormalNoise(6), nn.Linear(6, 2))
+    model = Classifier(net)
+    guide = AutoTruncatedLogNormal(model, init_scale=3.0)
+    guide(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+    guide.site_posterior("2").loc.data.fill_(-15.0)
+    before = bmrs.reduce(model, guide).table
+    bmrs.reduce(model, guide, bmrs.Random(0.5)).shrink(model, guide)
+    after = bmrs.reduce(model, guide).table
+    assert after.log_evidence_change.tolist() == pytest.approx(before.log_evidence_change.tolist())

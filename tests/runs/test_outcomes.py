@@ -156,7 +156,7 @@ def test_the_numbers_are_those_of_the_runs_files(finished, other):
 
 def test_of_one_part_its_khat_is_the_worst(copied, finished):
     diagnosis = RunFolder(copied).diagnosis()
-    diagnosis.khat = diagnosis.khat.iloc[:1]
+    diagnosis = replace(diagnosis, khat=diagnosis.khat.iloc[:1])
     diagnosis.save(copied / "diagnosis")
     assert compare_runs([copied, finished]).khat[0] == diagnosis.khat.khat[0]
 
