@@ -28,7 +28,7 @@ def network():
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["end", "epoch"])
+@pytest.fixture(scope="module", params=[pytest.param("end", marks=pytest.mark.slow), "epoch"])
 def small(request):
     """A network that was reduced at the end of the fit, or in it."""
     data = examples()
