@@ -195,6 +195,7 @@ def test_a_site_that_is_not_in_every_call():
         reduce(model, guide, {"weight": 0.0}, Y0)
 
 
+@pytest.mark.slow
 def test_what_is_correlated_with_a_parent_is_averaged_along():
     """AutoGuideList: the scale and another site in one joint normal, the site whose prior has that scale in another."""
 
@@ -248,7 +249,7 @@ def test_the_support_is_checked_under_dependent_priors_too():
         reduce(model, guide, {"weight": dist.Normal(0.0, 0.5)}, Y0, dependent_priors="average", draws=100)
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("kind", [AutoNormal, pytest.param(AutoMultivariateNormal, marks=pytest.mark.slow)])
 def test_averaged_without_a_closed_form_there_is_a_reduced_posterior(kind):
     def model(y):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
