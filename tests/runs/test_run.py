@@ -642,7 +642,7 @@ def test_what_a_model_learned_round_the_network_stays_in_the_reduced_model(copie
     run = Run(copied.parent / "tempered", recipe, RunSettings.of(recipe, "digits", {}), progress=False)
     run.model.temperature.data.fill_(2.5)
     small = torch.nn.Linear(4, 2)
-    model = run._model_of(small)
+    model = run.model_of(small)
     assert model.net is small
     assert model.temperature.item() == 2.5
 
