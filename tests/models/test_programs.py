@@ -113,6 +113,7 @@ def test_relevance_against_long_importance_sampling(ard_truth):
     )
 
 
+@pytest.mark.slow
 def test_relevance_in_mean_field(ard_truth):
     """It gets the sign right here, and says too much against what it keeps: by up to 15 nats."""
     x, y, truth = ard_truth

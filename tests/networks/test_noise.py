@@ -144,7 +144,7 @@ def test_gradients_reach_theta():
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-@pytest.mark.parametrize(("shape", "dim"), [((12, 6, 5, 5), 1), ((12, 6), 1), ((12, 4, 6), -1)])
+@pytest.mark.parametrize(("shape", "dim"), [((12, 6, 2, 2), 1), ((12, 6), 1), ((12, 4, 6), -1)])
 def test_the_product_of_large_inputs_has_the_gradients_of_the_plain_one(shape, dim, exclusive, monkeypatch):
     monkeypatch.setattr(noise, "LARGE", 0)
     torch.manual_seed(0)
