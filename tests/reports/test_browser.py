@@ -79,7 +79,7 @@ def run(tmp_path_factory):
     """A really fitted run: its page, and its plan with the network that counts parameters."""
     folder = finished_run(tmp_path_factory.getbasetemp())
     current = Run(folder, progress=False)
-    plan = current.plan().bound_to(current.network, current._example)
+    plan = current.plan().bound_to(current.network, current.example)
     return SimpleNamespace(
         page=folder / "report.html",
         plan=plan,
