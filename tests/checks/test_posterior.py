@@ -175,6 +175,7 @@ def a_posterior_that_is_too_narrow(seed):
     assert "above 0.70" in str(checks)
 
 
+@pytest.mark.slow
 def test_a_posterior_that_is_too_narrow():
     a_posterior_that_is_too_narrow(0)
 
@@ -766,7 +767,13 @@ def test_a_fitted_classifier():
     assert khat_of(checks) == pytest.approx(pareto_khat(torch.from_numpy(terms["tempered"])), abs=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "batch_size"), [("pair", 25), ("data set", 60), ("loader", 20)])
+@pytest.mark.parametrize(
+    ("kind", "batch_size"),
+    [
+        ("data set", 60),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("pair", 25), ("loader", 20))),
+    ],
+)
 def test_the_size_of_a_batch_changes_nothing(kind, batch_size):
     torch.manual_seed(0)
     model, guide, (x, _) = idle_and_needed(-1.0)
@@ -784,6 +791,7 @@ def test_the_size_of_a_batch_changes_nothing(kind, batch_size):
     assert first.examples == second.examples == 60
 
 
+@pytest.mark.slow
 def test_some_of_the_data_stand_for_all():
     """The likelihood of 30 examples counts four times."""
     model, guide, (x, _) = idle_and_needed(-1.0)
@@ -810,6 +818,7 @@ def test_some_of_the_data_stand_for_all():
     assert whole.elbo.elbo["model"] == pytest.approx(some.elbo.elbo["model"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_a_loader_leaves_out_is_not_counted():
     model, guide, _ = idle_and_needed(-1.0)
     x = torch.randn(50, 4)

@@ -93,6 +93,7 @@ def test_series_differ_by_marker_line_and_colour():
     assert len(style.SERIES) >= style.MOST_NETWORKS
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_loaded_and_matplotlib_only_to_draw():
     program = (
         "import sys; from figure_tables import FIGURES; assert 'matplotlib' not in sys.modules\n"

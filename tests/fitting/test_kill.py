@@ -124,6 +124,7 @@ def same(one, other):
     pd.testing.assert_frame_equal(*histories, check_exact=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_files(runs, tmp_path):
     """Seeded moments: some within chosen epochs of the fit, then some in whatever is left of the run."""
     in_fit, later = (2, 1) if isinstance(runs.kind, Warm) else (5, 5)

@@ -122,6 +122,7 @@ def test_validation_of_pyro_passes_with_several_draws():
         LikelihoodELBO()(model, guide)(x, y).backward()
 
 
+@pytest.mark.slow
 def test_trace_elbo_agrees():
     """The handler is right under the sampled KL of Trace_ELBO as well: z-test at 4.4 (1.1e-5)."""
     model, guide, x, y = problem()

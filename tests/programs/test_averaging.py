@@ -293,6 +293,7 @@ def with_offset(y):
         pyro.sample("y", dist.Normal(offset + effects, 0.5), obs=y)
 
 
+@pytest.mark.slow
 @SIZES
 def test_what_is_correlated_with_an_averaged_site_is_averaged_with_it(draws, drawn, within):
     """scale, offset and effects share one joint normal: ΔF of offset and an effect is no sum of two."""

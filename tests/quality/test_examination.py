@@ -458,6 +458,7 @@ def test_nothing_is_changed(fitted):
     assert all(torch.equal(one, other) for one, other in zip(before["data"], after["data"], strict=True))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_and_another_does_not(fitted, found):
     torch.manual_seed(77)  # whatever the generators say
     again, other = look(fitted), look(fitted, seed=SEED + 1, criteria={})

@@ -637,7 +637,10 @@ def test_on_paper_all_rows_are_there_and_nothing_to_click(watch, run):
 
 @pytest.mark.parametrize(
     ("layers", "structures", "marks"),
-    [(LENET5, 226, 226), ({"wide": 3000, "other": 1990, "few": 10}, 5000, 2000)],
+    [
+        (LENET5, 226, 226),
+        pytest.param({"wide": 3000, "other": 1990, "few": 10}, 5000, 2000, marks=pytest.mark.slow),
+    ],
 )
 def test_a_page_can_be_mailed(watch, tmp_path, layers, structures, marks):
     plan = make_plan(random_scores(layers))

@@ -271,6 +271,7 @@ def test_identifiers_are_unique_and_every_reference_has_its_target(tmp_path: Pat
     assert references <= set(identifiers)
 
 
+@pytest.mark.slow
 def test_size_is_bounded(tmp_path: Path) -> None:
     assert len(write(tmp_path / "report.html").encode()) < 500_000
     large = make_plan({"narrow": 4, **{f"wide {layer}": 2000 for layer in range(10)}})

@@ -271,6 +271,7 @@ def test_a_table_that_is_none_of_a_study_is_not_written_over(text, place, capsys
     assert os.listdir("out") == ["results.csv"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_whole_table_and_the_next_call_goes_on(place, capsys):
     Path("slow.py").write_text(with_network("time.sleep(1000)"))
     Path("broken.py").write_text(BROKEN)
