@@ -46,7 +46,11 @@ def untroubled(tmp_path_factory):
 # in the fit, in the diagnosis, in the report
 @pytest.mark.parametrize(
     ("limit", "draws", "where"),
-    [(4_000, 0, "epoch-0001"), (25_000, 100, "diagnosis"), (120_000, 0, "report")],
+    [
+        (4_000, 0, "epoch-0001"),
+        pytest.param(25_000, 100, "diagnosis", marks=pytest.mark.slow),
+        (120_000, 0, "report"),
+    ],
 )
 def test_a_quota_stops_a_run_and_nothing_is_lost(limit, draws, where, untroubled, tmp_path, capsys):
     folder = tmp_path / "run"

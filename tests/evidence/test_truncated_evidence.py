@@ -320,6 +320,7 @@ BOX = st.lists(
 CORNERS = [(loc, log_scale) for loc in (-40.0, -20.0, 0.0, 20.0) for log_scale in (-20.0, 5.0)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(points=BOX)
 @example(points=CORNERS)

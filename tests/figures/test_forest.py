@@ -84,6 +84,7 @@ def test_forest_leaves_out_units_without_a_posterior():
     assert figure.axes[0].get_title("right").endswith(" of 6 kept")
 
 
+@pytest.mark.slow
 def test_large_forest_is_an_image_and_small():
     drawing = io.StringIO()
     forest(units({f"layer{index}": 500 for index in range(10)})).savefig(drawing, format="svg", dpi=200)

@@ -371,6 +371,7 @@ def test_parameters_that_blow_up_in_the_last_step_are_no_success():
         bmrs.fit(model, None, (x * 1e30, y), epochs=1, batch_size=200, learning_rate=1e38, progress=False)
 
 
+@pytest.mark.slow
 def test_the_floor_holds_while_removing():
     model, guide, _ = fitted(
         epochs=40, kl_weight=500.0, criterion=bmrs.BMRS_N(), removal="epoch", min_kept=3, keep_best=False

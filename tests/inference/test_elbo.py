@@ -54,7 +54,7 @@ def test_the_kl_part_is_exact_for_any_number_of_draws(draws, weight):
     assert values == pytest.approx([weight * exact_kl(model, guide)] * 3, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("draws", [1, 4, None])
+@pytest.mark.parametrize("draws", [4, *(pytest.param(draws, marks=pytest.mark.slow) for draws in (1, None))])
 def test_the_estimate_is_unbiased(draws):
     """Means of 400 estimates agree with Pyro's own one-draw ELBO of the whole batch.
 

@@ -148,6 +148,7 @@ def fitted_mixture():
     return pyro.get_param_store().get_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "changed", "tolerance"),
     [

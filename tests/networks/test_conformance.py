@@ -170,6 +170,11 @@ class Removed:
     cuts: Cuts
 
 
+# Families that take seconds each. Smaller ones have each of their parts: resnet18 residual streams and BatchNorm,
+# convnext depthwise convolutions, u_net concatenation.
+HEAVY = {"resnet50", "mobilenet_v2", "mobilenet_v3", "vgg", "resnext", "densenet"}
+
+
 def pytest_generate_tests(metafunc):
     """Each family, and of each what three plans leave in both precisions; among the quick tests float64 has one."""
     if "removed" in metafunc.fixturenames:
@@ -180,7 +185,8 @@ def pytest_generate_tests(metafunc):
                     family,
                     (kind, dtype),
                     id=f"{family.build.__name__}-{kind}-{dtype}".replace("torch.", ""),
-                    marks=[pytest.mark.slow] * (dtype == torch.float64 and kind != "half"),
+                    marks=[pytest.mark.slow]
+                    * (family.build.__name__ in HEAVY or (dtype == torch.float64 and kind != "half")),
                 )
                 for family in FAMILIES
                 for kind in ("half", "nothing", "all but one")
@@ -190,7 +196,12 @@ def pytest_generate_tests(metafunc):
             scope="module",
         )
     elif "inserted" in metafunc.fixturenames:
-        named = [pytest.param(family, id=family.build.__name__) for family in FAMILIES]
+        named = [
+            pytest.param(
+                family, id=family.build.__name__, marks=[pytest.mark.slow] * (family.build.__name__ in HEAVY)
+            )
+            for family in FAMILIES
+        ]
         metafunc.parametrize("inserted", named, indirect=True, scope="module")
 
 
@@ -414,7 +425,13 @@ def test_what_is_not_handled_is_an_error_that_says_what_to_do(unsupported):
     assert parameters(small) < parameters(network)
 
 
-@pytest.mark.parametrize("some", FAMILIES, ids=lambda some: some.build.__name__)
+@pytest.mark.parametrize(
+    "some",
+    [
+        pytest.param(some, id=some.build.__name__, marks=[pytest.mark.slow] * (some.build.__name__ in HEAVY))
+        for some in FAMILIES
+    ],
+)
 def test_on_the_meta_device(some):
     with torch.device("meta"):
         network, example = some.build()

@@ -59,7 +59,9 @@ FEWER_OR_MANY = pytest.mark.parametrize("draws", [1000, pytest.param(3000, marks
 
 
 @FEWER_OR_MANY
-@pytest.mark.parametrize("joint", [False, True], ids=["mean-field", "joint"])
+@pytest.mark.parametrize(
+    "joint", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["joint", "mean-field"]
+)
 @pytest.mark.parametrize(
     "reduced", [dist.Normal(0.0, 0.4), dist.Laplace(0.0, 0.4)], ids=["closed inside", "by draws"]
 )
@@ -92,7 +94,9 @@ def test_a_point_under_a_dependent_prior(joint, draws):
 
 
 @SIZES
-@pytest.mark.parametrize("joint", [False, True], ids=["mean-field", "joint"])
+@pytest.mark.parametrize(
+    "joint", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["mean-field", "joint"]
+)
 def test_the_reduced_posterior_under_a_dependent_prior(joint, draws, drawn, within):
     guide = hierarchy_guide(joint)
     plan = reduce(

@@ -244,6 +244,7 @@ def test_what_is_far_away_is_told_apart(found):
 # --- what can't be told --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_leave_one_out_needs_all_examples_the_right_weight_and_a_good_posterior(fitted):
     notes = look(fitted, criteria={}).notes
     assert notes == ["leave-one-out: needs all training examples, and only some were looked at"]
@@ -485,7 +486,12 @@ class Pairs(Dataset):
 
 
 @pytest.mark.parametrize(
-    "kind", [lambda x, y: TensorDataset(x, y), Pairs, lambda x, y: DataLoader(Pairs(x, y), batch_size=1000)],
+    "kind",
+    [
+        lambda x, y: TensorDataset(x, y),
+        pytest.param(Pairs, marks=pytest.mark.slow),
+        pytest.param(lambda x, y: DataLoader(Pairs(x, y), batch_size=1000), marks=pytest.mark.slow),
+    ],
     ids=["tensors", "dataset", "loader"],
 )  # fmt: skip
 def test_data_sets_and_loaders_give_what_tensors_give(fitted, found, kind):

@@ -141,7 +141,7 @@ def compared(tmp_path_factory):
 PAGES = ["run", "by_hand", "hostile", "compared"]
 
 
-@pytest.fixture(params=PAGES)
+@pytest.fixture(params=["run", *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])])
 def page(request):
     return request.getfixturevalue(request.param).page
 
@@ -197,6 +197,7 @@ def test_what_is_asked_of_the_outside_is_refused(browser, run):
     assert refused == ["connect-src", "img-src", "script-src-elem"]
 
 
+@pytest.mark.slow
 def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     watched = watch(hostile.page)
     assert watched.page.evaluate("window.hacked") is None
@@ -229,6 +230,7 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     assert "script" in drawn
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_users_text_as_text(watch, compared):
     watched = watch(compared.page)
     assert watched.page.evaluate("window.hacked") is None
@@ -241,6 +243,7 @@ def test_a_comparison_shows_users_text_as_text(watch, compared):
     assert heads == ["layer", *names]
 
 
+@pytest.mark.slow
 def test_a_score_of_exactly_0_goes_unless_the_floor_keeps_it(watch, tmp_path):
     plan = make_plan({"at 0": [0.0, 5.0], "below": [-1.0, 0.0], "above": [1.0, 2.0]})
     watched = watch(written(tmp_path, plan))
@@ -312,7 +315,7 @@ class Slider:
         return int(widths.after.sum())
 
 
-@pytest.fixture(params=["run", "by_hand"])
+@pytest.fixture(params=["run", pytest.param("by_hand", marks=pytest.mark.slow)])
 def slider(request, watch):
     given = request.getfixturevalue(request.param)
     return Slider(watch(given.page), given)
@@ -373,6 +376,7 @@ def test_the_number_box_and_the_slider_are_in_step(slider):
     assert slider.check(slider.own) == (~slider.given.plan.table.removed).sum()
 
 
+@pytest.mark.slow
 def test_a_threshold_for_criteria_without_evidence(watch, run, by_hand):
     evidence, without = watch(run.page), watch(by_hand.page)
     assert evidence.text("#what-if label") == "prior log-odds"
@@ -431,6 +435,7 @@ def test_a_click_sorts_by_number_and_again_the_other_way_round(watch, by_hand):
     assert watched.page.locator("table[data-name=structures] th[aria-sort]").count() == 1
 
 
+@pytest.mark.slow
 def test_the_keyboard_sorts_too_and_text_by_its_numbers(watch, by_hand):
     watched = watch(by_hand.page)
     button = head(watched, "structures", "layer").locator("button")
@@ -458,7 +463,16 @@ def test_khat_sorts_as_the_number_it_is(watch, by_hand):
     assert [row[2] for row in cells(watched, "khat")] == ["1.30", "−0.10", "−0.35", "−∞"]
 
 
-@pytest.mark.parametrize("asked", ["removed", "FC kept", "conv10 removed  in fit", "nothing like it", "  "])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "FC kept",
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in ("removed", "conv10 removed  in fit", "nothing like it", "  ")
+        ),
+    ],
+)
 def test_a_search_shows_the_rows_with_all_its_words(watch, by_hand, asked):
     watched = watch(by_hand.page)
     every = cells(watched, "structures")
@@ -521,12 +535,14 @@ def test_csv_has_the_rows_that_are_seen_in_their_order(watch, by_hand):
     assert found["score (SNR)"].tolist()[:10] == [table["conv10", unit] for unit in found["structure"][:10]]
 
 
+@pytest.mark.slow
 def test_csv_has_any_name_as_it_is(watch, hostile):
     watched = watch(hostile.page)
     assert downloaded(watched, "widths")["layer"].tolist() == HOSTILE
     assert downloaded(watched, "khat")["part of the posterior"].tolist() == ["all latents", *HOSTILE]
 
 
+@pytest.mark.slow
 def test_csv_of_a_comparison(watch, compared):
     watched = watch(compared.page)
     table, found = pd.read_csv(compared.page.with_suffix(".csv")), downloaded(watched, "runs")
@@ -556,8 +572,10 @@ def lengthy(tmp_path_factory):
     return SimpleNamespace(page=page)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", [*PAGES, "lengthy"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["run", *(pytest.param(name, marks=pytest.mark.slow) for name in (*PAGES[1:], "lengthy"))]
+)
 def test_a_telephone_scrolls_down_only(watch, request, name, scheme):
     page = request.getfixturevalue(name).page
     watched = watch(page, viewport={"width": 390, "height": 844}, color_scheme=scheme, device_scale_factor=2)
@@ -594,9 +612,9 @@ def test_contrast_by_hand():
     assert contrast("rgb(119, 119, 119)", "rgb(255, 255, 255)") == pytest.approx(4.48, abs=0.01)
 
 
-@pytest.mark.parametrize("medium", ["screen", "print"])
+@pytest.mark.parametrize("medium", ["screen", pytest.param("print", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["run", "compared"])
+@pytest.mark.parametrize("name", ["run", pytest.param("compared", marks=pytest.mark.slow)])
 def test_every_text_can_be_read(watch, request, name, scheme, medium):
     watched = watch(request.getfixturevalue(name).page, color_scheme=scheme)
     watched.page.emulate_media(media=medium, color_scheme=scheme)

@@ -296,6 +296,7 @@ def test_large_tables_show_the_closest_scores() -> None:
     assert shown.index.is_monotonic_increasing
 
 
+@pytest.mark.slow
 def test_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     assert write(tmp_path / "first.html") == write(tmp_path / "second.html")
 
@@ -453,7 +454,9 @@ def test_numbers_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
     assert "1 of 226 structures have a score that is not a finite number" in page
 
 
-@pytest.mark.parametrize("score", [-3.0, 0.0, 40.0, float("nan")])
+@pytest.mark.parametrize(
+    "score", [-3.0, *(pytest.param(score, marks=pytest.mark.slow) for score in (0.0, 40.0, float("nan")))]
+)
 def test_one_unit_is_enough(tmp_path: Path, score: float) -> None:
     plan = make_plan({"fc1": 1})
     plan.table["score"] = score
@@ -468,6 +471,7 @@ def test_figures_leave_the_global_state_alone(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_importing_loads_no_plotting_library() -> None:
     program = (
         "import sys; import pyro_bmrs.reports.report, pyro_bmrs.figures; "
@@ -476,6 +480,7 @@ def test_importing_loads_no_plotting_library() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_public_name_is_the_function() -> None:
     program = (
         "import pyro_bmrs.reports.report, pyro_bmrs; "

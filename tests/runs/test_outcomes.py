@@ -592,6 +592,7 @@ def diagnosing(monkeypatch):
     return given
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_stored_diagnosis(copied, diagnosing, capsys):
     asked, before = diagnosing(copied), snapshot(copied)
     page = (copied / "report.html").read_bytes()

@@ -439,7 +439,7 @@ class StopInEpoch:
         self.patch.undo()
 
 
-@pytest.mark.parametrize("phase", ["fit", "fine-tune"])
+@pytest.mark.parametrize("phase", ["fit", pytest.param("fine-tune", marks=pytest.mark.slow)])
 def test_after_ctrl_c_the_same_command_goes_on_to_the_same_end(phase, tmp_path, capsys):
     """In the fit and in the fine-tuning: no epoch is made twice, and the files are those of one run."""
     arguments = (
