@@ -1265,6 +1265,7 @@ def test_leave_one_out_of_a_posterior_that_is_somewhat_wrong(width, shift):
     assert corrected < 0.65 * plain
 
 
+@pytest.mark.slow
 def test_khat_and_comparisons_of_regressions():
     every, one = (bmrs.loo(regression_tree(columns=columns)) for columns in (10, 1))
     figure = arviz.plot_khat(every).viz["figure"].item()
@@ -1301,6 +1302,7 @@ def hardly_a_network(bias):
     return bmrs.to_datatree(model, guide, data, draws=200)
 
 
+@pytest.mark.slow
 def test_leave_one_out_and_comparisons_of_networks():
     even, biased = (bmrs.loo(hardly_a_network(bias)) for bias in (0.0, 1.0))
     figure = arviz.plot_khat(even).viz["figure"].item()

@@ -206,6 +206,7 @@ def test_regression_fits():
     assert math.isnan(result.history.validation_accuracy.iloc[-1])
 
 
+@pytest.mark.slow
 def test_removal_after_each_epoch_is_for_good_and_logged():
     model, guide, result = fitted(
         epochs=60, kl_weight=5.0, criterion=bmrs.BMRS_N(), removal="epoch", keep_best=True

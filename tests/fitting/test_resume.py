@@ -306,6 +306,7 @@ print(len(result.history), result.interrupted)
 """
 
 
+@pytest.mark.slow
 def test_from_process_to_process(whole, tmp_path):
     """The first is stopped by SIGTERM from outside; this one goes on."""
     case, folder = "removal", tmp_path / "fit"

@@ -88,7 +88,9 @@ def draws_of(blocks, count):
     [(1000, 0.045), pytest.param(4000, 0.03, marks=pytest.mark.slow)],
     ids=["fewer", "many"],
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (number % 2)) for number, kind in enumerate(KINDS)]
+)
 def test_the_same_law_as_the_guide_draws_from(kind, draws, within):
     """Means and covariances of bounded functions of draws of the guide and of 20,000 of what was read.
 

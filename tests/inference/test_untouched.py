@@ -208,7 +208,13 @@ FUNCTIONS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # of the traces, and of a posterior that is none
-@pytest.mark.parametrize("kind", ["AutoTruncatedLogNormal", "AutoGuideList", "hand-written"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "AutoGuideList",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("AutoTruncatedLogNormal", "hand-written")),
+    ],
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_leave_no_trace(restless, name, kind):
     guide = posterior_of(restless, kind)

@@ -170,9 +170,9 @@ class Removed:
     cuts: Cuts
 
 
-# Families that take seconds each. Smaller ones have each of their parts: resnet18 residual streams and BatchNorm,
-# convnext depthwise convolutions, u_net concatenation.
-HEAVY = {"resnet50", "mobilenet_v2", "mobilenet_v3", "vgg", "resnext", "densenet"}
+# Families that take seconds each. Smaller ones have each of their parts: convnext residual streams and depthwise
+# convolutions, u_net concatenation and BatchNorm, lenet5 flattened filters.
+HEAVY = {"resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3", "vgg", "resnext", "densenet"}
 
 
 def pytest_generate_tests(metafunc):

@@ -267,6 +267,7 @@ def test_the_support_is_checked_under_dependent_priors_too():
         reduce(model, guide, {"weight": dist.Normal(0.0, 0.5)}, Y0, dependent_priors="average", draws=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AutoNormal, pytest.param(AutoMultivariateNormal, marks=pytest.mark.slow)])
 def test_averaged_without_a_closed_form_there_is_a_reduced_posterior(kind):
     def model(y):

@@ -193,7 +193,10 @@ def test_joint_points_include_correlations():
 @pytest.mark.parametrize(
     ("draws", "within"), [(500, 0.25), pytest.param(1500, 0.2, marks=pytest.mark.slow)], ids=["fewer", "many"]
 )
-@pytest.mark.parametrize("kind", GUIDES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (number % 2)) for number, kind in enumerate(GUIDES)],
+)
 def test_the_reduced_posterior_of_each_kind(kind, draws, within):
     """Weighted draws of the guide are the truth; means and standard deviations of draws.
 

@@ -284,6 +284,7 @@ def good():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_leave_one_out_where_the_posterior_allows_it(good):
     found = diagnose(good.model, good.guide, good.plan, good.train, good.test, draws=200, seed=1, criteria={})
     assert found.khat.reliable.all()
@@ -435,6 +436,7 @@ def state_of(given):
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_changed(fitted):
     fitted.model.train()
     fitted.model.net[1].eval()  # as one may freeze a normalisation
@@ -507,6 +509,7 @@ def test_data_sets_and_loaders_give_what_tensors_give(fitted, found, kind):
         pd.testing.assert_frame_equal(table, expected.tables()[name][: len(table)])
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_changes_nothing(fitted, found):
     given = look(fitted, batch_size=35, criteria={})
     assert given.tables().keys() == found.tables().keys()

@@ -88,6 +88,7 @@ def test_leaving_is_when_the_plan_removes(case):
     assert (leaving == math.inf).tolist() == plan.table.removed_in_fit.tolist()
 
 
+@pytest.mark.slow
 @quick
 @given(st.data())
 def test_of_nested_layers_every_change_is_known(data):

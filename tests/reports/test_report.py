@@ -170,8 +170,12 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def test_says_the_verdict_and_holds_every_section(tmp_path: Path) -> None:
-    page = write(tmp_path / "report.html")
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("page") / "report.html")
+
+
+def test_says_the_verdict_and_holds_every_section(page: str) -> None:
     verdict = (
         "93.6 % of 61,706 parameters removed; test accuracy 98.86 % (fine-tuned), "
         "from 99.11 % (full, posterior mean)."
@@ -245,8 +249,7 @@ def test_the_markdown_can_not_be_the_page(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_loads_nothing_from_outside(tmp_path: Path) -> None:
-    page = write(tmp_path / "report.html")
+def test_loads_nothing_from_outside(page: str) -> None:
     for tag, attributes in Page(page).tags:
         assert tag not in {"link", "iframe", "object", "embed", "base"}
         for name, value in attributes.items():
@@ -262,8 +265,7 @@ def test_loads_nothing_from_outside(tmp_path: Path) -> None:
     assert re.search(r"url\((?!#)", page) is None
 
 
-def test_identifiers_are_unique_and_every_reference_has_its_target(tmp_path: Path) -> None:
-    page = write(tmp_path / "report.html")
+def test_identifiers_are_unique_and_every_reference_has_its_target(page: str) -> None:
     identifiers = [attributes["id"] for _, attributes in Page(page).tags if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
     references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
