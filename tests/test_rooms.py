@@ -64,3 +64,15 @@ def test_no_files_form_a_circle():
     # a package's __init__ only passes names on
     files = {module: asked for module, asked in arrows().items() if "." in module or len(asked) < 20}
     assert list(TopologicalSorter(files).static_order())
+
+
+def test_the_map_names_every_file():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    # of the figures, a file a picture, the page names what they share alone
+    unnamed = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in files
+        if f"`{path.name}`" not in page and (path.parent.name != "figures" or path.name == "style.py")
+    ]
+    assert not unnamed
