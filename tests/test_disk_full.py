@@ -49,7 +49,7 @@ def untroubled(tmp_path_factory):
     [
         (4_000, 0, "epoch-0001"),
         pytest.param(25_000, 100, "diagnosis", marks=pytest.mark.slow),
-        (120_000, 0, "report"),
+        pytest.param(120_000, 0, "report", marks=pytest.mark.slow),
     ],
 )
 def test_a_quota_stops_a_run_and_nothing_is_lost(limit, draws, where, untroubled, tmp_path, capsys):

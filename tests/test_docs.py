@@ -93,7 +93,16 @@ WITH_PYTHON = [page for page in PAGES if blocks_of(page)]
 # Their blocks train for more than a few seconds.
 SLOW = {"README.md"} | {
     f"docs/{page}.md"
-    for page in ("tutorial", "diagnostics", "half_the_size", "sweeps", "trained_network", "two_milliseconds")
+    for page in (
+        "tutorial",
+        "diagnostics",
+        "half_the_size",
+        "sweeps",
+        "trained_network",
+        "two_milliseconds",
+        "evidence",
+        "serve_it",
+    )
 }
 
 

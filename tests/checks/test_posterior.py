@@ -260,6 +260,7 @@ def test_exact_parts():
     assert checks.elbo.elbo.tolist() == pytest.approx([log_evidence_of_parts()], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "rate", "bad", "draws"), [(0.25, 3.0, "means", 400), (1.0, 20.0, "rates", 150)]
 )
@@ -744,6 +745,7 @@ def fitted():
     return model, guide, data
 
 
+@pytest.mark.slow
 def test_a_fitted_classifier():
     model, guide, data = fitted()
     checks = check_posterior(model, guide, data, draws=100)
@@ -878,6 +880,7 @@ def test_noise_beside_other_latents():
 # --- nothing else changes, and what is refused -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_notices_being_looked_at():
     model, guide, data = fitted()
     model.train()

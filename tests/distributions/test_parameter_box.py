@@ -78,6 +78,7 @@ def test_samples_and_their_log_prob(dtype, points, seed):
     assert_finite("log_prob of log θ", q.base_dist.log_prob(x.detach()), *parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @BOX
 @given(points=POINTS, seed=SEED)
@@ -98,6 +99,7 @@ def test_log_prob_of_own_samples_in_the_other_dtype(dtype, points, seed):
         assert_finite(f"{name}, converted, under the twin", law(twin).log_prob(there), twin.loc, twin.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @BOX
 @given(points=POINTS)

@@ -33,6 +33,7 @@ def ranks(tmp_path_factory):
     return folder, states
 
 
+@pytest.mark.slow
 def test_parameters_are_equal_to_the_last_bit_and_so_is_the_plan(ranks):
     _, (first, second) = ranks
     for part in ("model", "guide"):
@@ -46,6 +47,7 @@ def test_parameters_are_equal_to_the_last_bit_and_so_is_the_plan(ranks):
     assert first["model"]["net.0.weight"].shape == (len(first["kept"]["3"]), 6)
 
 
+@pytest.mark.slow
 def test_one_process_wrote_the_checkpoints_and_the_ledger(ranks):
     folder, (first, _) = ranks
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -55,6 +57,7 @@ def test_one_process_wrote_the_checkpoints_and_the_ledger(ranks):
     assert len(ledger) == len(first["removals"].splitlines())
 
 
+@pytest.mark.slow
 def test_the_noise_differs_and_the_objective_is_that_of_one_process(ranks):
     """Other draws, the same expectation: the loss of an epoch differs a little, and its KL hardly."""
     _, (state, _) = ranks
@@ -65,6 +68,7 @@ def test_the_noise_differs_and_the_objective_is_that_of_one_process(ranks):
     assert (losses[0] - losses[1]).abs().max() < 0.1 * losses[0].max()
 
 
+@pytest.mark.slow
 def test_without_noise_the_loss_is_that_of_one_process(ranks):
     """The same global batches: sums over two halves differ from one sum by rounding alone."""
     _, (state, _) = ranks

@@ -194,6 +194,7 @@ def test_every_form_of_data(source):
     assert result.history.loss.notna().all()
 
 
+@pytest.mark.slow
 def test_regression_fits():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), MultiplicativeNoise(10), nn.Linear(10, 1))

@@ -186,7 +186,11 @@ def pytest_generate_tests(metafunc):
                     (kind, dtype),
                     id=f"{family.build.__name__}-{kind}-{dtype}".replace("torch.", ""),
                     marks=[pytest.mark.slow]
-                    * (family.build.__name__ in HEAVY or (dtype == torch.float64 and kind != "half")),
+                    * (
+                        family.build.__name__ in HEAVY
+                        or kind == "nothing"
+                        or (dtype == torch.float64 and kind != "half")
+                    ),
                 )
                 for family in FAMILIES
                 for kind in ("half", "nothing", "all but one")

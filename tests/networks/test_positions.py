@@ -218,6 +218,7 @@ def test_a_position_of_a_network_is_read_by_its_weights():
     assert torch.allclose(scores[0] - scores, norms - norms[0], atol=1e-12)
 
 
+@pytest.mark.slow
 @quick
 @given(st.data(), st.integers(1, 4))
 def test_any_plan_is_the_reduced_model(data, filters):

@@ -41,6 +41,7 @@ def small(request):
     return bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
 
 
+@pytest.mark.slow
 def test_the_features_that_say_nothing_go(small):
     assert small[0].index.tolist() == NEEDED
     assert small[2].weight.shape[1] == 2

@@ -74,6 +74,7 @@ def test_the_best_log_odds_are_those_of_the_share_that_is_idle():
     assert best == pytest.approx(math.log(0.1 / 0.9), abs=0.1)
 
 
+@pytest.mark.usefixtures("empty_store")
 @pytest.mark.parametrize("mean_field", [False, True])
 def test_a_prior_scale_by_evidence(mean_field):
     """The joint normal's ΔF of all weights is exact: that of the regression with another prior scale."""

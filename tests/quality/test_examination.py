@@ -192,6 +192,7 @@ def test_by_draws_what_was_removed_is_at_0_and_nothing_is_there_that_was_not_giv
     assert found.curves.criterion.unique().tolist() == ["BMRS_N (this plan)"]
 
 
+@pytest.mark.slow
 def test_the_curves_are_those_of_the_criteria(fitted, found):
     names = found.curves.criterion.unique().tolist()
     assert names == ["BMRS_N (this plan)", *(name for name in CRITERIA if name != "BMRS_N")]
@@ -222,6 +223,7 @@ def test_the_plans_floors_and_multiples_hold_for_the_other_criteria_too(fitted):
     assert least["SNR"] == least.iloc[0]
 
 
+@pytest.mark.slow
 def test_a_network_that_shrank_in_the_fit_is_not_called_full(empty_store, tmp_path):
     model, train = Classifier(network()), data(30, 0)
     guide = HalfDead(model)

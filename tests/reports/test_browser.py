@@ -356,6 +356,7 @@ def test_the_slider_moves_by_keyboard(slider):
     slider.check(slider.value(slider.position()))
 
 
+@pytest.mark.slow
 def test_the_number_box_and_the_slider_are_in_step(slider):
     score = slider.given.plan.table.score.dropna()
     values = [0, slider.own, 0.25, -0.5, *(slider.own - score.quantile([0.1, 0.4, 0.7]) + 1e-3), 1e9, -1e9]
@@ -453,6 +454,7 @@ def test_the_keyboard_sorts_too_and_text_by_its_numbers(watch, by_hand):
     assert set(decisions) > {"kept", "removed", "removed in the fit"}
 
 
+@pytest.mark.slow
 def test_khat_sorts_as_the_number_it_is(watch, by_hand):
     watched = watch(by_hand.page)
     assert [row[2] for row in cells(watched, "khat")] == ["1.30", "−∞", "−0.35", "−0.10"]
@@ -653,6 +655,7 @@ def test_on_paper_all_rows_are_there_and_nothing_to_click(watch, run):
 # --- its size ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "structures", "marks"),
     [

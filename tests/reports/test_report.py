@@ -200,6 +200,7 @@ def test_leaves_out_what_is_not_given(tmp_path: Path) -> None:
     assert f"{100 * share:.1f} % of 226 structures removed." in page
 
 
+@pytest.mark.slow
 def test_verdict_falls_back_to_validation_and_then_to_the_curve(tmp_path: Path) -> None:
     page = write(tmp_path / "report.html", evaluation=None)
     assert "93.6 % of 61,706 parameters removed; validation accuracy 99.00 % after the last epoch." in page
@@ -396,6 +397,7 @@ def test_makes_the_folder(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:
     tempered = Page(write(tmp_path / "report.html", make_plan(kl_weight=100.0)))
     labels = [text for text in tempered.texts if "ΔF (" in text]

@@ -654,6 +654,7 @@ def test_what_else_is_asked_for_is_made_anew_and_the_rest_stays(copied, diagnosi
     assert "grey.npz" in (copied / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_asked_for_more_draws(copied, diagnosing, capsys):
     asked, before = diagnosing(copied), snapshot(copied)
     line = ["run", copied / "recipe.py", "--out", copied, *RUN_OPTIONS]
@@ -667,6 +668,7 @@ def test_a_complete_run_is_asked_for_more_draws(copied, diagnosing, capsys):
     assert {name for name in changed if not name.startswith("diagnosis/")} == {"report.html", "report.md"}
 
 
+@pytest.mark.slow
 def test_a_damaged_diagnosis_is_made_anew_when_draws_are_asked_for(copied, diagnosing, capsys):
     asked = diagnosing(copied)
     (copied / "diagnosis" / "quality.csv").write_text("")
@@ -691,6 +693,7 @@ def test_more_draws_are_really_drawn(copied):
     pd.testing.assert_frame_equal(after.curves, before.curves)
 
 
+@pytest.mark.slow
 def test_foreign_data_must_have_the_form_of_the_runs_own(tmp_path, monkeypatch, capsys):
     """Digits are grey."""
     monkeypatch.chdir(tmp_path)

@@ -173,6 +173,7 @@ def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_p
     assert "tiny_recipe.py" in (folder / "report.html").read_text()  # not recipe.py, the copy's name
 
 
+@pytest.mark.slow
 def test_another_criterion_needs_no_other_fit_and_leaves_no_stale_report(copied, capsys):
     posterior = stamps(copied)["posterior.safetensors"]
     before = pd.read_csv(copied / "structures.csv")
@@ -439,6 +440,7 @@ class StopInEpoch:
         self.patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["fit", pytest.param("fine-tune", marks=pytest.mark.slow)])
 def test_after_ctrl_c_the_same_command_goes_on_to_the_same_end(phase, tmp_path, capsys):
     """In the fit and in the fine-tuning: no epoch is made twice, and the files are those of one run."""
@@ -471,6 +473,7 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_end(phase, tmp_path, 
     same_outcome(whole, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "reduce", "report", "run"])
 def test_half_written_files_of_a_killed_process_do_not_stay(command, copied):
     """`kill -9` leaves the file beside the one that was to be replaced; what is not ours stays."""
@@ -495,6 +498,7 @@ def test_half_written_files_of_a_killed_process_do_not_stay(command, copied):
     assert left >= set(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "step"),
     [(fit_stage, "save_posterior"), (reduce_stage, "export_program"), (report_stage, "report")],

@@ -31,6 +31,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(given):
         find_recipe(given)
 
 
+@pytest.mark.slow
 def test_a_run_and_a_study_take_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call("run", "mlp", "--out", "run", *QUICK) == 0

@@ -217,6 +217,7 @@ def test_torchs_threads_and_the_current_folder_are_set_where_the_work_is(jobs, p
 # called again ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_called_again_only_what_failed_is_tried(again, capsys):
     before, table = stamps(again / "out"), results()
     Path("broken.py").write_text(RECIPE.read_text())
