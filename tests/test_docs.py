@@ -91,7 +91,7 @@ def blocks_of(page):
 NOT_RUN = 0  # blocks left out, in all pages
 WITH_PYTHON = [page for page in PAGES if blocks_of(page)]
 # Their blocks train for more than a few seconds.
-SLOW = {"README.md"} | {
+SLOW = {
     f"docs/{page}.md"
     for page in (
         "tutorial",
