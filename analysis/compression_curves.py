@@ -33,7 +33,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import save_weights
-from pyro_bmrs.quality.curves import CRITERIA
+from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.study import Cell, Study
@@ -98,10 +98,10 @@ def full_network(cell: Cell, run: Run) -> nn.Module:
 def compare_criteria(cell: Cell, rows: Rows, data_root: Path | None) -> None:
     """Networks of several sizes by each criterion's ranking on one posterior, and of the size where it stops."""
     places = [*SHARES, None]
-    if all(rows.has(name, place) for name in CRITERIA for place in places):
+    if all(rows.has(name, place) for name in COMPARED for place in places):
         return
     run = opened(cell, data_root)
-    for name, criterion in CRITERIA.items():
+    for name, criterion in COMPARED.items():
         plan = bmrs.reduce(run.model, run.guide, criterion)
         for place in places:
             if rows.has(name, place):

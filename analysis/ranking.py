@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.quality import predictions, quality
-from pyro_bmrs.quality.curves import CRITERIA
+from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.runs.folder import RunFolder
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
@@ -57,7 +57,7 @@ def units_of(folder: Path, data_root: Path | None) -> pd.DataFrame:
         )
 
     table = None
-    for name, criterion in CRITERIA.items():
+    for name, criterion in COMPARED.items():
         found = bmrs.reduce(run.model, run.guide, criterion).table
         table = found[found.present][["layer", "unit"]].copy() if table is None else table
         table[name] = -found.score[found.present]  # higher: to be kept
@@ -82,7 +82,7 @@ def correlations(units: pd.DataFrame) -> pd.DataFrame:
     rows = []
     generator = np.random.default_rng(0)
     for key, run in units.groupby(["recipe", "data", "kl_weight", "seed"], sort=False):
-        for name in CRITERIA:
+        for name in COMPARED:
             score, truth = run[name].to_numpy(), run.change_of_loss.to_numpy()
             resampled = []
             for _ in range(RESAMPLES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def check(good: bool, name: str, allowed: str, given: object, kind: type[Exception] = ValueError) -> None:
@@ -25,6 +26,21 @@ def check(good: bool, name: str, allowed: str, given: object, kind: type[Excepti
         raise kind(
             f"{name} must be {allowed}: got {given.__name__ if isinstance(given, type) else repr(given)}"
         )
+
+
+def name_of(value: object) -> str:
+    """The text of a value; of one that has none of its own, such as a function, its qualified name.
+
+    It is the same in every process: an address is no part of it.
+
+    >>> name_of("BMRS_N"), name_of(len), name_of(math.floor)
+    ('BMRS_N', 'builtins.len', 'math.floor')
+    """
+    text = str(value)
+    if " at 0x" not in text and not text.startswith("<"):
+        return text
+    named: Any = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def is_whole(value: object, least: int = 0) -> bool:

@@ -39,10 +39,7 @@ class DataOfModel:
         self.batched = isinstance(model, Likelihood) or not isinstance(data, tuple)
         if not self.batched:
             self._batches, self.arguments, self.size = None, tuple(data), 1  # type: ignore[arg-type]
-            try:
-                check_arguments(model, self.arguments)
-            except ValueError as error:
-                raise ValueError(f"data{str(error).removeprefix('model_args')}") from None
+            check_arguments(model, self.arguments, "data")
             return
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from pyro_bmrs.arguments import check
+from pyro_bmrs.arguments import check, name_of
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning.scoring import Criterion
@@ -100,24 +100,17 @@ class Checked(BaseModel):
             ) from None
 
 
-def _text(value: object) -> str:
-    """The text of a criterion or a schedule. It has no address in it: it is the same in every process."""
-    text = str(value)
-    if " at 0x" not in text:
-        return text
-    kind: Any = value if hasattr(value, "__qualname__") else type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _checked_schedule(value: object) -> object:
     known = callable(value) or (isinstance(value, str) and value in SCHEDULES)
     check(known, "schedule", f"one of {', '.join(SCHEDULES)} or a function", value)
     return value
 
 
-_Criterion = Annotated[str | Callable[..., Any], PlainValidator(lambda value: value), PlainSerializer(_text)]
+_Criterion = Annotated[
+    str | Callable[..., Any], PlainValidator(lambda value: value), PlainSerializer(name_of)
+]
 _Schedule = Annotated[
-    str | Callable[[float], float], PlainValidator(_checked_schedule), PlainSerializer(_text)
+    str | Callable[[float], float], PlainValidator(_checked_schedule), PlainSerializer(name_of)
 ]
 
 

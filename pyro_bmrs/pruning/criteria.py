@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_whole, name_of
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence import log_evidence_change
 from pyro_bmrs.pruning.layers import Layers, Scores, by_layer, joined
@@ -277,11 +277,7 @@ def text_of(criterion: object) -> str:
         }
         arguments = ",".join(f"{name}={value:g}" for name, value in changed.items())
         return type(criterion).__name__ + (f":{arguments}" if arguments else "")
-    text = str(criterion)
-    if " at 0x" not in text and not text.startswith("<"):
-        return text
-    named = criterion if hasattr(criterion, "__qualname__") else type(criterion)
-    return f"{named.__module__}.{named.__qualname__}"
+    return name_of(criterion)
 
 
 def parse_criterion(text: str, prior_log_odds: float | None = None) -> Criterion:

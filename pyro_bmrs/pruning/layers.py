@@ -43,6 +43,12 @@ def prior_of(layer: MultiplicativeNoise) -> LogUniform | TruncatedLogNormal:
     return prior
 
 
+def parameters_of(law: LogUniform | TruncatedLogNormal) -> tuple[Tensor, ...]:
+    """The parameters of a law, in the order in which its class takes them."""
+    bounds = (law.log_low, law.log_high)
+    return bounds if isinstance(law, LogUniform) else (law.loc, law.scale, *bounds)
+
+
 def joined[Law: LogUniform | TruncatedLogNormal](
     laws: Sequence[Law], shapes: Sequence[torch.Size] | None = None
 ) -> Law:
@@ -52,11 +58,9 @@ def joined[Law: LogUniform | TruncatedLogNormal](
         shapes: that they are expanded to; default their own.
     """
     shapes = [law.batch_shape for law in laws] if shapes is None else shapes
-    bounds = ("log_low", "log_high")
-    names = bounds if isinstance(laws[0], LogUniform) else ("loc", "scale", *bounds)
     parts = [
-        torch.cat([getattr(law, name).expand(shape) for law, shape in zip(laws, shapes, strict=True)])
-        for name in names
+        torch.cat([part.expand(shape) for part, shape in zip(same, shapes, strict=True)])
+        for same in zip(*map(parameters_of, laws), strict=True)
     ]
     return type(laws[0])(*parts, validate_args=False)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check
-from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.distributions import TruncatedLogNormal
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.networks.hooked_noise import network_of
@@ -22,7 +22,7 @@ from pyro_bmrs.networks.noise import MultiplicativeNoise, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.pruning.binding import Binding, input_of
 from pyro_bmrs.pruning.criteria import EvidenceCriterion, ReducedPriors, text_of
-from pyro_bmrs.pruning.layers import LayerStructures, joined, prior_of, weight_norm
+from pyro_bmrs.pruning.layers import LayerStructures, joined, parameters_of, prior_of, weight_norm
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import COLUMNS
 from pyro_bmrs.pruning.rule import Rule
@@ -167,15 +167,9 @@ def _layer(
         order = units.argsort()
         units, kept, present = units[order], torch.cat([kept, none])[order], torch.cat([present, none])[order]
         q = joined([posterior, removed.removed_posterior()])
-        parameters = (part[order] for part in (q.loc, q.scale, q.log_low, q.log_high))
-        posterior = TruncatedLogNormal(*parameters, validate_args=False)
+        posterior = TruncatedLogNormal(*(part[order] for part in parameters_of(q)), validate_args=False)
         # a layer's structures have one prior
-        names = (
-            ("log_low", "log_high")
-            if isinstance(prior, LogUniform)
-            else ("loc", "scale", "log_low", "log_high")
-        )
-        values = (getattr(prior, name).flatten()[0].expand(present.shape) for name in names)
+        values = (part.flatten()[0].expand(present.shape) for part in parameters_of(prior))
         prior = type(prior)(*values, validate_args=False)
 
     def norms() -> Tensor:

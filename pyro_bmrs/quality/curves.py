@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyro_bmrs.inference.batches import Data
     from pyro_bmrs.pruning import NetworkPlan
 
-CRITERIA: dict[str, Criterion] = {
+COMPARED: dict[str, Criterion] = {
     "BMRS_N": BMRS_N(),
     "BMRS_U-8": BMRS_U(bits=8),
     "BMRS_U-4": BMRS_U(bits=4),
@@ -115,7 +115,7 @@ def criterion_curves(
     # another guide than this one remembers no arguments to be called with
     remembers = isinstance(guide, AutoTruncatedLogNormal)
     arguments = () if remembers else DataOfModel(model, first_of(data, 1000), 1000).first()
-    for name, criterion in (CRITERIA if criteria is None else criteria).items():
+    for name, criterion in (COMPARED if criteria is None else criteria).items():
         odds = getattr(criterion, "prior_log_odds", None)
         if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
             continue
@@ -128,6 +128,8 @@ def criterion_curves(
             if notes is not None:
                 notes.append(f"curve of {name}: {error}")
             continue
+        # of the same network, whose structures need no second trial
+        other = replace(other, _binding=plan._binding)
         curve = compression_curve(model, other, data).assign(criterion=name)
         curves.append(curve.assign(is_plan=False) if isinstance(criterion, Random) else curve)
     return pd.concat(curves, ignore_index=True)

@@ -24,7 +24,7 @@ from pyro_bmrs.checks.data import first_of
 from pyro_bmrs.checks.posterior import check_posterior
 from pyro_bmrs.quality import Diagnosis, compression_curve, criterion_curves, diagnose, examination
 from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
-from pyro_bmrs.quality.curves import CRITERIA
+from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.quality.predictive import predictions
 from pyro_bmrs.quality.what_if import what_if
 from pyro_bmrs.reports import report
@@ -195,11 +195,11 @@ def test_by_draws_what_was_removed_is_at_0_and_nothing_is_there_that_was_not_giv
 @pytest.mark.slow
 def test_the_curves_are_those_of_the_criteria(fitted, found):
     names = found.curves.criterion.unique().tolist()
-    assert names == ["BMRS_N (this plan)", *(name for name in CRITERIA if name != "BMRS_N")]
+    assert names == ["BMRS_N (this plan)", *(name for name in COMPARED if name != "BMRS_N")]
     for name in names:
         plan = fitted.plan
-        if name in CRITERIA:
-            plan = bmrs.reduce(fitted.model, fitted.guide, CRITERIA[name])
+        if name in COMPARED:
+            plan = bmrs.reduce(fitted.model, fitted.guide, COMPARED[name])
         expected = compression_curve(fitted.model, plan, fitted.validation)
         if name == "random":  # it stops nowhere by itself
             expected["is_plan"] = False
@@ -381,7 +381,7 @@ def test_a_guide_that_does_not_show_its_parts(empty_store):
     assert torch.equal(torch.get_rng_state(), before)  # though the guide draws whenever it is read
     assert found.contraction is None
     # every criterion has its curve, though this guide remembers nothing that it was called with
-    assert found.curves.criterion.unique().tolist() == ["ExpectedScale (this plan)", *CRITERIA]
+    assert found.curves.criterion.unique().tolist() == ["ExpectedScale (this plan)", *COMPARED]
     assert "k̂ by part and contraction: the guide does not show a posterior of each site" in found.notes
     assert found.khat.part.tolist() == ["all latents"]
     # without E[θ] of its own, the mean of the draws
