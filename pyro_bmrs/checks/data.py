@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
@@ -54,6 +55,15 @@ class DataOfModel:
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter([self.arguments] if self._batches is None else self._batches)
 
+    def examples_in(self, arguments: tuple[Any, ...], trace: Trace | None = None) -> int:
+        """The examples of a batch, by a trace of the model on it where x and y alone don't tell; 1 of whole data."""
+        if self._batches is None:
+            return 1
+        x, y = arguments
+        if trace is not None:
+            self._batches.count.settle(x, y, trace)
+        return self._batches.count(x, y)
+
     def first(self) -> tuple[Any, ...]:
         """The first batch; what a loader draws for it is drawn again."""
         with untouched():
@@ -65,5 +75,12 @@ def first_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, tuple):
-        data = TensorDataset(*data)
+        return first_of(_stacked(data), count)
     return data if len(data) <= count else Subset(data, range(count))  # type: ignore[arg-type]
+
+
+def _stacked(value: Any) -> Any:
+    """Tensors in tuples and mappings as a data set of examples of the same form."""
+    if isinstance(value, Mapping):
+        return StackDataset(**{name: _stacked(part) for name, part in value.items()})
+    return StackDataset(*map(_stacked, value)) if isinstance(value, list | tuple) else value

@@ -10,10 +10,9 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.inference.traces import elementary, plate_scale, read_sites
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 
 
@@ -40,17 +39,11 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
         if not values:
             check_scales("guide", trace)
         trace.compute_log_prob()
-        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        read = read_sites(trace)
+        sites = [*read.latent.values(), *read.auxiliary.values(), *read.data.values()]
         densities.append(sum(site["log_prob_sum"].double() for site in sites))
-        laws = [elementary(site["fn"]) for site in sites if not site_is_subsample(site)]
-        points = points and all(isinstance(law, dist.Delta) for law in laws)
-        values.append(
-            {
-                name: site["value"].detach()
-                for name, site in trace.iter_stochastic_nodes()
-                if not site["infer"].get("is_auxiliary") and not site_is_subsample(site)
-            }
-        )
+        points = points and all(isinstance(elementary(site["fn"]), dist.Delta) for site in sites)
+        values.append({name: site["value"].detach() for name, site in read.latent.items()})
         changing = sorted(values[-1].keys() ^ values[0].keys())
         if changing:
             raise ValueError(f"guide must have the same latents in each call: it has {changing} in some only")
@@ -65,19 +58,16 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
 
 def check_scales(name: str, trace: Trace) -> None:
     """Refuse what would make a weight of two densities that don't belong together."""
-    for site, node in trace.nodes.items():
-        if node["type"] != "sample":
-            continue
-        if site_is_subsample(node):
-            if (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
-                raise ValueError(
-                    f"{name} must not choose other examples in each call: its plate {site!r} takes "
-                    f"{node['fn'].subsample_size} of {node['fn'].size}. Give the plate all of them, or always the same"
-                )
-            continue
-        whole = all(frame.full_size in (None, frame.size) for frame in node["cond_indep_stack"])
+    read = read_sites(trace)
+    for site, node in read.plates.items():
+        if (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
+            raise ValueError(
+                f"{name} must not choose other examples in each call: its plate {site!r} takes "
+                f"{node['fn'].subsample_size} of {node['fn'].size}. Give the plate all of them, or always the same"
+            )
+    for site, node in (read.latent | read.auxiliary).items():
         scale = torch.as_tensor(node["scale"])
-        if not node["is_observed"] and whole and bool(((scale - 1).abs() > 1e-6).any()):
+        if plate_scale(node) == 1 and bool(((scale - 1).abs() > 1e-6).any()):
             raise ValueError(
                 f"{name} must have its latents' own densities: {site!r} is scaled by {float(scale.flatten()[0]):g}. "
                 "Leave out poutine.scale; a KL weight is told by kl_weight"

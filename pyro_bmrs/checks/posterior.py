@@ -23,7 +23,7 @@ from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_kh
 from pyro_bmrs.inference.batches import Data
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
 from pyro_bmrs.inference.posteriors import read_blocks
-from pyro_bmrs.inference.traces import elementary, parents_of
+from pyro_bmrs.inference.traces import elementary, parents_of, read_sites
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.numerals import with_error
@@ -199,7 +199,7 @@ class _Checking:
         self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace, terms: Mapping[str, Tensor]
     ) -> None:
         if self.data.batched and self.scale != 1:
-            self._add_examples([terms[name] for name in trace.observation_nodes])
+            self._add_examples([terms[name] for name in read_sites(trace).data])
         if start:
             return
         self.example = self.example or trace

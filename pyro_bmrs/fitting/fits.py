@@ -136,11 +136,10 @@ def fit(
     _check_surroundings(checkpoints, label, logger)
     check_programs(model, guide, settings)
     home = next(model.parameters()).device
-    for name, data in (("train", train), ("validation", validation)):
-        if data is not None:
-            Batches(data, settings.batch_size, home, name)
+    batches = Batches(train, settings.batch_size, home, "train")
+    held_out = None if validation is None else Batches(validation, 1000, home, "validation")
     task = Task(
-        model, guide, train, validation, settings, None if checkpoints is None else Path(checkpoints),
+        model, guide, batches, held_out, settings, None if checkpoints is None else Path(checkpoints),
         keep_checkpoints, overwrite, label, progress, validate,
     )  # fmt: skip
     fabric = open_fabric(device, settings.precision, home, logger)

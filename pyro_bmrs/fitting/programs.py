@@ -65,14 +65,3 @@ def speaks_for_the_data_set(trace: poutine.Trace, batch: int, size: int) -> bool
             f"{full:.6g} (for the data set, N = {size}): got {scale:.6g}"
         )
     return True
-
-
-def local_sites_of(trace: poutine.Trace, batch: int) -> frozenset[str]:
-    """Latents of single examples: those that share the plate of the batch with the observations."""
-    stacks = [trace.nodes[name]["cond_indep_stack"] for name in trace.observation_nodes]
-    plates = {frame.name for stack in stacks for frame in stack if frame.vectorized and frame.size == batch}
-    return frozenset(
-        name
-        for name, site in trace.iter_stochastic_nodes()
-        if any(frame.name in plates for frame in site["cond_indep_stack"])
-    )

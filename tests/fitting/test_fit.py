@@ -462,13 +462,13 @@ def test_other_latents_are_drawn_from_the_guide_in_validation_and_the_weight_is_
 
 def test_the_kl_of_a_latent_of_one_example_belongs_to_its_batch():
     from pyro_bmrs.fitting.objective import Objective
-    from pyro_bmrs.fitting.programs import local_sites_of
+    from pyro_bmrs.inference.traces import read_sites
 
     model = Mixed(local=True)
     bmrs.name_sites(model)
     x, y = data(8)
     trace = pyro.poutine.trace(model).get_trace(x, y)
-    assert local_sites_of(trace, 8) == {"z"}
+    assert read_sites(trace).local(8) == {"z"}
 
     def guide(x, y=None):
         pyro.sample("w", pyro.distributions.Normal(0.0, 10.0))

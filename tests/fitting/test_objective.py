@@ -511,7 +511,7 @@ def test_the_product_in_groups_is_the_plain_one(draws, dim, layout):
     weights = torch.randn(12, 6, 6, 6, dtype=torch.float64)
     results = []
     for multiply in (
-        lambda x, theta: scaled(x, theta, dim, "here", several=True),
+        lambda x, theta: scaled(x, theta, dim, "here", examples=len(x)),
         lambda x, t: plainly(x, t, dim),
     ):
         value = multiply(LAYOUTS[layout](leaf), free.exp() * 1e-4 * kept)
