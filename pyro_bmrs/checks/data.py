@@ -39,15 +39,22 @@ class DataOfModel:
         self.model = model
         self.batched = isinstance(model, Likelihood) or not isinstance(data, tuple)
         if not self.batched:
-            self._batches, self.arguments, self.size = None, tuple(data), 1  # type: ignore[arg-type]
+            self._batches, self.arguments = None, tuple(data)  # type: ignore[arg-type]
             check_arguments(model, self.arguments, "data")
             return
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device
         self._batches = Batches(data, batch_size, device, "data")
-        self.size = self._batches.size
-        if isinstance(data, DataLoader) and data.drop_last and data.batch_size is not None:
-            self.size = len(data) * data.batch_size  # what it leaves out is not looked at
+
+    @property
+    def size(self) -> int:
+        """How many examples are looked at; 1 for whole data."""
+        if self._batches is None:
+            return 1
+        loader = self._batches.loader
+        if loader is not None and loader.drop_last and loader.batch_size is not None:
+            return len(loader) * loader.batch_size  # what it leaves out is not looked at
+        return self._batches.size
 
     def __len__(self) -> int:
         return 1 if self._batches is None else len(self._batches)

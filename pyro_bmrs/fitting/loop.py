@@ -23,7 +23,7 @@ from pyro_bmrs.fitting.generators import generator_states, seed_of, set_generato
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.fitting.optimizer import load_optimizer, make_optimizer, optimizer_tensors, set_rates, step
 from pyro_bmrs.fitting.posterior_file import restore, state_of
-from pyro_bmrs.fitting.programs import check_parameters, speaks_for_the_data_set
+from pyro_bmrs.fitting.programs import check_examples_apart, check_parameters, speaks_for_the_data_set
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
@@ -133,6 +133,8 @@ class Loop:
                     given = held_out.first()
                     held_out.count.settle(*given, poutine.trace(self.model).get_trace(*given))
             examples = self.batches.count(x, y)
+            if draws is None or draws > 1:
+                check_examples_apart(self.model, self.first, trace, examples)
             return Objective(
                 self.model, self.guide, self.first, count=self.batches.count, dataset_size=self.batches.size,
                 draws=None if draws is None else max(draws // self.fabric.world_size, 1),

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from torch import nn
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.inputs import check_finite, check_module
+from pyro_bmrs.inference.traces import model_at, read_sites
+from pyro_bmrs.networks.inputs import check_finite, check_module, map_tensors
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
@@ -50,13 +53,69 @@ def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[A
                 )
 
 
-def speaks_for_the_data_set(trace: poutine.Trace, batch: int, size: int) -> bool:
+@torch.no_grad()
+def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, examples: int) -> None:
+    """Raise unless what the model says of an example depends on no other example, where each has a θ of its own.
+
+    The second half of the batch is replaced by the first. What the model says of the first must stay as it was.
+
+    Args:
+        trace: of the model on the batch `first`.
+
+    Raises:
+        ValueError: as for a network of a graph, whose nodes exchange messages.
+    """
+    half = examples // 2
+    layers = noise_layers(model)
+    # normalisation by the batch's own statistics mixes examples in training anyway
+    by_batch = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in model.modules())
+    if not half or not layers or by_batch:
+        return
+    order = torch.arange(examples)
+    order[examples - half :] = order[:half]
+
+    def halved(tensor: Tensor) -> Tensor:
+        counts = tensor.dim() > 0 and len(tensor) == examples
+        return tensor[order.to(tensor.device)] if counts else tensor
+
+    fixed = {name: node["value"] for name, node in read_sites(trace).latent.items()}
+    fixed |= {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in layers.items()}
+    found = []
+    for x in (first[0], map_tensors(halved, first[0])):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                sites = read_sites(model_at(model, fixed, x, first[1]))
+            except (RuntimeError, ValueError, IndexError):  # it does not take such a batch
+                return
+        found.append({name: node["fn"].log_prob(node["value"]) for name, node in sites.observed.items()})
+    for name, before in found[0].items():
+        after = found[1].get(name)
+        if after is None or before.shape[:1] != (examples,) or after.shape != before.shape:
+            continue
+        moved = (after - before)[: examples - half].abs().max()
+        if not moved <= 1e-3 * (1 + before.abs().max()):
+            raise ValueError(
+                f"draws_per_batch must be 1 for a model whose examples depend on each other: {name!r} of one example "
+                "changes with the inputs of others, which would have other values of θ. Examples may also stand in "
+                "another dimension than the first"
+            )
+
+
+def speaks_for_the_data_set(trace: Trace, batch: int, size: int) -> bool:
     """Whether the likelihood in a trace of the model is scaled to the whole data set, and not the batch's own.
 
     Raises:
-        ValueError: if it has another scale.
+        ValueError: if it has another scale, or parts of it belong to no example and would count in each batch.
     """
-    scale, full = likelihood_scale(trace), size / batch
+    scale, full = likelihood_scale(trace, batch), size / batch
+    whole = sorted(read_sites(trace).whole(batch))
+    if whole and batch < size and math.isclose(scale, 1.0):
+        raise ValueError(
+            f"model must not have {whole} outside of the plate of its examples, where it would count in each batch: "
+            f"put it into that plate, or make that a plate of N = {size} with the batch as its subsample, beside which "
+            "it counts once"
+        )
     if math.isclose(scale, 1.0):
         return False
     if not math.isclose(scale, full, rel_tol=1e-4):

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """A data set as batches (x, y) on a device; `len` is the number of batches, `size` of examples.
+    """A data set as batches (x, y) on a device; `len` is the number of batches.
 
     Where several processes share a batch, each gets every `world`-th of its examples.
 
@@ -64,13 +64,15 @@ class Batches:
         if type(data) is TensorDataset:  # a subclass may do more than index
             data = pair(name, data.tensors)
         if isinstance(data, tuple):
-            self.size = _examples_of_tensors(data, name)
+            self._sizes = {"sampler": _examples_of_tensors(data, name)}
             self.tensors = data
         else:
             source: Any = data.dataset if isinstance(data, DataLoader) else data
             _check_source(source, name)
-            self.size = examples_of_loader(data, name) if isinstance(data, DataLoader) else len(source)
-        if self.size == 0:
+            self._sizes = (
+                examples_of_loader(data, name) if isinstance(data, DataLoader) else {"sampler": len(source)}
+            )
+        if not any(self._sizes.values()):
             raise ValueError(f"{name} must not be empty")
         if isinstance(data, DataLoader):
             self.loader = data
@@ -78,6 +80,15 @@ class Batches:
                 raise ValueError(f"{name} must give at least one batch: its loader gives none")
         elif self.tensors is None:
             self.source: Any = data
+
+    @property
+    def size(self) -> int:
+        """N, the number of all examples.
+
+        Raises:
+            ValueError: if it is not known before `count` has settled where it counts.
+        """
+        return self.count.chosen(self._sizes)
 
     def shared(self, device: torch.device, rank: int, world: int) -> Self:
         """The same data on another device, for one of several processes.

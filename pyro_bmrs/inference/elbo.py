@@ -145,8 +145,10 @@ class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         return result
 
 
-def observed_log_prob(trace: Trace) -> Tensor:
+def observed_log_prob(trace: Trace, *, without: Collection[str] = ()) -> Tensor:
     """Sum of the log-likelihoods of the observed sites, with their scales, in nats; detached."""
     trace.compute_log_prob(site_filter=lambda name, site: site["is_observed"])
-    parts = [node["log_prob_sum"].detach() for node in read_sites(trace).data.values()]
+    parts = [
+        node["log_prob_sum"].detach() for name, node in read_sites(trace).data.items() if name not in without
+    ]
     return torch.stack(parts).sum() if parts else torch.zeros(())

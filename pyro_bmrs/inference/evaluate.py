@@ -44,10 +44,13 @@ def evaluate(
         for x, y in batches:
             with FixedScales(theta or {}):
                 trace = poutine.trace(model).get_trace(x, y)
-            likelihood += float(observed_log_prob(trace)) / likelihood_scale(trace)
             if not examples:
                 batches.count.settle(x, y, trace)
-            examples += batches.count(x, y)
+            count = batches.count(x, y)
+            # what belongs to no example is no part of the data
+            total = observed_log_prob(trace, without=read_sites(trace).whole(count))
+            likelihood += float(total) / likelihood_scale(trace, count)
+            examples += count
             right, valid = _count_correct(model, trace.nodes["_RETURN"]["value"], y)
             correct, counted = correct + right, counted + valid
     return Evaluation(-likelihood / examples, correct / counted if counted else float("nan"))
@@ -66,15 +69,20 @@ def _count_correct(model: nn.Module, output: object, y: object) -> tuple[float, 
     return float(((predicted == y) & valid).sum()), float(valid.sum())
 
 
-def likelihood_scale(trace: Trace) -> float:
-    """How often the data of a batch are counted: the one scale of all observations and factors in a trace.
+def likelihood_scale(trace: Trace, examples: int) -> float:
+    """How often the data of a batch are counted: the one scale of its observations and factors in a trace.
 
-    Weights of single examples are no part of it.
+    Weights of single examples are no part of it. Neither is what stands outside of the plate of the examples, if others
+    are in it.
+
+    Args:
+        examples: of the batch.
 
     Raises:
         ValueError: if the model observes nothing, or its sites are scaled differently.
     """
-    data = read_sites(trace).data
+    read = read_sites(trace)
+    data = {name: node for name, node in read.data.items() if name not in read.whole(examples)}
     if not data:
         raise ValueError("model must observe y when called as model(x, y): it has no observed site")
     scales = {

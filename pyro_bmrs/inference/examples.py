@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections import Counter
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from pyro.poutine.trace_struct import Trace
@@ -56,10 +57,13 @@ class Counting:
         Raises:
             ValueError: if nothing says it.
         """
-        places = _places(x, y)
-        if self._place in places:
+        return self.chosen(_places(x, y))
+
+    def chosen(self, places: Mapping[str, int]) -> int:
+        """The number that counts, of numbers by where they stand. Raises as a call does."""
+        if self._place is not None and self._place in places:
             return places[self._place]
-        sizes = {places[place] for place in ("y", "x") if place in places}
+        sizes = {places[place] for place in ("y", "x", "sampler") if place in places}
         if len(sizes) != 1:
             said = ", ".join(f"{place}: {size}" for place, size in places.items()) or "nothing"
             raise ValueError(
@@ -81,20 +85,27 @@ def _places(x: Any, y: Any) -> dict[str, int]:
     return places
 
 
-def examples_of_loader(loader: DataLoader[Any], name: str) -> int:
+def examples_of_loader(loader: DataLoader[Any], name: str) -> dict[str, int]:
     """How many examples a loader gives in an epoch, before it drops a last batch that is too small.
 
     A loader that makes no batches itself (batch_size=None) gives whatever its data set does. These are counted, in one
     pass.
+
+    Returns:
+        The number, by where it stands in a batch; under "sampler" where it stands in none.
     """
     if loader.batch_sampler is None:
-        count = Counting(name)
+        totals: Counter[str] = Counter()
         with untouched(), bar(f"counting the examples of {name}", len(loader)) as advance:
-            total = 0
             for batch in loader:
-                total += count(*pair(name, batch))
+                totals.update(_places(*pair(name, batch)))
                 advance(1)
-        return total
+        return totals
+    return {"sampler": _examples_of_sampler(loader)}
+
+
+def _examples_of_sampler(loader: DataLoader[Any]) -> int:
+    assert loader.batch_sampler is not None
     if type(loader.batch_sampler) is not BatchSampler:
         with untouched():
             return sum(len(chosen) for chosen in loader.batch_sampler)

@@ -95,6 +95,16 @@ class Likelihood(nn.Module):
             stack.enter_context(pyro.plate(f"position_{index}", length, dim=dim, device=where))
 
 
+def _weigh(stack: ExitStack, weights: Tensor | None) -> None:
+    """Give the observations in a context their weights; what has none does not count."""
+    if weights is None:
+        return
+    check(bool((weights >= 0).all()), "weights", "not negative", float(weights.min()))
+    counted = weights > 0
+    stack.enter_context(pyro.poutine.mask(mask=counted))
+    stack.enter_context(pyro.poutine.scale(scale=torch.where(counted, weights, 1.0)))
+
+
 def parts_of(model: object, y: Any) -> tuple[Any, Any]:
     """The observations in y, and the weights of examples where a likelihood is given them; else y and None."""
     return model.observed(y) if isinstance(model, Likelihood) else (y, None)
@@ -163,8 +173,7 @@ class Classifier(Likelihood):
                 counted = labels != self.ignore_index
                 stack.enter_context(pyro.poutine.mask(mask=counted))
                 labels = torch.where(counted, labels, 0)
-                if weights is not None:
-                    stack.enter_context(pyro.poutine.scale(scale=weights))
+                _weigh(stack, weights)
             pyro.sample("y", Categorical(logits=logits), obs=labels)
         return output
 
@@ -260,8 +269,7 @@ class Regressor(Likelihood):
         mean = self._mean(x, given)
         with ExitStack() as stack:
             self._plates(stack, mean.shape[0], mean.shape[1:], mean.device)
-            if weights is not None:
-                stack.enter_context(pyro.poutine.scale(scale=weights))
+            _weigh(stack, weights)
             pyro.sample("y", self._law(mean), obs=given)
         return mean
 

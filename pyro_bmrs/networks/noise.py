@@ -183,14 +183,14 @@ def scaled(
         return x * theta.view(layout)
     draws, batch = theta.shape[0], x.shape[0]
     examples = examples_in_batch.get() if examples is None else examples
+    if theta.dim() == 2 and examples is not None and batch != examples:
+        raise not_examples(name, x, examples)
     if theta.dim() != 2 or draws > batch or examples is None:
         raise ValueError(
             f"θ of {name} must have shape ({theta.shape[-1]},) or (draws ≤ {batch}, {theta.shape[-1]}): "
             f"got {tuple(theta.shape)}; "
             "call the network outside of pyro.plate, and Predictive with parallel=False"
         )
-    if batch != examples:
-        raise not_examples(name, x, examples)
     if batch % draws:
         return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout[1:])
     x_in_groups = x.view(batch // draws, draws, *x.shape[1:])

@@ -176,7 +176,9 @@ class Problem:
             with FixedScales(values):
                 trace = poutine.trace(self.model).get_trace(self.x[rows], self.y[rows])
             trace.compute_log_prob(site_filter=lambda name, site: site["is_observed"])
-            likelihood = likelihood + trace.nodes["y"]["log_prob_sum"] / likelihood_scale(trace)
+            likelihood = likelihood + trace.nodes["y"]["log_prob_sum"] / likelihood_scale(
+                trace, len(self.y[rows])
+            )
         loss = -likelihood / BATCH
         for site, law in laws.items():
             if site in self.layers:
