@@ -18,7 +18,8 @@ from torch.distributions import Independent
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.draws import check_scales
-from pyro_bmrs.inference.traces import model_at, plate_scale, read_sites, weights_of
+from pyro_bmrs.inference.sites import check_same_latents, plate_scale, read_sites, weights_of
+from pyro_bmrs.inference.traces import model_at
 
 Values = Mapping[str, Tensor]
 
@@ -130,19 +131,7 @@ def _other_size(data: DataOfModel, found: int) -> ValueError:
 
 def _check_latents(trace: Trace, values: Values) -> None:
     check_scales("model", trace)
-    latents = read_sites(trace).latent
-    unknown = [name for name in latents if name not in values]
-    if unknown:
-        raise ValueError(
-            f"guide must have a posterior of every latent of the model: it has none of {unknown}. Sum them out in the "
-            "model, or give the guide one"
-        )
-    foreign = [name for name in values if name not in latents]
-    if foreign:
-        raise ValueError(
-            f"guide must have no latents but the model's: it has {foreign}. Mark what it only draws with as "
-            'infer={"is_auxiliary": True}'
-        )
+    check_same_latents(read_sites(trace), values)
 
 
 def _trace_of_prior(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,7 +13,11 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bmrs.inference.traces import elementary, plate_scale, read_sites
+from pyro_bmrs.checks.data import DataOfModel
+from pyro_bmrs.inference.blocks import Block, SiteBlock
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.sites import elementary, masked_latents, plate_scale, read_sites, warn_of_masked
+from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 
 
@@ -54,6 +59,40 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
     return PosteriorDraws(
         values, None if unknown else torch.stack([torch.as_tensor(density) for density in densities])
     )
+
+
+def parts_of(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: DataOfModel,
+    arguments: tuple[Any, ...],
+    posterior: PosteriorDraws,
+) -> tuple[PosteriorDraws, list[Block]]:
+    """The draws, and the independent parts of the guide; none where it does not show them.
+
+    The density of both is that of the elements that have one in the model: `poutine.mask` takes it from others.
+
+    Warns:
+        MaskedLatentWarning: where these can't be told apart in the guide.
+    """
+    blocks: list[Block] = []
+    with suppress(ValueError, NotImplementedError):  # UnreadablePosteriorError among them
+        blocks = read_blocks(guide, *arguments, sites=tuple(posterior.values[0]))
+    if data.batched or posterior.log_q is None:
+        return posterior, blocks
+    trace = model_at(model, posterior.values[0], *arguments)
+    masks, log_q, told = masked_latents(trace), posterior.log_q, []
+    for number, block in enumerate(blocks):
+        if isinstance(block, SiteBlock) and block.site in masks:
+            mask = masks[block.site]
+            values = torch.stack([drawn[block.site] for drawn in posterior.values]).double()
+            density = block.distribution.log_prob(values)
+            density = density.reshape(len(values), *mask.shape, -1).sum(-1)
+            log_q = log_q - torch.where(mask, 0.0, density).flatten(1).sum(1)
+            blocks[number] = replace(block, kept=mask if block.kept is None else mask & block.kept)
+            told.append(block.site)
+    warn_of_masked(trace, told)
+    return replace(posterior, log_q=log_q), blocks
 
 
 def check_scales(name: str, trace: Trace) -> None:

@@ -20,8 +20,9 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.densities import log_densities
-from pyro_bmrs.checks.draws import PosteriorDraws, draw_posterior
-from pyro_bmrs.inference.traces import model_at, read_sites
+from pyro_bmrs.checks.draws import PosteriorDraws, draw_posterior, parts_of
+from pyro_bmrs.inference.sites import read_sites
+from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.progress import bar
 
@@ -66,7 +67,7 @@ def joint_draws(guide: Callable[..., Any], data: DataOfModel, draws: int) -> Joi
     draw and latent element; the data themselves; and one batch.
     """
     first = data.first()
-    posterior = draw_posterior(guide, first, draws)
+    posterior, _ = parts_of(data.model, guide, data, first, draw_posterior(guide, first, draws))
     collected = _Collector(data, posterior)
     with bar("joint draws", len(data) * draws) as advance:
         densities = log_densities(data, posterior.values, collected.visit, advance)

@@ -23,13 +23,19 @@ from pyro_bmrs.fitting.generators import generator_states, seed_of, set_generato
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.fitting.optimizer import load_optimizer, make_optimizer, optimizer_tensors, set_rates, step
 from pyro_bmrs.fitting.posterior_file import restore, state_of
-from pyro_bmrs.fitting.programs import check_examples_apart, check_parameters, speaks_for_the_data_set
+from pyro_bmrs.fitting.programs import (
+    check_examples_apart,
+    check_latents,
+    check_local,
+    check_parameters,
+    speaks_for_the_data_set,
+)
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.traces import read_sites
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
@@ -133,6 +139,9 @@ class Loop:
                     given = held_out.first()
                     held_out.count.settle(*given, poutine.trace(self.model).get_trace(*given))
             examples = self.batches.count(x, y)
+            check_latents(self.model, self.guide, self.first, trace)
+            local = read_sites(trace).local(examples)
+            check_local(self.guide, local, self.batches)
             if draws is None or draws > 1:
                 check_examples_apart(self.model, self.first, trace, examples)
             return Objective(
@@ -140,7 +149,7 @@ class Loop:
                 draws=None if draws is None else max(draws // self.fabric.world_size, 1),
                 stratified=settings.stratified, elbo=settings.elbo, validate=self.task.validate,
                 scaled=speaks_for_the_data_set(trace, examples, self.batches.size),
-                local_sites=read_sites(trace).local(examples),
+                local_sites=local,
             )  # fmt: skip
 
     def _wrap(self) -> None:
@@ -210,7 +219,8 @@ class Loop:
         epoch, count = state.epoch + 1, len(self.batches)
         torch.manual_seed(seed_of(settings.seed, epoch, fabric.global_rank))
         order = torch.Generator().manual_seed(seed_of(settings.seed, epoch, "order"))
-        batches = self.batches.epoch(order, start=state.batch)
+        # latents of single examples belong to places in the batch
+        batches = self.batches.epoch(None if self.objective.local_sites else order, start=state.batch)
         if resumed:
             set_generators(resumed, fabric)
         total, ramp = settings.epochs * count, 1.0

@@ -13,7 +13,7 @@ from pyro_bmrs.inference.elbo import LatentsPerBatch, LikelihoodELBO, PackedSite
 from pyro_bmrs.inference.examples import Counting
 from pyro_bmrs.inference.likelihoods import has_own_likelihood
 from pyro_bmrs.inference.packed import PackedLatents
-from pyro_bmrs.inference.traces import read_sites
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.networks.noise import drawn_together, noise_layers
 
 

@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from pyro.infer.autoguide.guides import AutoCallable
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.fitting.settings import Settings
+from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.traces import model_at, read_sites
+from pyro_bmrs.inference.sites import Sites, check_same_latents, elementary, read_sites, warn_of_masked
+from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.networks.inputs import check_finite, check_module, map_tensors
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
@@ -30,8 +34,10 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings:
     sites = list(noise_layers(model))
     if guide is None and sites:
         raise ValueError(f"guide must be given for a model with noise layers {sites}")
-    if guide is not None and not sites:
-        raise ValueError("model must hold MultiplicativeNoise layers when a guide is given: it has none")
+    if guide is not None and not sites and settings.kl_weight != 1:
+        raise ValueError(
+            f"kl_weight must be 1 for a model without noise layers, which it weighs: got {settings.kl_weight}"
+        )
     asked = "criterion" in settings.model_fields_set or settings.removal == "epoch"
     if asked and not isinstance(guide, AutoTruncatedLogNormal):
         raise TypeError("criterion needs an AutoTruncatedLogNormal guide; use reduce() after the fit instead")
@@ -51,6 +57,49 @@ def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[A
                     f"{name} has the pyro.param {site!r}, which no optimiser here would train: make it an "
                     "nn.Parameter or PyroParam of a module"
                 )
+
+
+@torch.no_grad()
+def check_latents(
+    model: nn.Module, guide: Callable[..., Any] | None, first: tuple[Any, ...], trace: Trace
+) -> None:
+    """Raise unless the guide draws all latents of the model, and so that gradients reach its parameters.
+
+    Args:
+        trace: of the model on the batch `first`.
+    """
+    drawn = Sites() if guide is None else read_sites(poutine.trace(guide).get_trace(*first))
+    check_same_latents(read_sites(trace), drawn.latent, guide is not None)
+    for name, node in (drawn.latent | drawn.auxiliary).items():
+        if not node["fn"].has_rsample:
+            raise ValueError(
+                f"guide must draw {name!r} from a distribution with rsample, through which gradients pass: "
+                f"{type(elementary(node['fn'])).__name__} has none. Sum discrete latents out in the model"
+            )
+    warn_of_masked(trace)
+
+
+def check_local(guide: Callable[..., Any] | None, local: frozenset[str], batches: Batches) -> None:
+    """Raise if a guide has a posterior for each place in a batch, and batches hold other examples each time.
+
+    Args:
+        local: the latents of single examples.
+    """
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    by_place = sorted(
+        {
+            name
+            for part in parts
+            if isinstance(part, AutoGuide) and not isinstance(part, AutoCallable | AutoGuideList)
+            for name in local & set(part.prototype_trace.nodes)
+        }
+    )
+    if by_place and (len(batches) > 1 or batches.loader is not None):
+        raise ValueError(
+            f"batch_size must be {batches.size} or more, with tensors or a Dataset as train, for latents of single "
+            f"examples, {by_place}: {type(guide).__name__} has one posterior for each place in a batch. Or write a guide "
+            "that makes theirs of x"
+        )
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pyro_bmrs.inference.packed import Drawn
-from pyro_bmrs.inference.traces import read_sites
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.networks.noise import examples_in_batch
 
 

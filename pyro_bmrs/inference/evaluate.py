@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
 from pyro_bmrs.inference.likelihoods import parts_of
-from pyro_bmrs.inference.traces import plate_scale, read_sites, weights_of
+from pyro_bmrs.inference.sites import plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 

@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_bmrs.inference.traces import read_sites
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import batch_size, tensors_of
 from pyro_bmrs.progress import bar

@@ -16,7 +16,7 @@ from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inference.calls import check_ready, in_order, unique_name
 from pyro_bmrs.inference.site_posterior import SitePosterior
-from pyro_bmrs.inference.traces import elementary, mask_of, read_sites
+from pyro_bmrs.inference.sites import elementary, mask_of, read_sites
 from pyro_bmrs.networks import name_sites
 
 

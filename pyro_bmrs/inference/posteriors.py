@@ -27,7 +27,8 @@ from pyro_bmrs.evidence.unwrapping import fixed, flat
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock, SiteBlock, UnconstrainedSite
 from pyro_bmrs.inference.calls import check_ready
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.traces import elementary, latents, parents_of, read_sites
+from pyro_bmrs.inference.sites import elementary, read_sites
+from pyro_bmrs.inference.traces import latents, parents_of
 from pyro_bmrs.inference.untouched import untouched
 
 

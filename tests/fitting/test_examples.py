@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.inference.evaluate import evaluate
@@ -149,7 +149,7 @@ def test_several_draws_are_refused_where_examples_mix(kind):
         ValueError, match="draws_per_batch must be 1 for a model whose examples depend on each other: 'y'"
     ):
         fitted(net, loader)
-    model, _, fit = fitted(net, loader, draws_per_batch=1)
+    _, _, fit = fitted(net, loader, draws_per_batch=1)
     assert fit.history.loss.notna().all()
 
 

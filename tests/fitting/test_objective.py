@@ -21,7 +21,7 @@ from pyro_bmrs.distributions.packed import uniforms
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference import packed
 from pyro_bmrs.inference.evaluate import likelihood_scale
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.networks import hooked_noise
 from pyro_bmrs.networks.noise import FixedScales, noise_layers, scaled
 

@@ -19,7 +19,7 @@ from torch.utils.data import (
 import pyro_bmrs as bmrs
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.examples import Counting
-from pyro_bmrs.inference.traces import read_sites
+from pyro_bmrs.inference.sites import read_sites
 
 CPU = torch.device("cpu")
 N = 48
