@@ -32,9 +32,8 @@ from pyro_bmrs.data.arrays import (
 type Resize = Callable[[Tensor], Tensor]  # (N, C, H, W) -> (N, C, size, size)
 
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-KNOWN_NAMES = (
-    "'digits', 'patches', 'mnist', 'fashion-mnist', 'cifar10', a path ending in .npz, or an image folder"
-)
+KNOWN_SETS = ("digits", "patches", *TORCHVISION_NAMES)
+KNOWN_NAMES = f"{', '.join(map(repr, KNOWN_SETS))}, a path ending in .npz, or an image folder"
 # The test part of a set without an official one does not depend on `seed`: runs with several seeds would
 # otherwise choose their settings on each other's test examples.
 TEST_FRACTION = 0.2

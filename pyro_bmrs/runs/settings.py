@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field
@@ -70,14 +71,22 @@ class RunSettings(Settings):
     @classmethod
     def of(cls, recipe: Recipe, data: str, changes: Mapping[str, Any]) -> Self:
         """The recipe's settings for `data`, replaced by those in `changes`."""
-        chosen = recipe.settings(data)
-        known = cls.model_fields.keys() - {"data"}
-        unknown = sorted(map(str, chosen.keys() - known))
-        if unknown:
-            raise ValueError(
-                f"recipe {recipe.path} must have known names in SETTINGS, {sorted(known)}: got {unknown}"
-            )
-        return cls(**chosen, data=data).changed(**changes)
+        known = sorted(cls.model_fields.keys() - {"data"})
+        for key, table in recipe.tables.items():
+            # A mistake in another data set's settings is told now, not when its turn comes.
+            unknown = [str(name) for name in table if name not in known]
+            if unknown:
+                near = get_close_matches(unknown[0], known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"recipe {recipe.path} must have known names in SETTINGS, {known}: "
+                    f"got {unknown} for {key!r}{hint}"
+                )
+            try:
+                cls(**table)
+            except ValueError as error:
+                raise ValueError(f"recipe {recipe.path}: SETTINGS for {key!r}: {error}") from None
+        return cls(**recipe.settings(data), data=data).changed(**changes)
 
     def of_fit(self) -> dict[str, Any]:
         """The part that a fitted posterior depends on, as JSON has it."""
