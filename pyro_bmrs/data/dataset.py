@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ class Dataset:
     digits: 1150 train, 288 validation, 359 test, input (1, 8, 8), 10 classes
     """
 
-    name: str
+    name: str  # of a path its last part
     train: TensorDataset
     validation: TensorDataset
     test: TensorDataset
@@ -197,7 +198,7 @@ def load_data(
         TensorDataset(preparation.standardise(x), y)
         for x, (_, y) in zip(inputs, (train, validation, raw.test), strict=True)
     ]
-    return Dataset(name, parts[0], parts[1], parts[2], preparation)
+    return Dataset(os.path.basename(os.path.abspath(name)), parts[0], parts[1], parts[2], preparation)
 
 
 def _split(raw: RawData, limit: int | None, fraction: float, seed: int) -> tuple[Examples, Examples]:

@@ -59,6 +59,17 @@ def read_source(name: str, data_root: str | Path | None = None, resize: Resize |
     return read_folder(path, resize)
 
 
+def located(name: str) -> str:
+    """The name of a data set that is the same from every working folder: a path that leads to data is absolute.
+
+    >>> located("digits")
+    'digits'
+    """
+    path = Path(name).expanduser()
+    there = path.is_file() if path.suffix == ".npz" else path.is_dir()
+    return os.path.abspath(path) if there and name not in KNOWN_SETS else name
+
+
 def is_at_hand(name: str, data_root: str | Path | None = None) -> bool:
     """Whether a data set of a known name can be read without a download."""
     if name not in TORCHVISION_NAMES:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pyro_bmrs.data import Dataset
+from pyro_bmrs.data.preparation import Preparation
 from pyro_bmrs.data.sources import KNOWN_SETS
 from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier
 
@@ -103,7 +104,7 @@ class Recipe:
                 return chosen
         return self.tables.get("default", {})
 
-    def network(self, dataset: Dataset, options: Mapping[str, Any], seed: int) -> nn.Module:
+    def network(self, dataset: Dataset | Preparation, options: Mapping[str, Any], seed: int) -> nn.Module:
         """The network with noise layers, its initial weights drawn with `seed`."""
         arguments = f"{dataset.input_shape}, {dataset.num_classes}"
         with torch.random.fork_rng(), self._blamed("network", arguments):

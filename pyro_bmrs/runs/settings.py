@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field
 
+from pyro_bmrs.data.sources import located
 from pyro_bmrs.fitting.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class RunSettings(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="How the learning rates change: constant, cosine or linear (to zero)."
     )
-    data: str = Field(
+    data: Annotated[str, AfterValidator(located)] = Field(
         default="digits",
         description="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.",
     )
@@ -67,6 +69,11 @@ class RunSettings(Settings):
     )
     recalibrate: bool = Field(default=True, description="Re-estimate BatchNorm statistics after removal.")
     fine_tune: int = Field(default=0, ge=0, description="Epochs of fine-tuning the small network.")
+
+    @property
+    def data_name(self) -> str:
+        """The name of the data set to show; of a path its last part."""
+        return Path(self.data).name if Path(self.data).is_absolute() else self.data
 
     @classmethod
     def of(cls, recipe: Recipe, data: str, changes: Mapping[str, Any]) -> Self:
