@@ -39,7 +39,13 @@ def read_folder(path: Path, resize: Resize | None) -> RawData:
     """
     folders = _parts(path)
     classes = _classes(folders["train"])
-    check(len(classes) >= 2, "name", "a folder with at least 2 classes", str(folders["train"]), DataError)
+    check(
+        len(classes) >= 2,
+        "name",
+        "a folder with one folder of images for each class, 2 or more",
+        str(folders["train"]),
+        DataError,
+    )
     found = {part: _images(folder, classes, resize) for part, folder in folders.items()}
     # Grey images become colour where any has colour.
     channels = max(image.shape[0] for images, _ in found.values() for image in images)

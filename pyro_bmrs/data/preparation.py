@@ -68,7 +68,7 @@ class Preparation:
         """Read and prepare raw inputs: a .npy or .npz file as of `read_inputs`, or a folder of images.
 
         Images are those in the folder and in folders below it, without hidden ones. They are made grey or RGB, as
-        the network takes them.
+        the network takes them; three channels of a source that does not name them count as RGB.
 
         Returns:
             The inputs as `prepare` gives them, and the images' paths in the folder (None: they are no images).

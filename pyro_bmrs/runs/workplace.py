@@ -93,6 +93,13 @@ class Workplace(Served):
             stored = stored or self.needed_settings()
             recipe = recipe or Recipe.read(self.folder / "recipe.py", stored["recipe"])
             settings = settings or stored["settings"].changed(**(changes or {}))
+            moved = Path(settings.data).is_absolute() and not Path(settings.data).exists()
+            check(
+                not moved,
+                "data",
+                "where they were; if they have moved, --data says where they are",
+                settings.data,
+            )
         elif stored is not None and self.has("posterior.safetensors"):
             self._check_same_fit(dict(stored["fit"]), recipe, settings)
         self.recipe, self.settings = recipe, settings

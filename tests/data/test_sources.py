@@ -230,7 +230,7 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path, unscaled):
     ("files", "fragments"),
     [
         ([], ["class"]),
-        (["cat/0.png", "cat/1.png"], ["at least 2 classes"]),
+        (["cat/0.png", "cat/1.png"], ["for each class, 2 or more"]),
         (["cat/0.png", "cat/1.png", "dog/0.png"], ["at least 2 images of each class", "(1 of dog)"]),
         (["cat/0.png", "dog/notes.txt"], ["dog"]),
         (["train/cat/0.png", "train/dog/0.png"], ["train/ and test/ both"]),

@@ -142,7 +142,9 @@ def test_data_that_moved_are_given_by_data(elsewhere, place, capsys):
         ("report", elsewhere, "--draws", 0),
     ):
         assert call(*line) == 2
-        assert "gone/photos' can't be used" in capsys.readouterr().err
+        assert (
+            "data must be where they were; if they have moved, --data says where" in capsys.readouterr().err
+        )
         if line[0] == "predict":
             assert call(*line, "--data", place / "photos") == 0
     assert call("reduce", elsewhere, "--quiet", "--data", place / "photos") == 0
