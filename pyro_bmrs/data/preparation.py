@@ -56,7 +56,16 @@ class Preparation:
         )  # only images of one size have no extent of their own
 
     def prepare(self, inputs: Array | Tensor) -> Tensor:
-        """As `Dataset.prepare`."""
+        """As `Dataset.prepare`: raw inputs to float32 (N, *input_shape).
+
+        Raises:
+            DataError: if the inputs are not in this form, or not finite.
+
+        >>> from pyro_bmrs.data import load_data
+        >>> told = load_data("digits").preparation.document()        # JSON, without the data
+        >>> Preparation.of(told).prepare(torch.zeros(2, 8, 8)).shape
+        torch.Size([2, 1, 8, 8])
+        """
         scaled = scale(self.form.read(inputs), self.form, self.image_size)
         return self.standardise(scaled)
 

@@ -98,11 +98,12 @@ class Recipe:
 
     def settings(self, data: str) -> dict[str, Any]:
         """The recipe's settings for a data set; those under "default" if it has none for it."""
-        for name, chosen in self.tables.items():
-            # "photos" and "./photos/" are one folder
-            if name == data or (name not in _DATA and Path(name).resolve() == Path(data).resolve()):
-                return chosen
-        return self.tables.get("default", {})
+        if data not in _DATA:
+            for name, chosen in self.tables.items():
+                # "photos" and "./photos/" are one folder
+                if name not in _DATA and Path(name).resolve() == Path(data).resolve():
+                    return chosen
+        return self.tables.get(data, self.tables.get("default", {}))
 
     def network(self, dataset: Dataset | Preparation, options: Mapping[str, Any], seed: int) -> nn.Module:
         """The network with noise layers, its initial weights drawn with `seed`."""

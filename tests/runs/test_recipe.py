@@ -79,6 +79,12 @@ def test_a_path_is_found_however_it_is_written(recipe, key, given):
     assert RunSettings.of(read, given, {}).epochs == 4
 
 
+def test_a_known_name_is_no_folder_of_that_name(recipe):
+    read = recipe("{'./mnist': {'epochs': 3}, 'mnist': {'epochs': 4}}")
+    assert RunSettings.of(read, "mnist", {}).epochs == 4
+    assert RunSettings.of(read, "./mnist", {}).epochs == 3
+
+
 def test_a_runs_own_copy_is_read_where_its_folders_are_not(recipe, tmp_path, monkeypatch):
     recipe("{'default': {}, 'photos': {}}")
     (tmp_path / "elsewhere").mkdir()
