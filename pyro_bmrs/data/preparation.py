@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pyro_bmrs.arguments import check
@@ -18,6 +19,20 @@ from pyro_bmrs.data.folders import image_files, read_image
 # Padding keeps every pixel: MNIST's 28 pixels become the paper's 32. A wider frame would be mostly empty, so
 # beyond this number of pixels images are interpolated.
 _MAXIMUM_PADDING = 8
+
+
+class _Document(BaseModel):
+    """The part of a document that can't be worked out from the rest."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    raw_shape: list[Annotated[int, Field(gt=0)] | None] = Field(min_length=1)
+    raw_values: Literal["bytes", "counts", "numbers"]
+    channels: Literal["grey", "RGB"] | None
+    image_size: Annotated[int, Field(gt=0)] | None
+    mean: list[float]
+    deviation: list[Annotated[float, Field(gt=0)]]
+    class_names: list[str] = Field(min_length=1)
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no truth value
@@ -121,14 +136,18 @@ class Preparation:
         """The preparation that `document` described.
 
         Raises:
-            ValueError, KeyError, TypeError: if it is none.
+            ValueError: if it is none.
         """
-        form = InputForm(tuple(document["raw_shape"]), document["raw_values"], document["channels"])
+        told = _Document.model_validate(document)
+        form = InputForm(tuple(told.raw_shape), told.raw_values, told.channels)
+        sized = told.image_size is not None or None not in form.shape
+        whole = len(told.mean) == len(told.deviation) == form.shape[0] and len(form.shape) in (1, 3) and sized
+        check(whole, "inputs", "a mean and a deviation for each channel or feature", told.raw_shape)
         shape = (1, -1, 1, 1) if len(form.shape) == 3 else (1, -1)
         mean, deviation = (
-            torch.tensor(document[name], dtype=torch.float32).reshape(shape) for name in ("mean", "deviation")
+            torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (told.mean, told.deviation)
         )
-        return cls(form, document["image_size"], mean, deviation, tuple(document["class_names"]))
+        return cls(form, told.image_size, mean, deviation, tuple(told.class_names))
 
     def is_like(self, other: Preparation) -> bool:
         """Whether inputs are treated in the same way, up to the rounding of sums."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from pyro_bmrs.data.arrays import one_line
 from pyro_bmrs.data.preparation import Preparation
 from pyro_bmrs.files import clear_unfinished, read_table, read_text, refuse_newer
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
@@ -60,8 +61,10 @@ class RunFolder:
                 "recipe": str(document["recipe"]),
                 "inputs": Preparation.of(document["inputs"]),
             }
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not the settings file of a run, or is damaged: {one_line(error)}"
+            ) from error
 
     def needed_settings(self) -> dict[str, Any]:
         """As `stored_settings`; raises ValueError if there are none."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field
 
-from pyro_bmrs.data.sources import located
 from pyro_bmrs.fitting.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,6 +21,12 @@ OF_REDUCTION = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibr
 _NOT_OF_TUNING = {
     "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
 }  # fmt: skip
+
+
+def _located(data: str) -> str:
+    from pyro_bmrs.data.sources import located  # slow to import, and help has no need of it
+
+    return located(data)
 
 
 def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -45,7 +50,7 @@ class RunSettings(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="How the learning rates change: constant, cosine or linear (to zero)."
     )
-    data: Annotated[str, AfterValidator(located)] = Field(
+    data: Annotated[str, AfterValidator(_located)] = Field(
         default="digits",
         description="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.",
     )

@@ -120,7 +120,9 @@ class Workplace(Served):
         self.guide = recipe.guide(self.model)
 
     def _check_same_fit(self, before: dict[str, Any], recipe: Recipe, settings: RunSettings) -> None:
-        if not {before["data"], settings.data} & {*KNOWN_SETS}:  # data may move: they are compared themselves
+        if not {before.get("data"), settings.data} & {
+            *KNOWN_SETS
+        }:  # data may move: they are compared themselves
             before["data"] = settings.data
         changed = changes_between(before, settings.of_fit())
         self.need("recipe.py")

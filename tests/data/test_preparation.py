@@ -70,6 +70,26 @@ def test_bad_names_of_classes(npz, names):
     not_loaded("class_names must be 2 different texts", name=npz({**arrays(), "class_names": names}))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"raw_shape": []}, {"raw_shape": [0, 8, 8]}, {"raw_shape": [3, 8, 8]}, {"raw_shape": [1, 8]},
+        {"raw_shape": [1, None, None]}, {"raw_values": "words"}, {"channels": "BGR"}, {"image_size": 0},
+        {"mean": [0.0, 1.0]}, {"mean": ["a"]}, {"mean": None}, {"deviation": [0.0]}, {"deviation": [float("inf")]},
+        {"class_names": []}, {"class_names": [0, 1]},
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_refused(changes):
+    document = load_data("digits").preparation.document()
+    with pytest.raises(
+        ValueError, match=next(iter(changes)) if "shape" not in str(changes) else "raw_shape|inputs"
+    ):
+        Preparation.of({**document, **changes})
+    del document[next(iter(changes))]
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Preparation.of(document)
+
+
 def test_what_is_not_alike(npz):
     vectors = np.random.default_rng(0).normal(size=(40, 3))
     one = load_data(npz(arrays(vectors))).preparation

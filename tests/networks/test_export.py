@@ -260,8 +260,8 @@ def hidden():
     ("family", "dtype"),
     [
         (convolutions, torch.float16),
-        (attention, torch.float16),
-        (attention, torch.float64),
+        pytest.param(attention, torch.float16, marks=pytest.mark.slow),
+        pytest.param(attention, torch.float64, marks=pytest.mark.slow),
         (hidden, torch.float64),
     ],
 )

@@ -109,7 +109,7 @@ def test_the_path_of_data_is_kept_whole(made, place, tmp_path, monkeypatch, caps
     assert len(pd.read_csv("predictions.csv")) == 7  # a fifth of 36
 
 
-@pytest.mark.parametrize("out", ["small.pt2", "small.onnx"])
+@pytest.mark.parametrize("out", ["small.pt2", pytest.param("small.onnx", marks=pytest.mark.slow)])
 def test_export_needs_no_data(elsewhere, out):
     if out == "small.onnx":
         pytest.importorskip("onnxruntime")
@@ -173,13 +173,13 @@ def test_other_data_are_not_taken_for_those_that_moved(elsewhere, place, tmp_pat
 
 
 def test_the_folder_says_what_inputs_must_look_like(made):
-    told = json.loads((made("sizes") / "settings.json").read_text())["inputs"]
+    told = json.loads((made("photos") / "settings.json").read_text())["inputs"]
     assert told["class_names"] == ["cat", "dog", "owl"]
-    assert (told["shape"], told["raw_shape"], told["image_size"]) == ([3, 8, 8], [3, None, None], 8)
+    assert (told["shape"], told["raw_shape"], told["image_size"]) == ([3, 6, 7], [3, 6, 7], None)
     assert (told["channels"], told["divisor"]) == ("RGB", 255.0)
     assert len(told["mean"]) == len(told["deviation"]) == 3
     extra = {"inputs.json": ""}
-    torch.export.load(made("sizes") / "small.pt2", extra_files=extra)
+    torch.export.load(made("photos") / "small.pt2", extra_files=extra)
     assert json.loads(extra["inputs.json"]) == {**told, "folded": False}
     assert json.loads((made("vectors") / "settings.json").read_text())["inputs"]["class_names"] == [
         "a",
@@ -202,9 +202,8 @@ def raw_inputs(kind):
 @pytest.mark.parametrize(
     "kind",
     [
-        "sizes",
-        "vectors",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("digits", "photos", "bytes")),
+        "photos",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("digits", "sizes", "bytes", "vectors")),
     ],
 )
 def test_raw_inputs_of_a_folded_file_give_what_predict_gives(kind, made, tmp_path):
@@ -226,7 +225,8 @@ def test_raw_inputs_of_a_folded_file_give_what_predict_gives(kind, made, tmp_pat
     assert wanted.label.nunique() > 1 or kind == "photos"
 
 
-@pytest.mark.parametrize("kind", ["sizes", pytest.param("vectors", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sizes", "vectors"])
 def test_raw_inputs_of_a_folded_program_give_what_predict_gives(kind, made, tmp_path):
     raw = torch.from_numpy(raw_inputs(kind))
     served = Served(made(kind))
@@ -244,7 +244,9 @@ def test_raw_inputs_of_a_folded_program_give_what_predict_gives(kind, made, tmp_
         (("--out", "small.pt2", "--tolerance", 1e-3), "tolerance must be left out for a .pt2"),
         (("--out", "small.onnx", "--tolerance", "small"), "--tolerance"),
         (("--out", "small.onnx", "--tolerance", 0), "tolerance must be a positive number or None"),
-        (("--out", "small.onnx", "--tolerance", 1e-30), "from tolerance 1e-30"),
+        pytest.param(
+            ("--out", "small.onnx", "--tolerance", 1e-30), "from tolerance 1e-30", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_tolerances_of_the_command_line(options, says, made, tmp_path, monkeypatch, capsys):
@@ -277,6 +279,7 @@ def test_a_new_reduction_says_what_it_removes(reported, capsys):
     assert "removed, as made" not in capsys.readouterr().out  # nothing was
 
 
+@pytest.mark.slow
 def test_a_new_fit_says_what_it_removes(reported, place, capsys):
     capsys.readouterr()
     line = ("--data", place / "vectors.npz", "--out", reported, *QUICK, "--seed", 3)
