@@ -97,8 +97,8 @@ def check_local(guide: Callable[..., Any] | None, local: frozenset[str], batches
     if by_place and (len(batches) > 1 or batches.loader is not None):
         raise ValueError(
             f"batch_size must be {batches.size} or more, with tensors or a Dataset as train, for latents of single "
-            f"examples, {by_place}: {type(guide).__name__} has one posterior for each place in a batch. Or write a guide "
-            "that makes theirs of x"
+            f"examples, {by_place}: {type(guide).__name__} has one posterior for each place in a batch. Or write a "
+            "guide that makes theirs of x"
         )
 
 
@@ -134,16 +134,16 @@ def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace,
         with torch.random.fork_rng():
             torch.manual_seed(0)
             try:
-                sites = read_sites(model_at(model, fixed, x, first[1]))
+                sites = read_sites(model_at(model, fixed, x, first[1])).observed
+                found.append({name: node["fn"].log_prob(node["value"]) for name, node in sites.items()})
             except (RuntimeError, ValueError, IndexError):  # it does not take such a batch
                 return
-        found.append({name: node["fn"].log_prob(node["value"]) for name, node in sites.observed.items()})
     for name, before in found[0].items():
         after = found[1].get(name)
         if after is None or before.shape[:1] != (examples,) or after.shape != before.shape:
             continue
         moved = (after - before)[: examples - half].abs().max()
-        if not moved <= 1e-3 * (1 + before.abs().max()):
+        if moved > 1e-3 * (1 + before.abs().max()):  # false for NaN, of which the first step tells
             raise ValueError(
                 f"draws_per_batch must be 1 for a model whose examples depend on each other: {name!r} of one example "
                 "changes with the inputs of others, which would have other values of θ. Examples may also stand in "
