@@ -114,7 +114,7 @@ class LogJoint:
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
         """Shape of each: site → (size,)."""
         parts = [at.transform.inv(values[name].double()).flatten() for name, at in self.layout.items()]
-        return torch.cat(parts)
+        return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
 
     def coordinates(self, chosen: Selection) -> Tensor:
         """Which numbers the chosen elements are. Bool, shape: (size,)."""

@@ -31,6 +31,8 @@ from pyro_bmrs.programs.sites import LatentSite, Selection
 
 # Bounds of the cost: choices that are checked, draws for each, latents, and numbers that these make of the data.
 _MOST_CHECKS, _DRAWS, _GUIDE_DRAWS, _MOST_LATENTS, _MOST_WORK = 16, 500, 100, 200, 10**9
+# Where k̂ is too large, once more with so many times the draws.
+_AGAIN = 4
 _AT_ONCE = 2 * 10**7
 # ΔF is wrong by this much, or its sign is and it is wrong by SIGN at least; besides ERRORS standard errors.
 _ABSOLUTE, _RELATIVE, _SIGN, _ERRORS = 0.5, 0.25, 0.1, 3.0
@@ -51,21 +53,23 @@ class Choice:
     standard_error: float
 
 
+def choices_of(latents: Latents, selections: Mapping[str, Selection]) -> list[Choice]:
+    """The first 16 selections that are not empty, with ΔF of each."""
+    chosen = {name: latents.chosen(selection) for name, selection in selections.items()}
+    first = [(name, selection) for name, selection in chosen.items() if selection][:_MOST_CHECKS]
+    return [_choice(name, selection, latents.change(selection)) for name, selection in first]
+
+
+def _choice(name: str, selection: Selection, found: Evidence) -> Choice:
+    return Choice(name, selection, float(found.log_evidence_change), float(found.standard_error))
+
+
 def choices(latents: Latents, groups: Mapping[str, Selection], log_odds: float) -> list[Choice]:
     """Each site as a whole, the groups, and single elements, those nearest to a decision first; 16 at most."""
-
-    def choice(name: str, selection: Selection, found: Evidence) -> Choice:
-        return Choice(name, selection, float(found.log_evidence_change), float(found.standard_error))
-
     whole: dict[str, Selection] = {
-        f"site {name!r}": {name: site.kept} for name, site in latents.sites.items() if bool(site.kept.any())
+        f"site {name!r}": {name: site.kept} for name, site in latents.sites.items()
     }
-    whole |= {f"group {name!r}": latents.chosen(group) for name, group in groups.items()}
-    found = [
-        choice(name, chosen, latents.change(chosen))
-        for name, chosen in list(whole.items())[:_MOST_CHECKS]
-        if chosen
-    ]
+    found = choices_of(latents, whole | {f"group {name!r}": group for name, group in groups.items()})
     single = []
     for name, site in latents.sites.items():
         if int(site.kept.sum()) > 1:
@@ -80,7 +84,7 @@ def choices(latents: Latents, groups: Mapping[str, Selection], log_odds: float) 
         mask = torch.zeros_like(site.kept).flatten()
         mask[number] = True
         own = Evidence(*(part[number] for part in evidence))
-        found.append(choice(f"{name}[{int(site.units[number])}]", {name: mask.reshape(site.shape)}, own))
+        found.append(_choice(f"{name}[{int(site.units[number])}]", {name: mask.reshape(site.shape)}, own))
     return found
 
 
@@ -165,9 +169,15 @@ class _Opinion:
         outer = (joint.outer | joint.coordinates(drawn)) & free
         start, spread = self.start[free], self.spread[outer][:, outer]
         beside = _Beside(self, outer, drawn) if drawn else None
-        return log_integral(
-            joint.of(chosen), start, spread, outer[free], beside=beside, draws=draws, chunk=self.chunk
-        )
+        density = joint.of(chosen)
+
+        def estimate(draws: int) -> LogIntegral:
+            return log_integral(
+                density, start, spread, outer[free], beside=beside, draws=draws, chunk=self.chunk
+            )
+
+        found = estimate(draws)
+        return found if found.reliable else estimate(_AGAIN * draws)
 
     def _by_draws(self, name: str) -> bool:
         """Whether reduced elements are drawn from their reduced prior: all but points and normals."""

@@ -7,3 +7,4 @@ import pytest
 def no_second_opinion(monkeypatch):
     """Guides here are set by hand, far from the posterior: that the model says something else is no news."""
     monkeypatch.setattr("pyro_bmrs.programs.reduce.second_opinion", lambda *_: None)
+    monkeypatch.setattr("pyro_bmrs.programs.space.second_opinion", lambda *_: None)
