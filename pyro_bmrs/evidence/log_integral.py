@@ -111,7 +111,7 @@ def log_integral(
     >>> _ = torch.manual_seed(0)
     >>> f = lambda x: -x[0].exp() + 2 * x[0] - 0.5 * (x[1] / 3) ** 2
     >>> start = torch.zeros(2, dtype=torch.float64)
-    >>> found = log_integral(f, start, torch.eye(2).double(), torch.tensor([True, False]))
+    >>> found = log_integral(f, start, torch.eye(1).double(), torch.tensor([True, False]))
     >>> abs(found.estimate - math.log(3 * math.sqrt(2 * math.pi))) < 4 * found.standard_error < 0.2
     True
 
