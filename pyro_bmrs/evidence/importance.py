@@ -36,7 +36,7 @@ class ImportanceError(ArithmeticError):
 
 
 class UnreliableEstimateWarning(UserWarning):
-    """The tail of the importance weights is too heavy: the estimate is not reliable."""
+    """An estimate of ΔF is not reliable: its weights have too heavy a tail, or the model itself says something else."""
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,14 @@ class _ByReducedPriors(Plan):
             (nats; 0: closed form), khat (NaN: closed form).
         groups: the same for the groups that were named: column group instead of site.
         steps: of `greedy_reduction`, what was reduced in which order; not saved.
+        checked: ΔF of what `reduce` has checked by the model itself: columns name, log_evidence_change (by the guide),
+            checked, standard_error, khat; None where the model can't be asked. Not saved.
     """
 
     sites: pd.DataFrame = field(repr=False)
     groups: pd.DataFrame | None = field(default=None, repr=False)
     steps: pd.DataFrame | None = field(default=None, repr=False)
+    checked: pd.DataFrame | None = field(default=None, repr=False)
     _latents: Latents | None = field(default=None, repr=False, metadata={"live": True})
 
     def joint_evidence(self) -> Evidence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from pyro_bmrs.programs.reduction import (
     reduce_latents,
     selections,
 )
+from pyro_bmrs.programs.second_opinion import choices, second_opinion
 from pyro_bmrs.programs.sites import elementary_law
 from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
 from pyro_bmrs.pruning.network_plan import NetworkPlan
@@ -78,7 +79,8 @@ def reduce(
 
     The plan has ΔF of each element (`table`), of each site (`sites`) and of groups of elements (`groups`).
     `reduced_posterior()` is a guide that predicts from the reduced model. ΔF has a closed form for most laws; elsewhere
-    it is estimated from draws of the guide, with a standard error and k̂: see docs/evidence.md.
+    it is estimated from draws of the guide, with a standard error and k̂. The model itself gives a second opinion
+    (`checked`), and a warning where the guide is wrong: see docs/evidence.md.
 
     Args:
         model: a Pyro model with noise layers; with a mapping any Pyro model.
@@ -103,6 +105,10 @@ def reduce(
     Returns:
         The plan. With a mapping, `apply()` makes a smaller network if all sites belong to noise layers and each
         reduced prior has 99 % of its mass at θ ≤ 2⁻⁴: such structures can be removed.
+
+    Warns:
+        UnreliableEstimateWarning: with a mapping, where ΔF by the guide is not what the model itself says, where a
+            mean-field guide takes strongly correlated latents for independent, or where k̂ is too large.
 
     Raises:
         NonFiniteScoreError, NonFiniteEvidenceError: naming the layer and the structures whose score is NaN or infinite.
@@ -134,9 +140,11 @@ def reduce(
             "min_kept and round_to are for structures of a network: got "
             f"{min_kept} and {round_to} for {list(criterion)}"
         )
-    return reduce_by_priors(
+    plan = reduce_by_priors(
         latents, groups, log_odds, min_kept=min_kept, round_to=round_to, kl_weight=kl_weight
     )
+    asked = choices(latents, selections(latents, groups), log_odds)
+    return replace(plan, checked=second_opinion(latents, asked, log_odds))
 
 
 def reduce_by_priors(

@@ -16,6 +16,7 @@ from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
 from pyro_bmrs.programs.reduce import reduce_by_priors
 from pyro_bmrs.programs.reduction import Groups, check_log_odds, selections
+from pyro_bmrs.programs.second_opinion import choices_of, second_opinion
 from pyro_bmrs.programs.sites import Selection
 
 LogOdds = float | Mapping[str, float]
@@ -72,6 +73,7 @@ class Space:
             )
         self.independent = torch.zeros(len(self.names), dtype=torch.float64)
         self.joints = self._read()
+        second_opinion(latents, choices_of(latents, self.selections))
 
     def _check_disjoint(self) -> None:
         for name, site in self.latents.sites.items():

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoMultivar
 
 from pyro_bmrs import log_evidence_change, reduce
 
-pytestmark = pytest.mark.usefixtures("own_parameters")
+pytestmark = pytest.mark.usefixtures("own_parameters", "no_second_opinion")
 
 
 Y0 = torch.tensor(0.0)

@@ -26,7 +26,7 @@ regression = model_file("linear_regression")
 X, Y = regression.diabetes()
 
 
-pytestmark = pytest.mark.usefixtures("own_parameters")
+pytestmark = pytest.mark.usefixtures("own_parameters", "no_second_opinion")
 
 
 def brute_force(posterior_draws, log_prior, log_reduced, mask=...):

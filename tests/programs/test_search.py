@@ -19,7 +19,7 @@ NAMES = regression.NAMES
 BY_NAME = {name: {"weights": k} for k, name in enumerate(NAMES)}
 
 
-pytestmark = pytest.mark.usefixtures("own_parameters")
+pytestmark = pytest.mark.usefixtures("own_parameters", "no_second_opinion")
 
 
 def exact(models):
