@@ -22,11 +22,13 @@ def layer(features=4, **options):
 
 
 @contextmanager
-def several_draws():
+def several_draws(examples=6):
     """As within the handler that draws several values per batch."""
-    token = examples_in_batch.set(6)
-    yield
-    examples_in_batch.reset(token)
+    token = examples_in_batch.set(examples)
+    try:
+        yield
+    finally:
+        examples_in_batch.reset(token)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_bad_bounds_inputs_and_draws_are_named():
         MultiplicativeNoise(3)(torch.zeros(2, 3))
     for theta in (torch.ones(3, 4), torch.ones(2, 1, 4)):
         with (
-            several_draws(),
+            several_draws(2),
             poutine.condition(data={"noise": theta}),
             pytest.raises(ValueError, match="parallel=False"),
         ):
