@@ -17,7 +17,8 @@ from torch.distributions import ComposeTransform, biject_to
 
 from pyro_bmrs.evidence.unwrapping import fixed, flat
 from pyro_bmrs.inference.blocks import UnconstrainedSite
-from pyro_bmrs.inference.traces import elementary, mask_of, model_at
+from pyro_bmrs.inference.sites import elementary, mask_of
+from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.programs.sites import LatentSite, Selection
 
 # Of values of all discrete latents together, that are summed over one by one.
