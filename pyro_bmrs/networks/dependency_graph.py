@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pyro_bmrs.networks.computed import computed
 from pyro_bmrs.networks.cuts import (
     COLUMNS,
     HEADS,
@@ -389,6 +390,9 @@ class Reach:
         for module, path, side, pairs in self._modules():
             if channels(module, side) is None:
                 return path, f"{path!r}, a {type(module).__name__}, is no layer that can be cut"
+            wrong = computed(module, side, path)
+            if wrong:
+                return path, wrong
             groups = module.groups if isinstance(module, _ConvNd) and not is_depthwise(module) else 1
             if side == ROWS and 1 < groups == channels(module, side):
                 return path, f"{path!r} makes one channel in each of its {groups} groups"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from pyro_bmrs.arguments import is_whole
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.copies import copied, uncompiled
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.export import load_weights
@@ -95,6 +95,7 @@ class NetworkPlan(Plan):
             if own is None:
                 raise ValueError("network must be given: this plan was loaded from disk and holds none")
             network = own.network
+        network = uncompiled(network)
         if example_input is None:
             if own is None:
                 raise ValueError("example_input must be given: a batch of inputs of the network")
@@ -217,7 +218,7 @@ class NetworkPlan(Plan):
             raise ValueError(
                 "plan must say what to cut: this one was made without a network, or that has shrunk since"
             )
-        small = copy.deepcopy(network)
+        small = copied(network)
         separate_attention(small)
         cuts.cut(small)
         small = without_noise(small)

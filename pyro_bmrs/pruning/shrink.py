@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_noise
@@ -84,7 +84,7 @@ def original_network(network: nn.Module) -> nn.Module:
     original = getattr(network, "_original", None)
     if isinstance(original, _Original):
         return original.network
-    return without_noise(copy.deepcopy(network)).to("meta")
+    return without_noise(copied(network)).to("meta")
 
 
 def _shrink_network(network: nn.Module, kept: Mapping[str, Tensor], cuts: Cuts) -> None:
@@ -105,10 +105,10 @@ def _check(
 ) -> None:
     """Raise unless a copy that is cut computes the same, for some θ of what is kept."""
     device = next(network.parameters()).device
-    reduced = copy.deepcopy(network).double().eval()
+    reduced = copied(network).double().eval()
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)
-    small = copy.deepcopy(reduced)
+    small = copied(reduced)
     _shrink_network(small, kept, cuts)
     whole, left = {}, {}
     for site, mask in kept.items():
