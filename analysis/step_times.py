@@ -82,7 +82,7 @@ class NormalFloor(nn.Module):
         with pyro.poutine.scale(scale=len(x) / DATASET_SIZE):
             theta = pyro.sample("theta", prior)
         parts = dict(zip(self.sizes, theta.split(list(self.sizes.values())), strict=True))
-        with drawn_together(parts):
+        with drawn_together(parts, len(x)):
             logits = self.net(x)
         with pyro.plate("data", len(x)):
             pyro.sample("y", pyro.distributions.Categorical(logits=logits), obs=y)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,14 +19,19 @@ from pyro_bmrs import __version__
 from pyro_bmrs.options import (
     DataRoot,
     Device,
+    FoldPreprocessing,
     Foreign,
+    Inputs,
     LoggerName,
+    MovedData,
     Out,
     Overwrite,
     PosteriorDraws,
+    Predictions,
     Quiet,
     RecipeFile,
     RunFolder,
+    Tolerance,
     given_settings,
     number,
     whole,
@@ -82,13 +89,26 @@ def _new_run(context: typer.Context) -> Run:
     return current
 
 
-def _old_run(options: dict[str, Any], changes: dict[str, Any] | None = None) -> Run:
+def _old_run(context: typer.Context, folder: Path) -> Run:
     from pyro_bmrs.runs.run import Run
 
+    options = context.params
     return Run(
-        options["folder"], changes=changes, data_root=options["data_root"], device=options["device"],
+        folder, changes=given_settings(context), data_root=options["data_root"], device=options["device"],
         progress=not options["quiet"],
     )  # fmt: skip
+
+
+@contextmanager
+def _telling_what_goes(run: Run) -> Iterator[None]:
+    """Tells which files of an earlier reduction or report are gone, because they would not belong to the new fit."""
+    before = run.after_fit()
+    yield
+    gone = [name for name in before if not run.has(name)]
+    if gone:
+        stage = "report" if run.has("plan.json") else "reduce"
+        print(f"removed, as made for another reduction: {', '.join(gone)}")
+        print(f"to make them anew: pyro-bmrs {stage} {run.folder}")
 
 
 def _print_outcome(run: Run) -> None:
@@ -200,7 +220,9 @@ def fit(
     **settings: Any,
 ) -> None:
     """Fit the posterior only."""
-    result = _new_run(context).fit()
+    current = _new_run(context)
+    with _telling_what_goes(current):
+        result = current.fit()
     print(f"{out} already holds this fit" if result is None else result)
 
 
@@ -209,16 +231,18 @@ def fit(
 def reduce(
     context: typer.Context,
     folder: RunFolder,
+    data: MovedData = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
     """Reduce a fitted run again, for example by another criterion, and write the small network."""
-    current = _old_run(context.params, given_settings(context))
+    current = _old_run(context, folder)
     current.load_posterior()
-    current.reduce()
-    _print_outcome(current)
+    with _telling_what_goes(current):
+        current.reduce()
+        _print_outcome(current)
 
 
 @app.command()
@@ -233,13 +257,14 @@ def report(
     ] = None,
     draws: PosteriorDraws = None,
     foreign: Foreign = None,
+    data: MovedData = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Write the report of a reduced run again, or compare several runs."""
     if len(folders) > 1:
-        for name, value in (("draws", draws), ("foreign", foreign)):
+        for name, value in (("draws", draws), ("foreign", foreign), ("data", data)):
             if value is not None:
                 raise ValueError(f"--{name} is for the report of one run: got it with {len(folders)}")
         from pyro_bmrs.runs.outcomes import report_runs
@@ -248,7 +273,7 @@ def report(
         return
     if out is not None:
         raise ValueError(f"--out is for comparisons, the report of one run is in its folder: got {out}")
-    current = _old_run({**context.params, "folder": folders[0]})
+    current = _old_run(context, folders[0])
     current.load_posterior()
     print(f"report: {current.report(draws=draws, foreign=foreign)}")
 
@@ -269,40 +294,45 @@ def show(
 def predict(
     context: typer.Context,
     folder: RunFolder,
-    inputs: Annotated[
-        Path | None, typer.Option(help="A .npy, or .npz with x, of raw inputs; default the test examples.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="CSV to write: label, probability.")] = Path("predictions.csv"),
+    inputs: Inputs = None,
+    out: Predictions = Path("predictions.csv"),
+    data: MovedData = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Predict with the small network of a run."""
-    from pyro_bmrs.data import read_inputs
     from pyro_bmrs.files import check_file, write_table
+    from pyro_bmrs.runs.served import Served
 
     check_file("out", out)
-    raw = None if inputs is None else read_inputs(inputs)
-    current = _old_run(context.params)
-    x = current.dataset.test[:][0] if raw is None else current.dataset.prepare(raw)
-    table = current.predict(x)
+    if inputs is None:
+        current = _old_run(context, folder)
+        table = current.predict(current.dataset.test[:][0])
+    else:
+        served = Served(folder)
+        x, files = served.preparation.read(inputs)
+        table = served.predict(x)
+        if files is not None:
+            table.insert(0, "file", files)
     write_table(out, table)
     print(f"{len(table)} predictions in {out}")
 
 
 @app.command()
 def export(
-    context: typer.Context,
     folder: RunFolder,
     out: Annotated[
         Path, typer.Option(help="File to write: .onnx (needs the extra onnx) or .pt2 (torch.export).")
     ] = Path("small.onnx"),
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    fold_preprocessing: FoldPreprocessing = False,
+    tolerance: Tolerance = None,
 ) -> None:
     """Write the small network of a run for other programs, checked to compute the same."""
-    print(f"small network in {_old_run(context.params).export(out)}")
+    from pyro_bmrs.runs.served import Served
+
+    path = Served(folder).export(out, fold_preprocessing=fold_preprocessing, tolerance=tolerance)
+    print(f"small network in {path}")
 
 
 @app.command()

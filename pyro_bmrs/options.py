@@ -113,6 +113,9 @@ Foreign = Annotated[
         help="Another data set, to see if the network is less sure of it; default one that is on this machine."
     ),
 ]
+MovedData = Annotated[
+    str | None, typer.Option("--data", help="Where the run's .npz file or image folder is now, if it moved.")
+]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets are; default $PYRO_BMRS_DATA, else ~/.cache/pyro_bmrs.")
 ]
@@ -121,3 +124,22 @@ LoggerName = Annotated[
     str | None, typer.Option("--logger", help="csv or tensorboard: write logs/ during the fit.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        help="Raw inputs: a .npy, an .npz with x, or a folder of images; default the test examples."
+    ),
+]
+Predictions = Annotated[
+    Path, typer.Option(help="CSV to write: label, class and probability; of images also file.")
+]
+FoldPreprocessing = Annotated[
+    bool, typer.Option("--fold-preprocessing", help="Take raw inputs of the right size, give probabilities.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        parser=number,
+        help="Allowed difference of onnxruntime; default 1e-5, of float16 1e-2, of float64 1e-10.",
+    ),
+]

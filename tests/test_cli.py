@@ -170,7 +170,7 @@ TABLE = [
     (RUN + "--data nothing", "data 'nothing'", "digits"),
     (RUN + "--data nothing.npz", "nothing.npz"),
     (RUN + "--data file", "data 'file'"),
-    (RUN + "--data empty", "data 'empty'"),
+    (RUN + "--data empty", "empty' can't be used"),
     (RUN + "--device toaster", "device", "toaster"),
     (RUN + "--device meta", "device", "meta"),
     (RUN + "--device cuda:99", "device", "cuda:99"),
@@ -328,7 +328,8 @@ def test_predict_takes_raw_inputs_as_the_source_has_them(finished, tmp_path):
         out = tmp_path / f"{name}.csv"
         assert call("predict", finished, "--inputs", tmp_path / name, "--out", out) == 0
         table = pd.read_csv(out)
-        assert list(table) == ["label", "probability"]
+        assert list(table) == ["label", "class", "probability"]
+        assert (table["class"] == table.label).all()
         assert table.probability.between(0.1, 1).all()
         labels.append(table.label.tolist())
     assert labels[0] == labels[1]
@@ -430,7 +431,7 @@ def test_data_from_an_archive_and_recipes_settings_for_it(place):
     np.savez("own.npz", **parts)
     line = "run tiny.py --data own.npz --out npz --quiet --limit 50 --epochs 1 --fine-tune 0 --draws 0"
     assert call(*line.split()) == 0
-    assert json.loads(Path("npz/settings.json").read_text())["settings"]["data"] == "own.npz"
+    assert json.loads(Path("npz/settings.json").read_text())["settings"]["data"] == str(place / "own.npz")
     assert Run("npz").small_network()(torch.zeros(4, 1, 8, 8)).shape == (4, 3)
 
 

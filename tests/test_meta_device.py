@@ -29,7 +29,7 @@ def test_model_guide_network_and_evidence(draws):
     guide = bmrs.AutoTruncatedLogNormal(model)
     with pyro.validation_enabled(False), OnlyMeta():
         guide(x, y)
-        with LatentsPerBatch(guide.sites, draws, 0.5, 1.0):
+        with LatentsPerBatch(guide.sites, draws, 8, 0.5, 1.0):
             guide_trace = poutine.trace(guide).get_trace(x, y)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, y)
         for site in guide.sites:

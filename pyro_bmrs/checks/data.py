@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
@@ -38,21 +39,37 @@ class DataOfModel:
         self.model = model
         self.batched = isinstance(model, Likelihood) or not isinstance(data, tuple)
         if not self.batched:
-            self._batches, self.arguments, self.size = None, tuple(data), 1  # type: ignore[arg-type]
+            self._batches, self.arguments = None, tuple(data)  # type: ignore[arg-type]
             check_arguments(model, self.arguments, "data")
             return
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device
         self._batches = Batches(data, batch_size, device, "data")
-        self.size = self._batches.size
-        if isinstance(data, DataLoader) and data.drop_last and data.batch_size is not None:
-            self.size = len(data) * data.batch_size  # what it leaves out is not looked at
+
+    @property
+    def size(self) -> int:
+        """How many examples are looked at; 1 for whole data."""
+        if self._batches is None:
+            return 1
+        loader = self._batches.loader
+        if loader is not None and loader.drop_last and loader.batch_size is not None:
+            return len(loader) * loader.batch_size  # what it leaves out is not looked at
+        return self._batches.size
 
     def __len__(self) -> int:
         return 1 if self._batches is None else len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter([self.arguments] if self._batches is None else self._batches)
+
+    def examples_in(self, arguments: tuple[Any, ...], trace: Trace | None = None) -> int:
+        """The examples of a batch, by a trace of the model on it where x and y alone don't tell; 1 of whole data."""
+        if self._batches is None:
+            return 1
+        x, y = arguments
+        if trace is not None:
+            self._batches.count.settle(x, y, trace)
+        return self._batches.count(x, y)
 
     def first(self) -> tuple[Any, ...]:
         """The first batch; what a loader draws for it is drawn again."""
@@ -65,5 +82,12 @@ def first_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, tuple):
-        data = TensorDataset(*data)
+        return first_of(_stacked(data), count)
     return data if len(data) <= count else Subset(data, range(count))  # type: ignore[arg-type]
+
+
+def _stacked(value: Any) -> Any:
+    """Tensors in tuples and mappings as a data set of examples of the same form."""
+    if isinstance(value, Mapping):
+        return StackDataset(**{name: _stacked(part) for name, part in value.items()})
+    return StackDataset(*map(_stacked, value)) if isinstance(value, list | tuple) else value

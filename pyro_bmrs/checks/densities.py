@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.draws import check_scales
-from pyro_bmrs.fitting.programs import local_sites_of
+from pyro_bmrs.inference.sites import check_same_latents, plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.traces import model_at
 
 Values = Mapping[str, Tensor]
 
 
 def element_log_prob(site: Mapping[str, Any]) -> Tensor:
-    """log density of each element of a site, without the scale of its plates, 0 where it is masked."""
+    """log density of each element of a site, without scale and weights, 0 where it is masked."""
     law = site["fn"]
     while isinstance(law, Independent):
         law = law.base_dist
@@ -37,11 +36,13 @@ def element_log_prob(site: Mapping[str, Any]) -> Tensor:
     return torch.where(_over_elements(mask, site, value), value, 0.0)
 
 
-def _scaled(terms: Tensor, site: Mapping[str, Any]) -> Tensor:
-    """Densities of elements with the scale of their plates, a number or one for each of a batch."""
-    scale = site["scale"]
-    many = isinstance(scale, Tensor) and scale.dim() > 0
-    return terms * (_over_elements(scale, site, terms) if many else scale)
+def _total(terms: Tensor, site: Mapping[str, Any], *, scaled: bool) -> float:
+    """The sum of densities of a site's elements with their weights, if `scaled` as often as plates count them."""
+    weights = weights_of(site)
+    if weights is None:
+        return float(terms.sum()) * (float(site["scale"]) if scaled else 1.0)
+    total = float((terms * _over_elements(weights, site, terms)).sum())
+    return total * (plate_scale(site) if scaled else 1.0)
 
 
 def _over_elements(part: Any, site: Mapping[str, Any], value: Tensor) -> Tensor:
@@ -90,27 +91,26 @@ def log_densities(
     log_likelihood = torch.zeros_like(log_prior)
     start = 0
     for arguments in data:
-        size = len(arguments[1]) if data.batched else 1
-        if start + size > data.size:
-            raise _other_size(data, start + size)
         for draw, chosen in enumerate(values):
             try:
                 trace = model_at(data.model, chosen, *arguments)
             except RuntimeError:  # of values for all examples, as a batch can't take them
-                _check_local(data, _trace_of_prior(data.model, arguments), size)
+                _check_local(data, _trace_of_prior(data.model, arguments), data.examples_in(arguments))
                 raise
+            read = read_sites(trace)
             if draw == 0:
+                size = data.examples_in(arguments, trace)
+                if start + size > data.size:
+                    raise _other_size(data, start + size)
                 _check_latents(trace, chosen)
                 _check_local(data, trace, size)
             terms = {
-                name: element_log_prob(site).double()
-                for name, site in trace.nodes.items()
-                if site["type"] == "sample" and not site_is_subsample(site)
+                name: element_log_prob(site).double() for name, site in (read.latent | read.data).items()
             }
             for name, own in terms.items():
                 # batches stand for themselves; a model that is called once says what it stands for
-                total = float((own if data.batched else _scaled(own, trace.nodes[name])).sum())
-                if name in trace.observation_nodes:
+                total = _total(own, trace.nodes[name], scaled=not data.batched)
+                if name in read.data:
                     log_likelihood[draw] += total
                 elif start == 0:
                     log_prior[draw] += total
@@ -131,19 +131,7 @@ def _other_size(data: DataOfModel, found: int) -> ValueError:
 
 def _check_latents(trace: Trace, values: Values) -> None:
     check_scales("model", trace)
-    latents = [name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)]
-    unknown = [name for name in latents if name not in values]
-    if unknown:
-        raise ValueError(
-            f"guide must have a posterior of every latent of the model: it has none of {unknown}. Sum them out in the "
-            "model, or give the guide one"
-        )
-    foreign = [name for name in values if name not in latents]
-    if foreign:
-        raise ValueError(
-            f"guide must have no latents but the model's: it has {foreign}. Mark what it only draws with as "
-            'infer={"is_auxiliary": True}'
-        )
+    check_same_latents(read_sites(trace), values)
 
 
 def _trace_of_prior(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:
@@ -156,10 +144,16 @@ def _trace_of_prior(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Tr
 def _check_local(data: DataOfModel, trace: Trace, batch: int) -> None:
     if not data.batched or len(data) == 1:
         return
-    # plates are sites too, and no latents
-    local = sorted(name for name in local_sites_of(trace, batch) if not site_is_subsample(trace.nodes[name]))
+    sites = read_sites(trace)
+    local = sorted(sites.local(batch))
     if local:
         raise ValueError(
             f"data must be a tuple of whole arguments where latents belong to single examples: {local} do, and the "
             "data come in batches"
+        )
+    whole = sorted(sites.whole(batch))
+    if whole:
+        raise ValueError(
+            "data must be a tuple of whole arguments where observations or factors belong to no single example: "
+            f"{whole} would count in each batch"
         )

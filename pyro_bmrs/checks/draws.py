@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.checks.data import DataOfModel
+from pyro_bmrs.inference.blocks import Block, SiteBlock
+from pyro_bmrs.inference.posteriors import read_blocks
+from pyro_bmrs.inference.sites import elementary, masked_latents, plate_scale, read_sites, warn_of_masked
+from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 
 
@@ -40,17 +44,11 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
         if not values:
             check_scales("guide", trace)
         trace.compute_log_prob()
-        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        read = read_sites(trace)
+        sites = [*read.latent.values(), *read.auxiliary.values(), *read.data.values()]
         densities.append(sum(site["log_prob_sum"].double() for site in sites))
-        laws = [elementary(site["fn"]) for site in sites if not site_is_subsample(site)]
-        points = points and all(isinstance(law, dist.Delta) for law in laws)
-        values.append(
-            {
-                name: site["value"].detach()
-                for name, site in trace.iter_stochastic_nodes()
-                if not site["infer"].get("is_auxiliary") and not site_is_subsample(site)
-            }
-        )
+        points = points and all(isinstance(elementary(site["fn"]), dist.Delta) for site in sites)
+        values.append({name: site["value"].detach() for name, site in read.latent.items()})
         changing = sorted(values[-1].keys() ^ values[0].keys())
         if changing:
             raise ValueError(f"guide must have the same latents in each call: it has {changing} in some only")
@@ -63,21 +61,52 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
     )
 
 
+def parts_of(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: DataOfModel,
+    arguments: tuple[Any, ...],
+    posterior: PosteriorDraws,
+) -> tuple[PosteriorDraws, list[Block]]:
+    """The draws, and the independent parts of the guide; none where it does not show them.
+
+    The density of both is that of the elements that have one in the model: `poutine.mask` takes it from others.
+
+    Warns:
+        MaskedLatentWarning: where these can't be told apart in the guide.
+    """
+    blocks: list[Block] = []
+    with suppress(ValueError, NotImplementedError):  # UnreadablePosteriorError among them
+        blocks = read_blocks(guide, *arguments, sites=tuple(posterior.values[0]))
+    if data.batched or posterior.log_q is None:
+        return posterior, blocks
+    trace = model_at(model, posterior.values[0], *arguments)
+    masks, log_q, told = masked_latents(trace), posterior.log_q, []
+    for number, block in enumerate(blocks):
+        if isinstance(block, SiteBlock) and block.site in masks:
+            mask = masks[block.site]
+            values = torch.stack([drawn[block.site] for drawn in posterior.values]).double()
+            density = block.distribution.log_prob(values)
+            density = density.reshape(len(values), *mask.shape, -1).sum(-1)
+            log_q = log_q - torch.where(mask, 0.0, density).flatten(1).sum(1)
+            blocks[number] = replace(block, kept=mask if block.kept is None else mask & block.kept)
+            told.append(block.site)
+    warn_of_masked(trace, told)
+    return replace(posterior, log_q=log_q), blocks
+
+
 def check_scales(name: str, trace: Trace) -> None:
     """Refuse what would make a weight of two densities that don't belong together."""
-    for site, node in trace.nodes.items():
-        if node["type"] != "sample":
-            continue
-        if site_is_subsample(node):
-            if (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
-                raise ValueError(
-                    f"{name} must not choose other examples in each call: its plate {site!r} takes "
-                    f"{node['fn'].subsample_size} of {node['fn'].size}. Give the plate all of them, or always the same"
-                )
-            continue
-        whole = all(frame.full_size in (None, frame.size) for frame in node["cond_indep_stack"])
+    read = read_sites(trace)
+    for site, node in read.plates.items():
+        if (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
+            raise ValueError(
+                f"{name} must not choose other examples in each call: its plate {site!r} takes "
+                f"{node['fn'].subsample_size} of {node['fn'].size}. Give the plate all of them, or always the same"
+            )
+    for site, node in (read.latent | read.auxiliary).items():
         scale = torch.as_tensor(node["scale"])
-        if not node["is_observed"] and whole and bool(((scale - 1).abs() > 1e-6).any()):
+        if plate_scale(node) == 1 and bool(((scale - 1).abs() > 1e-6).any()):
             raise ValueError(
                 f"{name} must have its latents' own densities: {site!r} is scaled by {float(scale.flatten()[0]):g}. "
                 "Leave out poutine.scale; a KL weight is told by kl_weight"

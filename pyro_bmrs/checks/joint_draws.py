@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
@@ -21,7 +20,8 @@ from torch.distributions import Distribution
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.densities import log_densities
-from pyro_bmrs.checks.draws import PosteriorDraws, draw_posterior
+from pyro_bmrs.checks.draws import PosteriorDraws, draw_posterior, parts_of
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.progress import bar
@@ -34,8 +34,8 @@ class JointDraws:
     """What model and guide say of joint draws of the posterior, on the host.
 
     Attributes:
-        values, prior: of the latents, from posterior and prior (empty where the prior can't be drawn). Shape
-            of each: (draws, *site).
+        values: of the latents and of deterministic sites, from the posterior. Shape of each: (draws, *site).
+        prior: of the latents; empty where the prior can't be drawn. Shape of each: (draws, *site).
         log_prior: log density of each element. Shape of each: (draws, *elements).
         log_likelihood: in nats, without the scale of plates. Shape of each: (draws, *observations).
         predicted: draws of the posterior predictive. Shape of each: (draws, *observed site).
@@ -67,18 +67,20 @@ def joint_draws(guide: Callable[..., Any], data: DataOfModel, draws: int) -> Joi
     draw and latent element; the data themselves; and one batch.
     """
     first = data.first()
-    posterior = draw_posterior(guide, first, draws)
+    posterior, _ = parts_of(data.model, guide, data, first, draw_posterior(guide, first, draws))
     collected = _Collector(data, posterior)
     with bar("joint draws", len(data) * draws) as advance:
         densities = log_densities(data, posterior.values, collected.visit, advance)
     found = collected.result
     layers = noise_layers(data.model) if isinstance(data.model, nn.Module) else {}
+    latents: dict[str, Array] = {}
     for name in posterior.values[0]:
         stacked = torch.stack([values[name] for values in posterior.values])
         if name in layers:  # θ of a structure that a fit removed is 0, whatever the guide draws for it
             stacked = stacked * layers[name].kept
             found.units[name] = _host(layers[name].units)
-        found.values[name] = _host(stacked)
+        latents[name] = _host(stacked)
+    found.values = {**latents, **found.values}
     found.prior = draw_prior(data.model, first, list(posterior.values[0]), draws)
     found.log_p = (densities.log_prior + densities.log_likelihood).numpy()
     found.log_q = None if posterior.log_q is None else _host(posterior.log_q)
@@ -103,23 +105,28 @@ class _Collector:
         self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace, terms: Mapping[str, Tensor]
     ) -> None:
         sites, result = trace.nodes, self.result
-        # a factor has a density and no value
-        observed = [name for name in trace.observation_nodes if not isinstance(sites[name]["fn"], dist.Unit)]
+        read, examples = read_sites(trace), self.data.examples_in(arguments)
+        observed = list(read.observed)  # a factor has a density and no value
         if start == 0 and draw == 0:
-            result.dims = {name: dims_of(sites[name]) for name in (*self.posterior.values[0], *observed)}
+            named = (*self.posterior.values[0], *read.deterministic, *observed)
+            result.dims = {name: dims_of(sites[name]) for name in named}
         if start == 0:
             for name in self.posterior.values[0]:
                 self._store(result.log_prior, name, draw, terms[name])
+        for name, node in read.deterministic.items():
+            of_examples = self.data.batched and node["value"].shape[:1] == (examples,)
+            if start == 0 or of_examples:
+                self._store(result.values, name, draw, node["value"], start if of_examples else None)
         if draw == 0:
             if self.data.batched:
-                _check_examples({name: (sites[name], terms[name]) for name in observed}, len(arguments[1]))
+                _check_examples({name: (sites[name], terms[name]) for name in observed}, examples)
             for name in observed:
                 whole = sites[name]["value"].expand(shape_of(sites[name]))
                 self._store(result.observed, name, None, whole, start)
             for name, value in _named(self.data.model, arguments).items():
                 # what is observed may have been made of the argument of its name, as labels that don't count are
                 same = name in observed or any(value is sites[site]["value"] for site in observed)
-                per_example = not self.data.batched or value.shape[:1] == (len(arguments[1]),)
+                per_example = not self.data.batched or value.shape[:1] == (examples,)
                 if not same and per_example:
                     self._store(result.inputs, name, None, value, start)
         if len(observed) > 1:  # one may depend on another, so that they have to be drawn in turn

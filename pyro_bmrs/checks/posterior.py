@@ -18,12 +18,12 @@ from torch.distributions import biject_to, kl_divergence
 from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.densities import LogDensities, Values, log_densities
-from pyro_bmrs.checks.draws import draw_posterior
+from pyro_bmrs.checks.draws import draw_posterior, parts_of
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.inference.batches import Data
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
-from pyro_bmrs.inference.posteriors import read_blocks
-from pyro_bmrs.inference.traces import elementary, parents_of
+from pyro_bmrs.inference.sites import elementary, read_sites
+from pyro_bmrs.inference.traces import parents_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.numerals import with_error
@@ -152,7 +152,8 @@ class _Checking:
         self.size, self.kl_weight = size, kl_weight
         self.scale = size / data.size
         self.arguments = data.first()
-        self.posterior = draw_posterior(guide, self.arguments, draws)
+        drawn = draw_posterior(guide, self.arguments, draws)
+        self.posterior, self.blocks = parts_of(model, guide, data, self.arguments, drawn)
         if self.posterior.log_q is None:
             raise ValueError(
                 "guide must have a density that is known, to be compared with the model's: all its latents are points, "
@@ -161,17 +162,10 @@ class _Checking:
         self.log_q = self.posterior.log_q.cpu()
         self.names = tuple(self.posterior.values[0])
         self.layers = noise_layers(model) if isinstance(model, nn.Module) else {}
-        self.blocks = self._blocks()
         self.log_prior: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.example: Trace | None = None
         self.per_example: list[Tensor] = []
         self._seen = 0
-
-    def _blocks(self) -> list[Block]:
-        """The independent parts of the posterior; none where the guide does not show them."""
-        with suppress(ValueError, NotImplementedError):  # UnreadablePosteriorError among them
-            return read_blocks(self.guide, *self.arguments, sites=self.names)
-        return []
 
     def result(self) -> PosteriorChecks:
         blocks = self.blocks if len(self.blocks) > 1 else []
@@ -199,7 +193,7 @@ class _Checking:
         self, draw: int, start: int, arguments: tuple[Any, ...], trace: Trace, terms: Mapping[str, Tensor]
     ) -> None:
         if self.data.batched and self.scale != 1:
-            self._add_examples([terms[name] for name in trace.observation_nodes])
+            self._add_examples([terms[name] for name in read_sites(trace).data])
         if start:
             return
         self.example = self.example or trace

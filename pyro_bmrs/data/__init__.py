@@ -11,5 +11,6 @@
 
 from pyro_bmrs.data.arrays import DataError, read_inputs
 from pyro_bmrs.data.dataset import Dataset, load_data
+from pyro_bmrs.data.preparation import Preparation
 
-__all__ = ["DataError", "Dataset", "load_data", "read_inputs"]
+__all__ = ["DataError", "Dataset", "Preparation", "load_data", "read_inputs"]

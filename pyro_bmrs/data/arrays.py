@@ -47,6 +47,7 @@ class InputForm:
 
     shape: tuple[int | None, ...]  # (C, H, W) or (F,) of one input; None: any extent
     values: Literal["bytes", "counts", "numbers"]  # uint8 0..255; digits' 0..16; floating point as it is
+    channels: Literal["grey", "RGB"] | None = None  # their order, where it is known
 
     @property
     def scale(self) -> float:
@@ -121,7 +122,7 @@ def read_inputs(path: str | Path) -> Array:
     (2, 8, 8)
     """
     path = Path(path).expanduser()
-    (array,) = read_arrays("path", path, ("x",))
+    array = read_arrays("path", path, ("x",))["x"]
     name = f"array in {str(path)!r}"
     usable = array.dtype.kind in "uif" and array.size > 0
     check(usable, name, "integers or floating point, and not empty", describe(array), DataError)
@@ -130,8 +131,12 @@ def read_inputs(path: str | Path) -> Array:
     return array
 
 
-def read_arrays(argument: str, path: Path, keys: Sequence[str]) -> list[Array]:
-    """The arrays of an .npz file by these keys. A .npy file is one array, for a single key.
+def read_arrays(
+    argument: str, path: Path, keys: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Array]:
+    """The arrays of an .npz file by these keys, and by those of the optional ones that it has.
+
+    A .npy file is one array, for a single key.
 
     Raises:
         DataError: if the file is missing, damaged, too large, holds a pickle, or lacks a key.
@@ -145,7 +150,7 @@ def read_arrays(argument: str, path: Path, keys: Sequence[str]) -> list[Array]:
         if isinstance(loaded, np.ndarray):
             if len(keys) > 1:
                 raise ValueError("it is one array, not an .npz archive")
-            return [loaded]
+            return {keys[0]: loaded}
         with loaded:
             size = sum(member.file_size for member in loaded.zip.infolist())
             if size > MOST_BYTES:
@@ -153,7 +158,7 @@ def read_arrays(argument: str, path: Path, keys: Sequence[str]) -> list[Array]:
             missing = [key for key in keys if key not in loaded]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)} and holds {', '.join(loaded) or 'nothing'}")
-            return [np.asarray(loaded[key]) for key in keys]
+            return {key: np.asarray(loaded[key]) for key in (*keys, *optional) if key in loaded}
     except Exception as error:
         # NumPy, zipfile and zlib raise many kinds of errors for damaged files and pickles.
         raise DataError(f"{argument} must be {allowed}: got {str(path)!r}: {one_line(error)}") from error

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pyro_bmrs.arguments import check, is_number, is_whole
-from pyro_bmrs.data.arrays import Array, DataError, InputForm
+from pyro_bmrs.data.arrays import Array, DataError
+from pyro_bmrs.data.preparation import Preparation, resize, scale
 from pyro_bmrs.data.sources import KNOWN_NAMES, read_source
-
-# Padding keeps every pixel: MNIST's 28 pixels become the paper's 32. A wider frame would be mostly empty, so
-# beyond this number of pixels images are interpolated.
-_MAXIMUM_PADDING = 8
+from pyro_bmrs.data.split import Examples, RawData, stratified
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no truth value
@@ -34,15 +33,25 @@ class Dataset:
     digits: 1150 train, 288 validation, 359 test, input (1, 8, 8), 10 classes
     """
 
-    name: str
+    name: str  # of a path its last part
     train: TensorDataset
     validation: TensorDataset
     test: TensorDataset
-    num_classes: int
-    mean: Tensor  # (1, C, 1, 1) or (1, F), of the training part, in scaled units
-    deviation: Tensor  # (1, C, 1, 1) or (1, F), 1 where the training part is constant
-    image_size: int | None  # as given to `load_data`
-    form: InputForm  # of raw inputs
+    preparation: Preparation
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels.
+
+        >>> load_data("patches").class_names
+        ('china', 'flower')
+        """
+        return self.preparation.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return self.preparation.num_classes
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -73,8 +82,7 @@ class Dataset:
         >>> load_data("digits", image_size=12).prepare(load_digits().images[:5]).shape
         torch.Size([5, 1, 12, 12])
         """
-        scaled = _scale(self.form.read(inputs), self.form, self.image_size)
-        return _standardise(scaled, self.mean, self.deviation)
+        return self.preparation.prepare(inputs)
 
     def foreign(self, other: Dataset) -> Tensor:
         """The test inputs of another data set, standardised with this one's mean and deviation.
@@ -91,8 +99,8 @@ class Dataset:
         alike = other.input_shape == self.input_shape
         allowed = f"a data set with inputs of shape {self.input_shape}, as {self.name} has"
         check(alike, "other", allowed, str(other), DataError)
-        scaled = other.test.tensors[0] * other.deviation + other.mean
-        return _standardise(scaled, self.mean, self.deviation)
+        theirs = other.preparation
+        return self.preparation.standardise(other.test.tensors[0] * theirs.deviation + theirs.mean)
 
     def __str__(self) -> str:
         return (
@@ -113,9 +121,10 @@ def load_data(
     """Read a data set, split its training examples, size its images and standardise it.
 
     The official training examples are permuted by `seed` and split into a training and a validation
-    part. The test part stays as it is. Pixels of type uint8 are scaled to [0, 1]. Then every channel (of
-    vectors: every feature) is standardised with the mean and the standard deviation of the training part.
-    A channel that is constant in the training part is only centred.
+    part, stratified: each class has its share in both, and one example at least. The test part stays as it
+    is. Pixels of type uint8 are scaled to [0, 1]. Then every channel (of vectors: every feature) is
+    standardised with the mean and the standard deviation of the training part. A channel that is constant in
+    the training part is only centred.
 
     Args:
         name: One of
@@ -128,24 +137,33 @@ def load_data(
               are not under `data_root` yet.
             - a path ending in `.npz`, with `x_train`, `y_train`, `x_test`, `y_test`: images (N, H, W),
               (N, H, W, C) with C in 1, 3, 4, or (N, C, H, W), or vectors (N, F), as uint8 or floating
-              point; labels (N,), integers from 0, each class at least once in `y_train`.
-            - a folder of images, one folder a class: either `train/` and `test/` with the class folders in
-              each, or the class folders themselves, of which a stratified fifth, the same for every
-              `seed`, is the test part. Transparency is dropped.
+              point; labels (N,), integers from 0, each class at least once in `y_train`. Optionally
+              `class_names`, a text for each class.
+            - a folder of images, one folder a class, with any folders below: either these class folders
+              themselves, of which a stratified fifth, the same for every `seed`, is the test part; or
+              `train/` and `test/` (or `training/` and `testing/`) with the class folders in each; or
+              `train/` and `val/` (or `valid/`, `validation/`), with or without `test/`. `val/` is then the
+              validation part; without `test/` the test part is a fifth of `train/`, because choices that are
+              made on `val/` would make its accuracy too good. Names that start with a dot, `__MACOSX` and
+              `@eaDir` are passed over everywhere. Images are turned as their EXIF says. Transparency is
+              dropped; of an animation the first frame is read.
         data_root: the folder of the named sets; default the environment's `PYRO_BMRS_DATA`, else
             `~/.cache/pyro_bmrs`. Paths in `name` do not start from it.
         image_size: height and width of the images in pixels. They are resized before they are standardised:
             those smaller by at most 8 pixels are padded with zeros, equally on all sides (the odd pixel goes
             to the bottom and the right); others are interpolated bilinearly.
-        validation_fraction: share of the training examples set aside for validation, between 0 and 1.
-        seed: of the permutation; nothing else is random.
-        limit: keep at most this many of the permuted training examples, before the split, for quick tries.
+        validation_fraction: share of the training examples set aside for validation, between 0 and 1. Not
+            used for a folder with `val/`.
+        seed: of permutation and split; nothing else is random.
+        limit: keep at most this many of the training examples, stratified, before the split, for quick tries.
 
     Returns:
         The three parts, as float32 (N, C, H, W) or (N, F) and int64 (N,).
 
     Raises:
-        DataError: if an argument is out of range, or the data are missing, unreadable, or not as above.
+        DataError: if an argument is out of range, or the data are missing, unreadable, or not as above; if no
+            training example of a class would be left. A class of one training example is in no validation
+            part: that is a warning.
 
     >>> small = load_data("digits", image_size=12, limit=100)
     >>> len(small.train), len(small.validation), small.input_shape
@@ -158,41 +176,63 @@ def load_data(
     inside = is_number(validation_fraction) and 0.0 < validation_fraction < 1.0
     check(inside, "validation_fraction", "strictly between 0 and 1", validation_fraction, DataError)
 
-    raw = read_source(name, data_root, None if size is None else partial(_resize, image_size=size))
-    sizable = size is None or raw.train_inputs.ndim == 4
+    raw = read_source(name, data_root, None if size is None else partial(resize, image_size=size))
+    sizable = size is None or raw.train[0].ndim == 4
     check(sizable, "image_size", f"left out for vectors, as {name!r} holds", size, DataError)
 
-    # (limited training examples,)
-    order = torch.randperm(len(raw.train_labels), generator=torch.Generator().manual_seed(seed))[:limit]
-    validation_count = round(len(order) * validation_fraction)
-    train_count = len(order) - validation_count
-    check(
-        train_count > 0 and validation_count > 0,
-        "validation_fraction", f"such that {len(order)} training examples leave 1 or more to train and to validate on, "
-        f"not {train_count} and {validation_count}", validation_fraction, DataError,
-    )  # fmt: skip
-
-    parts = [
-        _scale(inputs, raw.form, size)
-        for inputs in (
-            raw.train_inputs[order[:train_count]],
-            raw.train_inputs[order[train_count:]],
-            raw.test_inputs,
-        )
+    train, validation = _split(raw, limit, float(validation_fraction), seed)
+    missing = [
+        class_name
+        for label, class_name in enumerate(raw.class_names)
+        if not bool((validation[1] == label).any())
     ]
-    mean, deviation = _channel_statistics(parts[0])
-    train, validation, test = (_standardise(part, mean, deviation) for part in parts)
-    return Dataset(
-        name=name,
-        train=TensorDataset(train, raw.train_labels[order[:train_count]]),
-        validation=TensorDataset(validation, raw.train_labels[order[train_count:]]),
-        test=TensorDataset(test, raw.test_labels),
-        num_classes=raw.num_classes,
-        mean=mean,
-        deviation=deviation,
-        image_size=size,
-        form=raw.form,
-    )
+    if missing:
+        warnings.warn(
+            f"no example to validate on for {', '.join(missing)}: a class needs 2 training examples or more",
+            stacklevel=2,
+        )
+    inputs = [scale(part[0], raw.form, size) for part in (train, validation, raw.test)]
+    mean, deviation = _channel_statistics(inputs[0])
+    preparation = Preparation(raw.form, size, mean, deviation, raw.class_names)
+    parts = [
+        TensorDataset(preparation.standardise(x), y)
+        for x, (_, y) in zip(inputs, (train, validation, raw.test), strict=True)
+    ]
+    return Dataset(os.path.basename(os.path.abspath(name)), parts[0], parts[1], parts[2], preparation)
+
+
+def _split(raw: RawData, limit: int | None, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """The training examples, permuted and limited, and the validation examples: those of the source, or a share."""
+    inputs, labels = raw.train
+    classes = len(raw.class_names)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if limit is not None and limit < len(labels):
+        enough = f"at least {classes}, one for each class; else it leaves out {_rarest(raw, classes - limit)}"
+        check(limit >= classes, "limit", enough, limit, DataError)
+        order = order[stratified(labels, limit, seed)[order]]
+    if raw.validation is not None:
+        return (inputs[order], labels[order]), raw.validation
+    wanted = round(len(order) * fraction)
+    train_count = len(order) - wanted
+    check(
+        train_count > 0 and wanted > 0,
+        "validation_fraction", f"such that {len(order)} training examples leave 1 or more to train and to validate on, "
+        f"not {train_count} and {wanted}", fraction, DataError,
+    )  # fmt: skip
+    check(
+        train_count >= classes,
+        "validation_fraction", f"such that {len(order)} training examples leave 1 or more of each class to train on: "
+        f"of {train_count} there would be none for {_rarest(raw, classes - train_count)}", fraction, DataError,
+    )  # fmt: skip
+    held_out = stratified(labels[order], wanted, seed, leave=1)
+    train, validation = order[~held_out], order[held_out]
+    return (inputs[train], labels[train]), (inputs[validation], labels[validation])
+
+
+def _rarest(raw: RawData, count: int) -> str:
+    """The names of the classes with the fewest training examples."""
+    order = torch.bincount(raw.train[1]).argsort(stable=True)
+    return ", ".join(raw.class_names[label] for label in order[: max(count, 0)].tolist())
 
 
 def _whole(name: str, value: object, least: int) -> int:
@@ -202,42 +242,6 @@ def _whole(name: str, value: object, least: int) -> int:
     good = is_whole(given, least) and given < 2**63  # type: ignore[operator]
     check(good, name, f"an integer of at least {least}, below 2**63", value, DataError)
     return int(given)  # type: ignore[call-overload, no-any-return]
-
-
-def _scale(inputs: Tensor, form: InputForm, image_size: int | None) -> Tensor:
-    """Raw inputs as float32 of the wanted size, bytes and counts in [0, 1]. May overwrite the inputs."""
-    sized = _to_float(inputs) if image_size is None else _resize(inputs, image_size)
-    return sized.div_(form.scale)
-
-
-def _standardise(inputs: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Overwrites the inputs."""
-    return inputs.sub_(mean).div_(deviation)
-
-
-def _to_float(inputs: Tensor) -> Tensor:
-    """float32 in the ordinary memory layout; inputs that are float32 come back as they are."""
-    if inputs.dtype != torch.uint8:
-        return inputs
-    # Arrays stored as (N, H, W, C) would keep that layout, and layers would sum in another order.
-    return inputs.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def _resize(images: Tensor, image_size: int) -> Tensor:
-    """Images (N, C, H, W) as float32 (N, C, image_size, image_size)."""
-    images = _to_float(images)
-    if images.shape[2:] == (image_size, image_size):
-        return images
-    missing_height, missing_width = (image_size - extent for extent in images.shape[2:])
-    if 0 <= missing_height <= _MAXIMUM_PADDING and 0 <= missing_width <= _MAXIMUM_PADDING:
-        top, left = missing_height // 2, missing_width // 2
-        return F.pad(images, (left, missing_width - left, top, missing_height - top))
-    return F.interpolate(
-        images,
-        size=(image_size, image_size),
-        mode="bilinear",
-        antialias=min(missing_height, missing_width) < 0,
-    )
 
 
 def _channel_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,13 @@
 """The sources of data sets. Each is read and checked; values stay as they were stored.
 
 >>> digits = read_source("digits")
->>> digits.train_inputs.shape, digits.train_inputs.max(), digits.form.scale
+>>> digits.train[0].shape, digits.train[0].max(), digits.form.scale
 (torch.Size([1438, 1, 8, 8]), tensor(16.), 16.0)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +26,12 @@ from pyro_bmrs.data.arrays import (
     read_arrays,
     to_tensor,
 )
-
-type Resize = Callable[[Tensor], Tensor]  # (N, C, H, W) -> (N, C, size, size)
+from pyro_bmrs.data.folders import Resize, read_folder
+from pyro_bmrs.data.split import RawData, split_test
 
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-KNOWN_NAMES = (
-    "'digits', 'patches', 'mnist', 'fashion-mnist', 'cifar10', a path ending in .npz, or an image folder"
-)
-# The test part of a set without an official one does not depend on `seed`: runs with several seeds would
-# otherwise choose their settings on each other's test examples.
-TEST_FRACTION = 0.2
-TEST_SEED = 20240601
-
-
-@dataclass(frozen=True)
-class RawData:
-    """Checked data with values as stored: uint8, or float32."""
-
-    train_inputs: Tensor  # (N, C, H, W) or (N, F)
-    train_labels: Tensor  # (N,)
-    test_inputs: Tensor  # (M, C, H, W) or (M, F)
-    test_labels: Tensor  # (M,)
-    num_classes: int
-    form: InputForm
+KNOWN_SETS = ("digits", "patches", *TORCHVISION_NAMES)
+KNOWN_NAMES = f"{', '.join(map(repr, KNOWN_SETS))}, a path ending in .npz, or an image folder"
 
 
 def read_source(name: str, data_root: str | Path | None = None, resize: Resize | None = None) -> RawData:
@@ -75,7 +56,18 @@ def read_source(name: str, data_root: str | Path | None = None, resize: Resize |
     if path.suffix == ".npz":
         return _read_npz(path)
     check(path.is_dir(), "name", f"{KNOWN_NAMES} that exists", name, DataError)
-    return _read_folder(path, resize)
+    return read_folder(path, resize)
+
+
+def located(name: str) -> str:
+    """The name of a data set that is the same from every working folder: a path that leads to data is absolute.
+
+    >>> located("digits")
+    'digits'
+    """
+    path = Path(name).expanduser()
+    there = path.is_file() if path.suffix == ".npz" else path.is_dir()
+    return os.path.abspath(path) if there and name not in KNOWN_SETS else name
 
 
 def is_at_hand(name: str, data_root: str | Path | None = None) -> bool:
@@ -97,7 +89,8 @@ def _read_digits() -> RawData:
     digits = load_digits()
     inputs = torch.from_numpy(digits.images.astype(np.float32)).unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    return _split_test(inputs, labels, 10, InputForm((1, 8, 8), "counts"))
+    names = tuple(map(str, digits.target_names))
+    return split_test(inputs, labels, names, InputForm((1, 8, 8), "counts", "grey"))
 
 
 def _read_patches() -> RawData:
@@ -105,12 +98,14 @@ def _read_patches() -> RawData:
     from sklearn.datasets import load_sample_images
 
     side, parts = 8, []
-    for photograph in load_sample_images().images:
+    samples = load_sample_images()
+    for photograph in samples.images:
         grey = torch.from_numpy(photograph @ np.array([0.299, 0.587, 0.114])).round().to(torch.uint8)
         squares = grey.unfold(0, side, side).unfold(1, side, side)
         parts.append(squares.reshape(-1, 1, side, side))
     labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)])
-    return _split_test(torch.cat(parts), labels, len(parts), InputForm((1, side, side), "bytes"))
+    names = tuple(Path(file).stem for file in samples.filenames)
+    return split_test(torch.cat(parts), labels, names, InputForm((1, side, side), "bytes", "grey"))
 
 
 def _read_torchvision(name: str, root: Path) -> RawData:
@@ -121,7 +116,8 @@ def _read_torchvision(name: str, root: Path) -> RawData:
         for data in (torch.as_tensor(part.data) for part in parts)
     )
     train_labels, test_labels = (torch.as_tensor(part.targets, dtype=torch.int64) for part in parts)
-    return RawData(train, train_labels, test, test_labels, 10, InputForm(tuple(train.shape[1:]), "bytes"))
+    form = InputForm(tuple(train.shape[1:]), "bytes", "grey" if train.shape[1] == 1 else "RGB")
+    return RawData((train, train_labels), (test, test_labels), tuple(parts[0].classes), form)
 
 
 def _open_torchvision(name: str, root: Path, *, train: bool) -> Any:
@@ -147,7 +143,8 @@ def _open_torchvision(name: str, root: Path, *, train: bool) -> Any:
 
 def _read_npz(path: Path) -> RawData:
     keys = ("x_train", "y_train", "x_test", "y_test")
-    x_train, y_train, x_test, y_test = read_arrays("name", path, keys)
+    arrays = read_arrays("name", path, keys, optional=("class_names",))
+    x_train, y_train, x_test, y_test = (arrays[key] for key in keys)
     train, test = _checked_inputs("x_train", x_train), _checked_inputs("x_test", x_test)
     for key, inputs, labels in (("y_train", train, y_train), ("y_test", test, y_test)):
         right = labels.dtype.kind in "iu" and labels.shape == (len(inputs),)
@@ -168,7 +165,22 @@ def _read_npz(path: Path) -> RawData:
     )  # fmt: skip
     train_labels, test_labels = (torch.from_numpy(labels.astype(np.int64)) for labels in (y_train, y_test))
     form = InputForm(tuple(train.shape[1:]), "bytes" if train.dtype == torch.uint8 else "numbers")
-    return RawData(train, train_labels, test, test_labels, len(classes), form)
+    return RawData(
+        (train, train_labels),
+        (test, test_labels),
+        _class_names(arrays.get("class_names"), len(classes)),
+        form,
+    )
+
+
+def _class_names(given: Array | None, count: int) -> tuple[str, ...]:
+    """The names of the classes; their numbers if none are given."""
+    if given is None:
+        return tuple(map(str, range(count)))
+    right = given.dtype.kind == "U" and given.shape == (count,) and len(set(given.tolist())) == count
+    allowed = f"{count} different texts, one for each class, as an array of shape ({count},)"
+    check(right, "class_names", allowed, describe(given), DataError)
+    return tuple(given.tolist())
 
 
 def _checked_inputs(key: str, array: Array) -> Tensor:
@@ -192,96 +204,14 @@ def _checked_inputs(key: str, array: Array) -> Tensor:
     return to_tensor(key, array)
 
 
-def _read_folder(path: Path, resize: Resize | None) -> RawData:
-    parts = [part for part in ("train", "test") if (path / part).is_dir()]
-    check(len(parts) != 1, "name", "a folder of classes, or of train/ and test/ both", str(path), DataError)
-    folders = [_open_folder(path / part, resize) for part in parts or ("",)]
-    classes = folders[0].classes
-    alike = folders[-1].classes == classes
-    check(alike, "classes in test/", f"those in train/, {', '.join(classes)}", folders[-1].classes, DataError)
-    single = [name for label, name in enumerate(classes) if folders[0].targets.count(label) == 1]
-    two = (
-        f"a folder with at least 2 images of each class, or with train/ and test/ (1 of {', '.join(single)})"
-    )
-    check(bool(parts) or not single, "name", two, str(path), DataError)
-    images = [image for folder in folders for image, _ in folder]
-    labels = torch.tensor([label for folder in folders for label in folder.targets], dtype=torch.int64)
-
-    sizes = sorted({tuple(image.shape[1:]) for image in images})
-    check(
-        len(sizes) == 1, "image_size",
-        f"given in pixels where images differ in height and width, as in '{path}' from {sizes[0]} to {sizes[-1]}",
-        None, DataError,
-    )  # fmt: skip
-    # Grey images become colour where any has colour.
-    channels = max(image.shape[0] for image in images)
-    inputs = torch.stack([image.expand(channels, -1, -1) for image in images])
-    # Files of any size were brought to one, so new images may have any size too.
-    form = InputForm((channels, *(sizes[0] if resize is None else (None, None))), "bytes")
-    if parts:
-        count = len(folders[0])
-        return RawData(inputs[:count], labels[:count], inputs[count:], labels[count:], len(classes), form)
-    return _split_test(inputs, labels, len(classes), form)
-
-
-def _open_folder(path: Path, resize: Resize | None) -> Any:
-    """torchvision's `ImageFolder` of images (C, H, W), uint8 or as `resize` makes them."""
-    datasets = _torchvision_datasets(str(path))
-    # Resized one by one: a folder of photographs at full size would not fit into memory.
-    sized = None if resize is None else lambda image: resize(image.unsqueeze(0)).squeeze(0)
-    try:
-        folder = datasets.ImageFolder(path, loader=_read_image, transform=sized)
-    except OSError as error:
-        raise DataError(
-            f"name must be a folder with one folder of images for each class: got '{path}': {one_line(error)}"
-        ) from error
-    check(len(folder.classes) >= 2, "name", "a folder with at least 2 classes", str(path), DataError)
-    return folder
-
-
-def _read_image(file: str) -> Tensor:
-    """The bytes of an image, (1, H, W) if it is grey, else (3, H, W)."""
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    try:
-        with Image.open(file) as opened:
-            # Pillow would silently clip 16 bits and more to 8.
-            if opened.mode.startswith(("I", "F")):
-                raise ValueError(f"its mode is {opened.mode}")
-            grey = opened.mode in ("1", "L", "LA", "La")
-            image: Tensor = pil_to_tensor(opened.convert("L" if grey else "RGB"))
-            return image
-    except Exception as error:
-        # Pillow's plugins raise many kinds of errors for damaged files.
-        raise DataError(
-            f"name must lead to readable images of 8 bits a channel: got '{file}': {one_line(error)}"
-        ) from error
-
-
-def _split_test(inputs: Tensor, labels: Tensor, num_classes: int, form: InputForm) -> RawData:
-    """Set a stratified fifth aside for the test, the same for every seed."""
-    generator = torch.Generator().manual_seed(TEST_SEED)
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(num_classes):
-        members = (labels == label).nonzero().squeeze(1)
-        order = torch.randperm(len(members), generator=generator)
-        is_test[members[order[: max(1, round(len(members) * TEST_FRACTION))]]] = True
-    return RawData(inputs[~is_test], labels[~is_test], inputs[is_test], labels[is_test], num_classes, form)
-
-
-def _torchvision_datasets(name: str) -> Any:
+def _torchvision_reader(name: str) -> Any:
     try:
         from torchvision import datasets
     except ImportError as error:
         raise DataError(
             f"name is {name!r}, which needs torchvision: pip install 'pyro-bmrs[vision]'"
         ) from error
-    return datasets
-
-
-def _torchvision_reader(name: str) -> Any:
-    return getattr(_torchvision_datasets(name), TORCHVISION_NAMES[name])
+    return getattr(datasets, TORCHVISION_NAMES[name])
 
 
 def _resolve_data_root(data_root: str | Path | None) -> Path:

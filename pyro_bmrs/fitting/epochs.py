@@ -17,7 +17,7 @@ from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.inference.predict import posterior_point
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
@@ -105,12 +105,13 @@ class Measure:
     @torch.no_grad()
     def _kl(self) -> float:
         """KL of the noise sites over the whole data set, in nats, unweighted."""
-        if self.guide is None:
+        layers = noise_layers(self.model)
+        if self.guide is None or not layers:
             return math.nan
         posterior = read_posterior(self.guide, *self.first)
         return sum(
             float((kl_divergence(posterior[site], elementary(layer.prior())) * layer.kept).sum())
-            for site, layer in noise_layers(self.model).items()
+            for site, layer in layers.items()
             if site in posterior
         )
 

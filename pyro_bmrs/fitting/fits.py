@@ -21,6 +21,8 @@ from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.calls import as_module
+from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers.logger import Logger
@@ -67,7 +69,7 @@ class Fit:
 
 
 def fit(
-    model: nn.Module,
+    model: Callable[..., Any],
     guide: Callable[..., Any] | None,
     train: Data,
     validation: Data | None = None,
@@ -102,11 +104,13 @@ def fit(
     Latents other than noise sites keep weight 1 (beside such latents, w ≠ 1 is no tempering of the whole).
 
     Args:
-        model: any Pyro model called as model(x, y) that observes y and holds noise layers (or none, with
-            guide=None: plain maximum likelihood, as for fine-tuning a reduced network). Its likelihood
-            speaks either for the batch alone or, scaled by N/batch, for the data set; both are recognised.
-        guide: a Pyro guide of the same arguments, or None.
-        train, validation: (x, y) tensors, a Dataset or a DataLoader.
+        model: any Pyro model, a module or a function, called as model(x, y), that observes y. Its likelihood speaks
+            either for the batch alone or, scaled by N/batch, for the data set; both are recognised. What stands
+            outside of the plate of the examples counts once.
+        guide: a Pyro guide of the same arguments, with all latents of the model, in distributions with `rsample`. None
+            for a model without latents: plain maximum likelihood, as for fine-tuning a reduced network.
+        train, validation: (x, y), each a tensor or several in a tuple or mapping; a Dataset or a DataLoader of such
+            pairs. N is the number of examples. It is counted, or refused where nothing tells it.
         settings: what shapes the fit; default `Settings()`. docs/settings.md lists them all.
         checkpoints: folder for the state after each epoch, and when Ctrl-C or SIGTERM end the fit. Called
             again with the same folder, the fit goes on from there, in a new process and with a freshly made
@@ -127,20 +131,25 @@ def fit(
         The `Fit`. Ctrl-C ends early with `interrupted` set and the best parameters so far.
 
     Raises:
-        ValueError, TypeError: for a bad argument, before any work is done.
+        ValueError, TypeError: for a bad argument, before any work is done; after the first epoch for a loader that
+            gave another number of examples than it says.
         FloatingPointError: if the loss stops being finite; the best parameters so far are put back.
     """
     check(isinstance(settings, Settings | None), "settings", "a Settings or None", settings, TypeError)
     settings = (settings or Settings()).changed(**changes)
     check(is_whole(keep_checkpoints, 1), "keep_checkpoints", "a positive integer", keep_checkpoints)
     _check_surroundings(checkpoints, label, logger)
+    check(callable(model), "model", "a Pyro model", type(model), TypeError)
+    model = as_module(model)
     check_programs(model, guide, settings)
-    home = next(model.parameters()).device
-    for name, data in (("train", train), ("validation", validation)):
-        if data is not None:
-            Batches(data, settings.batch_size, home, name)
+    if guide is not None and not noise_layers(model) and "keep_best" not in settings.model_fields_set:
+        # one draw a batch: the epoch with the least loss is one of luck
+        settings = settings.changed(keep_best=False)
+    home = _home(model, guide)
+    batches = Batches(train, settings.batch_size, home, "train")
+    held_out = None if validation is None else Batches(validation, 1000, home, "validation")
     task = Task(
-        model, guide, train, validation, settings, None if checkpoints is None else Path(checkpoints),
+        model, guide, batches, held_out, settings, None if checkpoints is None else Path(checkpoints),
         keep_checkpoints, overwrite, label, progress, validate,
     )  # fmt: skip
     fabric = open_fabric(device, settings.precision, home, logger)
@@ -156,6 +165,14 @@ def fit(
         interrupted=loop.interrupted,
         stopped_early=loop.stopped_early,
     )
+
+
+def _home(*programs: object) -> torch.device:
+    """The device of the first parameter of these."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    first = next(parameters, None)
+    return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager

@@ -23,12 +23,19 @@ from pyro_bmrs.fitting.generators import generator_states, seed_of, set_generato
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.fitting.optimizer import load_optimizer, make_optimizer, optimizer_tensors, set_rates, step
 from pyro_bmrs.fitting.posterior_file import restore, state_of
-from pyro_bmrs.fitting.programs import check_parameters, local_sites_of, speaks_for_the_data_set
+from pyro_bmrs.fitting.programs import (
+    check_examples_apart,
+    check_latents,
+    check_local,
+    check_parameters,
+    speaks_for_the_data_set,
+)
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
-from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
@@ -49,8 +56,8 @@ class Task:
 
     model: nn.Module
     guide: Callable[..., Any] | None
-    train: Data
-    validation: Data | None
+    train: Batches
+    validation: Batches | None
     settings: Settings
     checkpoints: Path | None
     keep_checkpoints: int
@@ -84,11 +91,8 @@ class Loop:
         self.interrupted = self.stopped_early = False
         self.kept_epoch = 0
         home = fabric.device
-        self.batches = Batches(
-            task.train, self.settings.batch_size, home, "train",
-            rank=fabric.global_rank, world=fabric.world_size,
-        )  # fmt: skip
-        held_out = None if task.validation is None else Batches(task.validation, 1000, home, "validation")
+        self.batches = task.train.shared(home, fabric.global_rank, fabric.world_size)
+        held_out = None if task.validation is None else task.validation.shared(home, 0, 1)
         self.first = self.batches.first()
         self.model.to(home)
         if isinstance(self.guide, nn.Module):
@@ -130,14 +134,22 @@ class Loop:
         with in_mode(self.model, training=False):
             with torch.no_grad():
                 trace = poutine.trace(self.model).get_trace(x, y)
+                self.batches.count.settle(x, y, trace)
                 if held_out is not None:  # unsuitable validation data are refused before the first step
-                    poutine.trace(self.model).get_trace(*held_out.first())
+                    given = held_out.first()
+                    held_out.count.settle(*given, poutine.trace(self.model).get_trace(*given))
+            examples = self.batches.count(x, y)
+            check_latents(self.model, self.guide, self.first, trace)
+            local = read_sites(trace).local(examples)
+            check_local(self.guide, local, self.batches)
+            if draws is None or draws > 1:
+                check_examples_apart(self.model, self.first, trace, examples)
             return Objective(
-                self.model, self.guide, self.first, dataset_size=self.batches.size,
+                self.model, self.guide, self.first, count=self.batches.count, dataset_size=self.batches.size,
                 draws=None if draws is None else max(draws // self.fabric.world_size, 1),
                 stratified=settings.stratified, elbo=settings.elbo, validate=self.task.validate,
-                scaled=speaks_for_the_data_set(trace, len(y), self.batches.size),
-                local_sites=local_sites_of(trace, len(y)),
+                scaled=speaks_for_the_data_set(trace, examples, self.batches.size),
+                local_sites=local,
             )  # fmt: skip
 
     def _wrap(self) -> None:
@@ -207,11 +219,12 @@ class Loop:
         epoch, count = state.epoch + 1, len(self.batches)
         torch.manual_seed(seed_of(settings.seed, epoch, fabric.global_rank))
         order = torch.Generator().manual_seed(seed_of(settings.seed, epoch, "order"))
-        batches = self.batches.epoch(order, start=state.batch)
+        # latents of single examples belong to places in the batch
+        batches = self.batches.epoch(None if self.objective.local_sites else order, start=state.batch)
         if resumed:
             set_generators(resumed, fabric)
         total, ramp = settings.epochs * count, 1.0
-        for x, y, weight, examples in batches:
+        for x, y, weight, share in batches:
             number = state.epoch * count + state.batch
             if self.guide is not None:
                 ramp = settings.kl_factor(number, total)
@@ -227,7 +240,7 @@ class Loop:
                 )
             state.batch += 1
             self._step(loss * weight, last=state.batch == count)
-            state.steps.append((value, likelihood, examples))
+            state.steps.append((value, likelihood, self.batches.count(x, y) * share))
             display.step()
             if state.batch < count and self._is_time_to_stop(stop, number):
                 self.interrupted = True
@@ -268,6 +281,7 @@ class Loop:
         state, settings = self.state, self.settings
         self._share_buffers()
         self.measure.check_finite(epoch, state.best_epoch)
+        self.batches.check_whole(sum(examples for *_, examples in state.steps))
         loss, likelihood = self._means()
         state.epoch, state.batch, state.steps = epoch, 0, []
         removed = self._remove(epoch) if settings.removal == "epoch" and ramp >= 1.0 else []

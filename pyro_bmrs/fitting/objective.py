@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.elbo import LatentsPerBatch, LikelihoodELBO, PackedSites
+from pyro_bmrs.inference.examples import Counting
 from pyro_bmrs.inference.likelihoods import has_own_likelihood
 from pyro_bmrs.inference.packed import PackedLatents
+from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.networks.noise import drawn_together, noise_layers
 
 
@@ -22,6 +23,7 @@ class Objective(nn.Module):
     Args:
         model, guide: as in `fit`; a guide of None: a model without latents.
         first: a batch to trace them with.
+        count: counts the examples of a batch; default: the first dimension of y, which x must share.
         dataset_size: N.
         draws: values of each θ per batch; None: one per example.
         stratified: whether these draws are stratified where latents are packed.
@@ -41,9 +43,10 @@ class Objective(nn.Module):
         self,
         model: nn.Module,
         guide: Callable[..., Any] | None,
-        first: tuple[Any, Tensor],
+        first: tuple[Any, Any],
         *,
         dataset_size: int,
+        count: Callable[[Any, Any], int] | None = None,
         draws: int | None = None,
         stratified: bool = True,
         elbo: str = "auto",
@@ -53,6 +56,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.guide = model, guide
+        self.count = count or Counting("train")
         self.dataset_size, self.draws, self.scaled = dataset_size, draws, scaled
         self.local_sites = local_sites
         layers = noise_layers(model)
@@ -79,42 +83,40 @@ class Objective(nn.Module):
         self.pyro_elbo = LikelihoodELBO()
         self.pyro_loss = self.pyro_elbo(model, guide or _no_latents)
 
-    def _only_noise(self, first: tuple[Any, Tensor]) -> bool:
+    def _only_noise(self, first: tuple[Any, Any]) -> bool:
         """Whether the noise sites are all that model and guide draw, and y all that the model observes."""
         programs = (self.model, self.guide or _no_latents)
         with torch.no_grad():
-            traces = [poutine.trace(program).get_trace(*first) for program in programs]
+            read = [read_sites(poutine.trace(program).get_trace(*first)) for program in programs]
         sites = set(noise_layers(self.model))
-        latents = [
-            {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
-            for trace in traces
-        ]
-        observed = [name for trace in traces for name in trace.observation_nodes]  # factors too
-        return observed == ["y"] and all(names == sites for names in latents)
+        data = [name for program in read for name in program.data]
+        return data == ["y"] and all({*program.latent, *program.auxiliary} == sites for program in read)
 
-    def forward(self, x: Any, y: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Any, y: Any, kl_weight: float) -> tuple[Tensor, Tensor]:
         """(loss, log-likelihood), both in nats per example, the second detached."""
-        draws = min(self.draws or len(y), len(y))
+        batch = self.count(x, y)
+        draws = min(self.draws or batch, batch)
         if self.elbo == "fused":
-            return self._fused(x, y, kl_weight, draws)
+            return self._fused(x, y, kl_weight, draws, batch)
         # The likelihood is that of `examples` of the N. The KL gets the same share.
-        examples = self.dataset_size if self.scaled else len(y)
+        examples = self.dataset_size if self.scaled else batch
         share = examples / self.dataset_size
+        weights = kl_weight * share, share, self.local_sites
         if self.packed is None:
-            handler = LatentsPerBatch(self.sites, draws, kl_weight * share, share, self.local_sites)
+            handler = LatentsPerBatch(self.sites, draws, batch, *weights)
         else:
-            handler = PackedSites(self.packed.draw(draws), draws, kl_weight * share, share, self.local_sites)
+            handler = PackedSites(self.packed.draw(draws), draws, batch, *weights)
         with handler:
             loss = self.pyro_loss(x, y) / examples
         return loss, self.pyro_elbo.log_likelihood / examples
 
-    def _fused(self, x: Any, y: Tensor, kl_weight: float, draws: int) -> tuple[Tensor, Tensor]:
+    def _fused(self, x: Any, y: Any, kl_weight: float, draws: int, batch: int) -> tuple[Tensor, Tensor]:
         if self.packed is None:
-            log_likelihood = self.model.log_likelihood(x, y) / len(y)  # type: ignore[operator]
+            log_likelihood = self.model.log_likelihood(x, y) / batch  # type: ignore[operator]
             return -log_likelihood, log_likelihood.detach()
         drawn = self.packed.draw(draws)
-        with drawn_together(drawn.values):
-            log_likelihood = self.model.log_likelihood(x, y) / len(y)  # type: ignore[operator]
+        with drawn_together(drawn.values, batch):
+            log_likelihood = self.model.log_likelihood(x, y) / batch  # type: ignore[operator]
         loss = drawn.kl.to(log_likelihood.dtype) * (kl_weight / self.dataset_size) - log_likelihood
         return loss, log_likelihood.detach()
 

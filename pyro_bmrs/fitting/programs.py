@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from torch import nn
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from pyro.infer.autoguide.guides import AutoCallable
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.fitting.settings import Settings
+from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.inputs import check_finite, check_module
+from pyro_bmrs.inference.sites import Sites, check_same_latents, elementary, read_sites, warn_of_masked
+from pyro_bmrs.inference.traces import model_at
+from pyro_bmrs.networks.inputs import check_finite, check_module, map_tensors
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
@@ -27,8 +34,10 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings:
     sites = list(noise_layers(model))
     if guide is None and sites:
         raise ValueError(f"guide must be given for a model with noise layers {sites}")
-    if guide is not None and not sites:
-        raise ValueError("model must hold MultiplicativeNoise layers when a guide is given: it has none")
+    if guide is not None and not sites and settings.kl_weight != 1:
+        raise ValueError(
+            f"kl_weight must be 1 for a model without noise layers, which it weighs: got {settings.kl_weight}"
+        )
     asked = "criterion" in settings.model_fields_set or settings.removal == "epoch"
     if asked and not isinstance(guide, AutoTruncatedLogNormal):
         raise TypeError("criterion needs an AutoTruncatedLogNormal guide; use reduce() after the fit instead")
@@ -50,13 +59,112 @@ def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[A
                 )
 
 
-def speaks_for_the_data_set(trace: poutine.Trace, batch: int, size: int) -> bool:
+@torch.no_grad()
+def check_latents(
+    model: nn.Module, guide: Callable[..., Any] | None, first: tuple[Any, ...], trace: Trace
+) -> None:
+    """Raise unless the guide draws all latents of the model, and so that gradients reach its parameters.
+
+    Args:
+        trace: of the model on the batch `first`.
+    """
+    drawn = Sites() if guide is None else read_sites(poutine.trace(guide).get_trace(*first))
+    check_same_latents(read_sites(trace), drawn.latent, guide is not None)
+    for name, node in (drawn.latent | drawn.auxiliary).items():
+        if not node["fn"].has_rsample:
+            raise ValueError(
+                f"guide must draw {name!r} from a distribution with rsample, through which gradients pass: "
+                f"{type(elementary(node['fn'])).__name__} has none. Sum discrete latents out in the model"
+            )
+    warn_of_masked(trace)
+
+
+def check_local(guide: Callable[..., Any] | None, local: frozenset[str], batches: Batches) -> None:
+    """Raise if a guide has a posterior for each place in a batch, and batches hold other examples each time.
+
+    Args:
+        local: the latents of single examples.
+    """
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    by_place = sorted(
+        {
+            name
+            for part in parts
+            if isinstance(part, AutoGuide) and not isinstance(part, AutoCallable | AutoGuideList)
+            for name in local & set(part.prototype_trace.nodes)
+        }
+    )
+    if by_place and (len(batches) > 1 or batches.loader is not None):
+        raise ValueError(
+            f"batch_size must be {batches.size} or more, with tensors or a Dataset as train, for latents of single "
+            f"examples, {by_place}: {type(guide).__name__} has one posterior for each place in a batch. Or write a "
+            "guide that makes theirs of x"
+        )
+
+
+@torch.no_grad()
+def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, examples: int) -> None:
+    """Raise unless what the model says of an example depends on no other example, where each has a θ of its own.
+
+    The second half of the batch is replaced by the first. What the model says of the first must stay as it was.
+
+    Args:
+        trace: of the model on the batch `first`.
+
+    Raises:
+        ValueError: as for a network of a graph, whose nodes exchange messages.
+    """
+    half = examples // 2
+    layers = noise_layers(model)
+    # normalisation by the batch's own statistics mixes examples in training anyway
+    by_batch = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in model.modules())
+    if not half or not layers or by_batch:
+        return
+    order = torch.arange(examples)
+    order[examples - half :] = order[:half]
+
+    def halved(tensor: Tensor) -> Tensor:
+        counts = tensor.dim() > 0 and len(tensor) == examples
+        return tensor[order.to(tensor.device)] if counts else tensor
+
+    fixed = {name: node["value"] for name, node in read_sites(trace).latent.items()}
+    fixed |= {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in layers.items()}
+    found = []
+    for x in (first[0], map_tensors(halved, first[0])):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                sites = read_sites(model_at(model, fixed, x, first[1])).observed
+                found.append({name: node["fn"].log_prob(node["value"]) for name, node in sites.items()})
+            except (RuntimeError, ValueError, IndexError):  # it does not take such a batch
+                return
+    for name, before in found[0].items():
+        after = found[1].get(name)
+        if after is None or before.shape[:1] != (examples,) or after.shape != before.shape:
+            continue
+        moved = (after - before)[: examples - half].abs().max()
+        if moved > 1e-3 * (1 + before.abs().max()):  # false for NaN, of which the first step tells
+            raise ValueError(
+                f"draws_per_batch must be 1 for a model whose examples depend on each other: {name!r} of one example "
+                "changes with the inputs of others, which would have other values of θ. Examples may also stand in "
+                "another dimension than the first"
+            )
+
+
+def speaks_for_the_data_set(trace: Trace, batch: int, size: int) -> bool:
     """Whether the likelihood in a trace of the model is scaled to the whole data set, and not the batch's own.
 
     Raises:
-        ValueError: if it has another scale.
+        ValueError: if it has another scale, or parts of it belong to no example and would count in each batch.
     """
-    scale, full = likelihood_scale(trace), size / batch
+    scale, full = likelihood_scale(trace, batch), size / batch
+    whole = sorted(read_sites(trace).whole(batch))
+    if whole and batch < size and math.isclose(scale, 1.0):
+        raise ValueError(
+            f"model must not have {whole} outside of the plate of its examples, where it would count in each batch: "
+            f"put it into that plate, or make that a plate of N = {size} with the batch as its subsample, beside which "
+            "it counts once"
+        )
     if math.isclose(scale, 1.0):
         return False
     if not math.isclose(scale, full, rel_tol=1e-4):
@@ -65,14 +173,3 @@ def speaks_for_the_data_set(trace: poutine.Trace, batch: int, size: int) -> bool
             f"{full:.6g} (for the data set, N = {size}): got {scale:.6g}"
         )
     return True
-
-
-def local_sites_of(trace: poutine.Trace, batch: int) -> frozenset[str]:
-    """Latents of single examples: those that share the plate of the batch with the observations."""
-    stacks = [trace.nodes[name]["cond_indep_stack"] for name in trace.observation_nodes]
-    plates = {frame.name for stack in stacks for frame in stack if frame.vectorized and frame.size == batch}
-    return frozenset(
-        name
-        for name, site in trace.iter_stochastic_nodes()
-        if any(frame.name in plates for frame in site["cond_indep_stack"])
-    )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sized
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_bmrs.arguments import check
-from pyro_bmrs.networks.inputs import map_tensors
+from pyro_bmrs.inference.examples import Counting, examples_of_loader, most_dropped, pair
+from pyro_bmrs.networks.inputs import Inputs, map_tensors, tensors_of
 
-Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
+Data = tuple[Inputs, Inputs] | Dataset[Any] | DataLoader[Any]
 
 
 def to_device[T](value: T, device: torch.device) -> T:
@@ -27,69 +28,85 @@ class Batch(NamedTuple):
 
     Attributes:
         weight: of this part's mean in the mean over processes; 1 unless the batch can't be shared evenly.
-        examples: how many of the batch's examples this part stands for.
+        share: of its examples that it stands for; below 1 where several processes have the same ones.
     """
 
     x: Any
     y: Any
     weight: float
-    examples: float
+    share: float
 
 
 class Batches:
-    """A data set as batches (x, y) on a device; `len` is the number of batches, `size` of examples.
+    """A data set as batches (x, y) on a device; `len` is the number of batches.
 
     Where several processes share a batch, each gets every `world`-th of its examples.
 
+    Attributes:
+        count: counts the examples of a batch (x, y).
+
     Args:
-        data: (x, y) tensors, a `Dataset` of (x, y) pairs, or a `DataLoader`. A loader keeps its own batch size and
-            order; each of several processes takes batches of that size.
+        data: (x, y), each a tensor or several in a tuple or mapping, with an entry for each example in the first
+            dimension; a `Dataset` of (x, y) pairs; or a `DataLoader`. A loader keeps its own batch size and order; each
+            of several processes takes batches of that size.
         name: the argument's name, for error messages.
-        rank, world: which of how many processes this is.
+
+    Raises:
+        TypeError, ValueError: for data of another kind, of which nothing says how many examples they have, or none.
     """
 
-    def __init__(
-        self, data: Data, batch_size: int, device: torch.device, name: str, *, rank: int = 0, world: int = 1
-    ) -> None:
-        given: object = data
-        mistyped = isinstance(given, str)
-        if isinstance(given, tuple):
-            mistyped = len(given) != 2 or not all(isinstance(part, Tensor) for part in given)
-        elif isinstance(given, list):  # one of pairs is as good as a Dataset
-            mistyped = len(given) > 0 and all(isinstance(part, Tensor) for part in given)
-        if mistyped:
-            raise TypeError(f"{name} must be (x, y) tensors, a Dataset or a DataLoader: got {_kind(given)}")
-        if isinstance(data, tuple):
-            if len(data[0]) != len(data[1]):
-                raise ValueError(
-                    f"{name} must have as many labels as examples: got {len(data[0])} and {len(data[1])}"
-                )
-            data = TensorDataset(*data)
+    def __init__(self, data: Data, batch_size: int, device: torch.device, name: str) -> None:
         self.name, self.batch_size, self.device = name, batch_size, device
-        self.rank, self.world = rank, world
-        self.tensors: tuple[Tensor, ...] | None = None
+        self.rank, self.world = 0, 1
+        self.count = Counting(name)
+        self.tensors: tuple[Inputs, Inputs] | None = None
         self.loader: DataLoader[Any] | None = None
-        source: Any = data.dataset if isinstance(data, DataLoader) else data
-        check(isinstance(source, Sized), name, "a data set of known length", type(source), TypeError)
-        self.size = len(source)
-        if self.size == 0:
+        if type(data) is TensorDataset:  # a subclass may do more than index
+            data = pair(name, data.tensors)
+        if isinstance(data, tuple):
+            self._sizes = {"sampler": _examples_of_tensors(data, name)}
+            self.tensors = data
+        else:
+            source: Any = data.dataset if isinstance(data, DataLoader) else data
+            _check_source(source, name)
+            self._sizes = (
+                examples_of_loader(data, name) if isinstance(data, DataLoader) else {"sampler": len(source)}
+            )
+        if not any(self._sizes.values()):
             raise ValueError(f"{name} must not be empty")
         if isinstance(data, DataLoader):
             self.loader = data
-            shared = isinstance(data.sampler, DistributedSampler)
-            if isinstance(data.sampler, Sized) and not shared:  # N is what is seen, which may be less
-                self.size = len(data.sampler)
             if len(data) == 0:
                 raise ValueError(f"{name} must give at least one batch: its loader gives none")
-            if world > 1 and not shared:
-                raise ValueError(
-                    f"{name} must be tensors, a Dataset, or a DataLoader with a DistributedSampler, to be shared "
-                    f"by {world} processes: got a DataLoader with a {type(data.sampler).__name__}"
-                )
-        elif type(data) is TensorDataset:  # a subclass may do more than index
-            self.tensors = data.tensors
-        else:
-            self.source: Dataset[Any] = data
+        elif self.tensors is None:
+            self.source: Any = data
+
+    @property
+    def size(self) -> int:
+        """N, the number of all examples.
+
+        Raises:
+            ValueError: if it is not known before `count` has settled where it counts.
+        """
+        return self.count.chosen(self._sizes)
+
+    def shared(self, device: torch.device, rank: int, world: int) -> Self:
+        """The same data on another device, for one of several processes.
+
+        Args:
+            rank, world: which of how many processes this is.
+
+        Raises:
+            ValueError: for a loader that gives all processes the same.
+        """
+        if world > 1 and self.loader is not None and not isinstance(self.loader.sampler, DistributedSampler):
+            raise ValueError(
+                f"{self.name} must be tensors, a Dataset, or a DataLoader with a DistributedSampler, to be shared "
+                f"by {world} processes: got a DataLoader with a {type(self.loader.sampler).__name__}"
+            )
+        part = copy.copy(self)
+        part.device, part.rank, part.world = device, rank, world
+        return part
 
     def __len__(self) -> int:
         return len(self.loader) if self.loader is not None else -(-self.size // self.batch_size)
@@ -110,40 +127,89 @@ class Batches:
         if self.loader is not None:
             batches = iter(self.loader)
             next(itertools.islice(batches, start, start), None)  # left out
-            return (Batch(x, y, 1.0, len(y)) for x, y in self._pairs(batches))
+            return (Batch(x, y, 1.0, 1.0) for x, y in self._pairs(batches))
         order = (
             torch.arange(self.size) if generator is None else torch.randperm(self.size, generator=generator)
         )
-        parts, examples, sizes = [], [], []
+        parts, weights, shares = [], [], []
         for batch in torch.split(order, self.batch_size)[start:]:
             # BatchNorm needs two examples: a batch that is too small to share goes whole to each process
             shared = len(batch) >= 2 * self.world
             parts.append(batch[self.rank :: self.world] if shared else batch)
-            examples.append(len(parts[-1]) if shared else len(batch) / self.world)
-            sizes.append(len(batch))
+            shares.append(1.0 if shared else 1 / self.world)
+            weights.append(len(parts[-1]) * shares[-1] * self.world / len(batch))
         pairs = self._pairs(self._taken(parts))
         return (
-            Batch(x, y, count * self.world / size, count)
-            for (x, y), count, size in zip(pairs, examples, sizes, strict=True)
+            Batch(x, y, weight, share) for (x, y), weight, share in zip(pairs, weights, shares, strict=True)
         )
 
-    def _taken(self, parts: list[Tensor]) -> Iterator[Any]:
+    def check_whole(self, seen: float) -> None:
+        """Refuse a loader whose epoch had another number of examples than it says: the KL would have a wrong weight.
+
+        Args:
+            seen: how many the epoch had.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if self.loader is None:
+            return
+        missing = self.size - round(seen)
+        if not 0 <= missing <= most_dropped(self.loader):
+            raise ValueError(
+                f"{self.name} must give as many examples in an epoch as its sampler says, {self.size}: it gives "
+                f"{round(seen)}. Of a DataLoader with batch_size=None, which takes batches as its data set makes them, "
+                "all are counted"
+            )
+
+    def _taken(self, parts: list[torch.Tensor]) -> Iterator[Any]:
         """The examples with these indices, a batch for each."""
         tensors = self.tensors
         if tensors is None:
             return iter(DataLoader(self.source, batch_sampler=[part.tolist() for part in parts]))
-        return ([tensor[indices.to(tensor.device)] for tensor in tensors] for indices in parts)
+        return (
+            map_tensors(lambda tensor: tensor[indices.to(tensor.device)], tensors)  # noqa: B023 used at once
+            for indices in parts
+        )
 
     def _pairs(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         for batch in batches:
-            if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise TypeError(f"{self.name} must give batches (x, y): got {type(batch).__name__}")
-            x, y = batch
+            x, y = pair(self.name, batch)
+            if self.loader is None or self.loader.collate_fn is default_collate:
+                # it makes lists of tuples, and stacks examples: this is a tuple of inputs
+                x = tuple(x) if isinstance(x, list) else x
             yield to_device(x, self.device), to_device(y, self.device)
+
+
+def _examples_of_tensors(data: tuple[Any, ...], name: str) -> int:
+    """How many examples (x, y) hold: the first dimension of all their tensors."""
+    x, y = data if len(data) == 2 else (None, None)
+    if not tensors_of(x) or not tensors_of(y):
+        raise _mistyped(data, name)
+    sizes = [[tensor.shape[0] if tensor.dim() else 1 for tensor in tensors_of(part)] for part in (x, y)]
+    if len({*sizes[0], *sizes[1]}) > 1:
+        told = [" and ".join(map(str, dict.fromkeys(part))) for part in sizes]
+        raise ValueError(f"{name} must have as many labels as examples: got {told[0]} and {told[1]}")
+    return sizes[0][0]
+
+
+def _check_source(source: object, name: str) -> None:
+    """Refuse what is no data set of known length."""
+    mistyped = isinstance(source, str | bytes | Mapping | torch.Tensor)
+    if isinstance(source, list):  # one of pairs is as good as a Dataset
+        mistyped = any(not isinstance(entry, list | tuple) for entry in source[:1])
+    if mistyped:
+        raise _mistyped(source, name)
+    known = isinstance(source, Sized) and not isinstance(source, IterableDataset)
+    check(known, name, "a data set of known length", type(source), TypeError)
+
+
+def _mistyped(given: object, name: str) -> TypeError:
+    return TypeError(f"{name} must be (x, y) tensors, a Dataset or a DataLoader: got {_kind(given)}")
 
 
 def _kind(value: object) -> str:
     """The type of a value, and of what is in it."""
     if not isinstance(value, tuple | list):
         return type(value).__name__
-    return f"a {type(value).__name__} of {', '.join(type(part).__name__ for part in value) or 'nothing'}"
+    return f"a {type(value).__name__} of {', '.join(type(part).__name__ for part in value[:5]) or 'nothing'}"

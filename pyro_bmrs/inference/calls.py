@@ -14,6 +14,26 @@ from torch import nn
 _serial = count(1)
 
 
+class Program(nn.Module):
+    """A Pyro program that is a function, as a module without parameters of its own.
+
+    >>> as_module(lambda x, y: x + y)(1, 2)
+    3
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def as_module(program: Callable[..., Any]) -> nn.Module:
+    """A Pyro program as a module: itself if it is one."""
+    return program if isinstance(program, nn.Module) else Program(program)
+
+
 def unique_name(program: object) -> str:
     """A name for Pyro's parameter store, in which programs of one name would share their parameters."""
     return f"{type(program).__name__}_{next(_serial)}"

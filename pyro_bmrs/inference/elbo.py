@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pyro_bmrs.inference.packed import Drawn
-from pyro_bmrs.networks.noise import draws_per_batch_allowed
+from pyro_bmrs.inference.sites import read_sites
+from pyro_bmrs.networks.noise import examples_in_batch
 
 
 class LatentsPerBatch(Messenger):  # type: ignore[misc]
@@ -29,6 +30,7 @@ class LatentsPerBatch(Messenger):  # type: ignore[misc]
     Args:
         noise_sites: the sites that are drawn several times. They have no batch dimensions of their own.
         draws: values per batch, at least 1.
+        examples: of the batch. Noise layers check that these are what they see.
         noise_weight: factor on the KL of the noise sites.
         latent_weight: factor on the KL of every other latent.
         local_sites: latents of single examples. Their KL belongs to the batch and is not weighted.
@@ -38,22 +40,23 @@ class LatentsPerBatch(Messenger):  # type: ignore[misc]
         self,
         noise_sites: Collection[str],
         draws: int,
+        examples: int,
         noise_weight: float,
         latent_weight: float,
         local_sites: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.noise_sites, self.draws = frozenset(noise_sites), draws
+        self.noise_sites, self.draws, self.examples = frozenset(noise_sites), draws, examples
         self.noise_weight, self.latent_weight = noise_weight, latent_weight
         self.local_sites = frozenset(local_sites)
 
     def __enter__(self) -> LatentsPerBatch:
-        self._token = draws_per_batch_allowed.set(True)
+        self._token = examples_in_batch.set(self.examples)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        draws_per_batch_allowed.reset(self._token)
+        examples_in_batch.reset(self._token)
         super().__exit__(*error)
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -87,11 +90,12 @@ class PackedSites(LatentsPerBatch):
         self,
         drawn: Drawn,
         draws: int,
+        examples: int,
         noise_weight: float,
         latent_weight: float,
         local_sites: Collection[str] = (),
     ) -> None:
-        super().__init__(drawn.values, draws, noise_weight, latent_weight, local_sites)
+        super().__init__(drawn.values, draws, examples, noise_weight, latent_weight, local_sites)
         self.drawn = drawn
         self.first = next(iter(drawn.values))
 
@@ -141,8 +145,10 @@ class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         return result
 
 
-def observed_log_prob(trace: Trace) -> Tensor:
+def observed_log_prob(trace: Trace, *, without: Collection[str] = ()) -> Tensor:
     """Sum of the log-likelihoods of the observed sites, with their scales, in nats; detached."""
     trace.compute_log_prob(site_filter=lambda name, site: site["is_observed"])
-    parts = [trace.nodes[name]["log_prob_sum"].detach() for name in trace.observation_nodes]
+    parts = [
+        node["log_prob_sum"].detach() for name, node in read_sites(trace).data.items() if name not in without
+    ]
     return torch.stack(parts).sum() if parts else torch.zeros(())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.elbo import observed_log_prob
+from pyro_bmrs.inference.likelihoods import parts_of
+from pyro_bmrs.inference.sites import plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 
@@ -41,33 +44,51 @@ def evaluate(
         for x, y in batches:
             with FixedScales(theta or {}):
                 trace = poutine.trace(model).get_trace(x, y)
-            scale = likelihood_scale(trace)
-            likelihood += float(observed_log_prob(trace)) / scale
-            examples += len(y)
+            if not examples:
+                batches.count.settle(x, y, trace)
+            count = batches.count(x, y)
+            # what belongs to no example is no part of the data
+            total = observed_log_prob(trace, without=read_sites(trace).whole(count))
+            likelihood += float(total) / likelihood_scale(trace, count)
+            examples += count
             right, valid = _count_correct(model, trace.nodes["_RETURN"]["value"], y)
             correct, counted = correct + right, counted + valid
     return Evaluation(-likelihood / examples, correct / counted if counted else float("nan"))
 
 
-def _count_correct(model: nn.Module, output: object, y: Tensor) -> tuple[float, float]:
+def _count_correct(model: nn.Module, output: object, y: object) -> tuple[float, float]:
     """Right and counted predictions, where the model returns logits for integer labels; else none of either."""
-    if not isinstance(output, Tensor) or y.is_floating_point() or output.dim() != y.dim() + 1:
+    y, _ = parts_of(model, y)
+    if not isinstance(output, Tensor) or not isinstance(y, Tensor):
+        return 0.0, 0.0
+    if y.is_floating_point() or output.dim() != y.dim() + 1:
         return 0.0, 0.0
     predicted = output.argmax(dim=getattr(model, "class_dim", 1))
+    y = y.long()  # a byte would never be a negative ignore_index
     valid = y != getattr(model, "ignore_index", -100)
     return float(((predicted == y) & valid).sum()), float(valid.sum())
 
 
-def likelihood_scale(trace: Any) -> float:
-    """The one scale of the observed sites of a trace of the model.
+def likelihood_scale(trace: Trace, examples: int) -> float:
+    """How often the data of a batch are counted: the one scale of its observations and factors in a trace.
+
+    Weights of single examples are no part of it. Neither is what stands outside of the plate of the examples, if others
+    are in it.
+
+    Args:
+        examples: of the batch.
 
     Raises:
         ValueError: if the model observes nothing, or its sites are scaled differently.
     """
-    sites = [trace.nodes[name] for name in trace.observation_nodes]
-    if not sites:
+    read = read_sites(trace)
+    data = {name: node for name, node in read.data.items() if name not in read.whole(examples)}
+    if not data:
         raise ValueError("model must observe y when called as model(x, y): it has no observed site")
-    scales = {round(float(site["scale"]), 6) for site in sites}
-    if len(scales) > 1:
-        raise ValueError(f"model must scale all its observed sites alike: got {sorted(scales)}")
-    return scales.pop()
+    scales = {
+        name: round(float(node["scale"] if weights_of(node) is None else plate_scale(node)), 6)
+        for name, node in data.items()
+    }
+    if len(set(scales.values())) > 1:
+        raise ValueError(f"model must scale all its observed sites alike: got {scales}")
+    return next(iter(scales.values()))

@@ -16,7 +16,7 @@ from pyro_bmrs.arguments import check
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inference.calls import check_ready, in_order, unique_name
 from pyro_bmrs.inference.site_posterior import SitePosterior
-from pyro_bmrs.inference.traces import elementary, mask_of
+from pyro_bmrs.inference.sites import elementary, mask_of, read_sites
 from pyro_bmrs.networks import name_sites
 
 
@@ -89,9 +89,9 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
                     f"model has a latent in the subsampled plate {frame.name!r} ({frame.size} of "
                     f"{frame.full_size}): AutoTruncatedLogNormal is for latents of the whole data set"
                 )
-        latents = list(self.prototype_trace.iter_stochastic_nodes())
+        latents = read_sites(self.prototype_trace).latent
         priors: dict[str, LogUniform | TruncatedLogNormal] = {}
-        for name, site in latents:
+        for name, site in latents.items():
             prior = elementary(site["fn"])
             if not isinstance(prior, LogUniform | TruncatedLogNormal):
                 raise ValueError(
@@ -104,9 +104,9 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         self.sites = tuple(priors)
         self.posteriors = nn.ModuleList(
             SitePosterior(priors[name], site["value"].shape, self.init_loc, self.init_scale)
-            for name, site in latents
+            for name, site in latents.items()
         )
-        for name, site in latents:
+        for name, site in latents.items():
             mask = mask_of(site["fn"])
             if isinstance(mask, Tensor):  # structures that an earlier fit has removed
                 self.site_posterior(name).kept.copy_(mask)
@@ -126,9 +126,9 @@ class AutoTruncatedLogNormal(AutoGuide):  # type: ignore[misc]
         plates = self._create_plates(*args, **kwargs)
         values = {}
         # each access to a submodule of a PyroModule registers all its parameters again: access them once
-        posteriors: dict[str, Any] = dict(zip(self.sites, self.posteriors, strict=True))
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            posterior = posteriors[name]
+        posteriors: list[Any] = list(self.posteriors)
+        for name, posterior in zip(self.sites, posteriors, strict=True):
+            site = self.prototype_trace.nodes[name]
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     if frame.vectorized:

@@ -60,12 +60,30 @@ class Likelihood(nn.Module):
             )
         return value
 
+    def observed(self, y: Any) -> tuple[Tensor, Tensor | None]:
+        """What was observed, and the weight of each example: y is a tensor, or a pair of both.
+
+        Raises:
+            TypeError, ValueError: naming what is wrong.
+        """
+        y, weights = y if isinstance(y, list | tuple) and len(y) == 2 else (y, None)
+        for name, part in (("y", y), ("weights", weights)):
+            good = isinstance(part, Tensor) or (name == "weights" and part is None)
+            check(good, name, "a tensor; y may be a pair (y, weights)", type(part), TypeError)
+        if weights is not None:
+            good = weights.shape == y.shape[: weights.dim()] and weights.dim() > 0
+            check(
+                good, "weights", f"of shape {tuple(y.shape[:1])}, one for each example", tuple(weights.shape)
+            )
+            weights = weights.reshape(weights.shape + (1,) * (y.dim() - weights.dim())).expand(y.shape)
+        return y, weights
+
     def prediction(self, output: Tensor) -> Tensor:
         """What `pyro_bmrs.predict` gives for the network's output, and averages over draws: here the output itself."""
         return output
 
-    def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        """Σ log p(y | x, θ) over the batch in nats, as in `forward` but without Pyro and unscaled."""
+    def log_likelihood(self, x: Any, y: Any) -> Tensor:
+        """Σ w log p(y | x, θ) over the batch in nats, as in `forward` but without Pyro and unscaled."""
         raise NotImplementedError
 
     def _plates(self, stack: ExitStack, batch: int, positions: torch.Size, device: torch.device) -> None:
@@ -79,6 +97,21 @@ class Likelihood(nn.Module):
             stack.enter_context(pyro.plate(f"position_{index}", length, dim=dim, device=where))
 
 
+def _weigh(stack: ExitStack, weights: Tensor | None) -> None:
+    """Give the observations in a context their weights; what has none does not count."""
+    if weights is None:
+        return
+    check(bool((weights >= 0).all()), "weights", "not negative", float(weights.min()))
+    counted = weights > 0
+    stack.enter_context(pyro.poutine.mask(mask=counted))
+    stack.enter_context(pyro.poutine.scale(scale=torch.where(counted, weights, 1.0)))
+
+
+def parts_of(model: object, y: Any) -> tuple[Any, Any]:
+    """The observations in y, and the weights of examples where a likelihood is given them; else y and None."""
+    return model.observed(y) if isinstance(model, Likelihood) else (y, None)
+
+
 class Classifier(Likelihood):
     """p(y | x, θ) = Categorical(softmax(net(x))), a Pyro model: `model(x, y=None)`, returning the logits.
 
@@ -90,6 +123,10 @@ class Classifier(Likelihood):
     >>> trace.stochastic_nodes, trace.observation_nodes
     (['2', 'data'], ['y'])
 
+    Labels of any integer type count classes from 0; False and True are 0 and 1. With y = (labels, weights) each example
+    has a weight: the likelihood is ∏ p(y | x, θ)^w over the examples. N still counts examples. Weights with a mean of 1
+    keep the balance between likelihood and KL.
+
     Args:
         net: the network; its noise layers' sites are named after their modules in it.
         logits: finds the logits in the network's output where that is a dict or a tuple, e.g.
@@ -99,7 +136,10 @@ class Classifier(Likelihood):
         dataset_size: N. The likelihood of a batch is then scaled by N/batch, as `pyro.plate` does, to stand for the
             whole data set. `fit` needs no N: it scales the KL instead.
         ignore_index: label of positions that do not count, -100 as in torch.
+        weights: of each class, (classes,): the weight of an example by its label, for classes of unequal size.
     """
+
+    class_weights: Tensor | None
 
     finder = "logits"
 
@@ -111,25 +151,45 @@ class Classifier(Likelihood):
         class_dim: int = 1,
         dataset_size: int | None = None,
         ignore_index: int = -100,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__(net, logits, dataset_size)
+        good = weights is None or (isinstance(weights, Tensor) and weights.dim() == 1)
+        check(good, "weights", "a tensor of shape (classes,) or None", type(weights), TypeError)
+        good = weights is None or bool((torch.isfinite(weights) & (weights >= 0)).all())
+        check(good, "weights", "finite and not negative", weights)
+        self.register_buffer("class_weights", weights, persistent=False)
         for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
             check(isinstance(value, int), name, "an integer", value)
         self.class_dim, self.ignore_index = class_dim, ignore_index
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, y: Any = None) -> Tensor:
         pyro.module(self.store_name, self)
         output = self.predict(x)
-        logits = self._class_last(output, y)
+        labels, weights = (None, None) if y is None else self.observed(y)
+        logits = self._class_last(output, labels)
         batch, positions = logits.shape[0], logits.shape[1:-1]
         with ExitStack() as stack:
             self._plates(stack, batch, positions, logits.device)
-            if y is not None:
-                counted = y != self.ignore_index
+            if labels is not None:
+                counted = labels != self.ignore_index
                 stack.enter_context(pyro.poutine.mask(mask=counted))
-                y = torch.where(counted, y, 0)
-            pyro.sample("y", Categorical(logits=logits), obs=y)
+                labels = torch.where(counted, labels, 0)
+                _weigh(stack, weights)
+            pyro.sample("y", Categorical(logits=logits), obs=labels)
         return output
+
+    def observed(self, y: Any) -> tuple[Tensor, Tensor | None]:
+        """Labels as int64, and the weight of each: of its example times of its class; None where all are 1."""
+        labels, weights = super().observed(y)
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"y must hold numbers of classes, integers: got {labels.dtype}")
+        labels = labels.long()  # a byte would wrap around where it is compared with ignore_index
+        if self.class_weights is None:
+            return labels, weights
+        inside = (labels >= 0) & (labels < len(self.class_weights))
+        of_class = torch.where(inside, self.class_weights[torch.where(inside, labels, 0)], 0.0)
+        return labels, of_class if weights is None else of_class * weights
 
     def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The logits as (batch, *positions, classes), checked against the labels."""
@@ -137,8 +197,14 @@ class Classifier(Likelihood):
         shape = tuple(output.shape)
         check(good, "class_dim", f"a dimension of the logits, of shape {shape}", self.class_dim)
         logits = _single(output).movedim(self.class_dim, -1)
-        if y is not None and y.is_floating_point():
-            raise ValueError(f"y must hold numbers of classes, integers: got {y.dtype}")
+        weights = self.class_weights
+        good = weights is None or len(weights) == logits.shape[-1]
+        check(
+            good,
+            "weights",
+            f"of shape ({logits.shape[-1]},), one for each class",
+            () if weights is None else tuple(weights.shape),
+        )
         if y is not None and y.shape != logits.shape[:-1]:
             raise ValueError(
                 f"y must have shape {tuple(logits.shape[:-1])} for logits of shape {shape} "
@@ -150,14 +216,18 @@ class Classifier(Likelihood):
         """Probabilities of the classes, in single precision at least. Shape: that of the logits."""
         return output.softmax(self.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
 
-    def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        logits = self._class_last(self.predict(x), y)
+    def log_likelihood(self, x: Any, y: Any) -> Tensor:
+        labels, weights = self.observed(y)
+        logits = self._class_last(self.predict(x), labels).flatten(0, -2)
         try:
-            return -cross_entropy(
-                logits.flatten(0, -2), y.flatten(), ignore_index=self.ignore_index, reduction="sum"
-            )
+            if weights is None:
+                return -cross_entropy(
+                    logits, labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
+                )
+            each = cross_entropy(logits, labels.flatten(), ignore_index=self.ignore_index, reduction="none")
+            return -(each * weights.flatten()).sum()
         except IndexError:  # looked at only then: on an accelerator every look waits for it
-            given = y[y != self.ignore_index]
+            given = labels[labels != self.ignore_index]
             raise ValueError(
                 f"y must hold labels of the {logits.shape[-1]} classes, 0 to {logits.shape[-1] - 1}: got "
                 f"{int(given.min())} to {int(given.max())}"
@@ -166,6 +236,8 @@ class Classifier(Likelihood):
 
 class Regressor(Likelihood):
     """p(y | x, θ) = Normal(net(x), scale²) elementwise, a Pyro model: `model(x, y=None)`, returning the mean.
+
+    With y = (y, weights) each example has a weight, as in `Classifier`.
 
     Args:
         net: the network, with output (batch,) or (batch, *dimensions); y has its shape.
@@ -193,12 +265,14 @@ class Regressor(Likelihood):
         else:
             self.register_buffer("log_scale", log_scale)
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, y: Any = None) -> Tensor:
         pyro.module(self.store_name, self)
-        mean = self._mean(x, y)
+        given, weights = (None, None) if y is None else self.observed(y)
+        mean = self._mean(x, given)
         with ExitStack() as stack:
             self._plates(stack, mean.shape[0], mean.shape[1:], mean.device)
-            pyro.sample("y", self._observed(mean), obs=y)
+            _weigh(stack, weights)
+            pyro.sample("y", self._law(mean), obs=given)
         return mean
 
     def _mean(self, x: Any, y: Tensor | None) -> Tensor:
@@ -207,12 +281,13 @@ class Regressor(Likelihood):
             raise ValueError(f"y must have the output's shape {tuple(mean.shape)}: got {tuple(y.shape)}")
         return mean
 
-    def _observed(self, mean: Tensor) -> Normal:
+    def _law(self, mean: Tensor) -> Normal:
         return Normal(_single(mean), self.log_scale.exp())
 
-    def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        total: Tensor = self._observed(self._mean(x, y)).log_prob(y).sum()
-        return total
+    def log_likelihood(self, x: Any, y: Any) -> Tensor:
+        given, weights = self.observed(y)
+        each: Tensor = self._law(self._mean(x, given)).log_prob(given)
+        return each.sum() if weights is None else (each * weights).sum()
 
 
 def _single(output: Tensor) -> Tensor:

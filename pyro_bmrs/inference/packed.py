@@ -12,7 +12,7 @@ from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.distributions.packed import draw_with_kl, uniforms
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.site_posterior import bounded
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 

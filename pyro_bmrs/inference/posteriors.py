@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
-from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoNormal
 from pyro.infer.autoguide.guides import AutoCallable
 from torch import Tensor
@@ -28,7 +27,8 @@ from pyro_bmrs.evidence.unwrapping import fixed, flat
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock, SiteBlock, UnconstrainedSite
 from pyro_bmrs.inference.calls import check_ready
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.traces import elementary, latents, parents_of
+from pyro_bmrs.inference.sites import elementary, read_sites
+from pyro_bmrs.inference.traces import latents, parents_of
 from pyro_bmrs.inference.untouched import untouched
 
 
@@ -97,7 +97,7 @@ def _read(guide: Any, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
     check_ready(guide)
     if not isinstance(guide, AutoNormal | AutoContinuous | AutoTruncatedLogNormal):
         return _of_program(guide, args, sites)
-    nodes = dict(guide.prototype_trace.iter_stochastic_nodes())
+    nodes = read_sites(guide.prototype_trace).latent
     for name in sites & set(nodes):
         _check_whole(name, nodes[name])
     if isinstance(guide, AutoTruncatedLogNormal):
@@ -139,7 +139,7 @@ def on_support(normal: Any, transform: Transform, event_dim: int) -> Distributio
 
 def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]) -> list[Block]:
     nodes = guide.prototype_trace.nodes
-    own = [name for name in guide.prototype_trace.stochastic_nodes if name in guide._unconstrained_shapes]
+    own = [name for name in read_sites(guide.prototype_trace).latent if name in guide._unconstrained_shapes]
     layout, start = {}, 0
     for name in own:
         shape = guide._unconstrained_shapes[name]
@@ -165,11 +165,11 @@ def _of_continuous(guide: AutoContinuous, args: tuple[Any, ...], sites: set[str]
 
 
 def _of_program(guide: Callable[..., Any], args: tuple[Any, ...], sites: set[str]) -> list[Block]:
-    asked = sites & set(poutine.trace(guide).get_trace(*args).stochastic_nodes)
+    asked = sites & set(latents(guide, *args))
     first, parents = parents_of(guide, {}, args, asked)
     blocks: list[Block] = []
-    for name, node in first.iter_stochastic_nodes():
-        if name not in sites or node["infer"].get("is_auxiliary"):
+    for name, node in read_sites(first).latent.items():
+        if name not in sites:
             continue
         if isinstance(elementary(node["fn"]), dist.Delta):
             raise UnreadablePosteriorError(

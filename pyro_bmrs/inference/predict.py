@@ -15,7 +15,8 @@ from pyro_bmrs.inference.batches import to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.likelihoods import Likelihood
-from pyro_bmrs.inference.traces import elementary, guide_values, latents
+from pyro_bmrs.inference.sites import elementary
+from pyro_bmrs.inference.traces import guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
 from pyro_bmrs.networks.inputs import batch_size as examples_in

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.inputs import batch_size as examples_in
 from pyro_bmrs.networks.inputs import call, check_module
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
@@ -67,12 +68,13 @@ def recalibrate[Network: nn.Module](
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative average
                 layer.train()
-            for x, y, *_ in batches.epoch(torch.Generator().manual_seed(seed)):
-                whole = whole or len(y)
+            for x, *_ in batches.epoch(torch.Generator().manual_seed(seed)):
+                count = examples_in(x)
+                whole = whole or count
                 # a smaller last batch would weigh as much as the others
-                if len(y) == whole:
+                if count == whole:
                     call(network, x)
-                seen += len(y)
+                seen += count
                 if seen >= examples:
                     break
         for buffer in (buffer for layer in layers for buffer in layer.buffers()):

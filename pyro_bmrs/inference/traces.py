@@ -1,4 +1,4 @@
-"""What a trace of a Pyro program says: its latents, their distributions, and what these depend on."""
+"""Traces of Pyro programs at given values, and what their distributions depend on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, TransformedDistribution
 
 from pyro_bmrs.evidence.unwrapping import in_float64
+from pyro_bmrs.inference.sites import Node, elementary, read_sites
 from pyro_bmrs.networks.noise import FixedScales
 
 NOTHING_KNOWN = "something drawn anew in each call"
@@ -22,30 +20,9 @@ NOTHING_KNOWN = "something drawn anew in each call"
 _TRACES = 7
 
 
-def elementary(distribution: Distribution) -> Distribution:
-    """The distribution of single elements: Independent, Masked and Expanded taken off."""
-    while hasattr(distribution, "base_dist") and not isinstance(distribution, TransformedDistribution):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def mask_of(distribution: Distribution) -> object:
-    """The mask of a distribution, under any Independent; None if it has none."""
-    while not isinstance(distribution, MaskedDistribution):
-        if not hasattr(distribution, "base_dist"):
-            return None
-        distribution = distribution.base_dist
-    return distribution._mask
-
-
-def latents(guide: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
+def latents(guide: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Node]:
     """The latents that a guide draws in one call, by name, as nodes of its trace."""
-    trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return {
-        name: node
-        for name, node in trace.iter_stochastic_nodes()
-        if not node["infer"].get("is_auxiliary") and not site_is_subsample(node)
-    }
+    return read_sites(poutine.trace(guide).get_trace(*args, **kwargs)).latent
 
 
 def guide_values(guide: Callable[..., Any], *args: Any) -> dict[str, Tensor]:
@@ -86,7 +63,8 @@ def parents_of(
             raise ValueError(
                 f"site {name!r} must be sampled in each call of model and guide: in some it is not"
             )
-    own = {name: node["value"] for name, node in first.iter_stochastic_nodes() if not site_is_subsample(node)}
+    read = read_sites(first)
+    own = {name: node["value"] for name, node in (read.latent | read.auxiliary).items()}
     found: dict[str, list[str]] = {name: [] for name in sites}
     for name in own if sites else ():
         for value in _other_values(name, first, others):

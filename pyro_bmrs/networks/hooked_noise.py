@@ -15,8 +15,15 @@ from pyro_bmrs.networks.attention import join_attention
 from pyro_bmrs.networks.copies import uncompiled
 from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup
-from pyro_bmrs.networks.inputs import batch_size, check_module
-from pyro_bmrs.networks.noise import LARGE, MultiplicativeNoise, draws_per_batch_allowed, noise_layers, scaled
+from pyro_bmrs.networks.inputs import check_module
+from pyro_bmrs.networks.noise import (
+    LARGE,
+    MultiplicativeNoise,
+    examples_in_batch,
+    noise_layers,
+    not_examples,
+    scaled,
+)
 
 NAME = "structure_noise"
 
@@ -42,8 +49,9 @@ class HookedNoise(nn.Module):
             layer.site, layer.channels = group.site, group.channels
             self.layers.append(layer.to(like.device))
         self.drawn: dict[str, Tensor] = {}
-        self.running = self.several = False
-        self.examples = 0
+        self.running = False
+        # of the pass under way, where several values of θ are drawn for it
+        self.examples: int | None = None
         # paths of readers whose input has no entry per example: they need one θ for the whole batch
         self.folded: set[str] = set()
         # by reader: the sites of its columns, in levels (see `_levels`)
@@ -86,8 +94,7 @@ class HookedNoise(nn.Module):
 
     def draw(self, network: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Before a forward pass of the network: one value of every θ for it."""
-        self.running, self.several = True, draws_per_batch_allowed.get()
-        self.examples = batch_size((*arguments, keywords))
+        self.running, self.examples = True, examples_in_batch.get()
         self.drawn = {str(layer.site): layer.draw() for layer in self.layers}  # type: ignore[operator]
 
     def finish(self, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -167,18 +174,17 @@ class _Reader:
         theta = self.noise.theta(self.path, self.number)
         name = next(iter(keywords), "")
         x = arguments[0] if arguments else keywords[name]
-        if theta.dim() > 1 and (self.path in self.noise.folded or x.shape[0] != self.noise.examples):
-            raise ValueError(
-                f"the input of {self.path!r} must have examples in its first dimension to draw several values of θ "
-                f"per batch: it has shape {tuple(x.shape)} for {self.noise.examples} examples; pass draws_per_batch=1"
-            )
+        examples = self.noise.examples
+        # another dimension may have that length by chance
+        if theta.dim() > 1 and examples is not None and self.path in self.noise.folded:
+            raise not_examples(f"layer {self.path!r}", x, examples)
         scale = partial(
-            scaled, dim=channel_dimension(module), name=f"layer {self.path!r}", several=self.noise.several,
+            scaled, dim=channel_dimension(module), name=f"layer {self.path!r}", examples=examples,
             exclusive=True,
         )  # fmt: skip
         product = scale(x, theta)
         # in a fit only: there θ has a gradient, and nothing looks into tensors as torch.func does
-        lean = self.noise.several and theta.requires_grad and product.numel() >= LARGE
+        lean = examples is not None and theta.requires_grad and product.numel() >= LARGE
         self.under_way.append(_as_factors(product, x, theta, scale) if lean else None)
         if arguments:
             return (product, *arguments[1:]), keywords

@@ -21,9 +21,9 @@ from pyro_bmrs.networks.inputs import check_module
 
 # For tensors of this size or larger, fewer copies are worth some microseconds.
 LARGE = 2**16
-# Set by the handler that draws several values per batch. A stack of θ from elsewhere, such as
-# `Predictive(parallel=True)`, must not be mistaken for them.
-draws_per_batch_allowed: ContextVar[bool] = ContextVar("draws_per_batch_allowed", default=False)
+# The number of examples, where several values of θ are drawn for a batch; None elsewhere. A stack of θ from elsewhere,
+# such as `Predictive(parallel=True)`, must not be mistaken for such draws, nor another dimension for the examples.
+examples_in_batch: ContextVar[int | None] = ContextVar("examples_in_batch", default=None)
 FROM_PRIOR = (
     "this network has noise layers and is called without a guide, so that each θ is drawn from its prior: to predict, "
     "call pyro_bmrs.predict(model, guide, x)"
@@ -33,14 +33,18 @@ _drawn_together: ContextVar[Mapping[str, Tensor] | None] = ContextVar("drawn_tog
 
 
 @contextmanager
-def drawn_together(values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context in which noise layers use these θ, (draws, features) by site, and don't draw any."""
-    tokens = _drawn_together.set(values), draws_per_batch_allowed.set(True)
+def drawn_together(values: Mapping[str, Tensor], examples: int) -> Iterator[None]:
+    """A context in which noise layers use these θ, (draws, features) by site, and don't draw any.
+
+    Args:
+        examples: of the batch.
+    """
+    tokens = _drawn_together.set(values), examples_in_batch.set(examples)
     try:
         yield
     finally:
         _drawn_together.reset(tokens[0])
-        draws_per_batch_allowed.reset(tokens[1])
+        examples_in_batch.reset(tokens[1])
 
 
 class MultiplicativeNoise(nn.Module):
@@ -158,7 +162,7 @@ def at_one(module: nn.Module) -> FixedScales:
 
 
 def scaled(
-    x: Tensor, theta: Tensor, dim: int, name: str, *, several: bool | None = None, exclusive: bool = False
+    x: Tensor, theta: Tensor, dim: int, name: str, *, examples: int | None = None, exclusive: bool = False
 ) -> Tensor:
     """x · θ along dimension `dim` of x; of several draws, example i takes draw i mod draws.
 
@@ -166,8 +170,11 @@ def scaled(
         x: (batch, …), with as many entries in `dim` as θ has.
         theta: (features,), or (draws, features) with draws ≤ batch.
         name: of the place, for error messages.
-        several: whether θ may hold several draws. None: if the handler that makes them is active.
+        examples: of the batch, where θ may hold several draws. None: as the handler that makes them says.
         exclusive: whether only one linear layer or convolution reads the product.
+
+    Raises:
+        ValueError: for several draws where none are expected, or the first dimension of x does not count the examples.
     """
     theta = theta.to(x.dtype)
     layout = [1] * x.dim()
@@ -175,8 +182,10 @@ def scaled(
     if theta.dim() == 1:
         return x * theta.view(layout)
     draws, batch = theta.shape[0], x.shape[0]
-    several = draws_per_batch_allowed.get() if several is None else several
-    if theta.dim() != 2 or draws > batch or not several:
+    examples = examples_in_batch.get() if examples is None else examples
+    if theta.dim() == 2 and examples is not None and batch != examples:
+        raise not_examples(name, x, examples)
+    if theta.dim() != 2 or draws > batch or examples is None:
         raise ValueError(
             f"θ of {name} must have shape ({theta.shape[-1]},) or (draws ≤ {batch}, {theta.shape[-1]}): "
             f"got {tuple(theta.shape)}; "
@@ -190,6 +199,14 @@ def scaled(
         return (x_in_groups * theta).view(x.shape)
     product: Tensor = _ScaleInGroups.apply(x_in_groups, theta, exclusive)
     return product.view(x.shape)
+
+
+def not_examples(name: str, x: Tensor, examples: int) -> ValueError:
+    """The error of a place whose input x does not count the examples in its first dimension."""
+    return ValueError(
+        f"the input of {name} must have examples in its first dimension to draw several values of θ per batch: it "
+        f"has shape {tuple(x.shape)} for {examples} examples; pass draws_per_batch=1"
+    )
 
 
 class _ScaleInGroups(torch.autograd.Function):

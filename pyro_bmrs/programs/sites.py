@@ -19,7 +19,7 @@ from pyro_bmrs.evidence.normal import normal_of_vectors
 from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
 from pyro_bmrs.inference.posteriors import on_support
-from pyro_bmrs.inference.traces import elementary, mask_of
+from pyro_bmrs.inference.sites import elementary, mask_of
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 

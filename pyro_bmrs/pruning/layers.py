@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.networks.cuts import selections as tensors_of_side
 from pyro_bmrs.networks.groups import StructureGroup, weight_of
 from pyro_bmrs.networks.noise import MultiplicativeNoise

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.predict import output_at
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import check_module
@@ -155,14 +156,14 @@ def predictions(
     parts = []
     with untouched(model):
         for x, y in Batches(data, batch_size, device, "data"):
-            _check_label_tensor(y)
+            y = _labels(model, y)
             probability, entropy = torch.zeros(()), torch.zeros(())
             for values in thetas:
                 # logits depend on no label, and 0 is in the support of each classifier as -1 need not be
                 logits = output_at(model, values, x, torch.zeros_like(y))
                 p = _softmax(logits, class_dim, len(y))
                 probability, entropy = probability + p, entropy + torch.special.entr(p).sum(1)
-            label = y.cpu().long()
+            label = y.cpu()
             counted = label != ignore_index
             _check_labels("labels in data", label[counted].numpy(), probability.shape[1])
             parts.append([total[counted].numpy() for total in (probability / draws, entropy / draws, label)])
@@ -209,13 +210,16 @@ def _softmax(logits: object, class_dim: int, examples: int) -> Tensor:
     )
 
 
-def _check_label_tensor(y: object) -> None:
+def _labels(model: nn.Module, y: object) -> Tensor:
+    """Labels as int64, without weights."""
+    if isinstance(model, Likelihood) and isinstance(y, list | tuple) and len(y) == 2:
+        y, _ = y
     if not isinstance(y, Tensor):
         found = type(y).__name__
-    elif y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+    elif y.dim() != 1 or y.is_floating_point() or y.is_complex():
         found = f"{y.dtype} of shape {tuple(y.shape)}"
     else:
-        return
+        return y.long()
     raise NoClassifierError(
         "data must have integer labels of shape (n,), as predictions are for classifiers with one label per "
         f"example: got {found}"

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from pyro_bmrs.data.arrays import one_line
+from pyro_bmrs.data.preparation import Preparation
 from pyro_bmrs.files import clear_unfinished, read_table, read_text, refuse_newer
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.pruning.network_plan import NetworkPlan
@@ -40,7 +42,7 @@ class RunFolder:
         self.folder = Path(folder)
 
     def stored_settings(self) -> dict[str, Any] | None:
-        """settings (RunSettings), fit (those that the posterior was fitted with, as JSON), recipe (its name)."""
+        """settings (RunSettings), fit (those of the posterior, as JSON), recipe (its name), inputs (a Preparation)."""
         path = self.folder / "settings.json"
         if not path.exists():
             return None
@@ -57,9 +59,12 @@ class RunFolder:
                 "settings": RunSettings(**document["settings"]),
                 "fit": dict(document["fit"]),
                 "recipe": str(document["recipe"]),
+                "inputs": Preparation.of(document["inputs"]),
             }
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the settings file of a run, or is damaged: {error}") from error
+            raise ValueError(
+                f"{path} is not the settings file of a run, or is damaged: {one_line(error)}"
+            ) from error
 
     def needed_settings(self) -> dict[str, Any]:
         """As `stored_settings`; raises ValueError if there are none."""
@@ -71,6 +76,10 @@ class RunFolder:
     def has(self, *names: str) -> bool:
         """Whether the folder holds these files."""
         return all((self.folder / name).exists() for name in names)
+
+    def after_fit(self) -> list[str]:
+        """What the folder holds of reduction and report."""
+        return [name for name in (*REDUCE_FILES, *REPORT_FILES, DIAGNOSIS) if self.has(name)]
 
     def need(self, *names: str) -> None:
         """Raise ValueError, saying which command makes the file, unless the folder holds all of these."""

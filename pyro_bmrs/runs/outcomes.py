@@ -117,9 +117,10 @@ def _row(name: str, run: RunFolder) -> dict[str, Any]:
     settings, evaluation, diagnosis = stored["settings"], run.evaluation(), run.diagnosis()
     final = evaluation.iloc[-1]
     row = dict(
-        run=name, recipe=stored["recipe"], data=settings.data, seed=settings.seed, kl_weight=settings.kl_weight,
-        criterion=settings.criterion, parameters_before=int(evaluation.parameters.iloc[0]),
-        parameters=int(final.parameters), removed=run.outcome()["removed"], accuracy=float(final.accuracy),
+        run=name, recipe=stored["recipe"], data=settings.data_name, seed=settings.seed,
+        kl_weight=settings.kl_weight, criterion=settings.criterion,
+        parameters_before=int(evaluation.parameters.iloc[0]), parameters=int(final.parameters),
+        removed=run.outcome()["removed"], accuracy=float(final.accuracy),
         negative_log_likelihood=float(final.negative_log_likelihood),
         brier=float("nan"), expected_calibration_error=float("nan"), khat=float("nan"),
     )  # fmt: skip
@@ -168,7 +169,9 @@ def _show_run(run: RunFolder, console: Console) -> None:
     evaluation, plan, diagnosis = run.evaluation(), run.plan(), run.diagnosis()
     settings, widths = stored["settings"], plan.widths()
     console.print(Text(verdict(None, plan, None, evaluation.assign(split="test"), run.costs()), style="bold"))
-    told = f"{stored['recipe']} on {settings.data}, seed {settings.seed}, KL weight {settings.kl_weight:g}"
+    told = (
+        f"{stored['recipe']} on {settings.data_name}, seed {settings.seed}, KL weight {settings.kl_weight:g}"
+    )
     console.print(Text(f"{told}, {plan.rule}"))
     console.print(table_of(NETWORKS, evaluation.to_dict("records")))
     layers = widths.assign(removed=1 - widths.after / widths.before)

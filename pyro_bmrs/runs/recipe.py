@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,11 @@ import torch
 from torch import nn
 
 from pyro_bmrs.data import Dataset
+from pyro_bmrs.data.preparation import Preparation
+from pyro_bmrs.data.sources import KNOWN_SETS
 from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier
+
+_DATA = ("default", *KNOWN_SETS)  # keys of SETTINGS that are no paths
 
 
 @contextmanager
@@ -25,6 +31,26 @@ def blamed(what: str) -> Iterator[None]:
         # Pyro adds a table of all sites.
         reason = str(error).partition("Trace Shapes:")[0].strip()
         raise ValueError(f"{what} fails with {type(error).__name__}: {reason}") from error
+
+
+def _check_table(path: Path, table: dict[Any, Any], known: Collection[str]) -> None:
+    """Raise ValueError unless every key names data, and every value is a dict."""
+    allowed = f"recipe {path} must have in SETTINGS a dict for each data set, such as {{'default': {{'epochs': 9}}}}"
+    wrong = [key for key in table if not (isinstance(key, str) and (key in known or _is_path(key)))]
+    if wrong:
+        near = [match for key in wrong for match in get_close_matches(str(key), known, n=1, cutoff=0.75)]
+        raise ValueError(
+            f"{allowed}, by 'default', a known name ({', '.join(KNOWN_SETS)}), the path of an .npz file or a folder "
+            f"that is there: got {', '.join(map(repr, wrong))}"
+            + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
+        )
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{allowed}: got {type(value).__name__} for {key!r}")
+
+
+def _is_path(key: str) -> bool:
+    return key.endswith(".npz") or os.sep in key or (key != "" and Path(key).is_dir())
 
 
 @dataclass(frozen=True)
@@ -60,17 +86,26 @@ class Recipe:
             )
         if not isinstance(getattr(module, "SETTINGS", None), dict):
             raise ValueError(f"recipe {path} must define SETTINGS as a dict of data name to settings")
+        # A run's own copy was checked when the run began; its folders may lie elsewhere now.
+        _check_table(path, module.SETTINGS, _DATA if name is None else module.SETTINGS)
         return cls(path, module, name or path.name)
+
+    @property
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The recipe's settings by data set."""
+        tables: dict[str, dict[str, Any]] = self.module.SETTINGS
+        return tables
 
     def settings(self, data: str) -> dict[str, Any]:
         """The recipe's settings for a data set; those under "default" if it has none for it."""
-        table = self.module.SETTINGS
-        chosen = table.get(data, table.get("default", {}))
-        if not isinstance(chosen, dict):
-            raise ValueError(f"recipe {self.path} must have a dict in SETTINGS for {data!r}: got {chosen!r}")
-        return chosen
+        if data not in _DATA:
+            for name, chosen in self.tables.items():
+                # "photos" and "./photos/" are one folder
+                if name not in _DATA and Path(name).resolve() == Path(data).resolve():
+                    return chosen
+        return self.tables.get(data, self.tables.get("default", {}))
 
-    def network(self, dataset: Dataset, options: Mapping[str, Any], seed: int) -> nn.Module:
+    def network(self, dataset: Dataset | Preparation, options: Mapping[str, Any], seed: int) -> nn.Module:
         """The network with noise layers, its initial weights drawn with `seed`."""
         arguments = f"{dataset.input_shape}, {dataset.num_classes}"
         with torch.random.fork_rng(), self._blamed("network", arguments):

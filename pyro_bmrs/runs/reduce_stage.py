@@ -61,7 +61,8 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     write_table(run.folder / "structures.csv", plan.table)
     small.cpu()  # so that the program can be loaded where there is no accelerator
     save_weights(small, run.folder / "small.safetensors")
-    export_program(small, data.test[:2][0], run.folder / "small.pt2")
+    told = {**run.preparation.document(), "folded": False}
+    export_program(small, data.test[:2][0], run.folder / "small.pt2", inputs=told)
     plan.save(run.folder / "plan.json")
     shutil.rmtree(tuning, ignore_errors=True)
     return plan, small

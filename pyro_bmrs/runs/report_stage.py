@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_bmrs.arguments import check
 from pyro_bmrs.data import DataError, load_data
-from pyro_bmrs.data.sources import is_at_hand
+from pyro_bmrs.data.sources import is_at_hand, located
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
 from pyro_bmrs.files import NewerFileError, write_table
 from pyro_bmrs.fitting import Fit
@@ -17,7 +17,7 @@ from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
 from pyro_bmrs.quality.examination import DRAWS
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS
-from pyro_bmrs.runs.workplace import Interrupted, Workplace, versions
+from pyro_bmrs.runs.workplace import Workplace, versions
 
 # By data set: another with inputs of the same form. Does a network know that it does not know these?
 FOREIGN = {"digits": "patches", "mnist": "fashion-mnist", "fashion-mnist": "mnist"}
@@ -36,13 +36,13 @@ class ReportStage:
     """
 
     def __init__(self, run: Workplace, draws: int | None, foreign: str | None) -> None:
-        self.run, self.draws, self.foreign = run, draws, foreign
+        self.run, self.draws, self.foreign = run, draws, None if foreign is None else located(foreign)
         enough = draws is None or draws == 0 or draws >= LEAST_DRAWS
         check(enough, "draws", f"at least {LEAST_DRAWS}, or 0 for no diagnosis", draws)
-        check(foreign != run.settings.data, "foreign", "another data set than the run's own", foreign)
+        check(self.foreign != run.settings.data, "foreign", "another data set than the run's own", foreign)
         self._foreign_inputs: dict[str, Tensor] = {}
-        if foreign is not None:
-            self._foreign(foreign)
+        if self.foreign is not None:
+            self._foreign(self.foreign)
 
     def asks_anew(self) -> bool:
         """Whether a diagnosis is asked for that the folder does not hold."""
@@ -62,8 +62,10 @@ class ReportStage:
             curve = compression_curve(run.model, plan, run.dataset.validation)
             write_table(run.folder / "curve.csv", curve)
         epochs = int((history.phase == "fit").sum())
+        # A page is given to others: it names the data, not where they lie on this machine.
+        shown = run.settings.model_copy(update={"data": run.settings.data_name})
         return report(
-            Fit(history, removals[removals.phase == "fit"], run.settings, best_epoch=epochs), plan,
+            Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan,
             run.folder / "report.html", costs=run.costs(), curve=curve, evaluation=evaluation,
             diagnosis=None if self.draws == 0 else self._diagnosis(plan),
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
@@ -80,15 +82,10 @@ class ReportStage:
             draws, foreign = draws or found.facts["draws"], foreign or found.facts["out_of_distribution"]
         tuned = run.model_of(run.small_network()) if run.settings.fine_tune else None
         data = run.dataset
-        try:
-            found = diagnose(
-                run.model, run.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
-                out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=run.settings.seed,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted in the diagnosis; fit and reduction are kept, and the same command makes it anew"
-            ) from None
+        found = diagnose(
+            run.model, run.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
+            out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=run.settings.seed,
+        )  # fmt: skip
         found.save(run.folder / DIAGNOSIS)
         return found
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
-from pyro_bmrs.files import check_file
 from pyro_bmrs.fitting import Fit
-from pyro_bmrs.inference import Classifier
-from pyro_bmrs.inference.predict import predict
-from pyro_bmrs.networks.export import export_onnx, export_program
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.runs.fit_stage import fit_posterior
 from pyro_bmrs.runs.folder import FIT_FILES, REDUCE_FILES, REPORT_FILES
 from pyro_bmrs.runs.reduce_stage import reduce_network
 from pyro_bmrs.runs.report_stage import ReportStage
-from pyro_bmrs.runs.workplace import Workplace
+from pyro_bmrs.runs.workplace import Workplace, interruption
 
 
 class Run(Workplace):
@@ -53,7 +47,7 @@ class Run(Workplace):
 
     def reduce(self) -> tuple[NetworkPlan, nn.Module]:
         """Reduce, apply, fine-tune, evaluate, and write plan, tables and the small network."""
-        with self.alone():
+        with self.alone(), interruption("the reduction; the fit is kept"):
             self.clear_unfinished()
             return reduce_network(self)
 
@@ -67,7 +61,7 @@ class Run(Workplace):
                 that is on this machine.
         """
         page = ReportStage(self, draws, foreign)
-        with self.alone():
+        with self.alone(), interruption("the report; fit and reduction are kept"):
             self.clear_unfinished()
             return page.write()
 
@@ -80,24 +74,3 @@ class Run(Workplace):
     def complete(self) -> bool:
         """Whether every stage has been done with these very settings."""
         return self.reduced() and self.has(*REPORT_FILES)
-
-    def export(self, path: Path) -> Path:
-        """Write the small network as an ONNX file (.onnx) or a torch.export program (.pt2)."""
-        kinds = {".onnx": export_onnx, ".pt2": export_program}
-        if path.suffix not in kinds:
-            raise ValueError(f"out must end in {' or '.join(kinds)}: got {path}")
-        check_file("out", path)
-        return kinds[path.suffix](self.small_network().cpu(), self.dataset.test[:4][0], path)
-
-    def predict(self, inputs: Tensor) -> pd.DataFrame:
-        """Predicted class and its probability for inputs as `Dataset.prepare` gives them, one row each."""
-        small = self.small_network()
-        model = self.recipe.model(small)
-        if isinstance(model, Classifier):
-            probabilities = predict(model, None, inputs)
-        else:
-            probabilities = predict(small, None, inputs).softmax(dim=1)
-        probability, label = probabilities.max(dim=1)
-        if not math.isfinite(float(probability.sum())):
-            raise ValueError("inputs must be finite: a prediction is NaN")
-        return pd.DataFrame({"label": label.numpy(), "probability": probability.numpy()})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field
@@ -19,6 +21,12 @@ OF_REDUCTION = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibr
 _NOT_OF_TUNING = {
     "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
 }  # fmt: skip
+
+
+def _located(data: str) -> str:
+    from pyro_bmrs.data.sources import located  # slow to import, and help has no need of it
+
+    return located(data)
 
 
 def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -42,7 +50,7 @@ class RunSettings(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="How the learning rates change: constant, cosine or linear (to zero)."
     )
-    data: str = Field(
+    data: Annotated[str, AfterValidator(_located)] = Field(
         default="digits",
         description="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.",
     )
@@ -67,17 +75,30 @@ class RunSettings(Settings):
     recalibrate: bool = Field(default=True, description="Re-estimate BatchNorm statistics after removal.")
     fine_tune: int = Field(default=0, ge=0, description="Epochs of fine-tuning the small network.")
 
+    @property
+    def data_name(self) -> str:
+        """The name of the data set to show; of a path its last part."""
+        return Path(self.data).name if Path(self.data).is_absolute() else self.data
+
     @classmethod
     def of(cls, recipe: Recipe, data: str, changes: Mapping[str, Any]) -> Self:
         """The recipe's settings for `data`, replaced by those in `changes`."""
-        chosen = recipe.settings(data)
-        known = cls.model_fields.keys() - {"data"}
-        unknown = sorted(map(str, chosen.keys() - known))
-        if unknown:
-            raise ValueError(
-                f"recipe {recipe.path} must have known names in SETTINGS, {sorted(known)}: got {unknown}"
-            )
-        return cls(**chosen, data=data).changed(**changes)
+        known = sorted(cls.model_fields.keys() - {"data"})
+        for key, table in recipe.tables.items():
+            # A mistake in another data set's settings is told now, not when its turn comes.
+            unknown = [str(name) for name in table if name not in known]
+            if unknown:
+                near = get_close_matches(unknown[0], known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"recipe {recipe.path} must have known names in SETTINGS, {known}: "
+                    f"got {unknown} for {key!r}{hint}"
+                )
+            try:
+                cls(**table)
+            except ValueError as error:
+                raise ValueError(f"recipe {recipe.path}: SETTINGS for {key!r}: {error}") from None
+        return cls(**recipe.settings(data), data=data).changed(**changes)
 
     def of_fit(self) -> dict[str, Any]:
         """The part that a fitted posterior depends on, as JSON has it."""

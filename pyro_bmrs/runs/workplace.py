@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_bmrs import __version__
 from pyro_bmrs.arguments import check
 from pyro_bmrs.data import DataError, Dataset, load_data
+from pyro_bmrs.data.sources import KNOWN_SETS
 from pyro_bmrs.files import held, write_atomically
 from pyro_bmrs.fitting.checkpoints import changes_between
 from pyro_bmrs.fitting.posterior_file import load_posterior
@@ -26,6 +27,7 @@ from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.runs.folder import FORMAT, VERSION, RunFolder
 from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.served import Served
 from pyro_bmrs.runs.settings import RunSettings
 
 LOGGERS = ("csv", "tensorboard")
@@ -35,7 +37,20 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a run, with a message that says what is kept. All that was finished before is."""
 
 
-class Workplace(RunFolder):
+@contextmanager
+def interruption(where: str) -> Iterator[None]:
+    """Says at Ctrl-C what is kept, unless a stage has said it."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted in {where}, and the same command, without --overwrite, goes on from there"
+        ) from None
+
+
+class Workplace(Served):
     """A run's folder with all that its stages need.
 
     Args:
@@ -67,7 +82,7 @@ class Workplace(RunFolder):
         progress: bool = True,
         overwrite: bool = False,
     ) -> None:
-        super().__init__(folder)
+        RunFolder.__init__(self, folder)
         check(logger in (None, *LOGGERS), "logger", f"one of {LOGGERS} or None", logger)
         if logger == "tensorboard" and not find_spec("tensorboard"):
             raise ValueError("logger tensorboard needs the package: pip install pyro-bmrs[tensorboard]")
@@ -78,19 +93,37 @@ class Workplace(RunFolder):
             stored = stored or self.needed_settings()
             recipe = recipe or Recipe.read(self.folder / "recipe.py", stored["recipe"])
             settings = settings or stored["settings"].changed(**(changes or {}))
+            moved = Path(settings.data).is_absolute() and not Path(settings.data).exists()
+            check(
+                not moved,
+                "data",
+                "where they were; if they have moved, --data says where they are",
+                settings.data,
+            )
         elif stored is not None and self.has("posterior.safetensors"):
-            self._check_same_fit(stored["fit"], recipe, settings)
+            self._check_same_fit(dict(stored["fit"]), recipe, settings)
         self.recipe, self.settings = recipe, settings
         # The settings of the fit in the folder. A later reduction may have others.
         self.fitted_with = settings.of_fit() if stored is None else stored["fit"]
         self.device = _usable_device(device)
         self.dataset = dataset_of(settings, data_root)
+        self.preparation = self.dataset.preparation
+        if stored is not None and self.has("posterior.safetensors"):
+            check(
+                self.preparation.is_like(stored["inputs"]),
+                "data", f"those that the posterior in {self.folder} was fitted to, with the same shape, classes, means "
+                "and deviations", settings.data,
+            )  # fmt: skip
         self.network = self.original_network().to(self.device)
         self.parameters_before = parameters(self.network)
         self.model = recipe.model(self.network).to(self.device)
         self.guide = recipe.guide(self.model)
 
-    def _check_same_fit(self, before: Mapping[str, Any], recipe: Recipe, settings: RunSettings) -> None:
+    def _check_same_fit(self, before: dict[str, Any], recipe: Recipe, settings: RunSettings) -> None:
+        if not {before.get("data"), settings.data} & {
+            *KNOWN_SETS
+        }:  # data may move: they are compared themselves
+            before["data"] = settings.data
         changed = changes_between(before, settings.of_fit())
         self.need("recipe.py")
         if recipe.path.read_bytes() != (self.folder / "recipe.py").read_bytes():
@@ -113,10 +146,6 @@ class Workplace(RunFolder):
                 yield
             finally:
                 self._is_held = False
-
-    def original_network(self) -> nn.Module:
-        """The recipe's network as it was before the fit, with all its structures."""
-        return self.recipe.network(self.dataset, self.settings.network or {}, self.settings.seed)
 
     def example(self) -> Tensor:
         """Inputs of the first training batch."""
@@ -144,11 +173,6 @@ class Workplace(RunFolder):
         model.load_state_dict({n: t for n, t in state.items() if id(t) not in network}, strict=False)
         return model.to(self.device)
 
-    def small_network(self) -> nn.Module:
-        """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
-        self.need("small.safetensors")
-        return self.plan().rebuild(self.original_network(), self.folder / "small.safetensors")
-
     def logger_of(self, stage: str) -> Any:
         """A new TensorBoard or CSV logger of a stage; None if none was asked for."""
         if self.logger is None:
@@ -170,6 +194,7 @@ class Workplace(RunFolder):
             "settings": self.settings.model_dump(mode="json"),
             "fit": self.fitted_with,
             "recipe": self.recipe.name,
+            "inputs": self.preparation.document(),
             "versions": versions(),
         }
         write_atomically(

@@ -227,7 +227,7 @@ def test_batches_stand_for_themselves():
 
 
 class Often(torch.utils.data.Sampler):
-    """Batches of examples that come twice."""
+    """Batches of examples, some of which come twice."""
 
     def __iter__(self):
         return iter([[0, 1], [0, 1], [2, 3]])
@@ -236,13 +236,23 @@ class Often(torch.utils.data.Sampler):
         return 3
 
 
-@pytest.mark.parametrize(("examples", "says"), [(4, "it gives 6 or more"), (10, "it gives 6")])
-def test_a_loader_that_gives_another_number_of_examples(examples, says):
+def test_the_examples_of_a_batch_sampler_are_counted():
     x, y = digits()
-    loader = DataLoader(TensorDataset(x[:examples], y[:examples]), batch_sampler=Often())
-    with pytest.raises(
-        ValueError, match=f"data must give as many examples as its sampler says, {examples}: {says}"
-    ):
+    loader = DataLoader(TensorDataset(x[:10], y[:10]), batch_sampler=Often())
+    tree = bmrs.to_datatree(*lenet(), loader, draws=2)
+    assert tree.observed_data.y.to_numpy().tolist() == y[[0, 1, 0, 1, 2, 3]].tolist()
+
+
+@pytest.mark.parametrize(("given", "says"), [((0, 1, 2), "it gives 6 or more"), ((0,), "it gives 2")])
+def test_a_loader_that_gives_another_number_of_examples(given, says):
+    x, y = digits()
+
+    def collate(pairs):
+        chosen = [pairs[index % 2] for index in given]
+        return tuple(torch.stack(part) for part in zip(*chosen, strict=True))
+
+    loader = DataLoader(TensorDataset(x[:4], y[:4]), batch_size=2, collate_fn=collate)
+    with pytest.raises(ValueError, match=f"data must give as many examples as its sampler says, 4: {says}"):
         bmrs.to_datatree(*lenet(), loader, draws=2)
 
 

@@ -34,12 +34,12 @@ def test_validation_fraction(fraction, expected):
     assert [len(part) for part in parts(dataset)] == [1438 - expected, expected, 359]
 
 
-def test_limit_keeps_the_first_of_the_permutation():
-    whole, limited = load_data("digits"), load_data("digits", limit=np.int64(100))
+def test_limit_keeps_a_share_of_each_class_before_the_split():
+    limited = load_data("digits", limit=np.int64(100))
     assert [len(part) for part in parts(limited)] == [80, 20, 359]
-    # Before the split: the limited set's examples are the whole one's first hundred.
     labels = torch.cat([limited.train.tensors[1], limited.validation.tensors[1]])
-    assert torch.equal(labels, whole.train.tensors[1][:100])
+    assert torch.bincount(labels).sub(10).abs().max() <= 1
+    assert torch.bincount(limited.validation.tensors[1]).tolist() == [2] * 10
     assert [len(part) for part in parts(load_data("digits", limit=10**6))] == [1150, 288, 359]
 
 
@@ -53,7 +53,12 @@ def test_limit_keeps_the_first_of_the_permutation():
         ({"validation_fraction": float("nan")}, ["got nan"]),
         ({"validation_fraction": "0.2"}, ["got '0.2'"]),
         ({"validation_fraction": 1e-9}, ["validation_fraction", "1438", "1 or more"]),
-        ({"validation_fraction": 0.9, "limit": 2}, ["validation_fraction", "not 0 and 2"]),
+        ({"validation_fraction": 0.99, "limit": 20}, ["validation_fraction", "not 0 and 20"]),
+        (
+            {"validation_fraction": 0.6, "limit": 20},
+            ["1 or more of each class", "of 8 there would be none for 8, 0"],
+        ),
+        ({"limit": 9}, ["limit must be at least 10, one for each class; else it leaves out 8: got 9"]),
         ({"image_size": 0}, ["image_size must be an integer of at least 1", "got 0"]),
         ({"image_size": 8.0}, ["got 8.0"]),
         ({"limit": 1}, ["limit must be an integer of at least 2", "got 1"]),
@@ -64,6 +69,57 @@ def test_limit_keeps_the_first_of_the_permutation():
 )
 def test_bad_arguments(call, fragments):
     not_loaded(*fragments, **{"name": "digits", **call})
+
+
+def labelled(npz, *counts, **contents):
+    """Vectors with as many examples of each class; classes are shuffled."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    inputs = np.arange(len(labels) * 2.0).reshape(-1, 2)
+    return npz({**arrays(inputs, labels, test_inputs=inputs[:3], test_labels=labels[:3]), **contents})
+
+
+def test_a_rare_class_is_in_both_parts_at_every_seed(npz):
+    """A random split leaves a class of 2 out of validation in most seeds, and out of training in some."""
+    file = labelled(npz, 100, 60, 2)
+    for seed in range(50):
+        dataset = load_data(file, seed=seed)
+        counts = [torch.bincount(part.tensors[1], minlength=3).tolist() for part in parts(dataset)[:2]]
+        assert counts == [[81, 48, 1], [19, 12, 1]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "expected"),
+    [
+        ((5, 5, 5, 5), 0.2, [1, 1, 1, 1]),
+        ((7, 7, 6), 0.1, [1, 1, 1]),  # 2 would leave a class out
+        ((3, 3, 90), 0.5, [1, 1, 46]),
+        ((2, 2, 2), 0.5, [1, 1, 1]),
+        ((4, 8), 0.75, [3, 6]),
+    ],
+)
+def test_each_class_has_its_share_of_validation(npz, counts, fraction, expected):
+    dataset = load_data(labelled(npz, *counts), validation_fraction=fraction)
+    found = torch.bincount(dataset.validation.tensors[1], minlength=len(counts))
+    assert (found - torch.tensor(expected)).abs().max() <= (1 if counts == (3, 3, 90) else 0)
+    assert found.sum() == sum(expected)
+    rows = torch.cat([part.tensors[0] for part in parts(dataset)[:2]])
+    assert len(rows.unique(dim=0)) == sum(counts)
+
+
+def test_a_class_that_would_be_missing_is_named(npz):
+    file = labelled(npz, 30, 1, 1, class_names=np.array(["cat", "lynx", "puma"]))
+    with pytest.warns(UserWarning, match="no example to validate on for lynx, puma: a class needs 2"):
+        dataset = load_data(file)
+    assert torch.bincount(dataset.train.tensors[1]).tolist() == [24, 1, 1]
+    not_loaded("limit must be at least 3", "leaves out lynx: got 2", name=file, limit=2)
+    not_loaded("validation_fraction", "none for lynx", name=file, validation_fraction=0.94)
+
+
+def test_the_training_part_is_mixed():
+    """Class by class it would make bad batches, and a bad example for a trace."""
+    labels = load_data("digits").train.tensors[1]
+    assert len(labels[:40].unique()) > 7
+    assert len(load_data("digits", limit=50).train.tensors[1][:10].unique()) > 3
 
 
 # standardising
@@ -173,7 +229,7 @@ def test_prepare_npz(npz, stored, dtype, image_size):
     inputs = bytes_of(*stored).astype(dtype)
     contents = arrays(inputs)
     dataset = load_data(npz(contents), image_size=image_size, seed=4)
-    prepared_equals_loaded(dataset, inputs, contents["x_test"], seed=4)
+    prepared_equals_loaded(dataset, inputs, contents["x_test"])
     tensors = torch.from_numpy(inputs.astype(inputs.dtype.newbyteorder("=")))
     assert torch.equal(dataset.prepare(tensors), dataset.prepare(inputs))
 
@@ -233,8 +289,9 @@ def test_prepare_for_image_folders(tmp_path, image_size):
 def test_foreign_inputs_are_shown_as_ones_own_would_be():
     digits, patches = load_data("digits"), load_data("patches")
     shown = digits.foreign(patches)
-    raw = patches.test.tensors[0] * patches.deviation + patches.mean  # in [0, 1]
-    torch.testing.assert_close(shown * digits.deviation + digits.mean, raw)
+    own, theirs = digits.preparation, patches.preparation
+    raw = patches.test.tensors[0] * theirs.deviation + theirs.mean  # in [0, 1]
+    torch.testing.assert_close(shown * own.deviation + own.mean, raw)
     large = load_data("digits", image_size=12)
     refused(
         lambda: large.foreign(patches), "other must be a data set with inputs of shape (1, 12, 12)", "patches"

@@ -82,13 +82,13 @@ def test_every_example_counts_once_whatever_the_number_of_processes(world):
     x = torch.arange(23.0)
     per_rank = [
         list(
-            Batches((x, x), 10, CPU, "train", rank=rank, world=world).epoch(torch.Generator().manual_seed(1))
+            Batches((x, x), 10, CPU, "train").shared(CPU, rank, world).epoch(torch.Generator().manual_seed(1))
         )
         for rank in range(world)
     ]
     for parts in zip(*per_rank, strict=True):
         means = [part.weight * part.x.mean() for part in parts]
-        assert sum(part.examples for part in parts) == pytest.approx(
+        assert sum(len(part.x) * part.share for part in parts) == pytest.approx(
             len(torch.cat([p.x for p in parts]).unique())
         )
         assert sum(means) / world == pytest.approx(float(torch.cat([p.x for p in parts]).unique().mean()))

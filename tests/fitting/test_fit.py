@@ -347,8 +347,9 @@ def test_bad_data_and_models_are_named():
         ((model, guide, (x, y, y)), TypeError, "train must be"),
         ((model, guide, (x, y), (x[:0], y[:0])), ValueError, "validation must not be empty"),
         ((model, None, (x, y)), ValueError, "guide must be given"),
-        ((plain, guide, (x, y)), ValueError, "MultiplicativeNoise"),
-        ((lambda x, y: None, guide, (x, y)), TypeError, "model must be"),
+        ((plain, guide, (x, y)), ValueError, r"guide must have no latents but the model's: it has \['2'\]"),
+        (("model", guide, (x, y)), TypeError, "model must be a Pyro model: got str"),
+        ((lambda x, y: None, None, (x, y)), ValueError, "model must observe y"),
         ((model, "guide", (x, y)), TypeError, "guide must be"),
     ):
         with pytest.raises(error, match=message):
@@ -462,13 +463,13 @@ def test_other_latents_are_drawn_from_the_guide_in_validation_and_the_weight_is_
 
 def test_the_kl_of_a_latent_of_one_example_belongs_to_its_batch():
     from pyro_bmrs.fitting.objective import Objective
-    from pyro_bmrs.fitting.programs import local_sites_of
+    from pyro_bmrs.inference.sites import read_sites
 
     model = Mixed(local=True)
     bmrs.name_sites(model)
     x, y = data(8)
     trace = pyro.poutine.trace(model).get_trace(x, y)
-    assert local_sites_of(trace, 8) == {"z"}
+    assert read_sites(trace).local(8) == {"z"}
 
     def guide(x, y=None):
         pyro.sample("w", pyro.distributions.Normal(0.0, 10.0))

@@ -21,7 +21,7 @@ from pyro_bmrs.distributions.packed import uniforms
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference import packed
 from pyro_bmrs.inference.evaluate import likelihood_scale
-from pyro_bmrs.inference.traces import elementary
+from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.networks import hooked_noise
 from pyro_bmrs.networks.noise import FixedScales, noise_layers, scaled
 
@@ -176,7 +176,9 @@ class Problem:
             with FixedScales(values):
                 trace = poutine.trace(self.model).get_trace(self.x[rows], self.y[rows])
             trace.compute_log_prob(site_filter=lambda name, site: site["is_observed"])
-            likelihood = likelihood + trace.nodes["y"]["log_prob_sum"] / likelihood_scale(trace)
+            likelihood = likelihood + trace.nodes["y"]["log_prob_sum"] / likelihood_scale(
+                trace, len(self.y[rows])
+            )
         loss = -likelihood / BATCH
         for site, law in laws.items():
             if site in self.layers:
@@ -511,7 +513,7 @@ def test_the_product_in_groups_is_the_plain_one(draws, dim, layout):
     weights = torch.randn(12, 6, 6, 6, dtype=torch.float64)
     results = []
     for multiply in (
-        lambda x, theta: scaled(x, theta, dim, "here", several=True),
+        lambda x, theta: scaled(x, theta, dim, "here", examples=len(x)),
         lambda x, t: plainly(x, t, dim),
     ):
         value = multiply(LAYOUTS[layout](leaf), free.exp() * 1e-4 * kept)

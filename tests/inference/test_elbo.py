@@ -49,7 +49,7 @@ def test_the_kl_part_is_exact_for_any_number_of_draws(draws, weight):
     elbo = TraceMeanField_ELBO()
     values = []
     for _ in range(3):
-        with LatentsPerBatch(SITES, draws, weight, 1.0), torch.no_grad():
+        with LatentsPerBatch(SITES, draws, len(x), weight, 1.0), torch.no_grad():
             values.append(float(elbo.differentiable_loss(poutine.block(model, hide=["y"]), guide, x)))
     assert values == pytest.approx([weight * exact_kl(model, guide)] * 3, rel=1e-5, abs=1e-6)
 
@@ -118,7 +118,7 @@ def test_a_model_scaled_to_the_data_set_has_the_same_objective():
 
 def test_validation_of_pyro_passes_with_several_draws():
     model, guide, x, y = problem()
-    with pyro.validation_enabled(True), LatentsPerBatch(SITES, 4, 1.0, 1.0):
+    with pyro.validation_enabled(True), LatentsPerBatch(SITES, 4, len(x), 1.0, 1.0):
         LikelihoodELBO()(model, guide)(x, y).backward()
 
 
@@ -127,7 +127,7 @@ def test_trace_elbo_agrees():
     """The handler is right under the sampled KL of Trace_ELBO as well: z-test at 4.4 (1.1e-5)."""
     model, guide, x, y = problem()
     torch.manual_seed(0)
-    with torch.no_grad(), LatentsPerBatch(SITES, 4, 1.0, 1.0):
+    with torch.no_grad(), LatentsPerBatch(SITES, 4, len(x), 1.0, 1.0):
         sampled = torch.tensor([Trace_ELBO().loss(model, guide, x, y) for _ in range(600)])
         closed = torch.tensor([float(TraceMeanField_ELBO().loss(model, guide, x, y)) for _ in range(600)])
     error = math.sqrt(float(sampled.var() + closed.var()) / 600)
@@ -145,7 +145,7 @@ def test_other_latents_keep_their_own_weight():
         pyro.sample("w", pyro.distributions.Normal(0.5, 0.5))
         pyro.sample("theta", TruncatedLogNormal(-2.0, 0.5).expand([3]).to_event(1))
 
-    with LatentsPerBatch(["theta"], 4, 10.0, 0.25):
+    with LatentsPerBatch(["theta"], 4, 4, 10.0, 0.25):
         loss = TraceMeanField_ELBO().loss(model, guide, torch.zeros(4))
     other = float(kl_divergence(torch.distributions.Normal(0.5, 0.5), prior))
     noise = 3 * float(kl_divergence(TruncatedLogNormal(-2.0, 0.5), LogUniform()))

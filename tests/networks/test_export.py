@@ -1,5 +1,6 @@
 """Files for other programs: the same outputs at every batch size, or no file at all."""
 
+import json
 import sys
 
 import pytest
@@ -235,3 +236,116 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, missing):
     with pytest.raises(ImportError, match=r"pyro-bmrs\[onnx\].*" + missing):
         export_onnx(net, x, tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+# precision
+
+
+def halves(net, x, dtype):
+    return net.to(dtype), x.to(dtype)
+
+
+def attention():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(80, 3)), torch.randn(4, 5, 16)
+
+
+def hidden():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        (convolutions, torch.float16),
+        pytest.param(attention, torch.float16, marks=pytest.mark.slow),
+        pytest.param(attention, torch.float64, marks=pytest.mark.slow),
+        (hidden, torch.float64),
+    ],
+)
+def test_other_precisions_have_their_own_tolerance(family, dtype, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = halves(*family(), dtype)
+    path = export_onnx(net, x, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (want,) = outputs(net, x)
+    assert torch.from_numpy(found).dtype == want.dtype == dtype
+    allowed = {torch.float16: 1e-2, torch.float64: 1e-10}[dtype]
+    assert (torch.from_numpy(found) - want).abs().max() <= allowed * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "says"),
+    [
+        (
+            convolutions,
+            torch.float64,
+            "network must be of float32 or float16 where it has convolutions.*float64 with 0'",
+        ),
+        (
+            convolutions,
+            torch.bfloat16,
+            "network must be of float64, float32, float16 for onnxruntime.*bfloat16'",
+        ),
+        (hidden, torch.bfloat16, r"as network.float\(\) is: got 'bfloat16'"),
+        (hidden, torch.float8_e4m3fn, "got 'float8_e4m3fn'"),
+    ],
+)
+def test_a_precision_that_onnxruntime_has_not_is_refused_before_any_work(
+    exporting, tmp_path, family, dtype, says
+):
+    net, x = halves(*family(), dtype)
+    with pytest.raises(ValueError, match=says):
+        export_onnx(net, x, tmp_path / "new" / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operation_that_onnxruntime_has_not_is_one_line(tmp_path):
+    """A convolution that is no module is only found by running the file."""
+    pytest.importorskip("onnxruntime")
+
+    class Function(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 1, 3, 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight)
+
+    with pytest.raises(
+        ValueError, match=r"onnxruntime has in its precision, here float64: got NotImplemented: .*Conv"
+    ):
+        export_onnx(Function(), torch.ones(2, 1, 4, 4, dtype=torch.float64), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tolerance", [0, -1e-3, float("nan"), "small"])
+def test_a_bad_tolerance(exporting, tmp_path, tolerance):
+    net, x = convolutions()
+    with pytest.raises(ValueError, match="tolerance must be a positive number or None: got"):
+        export_onnx(net, x, tmp_path / "net.onnx", tolerance=tolerance)
+
+
+def test_the_difference_and_the_tolerance_are_told(exporting, tmp_path):
+    net, x = convolutions()
+    exporting.wrong_at, exporting.error = (5,), 0.5
+    with pytest.raises(
+        ValueError, match=r"differs by 5\.00\de-01 \(allowed: \d\.\d+e-02, from tolerance 0\.01\)"
+    ):
+        export_onnx(net.half(), x.half(), tmp_path / "net.onnx")
+
+
+def test_files_hold_what_inputs_must_look_like(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = hidden()
+    told = {"mean": [0.5], "class_names": ["Katze", "Hündin"]}
+    export_program(net, x, tmp_path / "net.pt2", inputs=told)
+    extra = {"inputs.json": ""}
+    torch.export.load(tmp_path / "net.pt2", extra_files=extra)
+    assert json.loads(extra["inputs.json"]) == told
+    export_onnx(net, x, tmp_path / "net.onnx", inputs=told)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["inputs"]) == told

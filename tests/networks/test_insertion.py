@@ -270,15 +270,15 @@ def test_a_fit_that_removes_goes_on_after_shrinking():
 def test_several_draws_act_on_their_examples():
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
     noisy = bmrs.insert_noise(net, x)
-    from pyro_bmrs.networks.noise import draws_per_batch_allowed
+    from pyro_bmrs.networks.noise import examples_in_batch
 
     theta = torch.rand(3, 8)
-    token = draws_per_batch_allowed.set(True)
+    token = examples_in_batch.set(6)
     try:
         with torch.no_grad(), pyro.poutine.trace(), fixed_scales(noisy, {"0": theta}):
             have = noisy(x)
     finally:
-        draws_per_batch_allowed.reset(token)
+        examples_in_batch.reset(token)
     hidden = relu(net[0](x)) * theta.repeat(2, 1)
     torch.testing.assert_close(have, net[2](hidden))
 

@@ -12,7 +12,7 @@ import pyro_bmrs
 from pyro_bmrs import MultiplicativeNoise, name_sites
 from pyro_bmrs.networks import noise
 from pyro_bmrs.networks.hooked_noise import network_of, without_noise
-from pyro_bmrs.networks.noise import draws_per_batch_allowed, fixed_scales, noise_layers
+from pyro_bmrs.networks.noise import examples_in_batch, fixed_scales, noise_layers
 
 
 def layer(features=4, **options):
@@ -24,9 +24,9 @@ def layer(features=4, **options):
 @contextmanager
 def several_draws():
     """As within the handler that draws several values per batch."""
-    token = draws_per_batch_allowed.set(True)
+    token = examples_in_batch.set(6)
     yield
-    draws_per_batch_allowed.reset(token)
+    examples_in_batch.reset(token)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_the_product_of_large_inputs_has_the_gradients_of_the_plain_one(shape, d
 
     def product(x, theta):
         # as of a layer behind it, whose gradient belongs to nobody else
-        return 1.0 * noise.scaled(x, theta, dim, "here", several=True, exclusive=exclusive)
+        return 1.0 * noise.scaled(x, theta, dim, "here", examples=len(x), exclusive=exclusive)
 
     assert torch.autograd.gradcheck(product, (x, theta))
     assert torch.autograd.gradgradcheck(product, (x, theta))

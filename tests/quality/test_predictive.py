@@ -236,7 +236,7 @@ THETA = {"4": torch.ones(8), "7": torch.ones(6)}
     [
         ({"model": lambda x, y: x}, TypeError, "model must be a torch.nn.Module: got function"),
         ({"data": (X, Y.float())}, TypeError, r"data must have integer labels.*float32 of shape \(6,\)"),
-        ({"data": (X, Y.bool())}, TypeError, "data must have integer labels.*torch.bool"),
+        ({"data": (X, Y.cfloat())}, TypeError, "data must have integer labels.*torch.complex64"),
         ({"data": (X, Y.unsqueeze(1))}, TypeError, r"one label per example: got torch.int64 of shape \(6, 1\)"),
         ({"data": (X, Y + 3)}, ValueError, "labels in data must be classes 0 to 2, or -1 everywhere: got 3"),
         ({"data": (X, Y - 2)}, ValueError, "labels in data must be classes 0 to 2, or -1 everywhere: got -2"),

@@ -712,8 +712,12 @@ LOSS = r"^loss became nan at batch \d of epoch 1; the parameters of epoch 0 are 
 
 FITS = [
     function(
-        "fit", "model is a function", lambda: bmrs.fit(torch.relu, None, (X, Y)), TypeError,
-        r"^model must be a torch\.nn\.Module: got builtin_function_or_method$",
+        "fit", "model is a text", lambda: bmrs.fit("lenet5", None, (X, Y)), TypeError,
+        r"^model must be a Pyro model: got str$",
+    ),
+    function(
+        "fit", "model observes nothing", lambda: bmrs.fit(lambda x, y: None, None, (X, Y)), ValueError,
+        r"^model must observe y when called as model\(x, y\): it has no observed site$",
     ),
     function(
         "fit", "no guide for a model with noise", lambda: fit(guide=False), ValueError,
@@ -1272,7 +1276,7 @@ DATA = [
     ),
     on_disk(
         "image folder", "no class folders", lambda: load("empty"), ValueError,
-        r"^name must be a folder with one folder of images for each class: got 'empty': (?P<library>.*)$",
+        r"^name must be a folder with one folder of images for each class, 2 or more: got 'empty'$",
     ),
     on_disk(
         "image folder", "a class of one image", lambda: load("images"), ValueError,
@@ -1290,7 +1294,7 @@ DATA = [
     ),
     on_disk(
         "image folder", "train/ without test/", lambda: load("images"), ValueError,
-        r"^name must be a folder of classes, or of train/ and test/ both: got 'images'$",
+        r"^name must be a folder of classes, or of train/ and test/ both, .*: got 'images with train/ alone'$",
         images(4, 4, folder="images/train"),
     ),
 ]  # fmt: skip
@@ -1617,7 +1621,10 @@ COMMANDS = [
     ),
     command(
         "reduce run", "the data are gone",
-        r"data 'own\.npz' can't be used: name must be a file that exists: got 'own\.npz'$", without("own.npz"),
+        r"data must be where they were; if they have moved, --data says where they are: got '/moved/own\.npz'$",
+        lambda: edit(
+            SETTINGS, settings=json.loads(Path(SETTINGS).read_text())["settings"] | {"data": "/moved/own.npz"}
+        )(),
     ),
     command(
         "reduce run", "the posterior cut short",
@@ -1764,11 +1771,11 @@ COMMANDS = [
     bad_recipe("raise SystemExit(3)", "exits when read", r"recipe net\.py fails with SystemExit: 3$"),
     bad_recipe(
         "SETTINGS = {'default': {'epoch': 3}}\ndef network(*_): ...", "an unknown setting",
-        r"recipe net\.py must have known names in SETTINGS, \[.*'epochs'.*\]: got \['epoch'\]$",
+        r"recipe net\.py must have known names in SETTINGS, \[.*'epochs'.*\]: got \['epoch'\] for 'default'; did .*$",
     ),
     bad_recipe(
         "SETTINGS = {'default': 3}\ndef network(*_): ...", "settings that are no dict",
-        r"recipe net\.py must have a dict in SETTINGS for 'own\.npz': got 3$",
+        r"recipe net\.py must have in SETTINGS a dict for each data set, such as .*: got int for 'default'$",
     ),
     bad_recipe(
         NETWORK.replace('"epochs": 2', '"epochs": "many"'), "a setting of the wrong type",
