@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.dependency_graph import StructureError, has_own_parameters
+from pyro_bmrs.networks.examples import exactly
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
@@ -23,7 +24,6 @@ from pyro_bmrs.networks.inputs import (
     check_finite,
     check_module,
     map_tensors,
-    repeated,
     tensors_of,
 )
 from pyro_bmrs.networks.nesting import Nesting
@@ -159,12 +159,15 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
 
     # with one batch size alone, another dimension might have that length by chance
     for size in (2, 3):
+        inputs = exactly(looked_at, example_input, size)
+        if batch_size(inputs) != size:
+            return set(noise.readers)  # examples need each other
         handles = [
             looked_at.get_submodule(path).register_forward_pre_hook(look(path, size), with_kwargs=True)
             for path in noise.readers
         ]
         with torch.random.fork_rng(), at_one(looked_at):
-            call(looked_at, repeated(example_input, size))
+            call(looked_at, inputs)
         for handle in handles:
             handle.remove()
     return found
@@ -190,7 +193,7 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
                 "the arguments of hooks, and write forward as a method"
             )
         try:
-            trained = _modules_called(looked_at.train(), repeated(example_input, 2))
+            trained = _modules_called(looked_at.train(), exactly(network, example_input, 2))
         except Exception:  # for example BatchNorm with one value per channel: no check is possible
             return
     hidden = sorted(trained - used)
@@ -242,7 +245,7 @@ def _try_removals(network: nn.Module, groups: list[StructureGroup], example_inpu
             return tensor.to(device)
         return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
 
-    given = map_tensors(lambda tensor: tensor.to(device), repeated(example_input, _TRIAL_EXAMPLES))
+    given = map_tensors(lambda tensor: tensor.to(device), exactly(network, example_input, _TRIAL_EXAMPLES))
     example = map_tensors(draw, given)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of, weight_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_noise
 from pyro_bmrs.networks.inputs import (
@@ -20,7 +21,6 @@ from pyro_bmrs.networks.inputs import (
     as_double,
     call,
     check_finite,
-    first_examples,
     map_tensors,
     tensors_of,
 )
@@ -251,7 +251,8 @@ def _runs_in_double(network: nn.Module, example: Inputs) -> bool:
     """Whether a network runs in float64. One with constants of another precision may not."""
     try:
         with fixed_scales(network, {s: layer.kept.double() for s, layer in noise_layers(network).items()}):
-            call(copied(network).double(), first_examples(as_double(example), 2))
+            double = copied(network).double()
+            call(double, at_most(double, as_double(example), 2))
     except RuntimeError:
         return False
     return True

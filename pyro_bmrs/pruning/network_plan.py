@@ -18,9 +18,10 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied, uncompiled
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
+from pyro_bmrs.networks.inputs import Inputs, check_finite
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
@@ -143,7 +144,7 @@ class NetworkPlan(Plan):
         inputs = binding.example_input
         surgery = remove_structures(
             binding.network, self.kept_masks(), self.theta_mean(),
-            first_examples(inputs, check_examples(binding.network, inputs)),
+            at_most(binding.network, inputs, check_examples(binding.network, inputs)),
             groups=binding.groups, tolerance=tolerance,
         )  # fmt: skip
         return surgery.network.eval()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_noise
-from pyro_bmrs.networks.inputs import Inputs, as_double, first_examples, map_tensors
+from pyro_bmrs.networks.inputs import Inputs, as_double, map_tensors
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import check_equal, comparable
@@ -114,7 +115,8 @@ def _check(
     for site, mask in kept.items():
         theta = torch.linspace(0.25, 1.0, len(mask), dtype=torch.float64)
         whole[site], left[site] = (theta * mask).to(device), theta[mask].to(device)
-    example = as_double(map_tensors(lambda t: t.to(device), first_examples(example_input, 8)))
+    given = map_tensors(lambda tensor: tensor.to(device), example_input)
+    example = as_double(at_most(network, given, 8))
     with fixed_scales(small, left):
         check_equal(
             small, reduced, whole, example, readers=comparable(groups.values(), small), rows=cuts.rows
