@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.networks import name_sites
+from pyro_bmrs.networks.copies import uncompiled
 from pyro_bmrs.networks.inputs import call, check_module
 
 
@@ -38,6 +39,7 @@ class Likelihood(nn.Module):
         check(good, self.finder, "a function of the network's output, or None", output, TypeError)
         good = dataset_size is None or is_whole(dataset_size, 1)
         check(good, "dataset_size", "a positive integer or None", dataset_size)
+        net = uncompiled(net)
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
         self.store_name = unique_name(self)

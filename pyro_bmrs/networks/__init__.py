@@ -6,9 +6,10 @@ from pyro_bmrs.networks.hooked_noise import network_of, without_noise
 from pyro_bmrs.networks.insertion import insert_noise, structures
 from pyro_bmrs.networks.noise import MultiplicativeNoise, name_sites, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
+from pyro_bmrs.networks.structures import check_weights
 from pyro_bmrs.networks.surgery import EqualityError
 
 __all__ = [
-    "EqualityError", "InputSelection", "MultiplicativeNoise", "StructureError", "export_onnx", "insert_noise",
-    "name_sites", "network_of", "noise_layers", "structures", "without_noise",
+    "EqualityError", "InputSelection", "MultiplicativeNoise", "StructureError", "check_weights",
+    "export_onnx", "insert_noise", "name_sites", "network_of", "noise_layers", "structures", "without_noise",
 ]  # fmt: skip

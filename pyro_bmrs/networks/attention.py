@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class SeparateAttention(nn.Module):
@@ -205,7 +206,7 @@ def _copy(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 def separate_attention(network: nn.Module) -> None:
     """Replace, in place, each `nn.MultiheadAttention` by `SeparateAttention`.
 
-    Not those that append a bias or zeros to their keys, nor those with hooks, which would be lost.
+    Not those that append a bias or zeros to their keys, nor those with hooks or parametrisations, which would be lost.
     """
     separate: dict[nn.Module, SeparateAttention] = {}
     with torch.random.fork_rng():  # new layers draw weights that nobody uses
@@ -215,8 +216,13 @@ def separate_attention(network: nn.Module) -> None:
 def _separate(network: nn.Module, separate: dict[nn.Module, SeparateAttention]) -> None:
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if type(module) is nn.MultiheadAttention and path:
-            hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks)
-            if module.bias_k is None and not module.add_zero_attn and not any(hooks):
+            hooks = (
+                hooks
+                for part in (module, module.out_proj)
+                for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks)
+            )
+            plain = not any(hooks) and not is_parametrized(module.out_proj)
+            if plain and module.bias_k is None and not module.add_zero_attn:
                 if module not in separate:
                     separate[module] = SeparateAttention.of(module)
                 network.set_submodule(path, separate[module])

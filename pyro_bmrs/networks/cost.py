@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmrs.networks.inputs import Inputs, call, first_examples, repeated, tensors_of
+from pyro_bmrs.networks.examples import exactly
+from pyro_bmrs.networks.inputs import Inputs, batch_size, call, first_examples, repeated, tensors_of
 from pyro_bmrs.networks.modes import in_mode, torch_threads
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
@@ -32,8 +33,16 @@ def parameters(network: nn.Module) -> int:
 
 def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
     """Multiply-accumulates of one example, by torch's own operation counter."""
-    with torch.no_grad(), _attention_in_steps(), FlopCounterMode(display=False) as counter:
-        call(network, first_examples(example_input, 1))
+    try:
+        return _counted(network, first_examples(example_input, 1))
+    except Exception:  # examples may need each other, as the nodes of a graph do
+        return _counted(network, example_input) // batch_size(example_input)
+
+
+@torch.no_grad()
+def _counted(network: nn.Module, inputs: Inputs) -> int:
+    with _attention_in_steps(), FlopCounterMode(display=False) as counter:
+        call(network, inputs)
     return int(counter.get_total_flops()) // 2
 
 
@@ -188,9 +197,10 @@ def compare_costs(
                 wanted = seconds and (on_cpu or words == "all_threads")
                 # a batch takes at least about a quarter of the time of its examples one by one
                 times = [math.nan, math.nan]
-                if wanted and 3 * batch * single / 4 <= seconds / 4:
+                affordable = wanted and 3 * batch * single / 4 <= seconds / 4
+                examples = exactly(before, example_input, batch) if affordable else example_input
+                if affordable and batch_size(examples) == batch:  # a graph has the size that it has
                     with torch_threads(count):
-                        examples = repeated(example_input, batch)
                         times = latency_milliseconds(networks, examples, seconds=seconds / 4)
                 timed[f"milliseconds_batch_{batch}_{words}"] = times
         largest = BATCHES[-1]

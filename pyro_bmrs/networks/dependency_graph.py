@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pyro_bmrs.networks.computed import computed
 from pyro_bmrs.networks.cuts import (
     COLUMNS,
     HEADS,
@@ -25,8 +26,9 @@ from pyro_bmrs.networks.cuts import (
     channels,
     is_depthwise,
 )
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.groups import Member, StructureGroup
-from pyro_bmrs.networks.inputs import Inputs, call, first_examples, map_tensors, tensors_of
+from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
 
@@ -82,7 +84,7 @@ class DependencyGraph:
         self.calls: Counter[nn.Module] = Counter()
         self.outputs: list[Any] = []
         self.received: dict[nn.Module, Tensor] = {}
-        example = first_examples(example_input, 2)
+        example = at_most(network, example_input, 2)
         # an input that requires gradients shows where it is added to channels of the network
         example = map_tensors(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example)
         self.inputs = {id(tensor) for tensor in tensors_of(example)}
@@ -389,6 +391,9 @@ class Reach:
         for module, path, side, pairs in self._modules():
             if channels(module, side) is None:
                 return path, f"{path!r}, a {type(module).__name__}, is no layer that can be cut"
+            wrong = computed(module, side, path)
+            if wrong:
+                return path, wrong
             groups = module.groups if isinstance(module, _ConvNd) and not is_depthwise(module) else 1
             if side == ROWS and 1 < groups == channels(module, side):
                 return path, f"{path!r} makes one channel in each of its {groups} groups"

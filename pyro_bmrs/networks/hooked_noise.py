@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bmrs.networks.attention import join_attention
+from pyro_bmrs.networks.copies import uncompiled
 from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.inputs import check_module
@@ -255,6 +256,7 @@ def without_noise(module: nn.Module) -> nn.Module:
     Attention that was given separate projections is torch's own again, unless heads have been removed.
     """
     check_module("module", module)
+    module = uncompiled(module)
     without_hooked_noise(module)
     join_attention(module)
     for path, layer in list(module.named_modules()):
@@ -273,6 +275,7 @@ def network_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if `model` has no noise layer.
     """
+    model = uncompiled(model)
     layers = set(noise_layers(model).values())
     if not layers:
         raise ValueError(f"model must hold MultiplicativeNoise layers: {type(model).__name__} has none")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 # A tensor; a tuple of positional arguments; or a mapping of keyword arguments (one dictionary argument, if forward
 # has no such keywords).
@@ -17,9 +19,20 @@ Inputs = Any
 
 
 def check_module(name: str, module: object) -> None:
-    """Raise TypeError, naming the argument, unless it is a module."""
+    """Raise TypeError, naming the argument, unless it is a module of Python code, which can be copied and cut."""
+    kind = type(module).__name__
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module: got {type(module).__name__}")
+        raise TypeError(f"{name} must be a torch.nn.Module: got {kind}")
+    if isinstance(module, nn.DataParallel | DistributedDataParallel):
+        raise TypeError(f"{name} must be the module itself: got it in a {kind}; pass its .module")
+    if isinstance(module, GraphModule):
+        raise TypeError(
+            f"{name} must be the network itself: got a traced graph of it, whose copies lose hooks"
+        )
+    compiled = [path for path, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if compiled:
+        where = f"in {compiled[0]!r}" if compiled[0] else kind
+        raise TypeError(f"{name} must be Python code: got TorchScript {where}; pass what it was made from")
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.dependency_graph import StructureError, has_own_parameters
+from pyro_bmrs.networks.examples import exactly
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
@@ -22,7 +24,6 @@ from pyro_bmrs.networks.inputs import (
     check_finite,
     check_module,
     map_tensors,
-    repeated,
     tensors_of,
 )
 from pyro_bmrs.networks.nesting import Nesting
@@ -71,7 +72,7 @@ def structures(
     if not isinstance(leave_out, str | Sequence):
         raise TypeError(f"leave_out must be a path, a pattern, or a sequence of them: got {leave_out!r}")
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
-    separate = copy.deepcopy(network)
+    separate = copied(network)
     separate_attention(separate)
     found, culprits = find_structures(separate, example_input, leave_out)
     if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
@@ -115,7 +116,7 @@ def insert_noise[Network: nn.Module](
         raise StructureError(
             f"network must have something that can be removed: {reasons or 'it has no layers'}"
         )
-    noisy = copy.deepcopy(network)
+    noisy = copied(network)
     separate_attention(noisy)
     noise = _attach(noisy, list(found))
     noise.folded = _readers_without_examples(noisy, noise, example_input)
@@ -131,7 +132,7 @@ def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs
     for one in (network, noisy):
         with torch.random.fork_rng(), at_one(noisy):
             torch.manual_seed(0)
-            outputs.append(tensors_of(call(copy.deepcopy(one).eval(), example_input)))
+            outputs.append(tensors_of(call(copied(one).eval(), example_input)))
     for index, (wanted, found) in enumerate(zip(*outputs, strict=True)):
         if wanted.is_floating_point():
             distance, scale = difference(wanted.double(), found.double())
@@ -147,7 +148,7 @@ def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs
 def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_input: Inputs) -> set[str]:
     """Paths of the layers whose input does not have one entry per example in its first dimension."""
     found: set[str] = set()
-    looked_at = copy.deepcopy(network).eval()
+    looked_at = copied(network).eval()
 
     def look(path: str, size: int) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -158,12 +159,15 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
 
     # with one batch size alone, another dimension might have that length by chance
     for size in (2, 3):
+        inputs = exactly(looked_at, example_input, size)
+        if batch_size(inputs) != size:
+            return set(noise.readers)  # examples need each other
         handles = [
             looked_at.get_submodule(path).register_forward_pre_hook(look(path, size), with_kwargs=True)
             for path in noise.readers
         ]
         with torch.random.fork_rng(), at_one(looked_at):
-            call(looked_at, repeated(example_input, size))
+            call(looked_at, inputs)
         for handle in handles:
             handle.remove()
     return found
@@ -178,12 +182,18 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
     if not batch_size(example_input):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(example_input))
         raise ValueError(f"example_input must hold at least one example: got shape {shapes}")
-    looked_at = copy.deepcopy(network)  # a forward pass may change its state
+    looked_at = copied(network)  # a forward pass may change its state
     with torch.random.fork_rng():
-        with blamed_on_input(network):
+        with blamed_on_input(network), _called(network) as original:
             used = _modules_called(looked_at.eval(), example_input)
+        if original:
+            raise StructureError(
+                f"network must be copied whole: a copy of it still calls {', '.join(map(repr, sorted(original)))} of "
+                "the original, which a function holds that was set as its forward or as a hook. Take modules from "
+                "the arguments of hooks, and write forward as a method"
+            )
         try:
-            trained = _modules_called(looked_at.train(), repeated(example_input, 2))
+            trained = _modules_called(looked_at.train(), exactly(network, example_input, 2))
         except Exception:  # for example BatchNorm with one value per channel: no check is possible
             return
     hidden = sorted(trained - used)
@@ -194,9 +204,9 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
         )
 
 
-@torch.no_grad()
-def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
-    """Paths of the modules with parameters that one forward pass calls."""
+@contextmanager
+def _called(network: nn.Module) -> Iterator[set[str]]:
+    """Collects paths of the modules with parameters that are called within the context."""
     called: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
@@ -204,10 +214,17 @@ def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
         if has_own_parameters(module)
     ]
     try:
-        call(network, inputs)
+        yield called
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
+    """Paths of the modules with parameters that one forward pass calls."""
+    with _called(network) as called:
+        call(network, inputs)
     return called
 
 
@@ -221,14 +238,14 @@ def _try_removals(network: nn.Module, groups: list[StructureGroup], example_inpu
     """Remove a part of every group in a copy with random weights. Returns, by site, how the function changes."""
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    varied = copy.deepcopy(network)
+    varied = copied(network)
 
     def draw(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(device)
         return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
 
-    given = map_tensors(lambda tensor: tensor.to(device), repeated(example_input, _TRIAL_EXAMPLES))
+    given = map_tensors(lambda tensor: tensor.to(device), exactly(network, example_input, _TRIAL_EXAMPLES))
     example = map_tensors(draw, given)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -249,7 +266,7 @@ def _failures(
     network: nn.Module, groups: list[StructureGroup], example: Inputs, generator: torch.Generator
 ) -> list[tuple[list[StructureGroup], str]]:
     """The groups whose removal changes the function, as few at a time as possible, and the error."""
-    noisy = copy.deepcopy(network)
+    noisy = copied(network)
     _attach(noisy, groups)
     kept: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}

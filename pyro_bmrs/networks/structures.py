@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from pyro_bmrs.networks.cuts import ROWS, channels
+from pyro_bmrs.networks.computed import computed
+from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.cuts import COLUMNS, ROWS, channels
 from pyro_bmrs.networks.dependency_graph import DependencyGraph, StructureError
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
@@ -110,7 +111,7 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     Raises:
         StructureError: for a noise layer written by hand, if no layer in front makes its structures or
             no layer behind reads them; if two such layers are tied to one channel; or if one is tied to a
-            layer that can't be cut.
+            layer that can't be cut. For any noise, if a weight to be cut is computed from other tensors.
     """
     groups = {
         group.site: group.below(path)
@@ -119,10 +120,27 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     }
     by_hand = [site for site in noise_layers(network) if site not in groups]
     if by_hand:
-        graph = DependencyGraph(without_hooked_noise(copy.deepcopy(network)), example_input)
+        graph = DependencyGraph(without_hooked_noise(copied(network)), example_input)
         groups |= {site: _group_of_layer(graph, site) for site in by_hand}
         _refuse_overlaps(groups)
+    for group in groups.values():
+        for member in group.members:
+            wrong = computed(network.get_submodule(member.path), member.side, member.path)
+            if wrong:
+                raise StructureError(f"structures of {group.site!r}: {wrong}")
     return groups
+
+
+def check_weights(network: nn.Module, find_input: Callable[[], Inputs]) -> None:
+    """Raise StructureError, before a fit, if a layer that noise belongs to has a weight that is computed.
+
+    Args:
+        network: has noise layers; not changed.
+        find_input: makes a batch of inputs. Called only if some weight is computed.
+    """
+    modules = network.named_modules()
+    if any(computed(module, side, path) for path, module in modules for side in (ROWS, COLUMNS)):
+        structure_groups(network, find_input())
 
 
 def find_structures(
@@ -147,7 +165,7 @@ def find_structures(
             raise ValueError(
                 f"leave_out must name modules or parameters of the network: none matches {pattern!r}"
             )
-    graph = DependencyGraph(copy.deepcopy(network), example_input)
+    graph = DependencyGraph(copied(network), example_input)
     groups: dict[str, StructureGroup] = {}
     refused: list[Refused] = []
     unknown: dict[str, str] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of, weight_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_noise
 from pyro_bmrs.networks.inputs import (
@@ -20,7 +21,6 @@ from pyro_bmrs.networks.inputs import (
     as_double,
     call,
     check_finite,
-    first_examples,
     map_tensors,
     tensors_of,
 )
@@ -214,7 +214,7 @@ def remove_structures(
     usual = next(iter(dtypes.values()))
     groups = structure_groups(network, example_input) if groups is None else groups
     cuts = cuts_of(network, groups.values(), kept)
-    reduced = copy.deepcopy(network).eval()
+    reduced = copied(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)  # the scales below are 0 where a structure is removed
@@ -222,7 +222,7 @@ def remove_structures(
         reduced, example = reduced.double(), as_double(example)
     else:
         tolerance = max(tolerance, _OWN_TOLERANCE)
-    small = copy.deepcopy(reduced)
+    small = copied(reduced)
     reduced_scales = {
         site: torch.where(kept[site].to(device), scales[site].to(device, torch.float64), 0.0)
         for site in groups
@@ -251,7 +251,8 @@ def _runs_in_double(network: nn.Module, example: Inputs) -> bool:
     """Whether a network runs in float64. One with constants of another precision may not."""
     try:
         with fixed_scales(network, {s: layer.kept.double() for s, layer in noise_layers(network).items()}):
-            call(copy.deepcopy(network).double(), first_examples(as_double(example), 2))
+            double = copied(network).double()
+            call(double, at_most(double, as_double(example), 2))
     except RuntimeError:
         return False
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import multiply_accumulates
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of
@@ -74,8 +74,8 @@ class Binding:
     def full_network(self) -> nn.Module:
         """The original network without noise, to measure its costs; with random weights if it has shrunk since."""
         if not earlier_cuts(self.network):
-            return without_noise(copy.deepcopy(self.network))
-        full = copy.deepcopy(original_network(self.network))
+            return without_noise(copied(self.network))
+        full = copied(original_network(self.network))
         full = full.to_empty(device=next(self.network.parameters()).device)
         with torch.no_grad(), torch.random.fork_rng():
             for parameter in full.parameters():
@@ -88,7 +88,7 @@ class Binding:
 
 def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
-    looked_at = copy.deepcopy(network)  # a forward pass may change it
+    looked_at = copied(network)  # a forward pass may change it
     with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
         one = multiply_accumulates(looked_at, example_input)
     return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)

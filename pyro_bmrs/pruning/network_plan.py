@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +15,13 @@ from torch import Tensor, nn
 from pyro_bmrs.arguments import is_whole
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.copies import copied, uncompiled
 from pyro_bmrs.networks.cost import compare_costs
 from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, check_finite, first_examples
+from pyro_bmrs.networks.inputs import Inputs, check_finite
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
@@ -95,6 +96,7 @@ class NetworkPlan(Plan):
             if own is None:
                 raise ValueError("network must be given: this plan was loaded from disk and holds none")
             network = own.network
+        network = uncompiled(network)
         if example_input is None:
             if own is None:
                 raise ValueError("example_input must be given: a batch of inputs of the network")
@@ -142,7 +144,7 @@ class NetworkPlan(Plan):
         inputs = binding.example_input
         surgery = remove_structures(
             binding.network, self.kept_masks(), self.theta_mean(),
-            first_examples(inputs, check_examples(binding.network, inputs)),
+            at_most(binding.network, inputs, check_examples(binding.network, inputs)),
             groups=binding.groups, tolerance=tolerance,
         )  # fmt: skip
         return surgery.network.eval()
@@ -217,7 +219,7 @@ class NetworkPlan(Plan):
             raise ValueError(
                 "plan must say what to cut: this one was made without a network, or that has shrunk since"
             )
-        small = copy.deepcopy(network)
+        small = copied(network)
         separate_attention(small)
         cuts.cut(small)
         small = without_noise(small)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_noise
-from pyro_bmrs.networks.inputs import Inputs, as_double, first_examples, map_tensors
+from pyro_bmrs.networks.inputs import Inputs, as_double, map_tensors
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
 from pyro_bmrs.networks.surgery import check_equal, comparable
@@ -84,7 +85,7 @@ def original_network(network: nn.Module) -> nn.Module:
     original = getattr(network, "_original", None)
     if isinstance(original, _Original):
         return original.network
-    return without_noise(copy.deepcopy(network)).to("meta")
+    return without_noise(copied(network)).to("meta")
 
 
 def _shrink_network(network: nn.Module, kept: Mapping[str, Tensor], cuts: Cuts) -> None:
@@ -105,16 +106,17 @@ def _check(
 ) -> None:
     """Raise unless a copy that is cut computes the same, for some θ of what is kept."""
     device = next(network.parameters()).device
-    reduced = copy.deepcopy(network).double().eval()
+    reduced = copied(network).double().eval()
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)
-    small = copy.deepcopy(reduced)
+    small = copied(reduced)
     _shrink_network(small, kept, cuts)
     whole, left = {}, {}
     for site, mask in kept.items():
         theta = torch.linspace(0.25, 1.0, len(mask), dtype=torch.float64)
         whole[site], left[site] = (theta * mask).to(device), theta[mask].to(device)
-    example = as_double(map_tensors(lambda t: t.to(device), first_examples(example_input, 8)))
+    given = map_tensors(lambda tensor: tensor.to(device), example_input)
+    example = as_double(at_most(network, given, 8))
     with fixed_scales(small, left):
         check_equal(
             small, reduced, whole, example, readers=comparable(groups.values(), small), rows=cuts.rows

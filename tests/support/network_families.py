@@ -575,9 +575,8 @@ UNSUPPORTED = [
     ),
     Unsupported(
         "`weight_norm` and other computed weights", weight_norm, StructureError,
-        "removing from '0': the smaller network",
-        "The weight is no parameter that could be cut. Call "
-        "`torch.nn.utils.parametrize.remove_parametrizations` first.", ("0",),
+        "the weight of '0' is computed from other tensors",
+        "The weight is no parameter that could be cut. The message has the line that makes it one.", ("0",),
     ),
     Unsupported(
         "Flatten with channels last", lambda: (ChannelsLast(), images(3, 4, 4)), StructureError,
@@ -648,6 +647,10 @@ def networks_page() -> str:
     lines += [
         "",
         "A network that is not listed is tried in the same way: call `structures` and read its answer.",
+        "",
+        "What `torch.compile` made is undone: the copy with noise and the smaller network are not compiled, and a",
+        "`Classifier` or `Regressor` undoes it in the network it is given. Compile the smaller network again.",
+        "TorchScript, traced graphs and `DataParallel` are refused: pass the network that they were made from.",
     ]
     return "\n".join(lines) + "\n"
 

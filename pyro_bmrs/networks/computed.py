@@ -1,0 +1,37 @@
+"""Weights that are computed from other tensors at each call: they can't be cut, and θ can't be folded into them."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from pyro_bmrs.networks.cuts import channels, selections
+
+
+def computed(module: nn.Module, side: str, path: str) -> str | None:
+    """What is wrong with a module to be cut whose weight is computed, and how to make it a parameter; None: nothing."""
+    if channels(module, side) is None:
+        return None
+    for name, _ in selections(module, side):
+        if module._parameters.get(name) is None and module._buffers.get(name) is None:
+            return (
+                f"the {name} of {path!r} is computed from other tensors: {_advice(module, name, path)} first"
+            )
+    return None
+
+
+def _advice(module: nn.Module, name: str, path: str) -> str:
+    layer = f"network.get_submodule({path!r})"
+    if parametrize.is_parametrized(module, name):
+        return f"call torch.nn.utils.parametrize.remove_parametrizations({layer}, {name!r})"
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return f"call torch.nn.utils.prune.remove({layer}, {name!r})"
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return f"call torch.nn.utils.remove_weight_norm({layer}, {name!r})"
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            return f"call torch.nn.utils.remove_spectral_norm({layer}, {name!r})"
+    return "make it a parameter"

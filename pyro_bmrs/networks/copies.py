@@ -1,0 +1,56 @@
+"""Copies of networks, and networks out of what `torch.compile` wraps them in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from pyro_bmrs.networks.inputs import tensors_of
+
+# Where torch.compile keeps the module, and the forward, that it has compiled.
+_MODULE, _FORWARD, _IN_PLACE = "_orig_mod", "_torchdynamo_orig_callable", "_compiled_call_impl"
+
+
+def uncompiled[Network: nn.Module](module: Network) -> Network:
+    """The module that was compiled; compiled submodules, and what `module.compile()` did, are undone in place.
+
+    Compiled code can't be followed, has other paths, and stays as it is when weights are cut.
+    """
+    bare = _bare(module)
+    for part in list(bare.modules()):
+        for name, child in part._modules.items():
+            if child is not None:
+                part._modules[name] = _bare(child)
+        vars(part).pop(_IN_PLACE, None)
+        # a copy's compiled forward would still be that of the original
+        if (
+            getattr(getattr(vars(part).get("forward"), _FORWARD, None), "__func__", None)
+            is type(part).forward
+        ):
+            del vars(part)["forward"]
+    return bare  # type: ignore[return-value]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    while module._modules.get(_MODULE) is not None:
+        module = module._modules[_MODULE]  # type: ignore[assignment]
+    return module
+
+
+def copied[Network: nn.Module](module: Network) -> Network:
+    """A deep copy, not compiled. Tensors with a graph, which torch refuses to copy, lose it.
+
+    A module has such tensors where it remembers an activation, or computes its weight by a hook.
+    """
+    computed = [
+        tensor
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name != "_modules"
+        for tensor in tensors_of(value)
+        if not tensor.is_leaf
+    ]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    return uncompiled(copy.deepcopy(module, memo))
