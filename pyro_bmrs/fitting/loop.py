@@ -37,9 +37,11 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.hooked_noise import network_of
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.structures import check_weights
 from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
@@ -140,6 +142,8 @@ class Loop:
                     held_out.count.settle(*given, poutine.trace(self.model).get_trace(*given))
             examples = self.batches.count(x, y)
             check_latents(self.model, self.guide, self.first, trace)
+            if noise_layers(self.model):
+                check_weights(network_of(self.model), lambda: input_of(self.model, self.first))
             local = read_sites(trace).local(examples)
             check_local(self.guide, local, self.batches)
             if draws is None or draws > 1:

@@ -11,13 +11,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import ComposeTransform, biject_to
 
 from pyro_bmrs.evidence.unwrapping import fixed, flat
 from pyro_bmrs.inference.blocks import UnconstrainedSite
-from pyro_bmrs.inference.sites import elementary, mask_of
+from pyro_bmrs.inference.sites import elementary, mask_of, plate_scale, read_sites
 from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.programs.sites import LatentSite, Selection
 
@@ -85,12 +84,12 @@ class LogJoint:
         self.layout: dict[str, UnconstrainedSite] = {}
         self.kinds: dict[str, torch.dtype] = {}
         self.size, self.observations, outer, discrete = 0, 0, [], {}
-        for name, node in model_at(model, values, *args).nodes.items():
-            if node["type"] != "sample" or _check_whole(name, node):
-                continue
-            if node["is_observed"]:
-                self.observations += max(node["value"].numel(), node["fn"].batch_shape.numel())
-                continue
+        read = read_sites(model_at(model, values, *args))
+        for name, node in {**read.latent, **read.auxiliary, **read.data}.items():
+            _check_whole(name, node)
+        for node in read.data.values():
+            self.observations += max(node["value"].numel(), node["fn"].batch_shape.numel())
+        for name, node in {**read.latent, **read.auxiliary}.items():
             if name not in values:
                 raise UncheckableError(f"the guide has no {name!r}")
             if mask_of(node["fn"]) is not None or node["mask"] is not None:
@@ -176,11 +175,10 @@ class LogJoint:
         return torch.where(whole, self.sites[name].reduced_prior.v.to(value.dtype), value)
 
 
-def _check_whole(name: str, node: Mapping[str, Any]) -> bool:
-    """Whether a site is a plate of all its members; UncheckableError for one of some of them."""
-    if any(frame.full_size not in (None, frame.size) for frame in node["cond_indep_stack"]):
+def _check_whole(name: str, node: Mapping[str, Any]) -> None:
+    """Refuse a site in a plate that takes some of its members."""
+    if plate_scale(node) != 1:
         raise UncheckableError(f"{name!r} is subsampled")
-    return bool(site_is_subsample(node))
 
 
 def _all_values(name: str, law: Any, shape: torch.Size) -> list[Tensor]:

@@ -400,3 +400,28 @@ def test_a_factor_outside_of_the_plate_counts_once_or_is_refused():
     assert evaluate(Belief(size=N), data, batch_size=8).loss == pytest.approx(
         brute_force(model.net, LABELS, 1.0), rel=1e-5
     )
+
+
+# --- weights that are computed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_weights_that_are_computed_are_refused_before_the_first_step(compute):
+    """Noise by hand in front of such a layer could not be folded into it after the fit."""
+    net = layers()
+    compute(net[3])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"3.*remove"):
+        fitted(net)
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in net.state_dict().items()
+        if name.endswith("original")
+    )
