@@ -116,7 +116,7 @@ KINDS = {
     "AutoDiagonalNormal": lambda: fit(schools, AutoDiagonalNormal(schools), EFFECTS),
     "by hand": lambda: by_hand,
 }
-SLOW = ("AutoLowRank", "AutoDiagonalNormal")
+SLOW = ("AutoMultivariateNormal", "AutoLowRank", "AutoDiagonalNormal")
 
 
 @pytest.mark.parametrize(
