@@ -43,6 +43,11 @@ def name_of(value: object) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def is_floor(value: object, least: int = 1) -> bool:
+    """Whether it says how many stay at least: an integer, `least` or more, or a share between 0 and 1."""
+    return is_whole(value, least) or (isinstance(value, float) and 0 < value < 1)
+
+
 def is_whole(value: object, least: int = 0) -> bool:
     """Whether it is an integer, `least` or more. True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -49,7 +49,7 @@ def _option(name: str, whose: str) -> Any:
             raise typer.BadParameter(str(error)) from None
 
     kinds = [get_origin(kind) or kind for kind in get_args(field.annotation) or (field.annotation,)]
-    metavar = _METAVARS.get(kinds[0]) or "|".join(get_args(field.annotation))
+    metavar = "|".join(filter(None, map(_METAVARS.get, kinds))) or "|".join(get_args(field.annotation))
     if type(None) in kinds:
         metavar += "|none"
     metavar = f"<{metavar}>"

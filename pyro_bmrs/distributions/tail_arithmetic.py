@@ -331,10 +331,13 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 @_in_float64
 def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Var(x), without gradient."""
+    """Var(x): ∂/∂loc = κ(x, x, x)/scale² and ∂/∂scale = κ(x, x, (x - loc)²)/scale³, with joint cumulants κ."""
     with torch.no_grad():
-        alpha, beta, _ = near_frame(loc, scale, low, high)
-        return scale**2 * _moments(alpha, beta, _edge_terms(alpha, beta)).variance
+        alpha, beta, from_low = near_frame(loc, scale, low, high)
+        moments = _moments(alpha, beta, _edge_terms(alpha, beta))
+        d_loc = torch.where(from_low, 1.0, -1.0) * scale * moments.third
+        value, d_scale = scale**2 * moments.variance, scale * moments.third_with_square
+    return attach_derivatives(value, [(loc, d_loc), (scale, d_scale)])
 
 
 @_in_float64

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
@@ -19,10 +20,11 @@ from pydantic import (
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
-from pyro_bmrs.arguments import check, name_of
+from pyro_bmrs.arguments import check, is_floor, name_of
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning.scoring import Criterion
@@ -106,6 +108,14 @@ def _checked_schedule(value: object) -> object:
     return value
 
 
+def _checked_floor(value: object, read: Callable[[object], float]) -> float:
+    with suppress(ValidationError):  # of the two types that it may have: one message for both
+        value = read(value)
+    check(is_floor(value), "min_kept", "an integer of at least 1, or a share between 0 and 1", value)
+    return cast(float, value)
+
+
+_Floor = Annotated[int | float, WrapValidator(_checked_floor)]
 _Criterion = Annotated[
     str | Callable[..., Any], PlainValidator(lambda value: value), PlainSerializer(name_of)
 ]
@@ -190,7 +200,11 @@ class Settings(Checked):
         description="When structures are removed. epoch: after each epoch past the warm-up, from network, posterior "
         "and optimizer, if their score is 0 or more. end: when the network is reduced.",
     )
-    min_kept: int = Field(default=1, ge=1, description="Least number of structures that every layer keeps.")
+    min_kept: _Floor = Field(
+        default=1,
+        description="Least number of structures that every layer keeps; below 1 the share of its original ones, "
+        "such as 0.125.",
+    )
     freeze_weights: bool = Field(
         default=False,
         description="Fit the posterior alone. Weights and normalisation statistics stay as they are.",

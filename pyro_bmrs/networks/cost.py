@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bmrs.networks.examples import exactly
+from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, first_examples, repeated, tensors_of
 from pyro_bmrs.networks.modes import in_mode, torch_threads
 from pyro_bmrs.networks.noise import MultiplicativeNoise
@@ -191,16 +191,17 @@ def compare_costs(
         rows["multiply_accumulates"] = [multiply_accumulates(network, example_input) for network in networks]
         rows["file_bytes"] = [file_bytes(network) for network in networks]
         timed: dict[str, list[float]] = {}
+        # a graph has the size that it has
+        batches = batch_size(at_most(before, example_input, 1)) == 1
         for words, count in (("one_thread", 1), ("all_threads", torch.get_num_threads())):
             for batch in BATCHES:
                 single = sum(timed.get(f"milliseconds_batch_1_{words}", [0.0])) / 1e3
-                wanted = seconds and (on_cpu or words == "all_threads")
+                wanted = seconds and batches and (on_cpu or words == "all_threads")
                 # a batch takes at least about a quarter of the time of its examples one by one
                 times = [math.nan, math.nan]
-                affordable = wanted and 3 * batch * single / 4 <= seconds / 4
-                examples = exactly(before, example_input, batch) if affordable else example_input
-                if affordable and batch_size(examples) == batch:  # a graph has the size that it has
+                if wanted and 3 * batch * single / 4 <= seconds / 4:
                     with torch_threads(count):
+                        examples = repeated(example_input, batch)
                         times = latency_milliseconds(networks, examples, seconds=seconds / 4)
                 timed[f"milliseconds_batch_{batch}_{words}"] = times
         largest = BATCHES[-1]

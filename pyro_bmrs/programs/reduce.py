@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.arguments import check, is_floor, is_number, is_whole
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.networks.noise import noise_layers
@@ -36,7 +36,7 @@ def reduce(
     guide: Callable[..., Any],
     criterion: Criterion | Mapping[str, Any] = BMRS_N(),  # noqa: B008 it is frozen
     *model_args: Any,
-    min_kept: int = 1,
+    min_kept: float = 1,
     round_to: int | None = None,
     kl_weight: float | None = None,
     prior_log_odds: float = 0.0,
@@ -90,7 +90,8 @@ def reduce(
             tensors, which are points.
         model_args: what model and guide are called with. An `AutoTruncatedLogNormal` remembers its first batch, and
             needs none.
-        min_kept: structures that every layer of a network keeps, at least 1.
+        min_kept: structures that every layer of a network keeps, at least 1; or, as a float between 0 and 1, the share
+            of its original structures.
         round_to: keep more structures, those with the lowest scores, until the channels of each layer are a multiple
             of this number, such as 8: other widths run slowly on much hardware. None keeps no more.
         kl_weight: of the fit, shown beside each ΔF; default what `fit` noted in the guide.
@@ -116,7 +117,7 @@ def reduce(
         UnreadablePosteriorError: naming a site whose posterior is a Delta, a flow, or depends on another latent.
         ValueError, TypeError: for a bad argument, or a noise layer without a posterior in the guide.
     """
-    check(is_whole(min_kept, 1), "min_kept", "an integer of at least 1", min_kept)
+    check(is_floor(min_kept), "min_kept", "an integer of at least 1, or a share between 0 and 1", min_kept)
     check(round_to is None or is_whole(round_to, 1), "round_to", "a positive integer or None", round_to)
     check(callable(model), "model", "a Pyro model", type(model), TypeError)
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
@@ -152,7 +153,7 @@ def reduce_by_priors(
     groups: Groups | None,
     log_odds: float,
     *,
-    min_kept: int = 1,
+    min_kept: float = 1,
     round_to: int | None = None,
     kl_weight: float | None = None,
 ) -> ProgramPlan | StructuresByPriors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
 
 # A fit starts at log θ = 0. If no posterior is below this, it has had too little time.
 LITTLE_TRAVEL = -3.0
+_FLOOR_ADVICE = "a layer of one structure costs more than it saves: give reduce a floor, such as min_kept=0.125 of each layer"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +82,7 @@ class NetworkPlan(Plan):
             before = torch.tensor(rows.removed_in_fit.to_numpy())
             multiple = self.rule.multiple(self.channels.get(str(layer), 1))
             wanted = (score >= threshold) | before
-            layers[str(layer)] = Candidates(wanted, score, ~before, self.rule.min_kept, multiple)
+            layers[str(layer)] = Candidates(wanted, score, ~before, self.rule.floor(len(rows)), multiple)
         return layers
 
     # a smaller network ------------------------------------------------------------------------------
@@ -141,6 +143,9 @@ class NetworkPlan(Plan):
         """
         binding = self._bound(network, example_input)
         self._check_layers(binding.network)
+        collapsed = self._collapsed()
+        if collapsed:
+            warnings.warn(f"{', '.join(collapsed)}: {_FLOOR_ADVICE}", stacklevel=2)
         inputs = binding.example_input
         surgery = remove_structures(
             binding.network, self.kept_masks(), self.theta_mean(),
@@ -270,11 +275,20 @@ class NetworkPlan(Plan):
         if not self.table.removed.any():
             advice = _advice(float(self.table["loc"].min())) if self.rule.has_evidence else ""
             lines.append(f"nothing to remove{advice}")
-        floor = self.rule.min_kept
-        held = widths.layer[(widths.after <= floor) & (widths.before > floor)]
+        floors = widths.before.map(self.rule.floor)
+        held = widths.layer[(widths.after <= floors) & (widths.before > floors)]
         if len(held):
-            lines.append(f"at the floor of {floor} kept: {', '.join(map(str, held))}")
+            lines.append(f"at the floor of {self.rule.floor_text} kept: {', '.join(map(str, held))}")
+        if self._collapsed():
+            lines.append(_FLOOR_ADVICE)
         return lines
+
+    def _collapsed(self) -> list[str]:
+        """Layers of which a threshold below 0 leaves a single structure, since no larger floor was given."""
+        if self.rule.threshold is None or self.rule.threshold >= 0 or self.rule.min_kept != 1:
+            return []
+        widths = self.widths()
+        return [*map(str, widths.layer[(widths.after == 1) & (widths.before > 1)])]
 
     def _document(self) -> dict[str, Any]:
         cuts = self.cuts

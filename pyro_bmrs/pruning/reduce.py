@@ -72,7 +72,7 @@ def reduce_structures(
     criterion: Criterion,
     arguments: tuple[Any, ...] = (),
     *,
-    min_kept: int = 1,
+    min_kept: float = 1,
     round_to: int | None = None,
     kl_weight: float | None = None,
 ) -> NetworkPlan:

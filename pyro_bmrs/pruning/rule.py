@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.arguments import check, is_floor, is_number, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Rule:
         prior_log_odds: log p(reduced)/p(full) of a structure before seeing data, in nats; by group, where a search
             had groups that differ. None: the criterion has no evidence.
         threshold: in the criterion's unit. None: a search decided about all structures together.
-        min_kept: structures that every layer keeps, at least.
+        min_kept: structures that every layer keeps, at least; below 1 the share of those that it had originally.
         round_to: the channels of a layer are a multiple of this number. None: any number.
         kl_weight: w of the fit. ΔF is the evidence of the model with likelihood p(y|θ)^(1/w).
         budget: the largest costs allowed for the smaller network, by name.
@@ -34,7 +34,7 @@ class Rule:
     criterion: str
     prior_log_odds: float | Mapping[str, float] | None = None
     threshold: float | None = 0.0
-    min_kept: int = 1
+    min_kept: float = 1
     round_to: int | None = None
     kl_weight: float = 1.0
     budget: Mapping[str, float] = field(default_factory=dict)
@@ -50,7 +50,12 @@ class Rule:
             threshold is None or (good and not math.isnan(threshold)),
             "threshold", "a number or None", threshold,
         )  # fmt: skip
-        check(is_whole(self.min_kept), "min_kept", "an integer of 0 or more", self.min_kept)
+        check(
+            is_floor(self.min_kept, 0),
+            "min_kept",
+            "an integer of 0 or more, or a share between 0 and 1",
+            self.min_kept,
+        )
         check(
             self.round_to is None or is_whole(self.round_to, 1),
             "round_to", "a positive integer or None", self.round_to,
@@ -63,6 +68,24 @@ class Rule:
     def has_evidence(self) -> bool:
         """Whether scores are changes of evidence."""
         return self.prior_log_odds is not None
+
+    def floor(self, structures: int) -> int:
+        """Of so many structures that a layer had originally, so many stay at least.
+
+        >>> Rule(criterion="BMRS_N", min_kept=0.125).floor(64), Rule(criterion="BMRS_N", min_kept=3).floor(64)
+        (8, 3)
+        """
+        if isinstance(self.min_kept, int):
+            return self.min_kept
+        # 0.07 · 100 is a little above 7
+        return max(math.ceil(self.min_kept * structures - 1e-9), 1)
+
+    @property
+    def floor_text(self) -> str:
+        """The floor in words that follow "at least"."""
+        if isinstance(self.min_kept, int):
+            return str(self.min_kept)
+        return f"{100 * self.min_kept:g} % of its structures"
 
     def multiple(self, channels: int) -> int:
         """Of structures with so many channels each, a multiple of this number stays."""

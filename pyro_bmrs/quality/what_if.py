@@ -44,7 +44,8 @@ def decisions(plan: NetworkPlan) -> tuple[NDArray[np.float64], NDArray[np.float6
     gone = plan.table["removed_in_fit"].to_numpy(dtype=bool)
     layers = plan.table["layer"].to_numpy()
     for layer in plan.layers:
-        least, multiple = plan.rule.min_kept, plan.rule.multiple(plan.channels.get(layer, 1))
+        least = plan.rule.floor(int((layers == layer).sum()))
+        multiple = plan.rule.multiple(plan.channels.get(layer, 1))
         rows = np.flatnonzero((layers == layer) & ~gone)
         rows = rows[np.argsort(score[rows], kind="stable")]
         for rank, row in enumerate(rows):

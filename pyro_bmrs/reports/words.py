@@ -108,7 +108,7 @@ def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping
     decided = decision(rule)
     if rule.has_evidence:
         decided += " (Bayesian model reduction; Wright, Igel and Selvan, NeurIPS 2024)"
-    decided += f"; every layer kept at least {rule.min_kept}" if rule.min_kept else ""
+    decided += f"; every layer kept at least {rule.floor_text}" if rule.min_kept else ""
     decided += f", and channels a multiple of {rule.round_to}" if rule.round_to else ""
     text.append(f"{decided}.")
     in_fit = int(table["removed_in_fit"].sum()) if "removed_in_fit" in table else 0

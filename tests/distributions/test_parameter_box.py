@@ -304,6 +304,26 @@ def test_random_points_mean_of_logarithm():
     check(distribution().base_dist.mean, same(Law.mean_of_x), tolerance=1e-12, slope_tolerance=1e-9)
 
 
+def test_random_points_variance_of_logarithm():
+    variance = distribution().base_dist.variance
+    check(variance, same(Law.variance_of_x), tolerance=1e-6, slope_tolerance=1e-3, relative=True)
+
+
+@pytest.mark.parametrize("loc", [-900.0, -25.0, -12.0, -1.0, 0.5, 40.0])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 7.0, 300.0])
+def test_slopes_of_the_variance_hold_in_the_tails(loc, scale):
+    """Where the law is nearly uniform they are small differences of large cumulants: 1e-3 of the larger one."""
+    parameters = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (loc, scale)]
+    for find, reference in (("variance", Law.variance_of_x), ("snr", Law.snr_of_x)):
+        value = getattr(TruncatedNormal(*parameters, LOW, HIGH), find)
+        found = torch.autograd.grad(value, parameters)
+        truth = as_tensor(numeric_gradient(reference, loc, scale))
+        assert torch.allclose(torch.stack(found), truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max())), (
+            found,
+            truth,
+        )
+
+
 def test_random_points_entropy_of_theta():
     reference = same(lambda law: law.entropy() + law.mean_of_x())
     check(distribution().entropy(), reference, tolerance=1e-12, slope_tolerance=1e-8)

@@ -18,7 +18,7 @@ from pyro_bmrs.reports.words import methods, warnings_of
 numbers = st.floats(-1e6, 1e6)
 rules = st.builds(
     bmrs.Rule, criterion=st.text(max_size=20), prior_log_odds=st.none() | numbers,
-    threshold=st.none() | numbers | st.sampled_from([math.inf, -math.inf]), min_kept=st.integers(0, 9),
+    threshold=st.none() | numbers | st.sampled_from([math.inf, -math.inf]), min_kept=st.integers(0, 9) | st.floats(0.01, 0.99),
     round_to=st.none() | st.integers(1, 64), kl_weight=st.floats(0, 1e3),
     budget=st.dictionaries(st.sampled_from(["parameters", "macs"]), st.floats(0, 1), max_size=2),
 )  # fmt: skip
@@ -35,7 +35,7 @@ def test_a_rule_survives_json(rule):
         (dict(criterion=3), "criterion must be text: got 3"),
         (dict(threshold=math.nan), "threshold must be a number or None: got nan"),
         (dict(prior_log_odds=math.inf), "prior_log_odds must be a finite number or None: got inf"),
-        (dict(min_kept=-1), "min_kept must be an integer of 0 or more: got -1"),
+        (dict(min_kept=-1), "min_kept must be an integer of 0 or more, or a share between 0 and 1: got -1"),
         (dict(round_to=0), "round_to must be a positive integer or None: got 0"),
         (dict(kl_weight=-1.0), "kl_weight must be finite and not negative: got -1.0"),
     ],

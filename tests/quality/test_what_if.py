@@ -25,7 +25,7 @@ class Case:
     scores: dict
     gone: set
     channels: dict
-    min_kept: int = 1
+    min_kept: float = 1
     round_to: int | None = None
     log_odds: float | None = 0.5
 
@@ -60,7 +60,7 @@ def cases(draw, min_layers=1):
         scores,
         gone,
         channels,
-        min_kept=draw(st.integers(1, 4)),
+        min_kept=draw(st.integers(1, 4) | st.floats(0.05, 0.95)),
         round_to=draw(st.sampled_from([None, 2, 4, 8])),
         log_odds=draw(st.sampled_from([0.5, None])),
     )

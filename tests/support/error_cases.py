@@ -887,7 +887,7 @@ REDUCTIONS = [
     ),
     function(
         "reduce", "min_kept is 0", lambda: reduce(min_kept=0), ValueError,
-        r"^min_kept must be an integer of at least 1: got 0$",
+        r"^min_kept must be an integer of at least 1, or a share between 0 and 1: got 0$",
     ),
     function(
         "reduce", "round_to is a fraction", lambda: reduce(round_to=2.5), ValueError,
@@ -1065,7 +1065,7 @@ REDUCTIONS = [
     ),
     function(
         "Rule", "min_kept is negative", lambda: bmrs.Rule(criterion="own", min_kept=-1), ValueError,
-        r"^min_kept must be an integer of 0 or more: got -1$",
+        r"^min_kept must be an integer of 0 or more, or a share between 0 and 1: got -1$",
     ),
     function(
         "ReducedPosterior", "whose density is not known, as a guide to be checked",

@@ -101,6 +101,13 @@ class Law:
     def mean_of_x(self):
         return self.loc + self.scale * (density(self.alpha) - density(self.beta)) / self.mass
 
+    def variance_of_x(self):
+        near, far = density(self.alpha) / self.mass, density(self.beta) / self.mass
+        return self.scale**2 * (1 + self.alpha * near - self.beta * far - (near - far) ** 2)
+
+    def snr_of_x(self):
+        return self.mean_of_x() / mp.sqrt(self.variance_of_x())
+
     def moment(self, order: int):
         """E[θᵏ]."""
         shift = order * self.scale
