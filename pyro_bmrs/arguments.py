@@ -43,6 +43,18 @@ def name_of(value: object) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def on_a_screen(text: str, lines: int = 24) -> str:
+    """The text for a notebook, which shows what a cell ends with: the first lines, and how to see the others.
+
+    >>> on_a_screen("a\\nb\\nc", lines=2)
+    'a\\n… and 2 more lines: print it'
+    """
+    parts = text.split("\n")
+    if len(parts) <= lines:
+        return text
+    return "\n".join([*parts[: lines - 1], f"… and {len(parts) - lines + 1} more lines: print it"])
+
+
 def is_floor(value: object, least: int = 1) -> bool:
     """Whether it says how many stay at least: an integer, `least` or more, or a share between 0 and 1."""
     return is_whole(value, least) or (isinstance(value, float) and 0 < value < 1)

@@ -54,9 +54,13 @@ class Fit:
     interrupted: bool = False
     stopped_early: bool = False
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         ending = ", interrupted" if self.interrupted else ", stopped early" if self.stopped_early else ""
-        text = f"Fit of {len(self.history)} epochs{ending}"
+        epochs = len(self.history)
+        text = f"Fit of {epochs} epoch{'s' * (epochs != 1)}{ending}"
         if not self.best_epoch:
             return text
         last = self.history.iloc[self.best_epoch - 1]

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from pyro_bmrs.arguments import on_a_screen
 from pyro_bmrs.networks.computed import computed
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cuts import COLUMNS, ROWS, channels
@@ -80,6 +81,9 @@ class Structures:
             for r in self.refused
         ]
         return pd.DataFrame(rows, columns=_COLUMNS).fillna("")
+
+    def __repr__(self) -> str:
+        return on_a_screen(str(self))
 
     def __str__(self) -> str:
         lines = [f"{sum(group.features for group in self)} structures in {len(self)} groups"]

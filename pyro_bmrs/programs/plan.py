@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _ByReducedPriors(Plan):
     """What plans by reduced priors have beside the table.
 
@@ -32,11 +32,11 @@ class _ByReducedPriors(Plan):
             checked, standard_error, khat; None where the model can't be asked. Not saved.
     """
 
-    sites: pd.DataFrame = field(repr=False)
-    groups: pd.DataFrame | None = field(default=None, repr=False)
-    steps: pd.DataFrame | None = field(default=None, repr=False)
-    checked: pd.DataFrame | None = field(default=None, repr=False)
-    _latents: Latents | None = field(default=None, repr=False, metadata={"live": True})
+    sites: pd.DataFrame
+    groups: pd.DataFrame | None = None
+    steps: pd.DataFrame | None = None
+    checked: pd.DataFrame | None = None
+    _latents: Latents | None = field(default=None, metadata={"live": True})
 
     def joint_evidence(self) -> Evidence:
         """ΔF in nats of reducing at once all that is removed by its own evidence, with standard error and k̂.
@@ -95,7 +95,7 @@ class _ByReducedPriors(Plan):
         }
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ProgramPlan(_ByReducedPriors):
     """Which elements of a Pyro program's latents are better off with their reduced priors.
 
@@ -116,7 +116,7 @@ class ProgramPlan(_ByReducedPriors):
         return replace(self, table=self.table.assign(removed=chosen | self.table.removed_in_fit), **changes)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class StructuresByPriors(_ByReducedPriors, NetworkPlan):
     """A network's plan by reduced priors, all of which put θ so near 0 that structures can be removed.
 
@@ -125,7 +125,7 @@ class StructuresByPriors(_ByReducedPriors, NetworkPlan):
 
     kind = "network by reduced priors"
 
-    _asked: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _asked: Mapping[str, Tensor] = field(default_factory=dict)
 
     def deciding(self, layers: Mapping[str, Candidates]) -> Self:
         asked = {site: layer.removed for site, layer in layers.items()}

@@ -33,10 +33,12 @@ from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
 
 # A fit starts at log θ = 0. If no posterior is below this, it has had too little time.
 LITTLE_TRAVEL = -3.0
-_FLOOR_ADVICE = "a layer of one structure costs more than it saves: give reduce a floor, such as min_kept=0.125 of each layer"
+_FLOOR_ADVICE = (
+    "one structure is left of a layer, which costs accuracy: give reduce a floor, such as min_kept=0.125"
+)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class NetworkPlan(Plan):
     """Which structures of a network stay, which are removed, and why.
 
@@ -50,10 +52,10 @@ class NetworkPlan(Plan):
 
     kind = "network"
 
-    nesting: Nesting = field(default_factory=Nesting, repr=False)
-    channels: Mapping[str, int] = field(default_factory=dict, repr=False)
-    _cuts: Cuts | None = field(default=None, repr=False)
-    _binding: Binding | None = field(default=None, repr=False, metadata={"live": True})
+    nesting: Nesting = field(default_factory=Nesting)
+    channels: Mapping[str, int] = field(default_factory=dict)
+    _cuts: Cuts | None = None
+    _binding: Binding | None = field(default=None, metadata={"live": True})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cuts": self.cuts}

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_bmrs.arguments import on_a_screen
 from pyro_bmrs.pruning.plan_file import read_plan, write_plan
 from pyro_bmrs.pruning.rule import Rule
 
@@ -22,7 +23,7 @@ COLUMNS = [
 ESTIMATE_COLUMNS = ["standard_error", "khat"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Plan:
     """What every plan has and does: `NetworkPlan` removes structures, `ProgramPlan` reduces priors.
 
@@ -99,6 +100,9 @@ class Plan:
 
     def __str__(self) -> str:
         return self.summary()
+
+    def __repr__(self) -> str:
+        return on_a_screen(str(self))
 
     def __getstate__(self) -> dict[str, Any]:
         live = {entry.name for entry in fields(self) if entry.metadata.get("live")}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from pyro_bmrs.arguments import on_a_screen
 from pyro_bmrs.files import (
     NewerFileError,
     check_folder,
@@ -63,6 +64,15 @@ class Diagnosis:
         """Those that are there, by name."""
         found = {name: getattr(self, name) for name in DIAGNOSIS_COLUMNS}
         return {name: table for name, table in found.items() if table is not None}
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name} {value}" for name, value in self.facts.items() if value is not None)
+        lines = [f"Diagnosis ({told})" if told else "Diagnosis"]
+        lines += [f"  {name}: {len(table)} rows" for name, table in self.tables().items()]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def __repr__(self) -> str:
+        return on_a_screen(str(self))
 
     def save(self, folder: Path | str) -> Path:
         """Write a CSV per table, and diagnosis.json last; returns the folder."""

@@ -80,7 +80,8 @@ def test_a_collapsed_layer_is_told_of_with_the_advice():
     deep = make_plan(SCORES).at(-300)
     assert "give reduce a floor, such as min_kept=0.125" in deep.summary()
     with pytest.warns(
-        UserWarning, match=r"^wide: a layer of one structure .* min_kept=0\.125 of each layer$"
+        UserWarning,
+        match=r"^wide: one structure is left of a layer.*: give reduce a floor, such as min_kept=0\.125$",
     ):
         deep.apply()
     for plan in (make_plan(SCORES).at(0.0), make_plan(SCORES, min_kept=2).at(-300), make_plan(SCORES).at(-2)):

@@ -18,7 +18,8 @@ from pyro_bmrs.reports.words import methods, warnings_of
 numbers = st.floats(-1e6, 1e6)
 rules = st.builds(
     bmrs.Rule, criterion=st.text(max_size=20), prior_log_odds=st.none() | numbers,
-    threshold=st.none() | numbers | st.sampled_from([math.inf, -math.inf]), min_kept=st.integers(0, 9) | st.floats(0.01, 0.99),
+    threshold=st.none() | numbers | st.sampled_from([math.inf, -math.inf]),
+    min_kept=st.integers(0, 9) | st.floats(0.01, 0.99),
     round_to=st.none() | st.integers(1, 64), kl_weight=st.floats(0, 1e3),
     budget=st.dictionaries(st.sampled_from(["parameters", "macs"]), st.floats(0, 1), max_size=2),
 )  # fmt: skip
