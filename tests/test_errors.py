@@ -20,6 +20,7 @@ import typer
 if __name__ == "__main__":  # pytest knows the way to the helpers
     sys.path.insert(0, str(Path(__file__).with_name("support")))
 
+from cells import code, shown
 from error_cases import SECTIONS, WARNS, WORKS, make_place
 
 import pyro_bmrs as bmrs
@@ -27,7 +28,6 @@ from pyro_bmrs import cli
 
 CASES = [case for cases in SECTIONS.values() for case in cases]
 DOCUMENT = Path(__file__).parent.parent / "docs" / "errors.md"
-LONGEST = 240  # characters of a message in the table
 PREFIX = "pyro-bmrs: error: "
 # What the library gives back, or is told by; nobody calls them.
 NOT_CALLED = {"ImportanceEstimate", "__version__"}
@@ -162,24 +162,8 @@ def test_every_public_name_and_every_command_is_tried():
 # --- the page -------------------------------------------------------------------------------------------
 
 
-def code(text):
-    """Text in a cell of a Markdown table, as it is."""
-    fence = "``" if "`" in text else "`"
-    space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}".replace("|", r"\|")
-
-
-def shown(case, outcome):
-    """The first line that is seen, without what is another library's."""
-    (line, *_) = outcome.message.strip().splitlines() or [""]
-    found = re.search(case.says, line)
-    if found and "library" in found.re.groupindex:
-        line = line[: found.start("library")] + "…" + line[found.end("library") :]
-    return line if len(line) <= LONGEST else f"{line[:LONGEST].rstrip()} …"
-
-
 def row(case, outcome):
-    line = shown(case, outcome)
+    line = shown(outcome.message, case.says)
     ended = outcome.ended
     cells = (
         code(case.called),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
 
 from pyro_bmrs.arguments import check, is_whole
-from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.batches import Batches, Data, are_examples
 from pyro_bmrs.inference.calls import check_arguments
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
@@ -35,7 +35,8 @@ class DataOfModel:
         check(callable(model), "model", "a Pyro model", type(model), TypeError)
         check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
         allowed = "a tuple of the arguments of model and guide, such as (x, y), or a data set or loader of pairs (x, y)"
-        check(isinstance(data, tuple | Dataset | DataLoader), "data", allowed, type(data), TypeError)
+        known = isinstance(data, tuple | Dataset | DataLoader) or are_examples(data)
+        check(known, "data", allowed, type(data), TypeError)
         self.model = model
         self.batched = isinstance(model, Likelihood) or not isinstance(data, tuple)
         if not self.batched:

@@ -110,7 +110,7 @@ class Dataset:
 
 
 def load_data(
-    name: str,
+    name: str | Path,
     *,
     data_root: str | Path | None = None,
     image_size: int | None = None,
@@ -169,6 +169,7 @@ def load_data(
     >>> len(small.train), len(small.validation), small.input_shape
     (80, 20, (1, 12, 12))
     """
+    name = str(name) if isinstance(name, Path) else name
     check(isinstance(name, str) and name != "", "name", KNOWN_NAMES, name, DataError)
     size = None if image_size is None else _whole("image_size", image_size, 1)
     limit = None if limit is None else _whole("limit", limit, 2)

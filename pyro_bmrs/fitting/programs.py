@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_bmrs.arguments import check
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches
+from pyro_bmrs.inference.calls import check_arguments
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.sites import Sites, check_same_latents, elementary, read_sites, warn_of_masked
@@ -30,6 +31,13 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings:
     """Raise, naming the argument, unless a fit can be made of these."""
     check_module("model", model)
     check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide), TypeError)
+    try:
+        check_arguments(model, (None, None))
+    except ValueError:
+        raise TypeError(
+            "model must be a Pyro model, called as model(x, y), such as a Classifier of a network: got "
+            f"{type(model).__name__}"
+        ) from None
     check_finite("model", model)
     sites = list(noise_layers(model))
     if guide is None and sites:

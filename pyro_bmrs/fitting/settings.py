@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
@@ -50,8 +51,14 @@ class Checked(BaseModel):
     if not TYPE_CHECKING:  # type checkers take the fields from the class
 
         def __init__(self, **values: Any) -> None:
+            # NumPy's integers are whole numbers too, but none of Python's
+            whole = {
+                name: int(value)
+                for name, value in values.items()
+                if isinstance(value, Integral) and not isinstance(value, bool)
+            }
             try:
-                super().__init__(**values)
+                super().__init__(**values | whole)
             except ValidationError as error:
                 problems = [self._problem(str((*one["loc"], "")[0]), one) for one in error.errors()]
                 raise ValueError("; ".join(problems)) from None

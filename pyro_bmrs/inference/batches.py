@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
@@ -16,6 +16,11 @@ from pyro_bmrs.inference.examples import Counting, examples_of_loader, most_drop
 from pyro_bmrs.networks.inputs import Inputs, map_tensors, tensors_of
 
 Data = tuple[Inputs, Inputs] | Dataset[Any] | DataLoader[Any]
+
+
+def are_examples(data: object) -> TypeGuard[list[Any]]:
+    """Whether these are examples (x, y) in a list, which is as good as a Dataset."""
+    return isinstance(data, list) and all(isinstance(entry, list | tuple) for entry in data[:1])
 
 
 def to_device[T](value: T, device: torch.device) -> T:
@@ -186,6 +191,8 @@ def _examples_of_tensors(data: tuple[Any, ...], name: str) -> int:
     x, y = data if len(data) == 2 else (None, None)
     if not tensors_of(x) or not tensors_of(y):
         raise _mistyped(data, name)
+    for tensor in tensors_of(data):  # parts of sparse ones can't be taken
+        check(tensor.layout == torch.strided, name, "dense tensors, such as x.to_dense()", tensor.layout)
     sizes = [[tensor.shape[0] if tensor.dim() else 1 for tensor in tensors_of(part)] for part in (x, y)]
     if len({*sizes[0], *sizes[1]}) > 1:
         told = [" and ".join(map(str, dict.fromkeys(part))) for part in sizes]
@@ -195,10 +202,7 @@ def _examples_of_tensors(data: tuple[Any, ...], name: str) -> int:
 
 def _check_source(source: object, name: str) -> None:
     """Refuse what is no data set of known length."""
-    mistyped = isinstance(source, str | bytes | Mapping | torch.Tensor)
-    if isinstance(source, list):  # one of pairs is as good as a Dataset
-        mistyped = any(not isinstance(entry, list | tuple) for entry in source[:1])
-    if mistyped:
+    if isinstance(source, str | bytes | Mapping | torch.Tensor | list) and not are_examples(source):
         raise _mistyped(source, name)
     known = isinstance(source, Sized) and not isinstance(source, IterableDataset)
     check(known, name, "a data set of known length", type(source), TypeError)

@@ -18,7 +18,7 @@ from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.copies import uncompiled
-from pyro_bmrs.networks.inputs import call, check_module
+from pyro_bmrs.networks.inputs import call, check_module, described
 
 
 class Likelihood(nn.Module):
@@ -49,8 +49,19 @@ class Likelihood(nn.Module):
 
         Noise layers in the network draw θ from its prior where no guide gives it, with a warning. To predict, call
         `pyro_bmrs.predict(model, guide, x)`.
+
+        Raises:
+            ValueError: if the network fails for x, with the types and shapes of what x holds.
         """
-        value = call(self.net, x)
+        try:
+            value = call(self.net, x)
+        except (RuntimeError, TypeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"x must be what the network can be called with: {type(self.net).__name__} fails for {described(x)} "
+                f"with {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
         if self.output is not None:
             value = self.output(value)
         if not isinstance(value, Tensor):
@@ -75,6 +86,7 @@ class Likelihood(nn.Module):
             check(
                 good, "weights", f"of shape {tuple(y.shape[:1])}, one for each example", tuple(weights.shape)
             )
+            check(bool((weights >= 0).all()), "weights", "not negative", float(weights.min()))
             weights = weights.reshape(weights.shape + (1,) * (y.dim() - weights.dim())).expand(y.shape)
         return y, weights
 
@@ -101,7 +113,6 @@ def _weigh(stack: ExitStack, weights: Tensor | None) -> None:
     """Give the observations in a context their weights; what has none does not count."""
     if weights is None:
         return
-    check(bool((weights >= 0).all()), "weights", "not negative", float(weights.min()))
     counted = weights > 0
     stack.enter_context(pyro.poutine.mask(mask=counted))
     stack.enter_context(pyro.poutine.scale(scale=torch.where(counted, weights, 1.0)))
@@ -173,6 +184,7 @@ class Classifier(Likelihood):
             self._plates(stack, batch, positions, logits.device)
             if labels is not None:
                 counted = labels != self.ignore_index
+                self._check_inside(labels, counted, logits.shape[-1])
                 stack.enter_context(pyro.poutine.mask(mask=counted))
                 labels = torch.where(counted, labels, 0)
                 _weigh(stack, weights)
@@ -191,11 +203,14 @@ class Classifier(Likelihood):
         of_class = torch.where(inside, self.class_weights[torch.where(inside, labels, 0)], 0.0)
         return labels, of_class if weights is None else of_class * weights
 
+    def _check_class_dim(self, output: Tensor) -> None:
+        good = -output.dim() <= self.class_dim < output.dim()
+        check(good, "class_dim", f"a dimension of the logits, of shape {tuple(output.shape)}", self.class_dim)
+
     def _class_last(self, output: Tensor, y: Tensor | None) -> Tensor:
         """The logits as (batch, *positions, classes), checked against the labels."""
-        good = -output.dim() <= self.class_dim < output.dim()
+        self._check_class_dim(output)
         shape = tuple(output.shape)
-        check(good, "class_dim", f"a dimension of the logits, of shape {shape}", self.class_dim)
         logits = _single(output).movedim(self.class_dim, -1)
         weights = self.class_weights
         good = weights is None or len(weights) == logits.shape[-1]
@@ -214,6 +229,7 @@ class Classifier(Likelihood):
 
     def prediction(self, output: Tensor) -> Tensor:
         """Probabilities of the classes, in single precision at least. Shape: that of the logits."""
+        self._check_class_dim(output)
         return output.softmax(self.class_dim, dtype=torch.promote_types(output.dtype, torch.float32))
 
     def log_likelihood(self, x: Any, y: Any) -> Tensor:
@@ -227,10 +243,18 @@ class Classifier(Likelihood):
             each = cross_entropy(logits, labels.flatten(), ignore_index=self.ignore_index, reduction="none")
             return -(each * weights.flatten()).sum()
         except IndexError:  # looked at only then: on an accelerator every look waits for it
-            given = labels[labels != self.ignore_index]
+            self._check_inside(labels, labels != self.ignore_index, logits.shape[-1])
+            raise
+
+    @staticmethod
+    def _check_inside(labels: Tensor, counted: Tensor, classes: int) -> None:
+        """Raise ValueError for labels that count and are none of the classes."""
+        if labels.is_meta or not counted.any():
+            return
+        least, most = (int(bound) for bound in labels[counted].aminmax())
+        if least < 0 or most >= classes:
             raise ValueError(
-                f"y must hold labels of the {logits.shape[-1]} classes, 0 to {logits.shape[-1] - 1}: got "
-                f"{int(given.min())} to {int(given.max())}"
+                f"y must hold labels of the {classes} classes, 0 to {classes - 1}: got {least} to {most}"
             ) from None
 
 
@@ -274,6 +298,12 @@ class Regressor(Likelihood):
             _weigh(stack, weights)
             pyro.sample("y", self._law(mean), obs=given)
         return mean
+
+    def observed(self, y: Any) -> tuple[Tensor, Tensor | None]:
+        given, weights = super().observed(y)
+        good = given.dtype != torch.bool and not given.is_complex()
+        check(good, "y", "real numbers, such as y.float() of True and False", given.dtype)
+        return given, weights
 
     def _mean(self, x: Any, y: Tensor | None) -> Tensor:
         mean = self.predict(x)

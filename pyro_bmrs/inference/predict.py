@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.distributions import TruncatedLogNormal
-from pyro_bmrs.inference.batches import to_device
+from pyro_bmrs.inference.batches import are_examples, to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.likelihoods import Likelihood
@@ -57,8 +57,8 @@ def predict(
         model: a `Classifier`, a `Regressor`, any other Pyro model of (x, y) that returns a tensor, or a network.
         guide: its guide; also the reduced posterior of a plan. None for a model without latents, such as a
             `Classifier` of the smaller network.
-        x: what the network is called with: a tensor, a tuple of arguments or a mapping of keywords. Or a data set or
-            loader, of inputs or of pairs (x, y); y is not looked at.
+        x: what the network is called with: a tensor, a tuple of arguments or a mapping of keywords. Or a data set
+            (also a list of pairs) or loader, of inputs or of pairs (x, y); y is not looked at.
         draws: S. None: a single prediction at E[θ]; latents without a known mean take one draw.
         batch_size: examples per pass through the network; a loader keeps its own.
         seed: of the draws.
@@ -188,8 +188,8 @@ def _batches(
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if type(x) is TensorDataset:  # a subclass may do more than index
         x = x.tensors[0]
-    if isinstance(x, Dataset):
-        x = DataLoader(x, batch_size=size)
+    if isinstance(x, Dataset) or (are_examples(x) and tensors_of(x[:1])):
+        x = DataLoader(x, batch_size=size)  # type: ignore[arg-type]
     for batch in _loaded(x) if isinstance(x, DataLoader) else _sliced(x, size):
         tensors = tensors_of(batch)
         check(bool(tensors), "x", "a tensor, or hold one", type(batch), TypeError)

@@ -103,6 +103,17 @@ def tensors_of(value: object) -> list[Tensor]:
     return []
 
 
+def described(value: object) -> str:
+    """The types and shapes of the tensors in a network's input, for a message.
+
+    >>> described((torch.zeros(8, 4), torch.zeros(8, dtype=torch.int32)))
+    'float32 (8, 4), int32 (8,)'
+    """
+    tensors = tensors_of(value)
+    told = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors[:4]]
+    return ", ".join([*told, "…"][: len(tensors)]) or f"a {type(value).__name__}"
+
+
 def map_tensors[T](function: Callable[[Tensor], Tensor], value: T) -> T:
     """`value` with `function` applied to each tensor in it."""
     result: Any = value

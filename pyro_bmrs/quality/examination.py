@@ -17,7 +17,7 @@ from pyro_bmrs.checks.data import DataOfModel, first_of
 from pyro_bmrs.checks.draws import draw_posterior
 from pyro_bmrs.checks.posterior import PosteriorChecks, check_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.batches import Batches, Data, are_examples
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import check_module
@@ -92,7 +92,7 @@ def diagnose(
     if validation is not None:
         given["validation"] = validation
     for name, data in given.items():
-        known = isinstance(data, tuple | Dataset | DataLoader)
+        known = isinstance(data, tuple | Dataset | DataLoader) or are_examples(data)
         check(known, name, "(x, y) tensors, a Dataset or a DataLoader", type(data), TypeError)
     sizes = {name: Batches(data, batch_size, device, name).size for name, data in given.items()}
     first = DataOfModel(model, first_of(test, batch_size), batch_size).first()
