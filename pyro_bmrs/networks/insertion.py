@@ -192,6 +192,7 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
                 "the original, which a function holds that was set as its forward or as a hook. Take modules from "
                 "the arguments of hooks, and write forward as a method"
             )
+        _check_batch(looked_at, example_input)
         try:
             trained = _modules_called(looked_at.train(), exactly(network, example_input, 2))
         except Exception:  # for example BatchNorm with one value per channel: no check is possible
@@ -201,6 +202,25 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
         raise StructureError(
             f"network must do in evaluation all that it does in training: {', '.join(map(repr, hidden))} run in "
             "training alone, so what feeds them can't be followed. Make the network without them"
+        )
+
+
+@torch.no_grad()
+def _check_batch(network: nn.Module, example_input: Inputs) -> None:
+    """Refuse numbers of one dimension that are one example, and no batch of them."""
+    if (
+        not isinstance(example_input, Tensor)
+        or example_input.dim() != 1
+        or not example_input.is_floating_point()
+    ):
+        return
+    try:
+        single, several = (call(network, x) for x in (example_input, example_input.unsqueeze(0)))
+    except Exception:  # it takes no batch: each number is an example
+        return
+    if isinstance(single, Tensor) and several.shape == (1, *single.shape):
+        raise ValueError(
+            f"example_input must have examples in its first dimension: got shape {tuple(example_input.shape)}"
         )
 
 

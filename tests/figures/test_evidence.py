@@ -1,10 +1,13 @@
 """Figures of evidence show what they are given."""
 
 import pyro.distributions as dist
+import pytest
 import torch
 from model_files import model_file
 
 from pyro_bmrs import exhaustive_reduction, plot_models, plot_reductions
+
+pytestmark = pytest.mark.usefixtures("empty_store")
 
 
 def test_reductions(tmp_path):

@@ -22,6 +22,8 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 
+pytestmark = pytest.mark.usefixtures("empty_store")
+
 N = 12
 X = torch.linspace(-1.0, 2.0, N)
 Y = 0.8 * X + 0.7 * torch.randn(N, generator=torch.Generator().manual_seed(1))
