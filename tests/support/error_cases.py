@@ -1807,7 +1807,7 @@ COMMANDS = [
     ),
     bad_recipe(
         NETWORK.replace("nn.Linear(6, 8)", "nn.Linear(5, 8)"), "a network of another input",
-        r"recipe net\.py: its model fails with ValueError: x must be .*: Sequential fails for .* with RuntimeError: (?P<library>.*\))$",
+        r"recipe net\.py: its model fails with ValueError: x must be .* RuntimeError: (?P<library>.*\))$",
     ),
     bad_recipe(
         NETWORK.replace("nn.Tanh(), MultiplicativeNoise(8)", "MultiplicativeNoise(8), nn.Sigmoid()"),
