@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ def fit(
     _check_surroundings(checkpoints, label, logger)
     check(callable(model), "model", "a Pyro model", type(model), TypeError)
     model = as_module(model)
+    if inspect.ismethod(guide):  # of a module whose parameters it has
+        guide = as_module(guide)
     check_programs(model, guide, settings)
     if guide is not None and not noise_layers(model) and "keep_best" not in settings.model_fields_set:
         # one draw a batch: the epoch with the least loss is one of luck

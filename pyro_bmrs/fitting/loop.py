@@ -24,6 +24,7 @@ from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.fitting.optimizer import load_optimizer, make_optimizer, optimizer_tensors, set_rates, step
 from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.programs import (
+    check_batches_apart,
     check_examples_apart,
     check_latents,
     check_local,
@@ -146,6 +147,7 @@ class Loop:
                 check_weights(network_of(self.model), lambda: input_of(self.model, self.first))
             local = read_sites(trace).local(examples)
             check_local(self.guide, local, self.batches)
+            check_batches_apart(self.model, self.first, trace, self.batches)
             if draws is None or draws > 1:
                 check_examples_apart(self.model, self.first, trace, examples)
             return Objective(
@@ -223,8 +225,9 @@ class Loop:
         epoch, count = state.epoch + 1, len(self.batches)
         torch.manual_seed(seed_of(settings.seed, epoch, fabric.global_rank))
         order = torch.Generator().manual_seed(seed_of(settings.seed, epoch, "order"))
-        # latents of single examples belong to places in the batch
-        batches = self.batches.epoch(None if self.objective.local_sites else order, start=state.batch)
+        # latents of single examples belong to places in the batch; a whole may be a series, whose order says something
+        ordered = self.objective.local_sites or count == 1
+        batches = self.batches.epoch(None if ordered else order, start=state.batch)
         if resumed:
             set_generators(resumed, fabric)
         total, ramp = settings.epochs * count, 1.0

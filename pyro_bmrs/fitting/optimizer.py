@@ -23,7 +23,8 @@ def make_optimizer(
     weights = [p for p in model.parameters() if p.requires_grad and not settings.freeze_weights]
     # A parameter of the model itself, such as a Regressor's noise scale, is no weight.
     beside = set(model.parameters(recurse=False))
-    posterior = list(guide.parameters()) if isinstance(guide, nn.Module) else []
+    own = set(model.parameters())  # model and guide may be methods of one module
+    posterior = [p for p in guide.parameters() if p not in own] if isinstance(guide, nn.Module) else []
     parts = (
         ("others", [p for p in weights if p in beside], rate, 0.0),
         ("weights", [p for p in weights if p not in beside], rate, decay),

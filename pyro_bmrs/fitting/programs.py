@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.networks.inputs import check_finite, check_module, map_tensors
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
+
+_TRIED = 4  # draws of the prior at which examples are looked at apart
 
 
 def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings: Settings) -> None:
@@ -107,6 +110,56 @@ def check_local(guide: Callable[..., Any] | None, local: frozenset[str], batches
             f"batch_size must be {batches.size} or more, with tensors or a Dataset as train, for latents of single "
             f"examples, {by_place}: {type(guide).__name__} has one posterior for each place in a batch. Or write a "
             "guide that makes theirs of x"
+        )
+
+
+@torch.no_grad()
+def check_batches_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, batches: Batches) -> None:
+    """Raise unless batches that are cut from the data can stand for themselves.
+
+    The halves of a batch must have the same latents as the whole, and as much log-likelihood together. Those of a time
+    series or a Gaussian process have not. A loader's batches may be apart for reasons of its own.
+
+    Args:
+        trace: of the model on the batch `first`.
+    """
+    examples, sites = batches.count(*first), read_sites(trace)
+    half, local, once = examples // 2, sites.local(examples), sites.whole(examples)
+    if len(batches) == 1 or batches.loader is not None or not half or noise_layers(model):
+        return
+
+    def part(chosen: slice) -> tuple[Any, Any]:
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[chosen] if tensor.dim() and len(tensor) == examples else tensor
+
+        return map_tensors(cut, first)
+
+    def log_likelihood(fixed: Mapping[str, Tensor], chosen: slice) -> Tensor:
+        data = read_sites(model_at(model, fixed, *part(chosen))).data
+        parts = [node["fn"].log_prob(node["value"]).sum() for name, node in data.items() if name not in once]
+        return torch.stack(parts).sum()
+
+    reason = ""
+    with torch.random.fork_rng(), suppress(RuntimeError, ValueError, IndexError, KeyError, TypeError):
+        # what raises does not take such a batch
+        free = read_sites(poutine.trace(model).get_trace(*part(slice(half)))).latent
+        shapes = {name: node["value"].shape for name, node in sites.latent.items() if name not in local}
+        grown = [name for name, shape in shapes.items() if free[name]["value"].shape != shape]
+        if grown:
+            reason = f"its latents {grown} have other shapes for fewer. Put those of examples in their plate"
+        for _ in range(0 if grown or local else _TRIED):
+            drawn = read_sites(poutine.trace(model).get_trace(*first)).latent
+            fixed = {name: node["value"] for name, node in drawn.items()}
+            chosen = slice(None), slice(half), slice(half, None)
+            whole, *halves = (log_likelihood(fixed, one) for one in chosen)
+            if (whole - sum(halves)).abs() > 1e-4 * (
+                1 + whole.abs()
+            ):  # false for NaN, of which the first step tells
+                reason = f"the log-likelihood of {examples} is not the sum of that of their halves, as in a time series"
+    if reason:
+        raise ValueError(
+            f"batch_size must be the number of all examples, {batches.size}, for a model whose examples depend on each "
+            f"other: {reason}"
         )
 
 

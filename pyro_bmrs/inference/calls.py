@@ -15,7 +15,7 @@ _serial = count(1)
 
 
 class Program(nn.Module):
-    """A Pyro program that is a function, as a module without parameters of its own.
+    """A Pyro program that is a function, as a module. A method of a module has that module's parameters.
 
     >>> as_module(lambda x, y: x + y)(1, 2)
     3
@@ -24,6 +24,8 @@ class Program(nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
+        owner = getattr(function, "__self__", None)
+        self.owner = owner if isinstance(owner, nn.Module) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -13,10 +14,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 
 from pyro_bmrs.inference.packed import Drawn
-from pyro_bmrs.inference.sites import read_sites
+from pyro_bmrs.inference.sites import elementary, read_sites
 from pyro_bmrs.networks.noise import examples_in_batch
 
 
@@ -70,6 +71,7 @@ class LatentsPerBatch(Messenger):  # type: ignore[misc]
                 f"noise site {msg['name']!r} must not lie in a plate to be drawn several times per batch: "
                 f"it has batch shape {tuple(msg['fn'].batch_shape)}; pass draws_per_batch=1"
             )
+        msg["infer"] = {**msg["infer"], "noise": True}
         self._draw(msg)
 
     def _draw(self, msg: dict[str, Any]) -> None:
@@ -131,7 +133,11 @@ def _kl_packed(p: _Packed, q: _Packed) -> Tensor:
 
 
 class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
-    """TraceMeanField_ELBO that also keeps the log-likelihood of its last value, in nats."""
+    """TraceMeanField_ELBO for guides in any order. It keeps the log-likelihood of its last value, in nats.
+
+    A closed form of KL(q(a) ‖ p(a | b)) holds for a `b` that was drawn before `a`. If the guide draws `b` later, it may
+    depend on `a`. Then log q and log p at the draw take the place of the closed form.
+    """
 
     log_likelihood: Tensor
 
@@ -139,10 +145,54 @@ class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         self, model_trace: Trace, guide_trace: Trace
     ) -> tuple[Tensor | float, Tensor]:
         self.log_likelihood = observed_log_prob(model_trace)
+        _mark_drawn_early(model_trace, guide_trace)
         result: tuple[Tensor | float, Tensor] = super()._differentiable_loss_particle(
             model_trace, guide_trace
         )
         return result
+
+
+class _Drawn(Distribution):
+    """Replaces a law, of which no KL in closed form is to be taken."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+
+
+def _mark_drawn_early(model_trace: Trace, guide_trace: Trace) -> None:
+    """Mark the latents that a guide draws before what stands before them in the model.
+
+    Raises:
+        ValueError: for a latent that only one of the two draws.
+    """
+    places = {name: place for place, name in enumerate(guide_trace.nodes)}
+    latest = -1
+    for name, node in model_trace.nodes.items():
+        if node["type"] != "sample" or node["is_observed"]:
+            continue
+        if name not in places:
+            raise ValueError(
+                f"model must draw the same latents in each call: it has drawn {name!r}, of which the guide has no "
+                "posterior"
+            )
+        drawn = guide_trace.nodes[name]
+        # a point has one KL, and the prior of a noise site depends on nothing
+        if (
+            places[name] < latest
+            and not drawn["infer"].get("noise")
+            and not isinstance(elementary(drawn["fn"]), Delta)
+        ):
+            drawn["fn"] = _Drawn(validate_args=False)
+        latest = max(latest, places[name])
+    alone = [
+        name
+        for name, node in guide_trace.nodes.items()
+        if node["type"] == "sample"
+        and name not in model_trace.nodes
+        and not node["infer"].get("is_auxiliary")
+    ]
+    if alone:
+        raise ValueError(f"model must draw the same latents in each call: it has not drawn {alone}")
 
 
 def observed_log_prob(trace: Trace, *, without: Collection[str] = ()) -> Tensor:
