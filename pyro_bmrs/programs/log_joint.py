@@ -88,7 +88,7 @@ class LogJoint:
         for name, node in {**read.latent, **read.auxiliary, **read.data}.items():
             _check_whole(name, node)
         for node in read.data.values():
-            self.observations += max(node["value"].numel(), node["fn"].batch_shape.numel())
+            self.observations += max(node["value"].numel(), torch.Size(node["fn"].batch_shape).numel())
         for name, node in {**read.latent, **read.auxiliary}.items():
             if name not in values:
                 raise UncheckableError(f"the guide has no {name!r}")
