@@ -73,7 +73,7 @@ class Batches:
             self.tensors = data
         else:
             source: Any = data.dataset if isinstance(data, DataLoader) else data
-            _check_source(source, name)
+            _check_source(source, name, loaded=isinstance(data, DataLoader))
             self._sizes = (
                 examples_of_loader(data, name) if isinstance(data, DataLoader) else {"sampler": len(source)}
             )
@@ -200,9 +200,13 @@ def _examples_of_tensors(data: tuple[Any, ...], name: str) -> int:
     return sizes[0][0]
 
 
-def _check_source(source: object, name: str) -> None:
-    """Refuse what is no data set of known length."""
-    if isinstance(source, str | bytes | Mapping | torch.Tensor | list) and not are_examples(source):
+def _check_source(source: object, name: str, *, loaded: bool) -> None:
+    """Refuse what is no data set of known length. A loader makes pairs of any examples."""
+    if (
+        not loaded
+        and isinstance(source, str | bytes | Mapping | torch.Tensor | list)
+        and not are_examples(source)
+    ):
         raise _mistyped(source, name)
     known = isinstance(source, Sized) and not isinstance(source, IterableDataset)
     check(known, name, "a data set of known length", type(source), TypeError)
