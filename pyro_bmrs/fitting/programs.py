@@ -60,10 +60,17 @@ def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[A
     for name, program in (("model", model), ("guide", guide)):
         module = program if isinstance(program, nn.Module) else nn.Module()
         own = {parameter.data_ptr() for parameter in [*module.parameters(), *model.parameters()]}
+        # of a parameter that is not contiguous, as in channels_last, `pyro.module` keeps a copy that nobody reads
+        apart = {path for path, parameter in module.named_parameters() if not parameter.is_contiguous()}
         with in_mode(model, training=False):
             sites = poutine.trace(program, param_only=True).get_trace(*first).nodes.items()
         for site, node in sites:
-            if node["type"] == "param" and node["value"].unconstrained().data_ptr() not in own:
+            of_module = site.partition("$$$")[2] in apart
+            if (
+                node["type"] == "param"
+                and not of_module
+                and node["value"].unconstrained().data_ptr() not in own
+            ):
                 raise TypeError(
                     f"{name} has the pyro.param {site!r}, which no optimiser here would train: make it an "
                     "nn.Parameter or PyroParam of a module"

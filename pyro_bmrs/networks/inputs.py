@@ -63,7 +63,7 @@ def check_finite(name: str, module: nn.Module) -> None:
 
 def call(network: nn.Module, inputs: Inputs) -> Any:
     """`network` called with `inputs`: a tensor, a tuple of arguments, or a mapping of keywords."""
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):  # a named tuple is one argument
         return network(*inputs)
     if takes_keywords(network, inputs):
         return network(**inputs)

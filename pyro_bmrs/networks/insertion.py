@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
@@ -175,6 +176,17 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
 
 def _check(network: nn.Module, example_input: Inputs) -> None:
     check_module("network", network)
+    for path, parameter in network.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"network must have all its parameters: {path!r} is made by the first call; call it once"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"network must be made outside of torch.inference_mode: {path!r} can't have a gradient"
+            )
+        if parameter.is_complex():
+            raise ValueError(f"network must have real parameters: got {path!r} of type {parameter.dtype}")
     if next(network.parameters(), None) is None:
         raise ValueError(f"network must have parameters: {type(network).__name__} has none")
     if noise_layers(network):
