@@ -18,7 +18,7 @@ from torch.distributions import Independent
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.draws import check_scales
-from pyro_bmrs.inference.sites import check_same_latents, plate_scale, read_sites, weights_of
+from pyro_bmrs.inference.sites import check_observed, check_same_latents, plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.traces import model_at
 
 Values = Mapping[str, Tensor]
@@ -131,6 +131,7 @@ def _other_size(data: DataOfModel, found: int) -> ValueError:
 
 def _check_latents(trace: Trace, values: Values) -> None:
     check_scales("model", trace)
+    check_observed(read_sites(trace))
     check_same_latents(read_sites(trace), values)
 
 

@@ -21,7 +21,14 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.calls import check_arguments
 from pyro_bmrs.inference.evaluate import likelihood_scale
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.sites import Sites, check_same_latents, elementary, read_sites, warn_of_masked
+from pyro_bmrs.inference.sites import (
+    Sites,
+    check_observed,
+    check_same_latents,
+    elementary,
+    read_sites,
+    warn_of_masked,
+)
 from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.networks.inputs import check_finite, check_module, map_tensors
 from pyro_bmrs.networks.modes import in_mode
@@ -81,11 +88,12 @@ def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[A
 def check_latents(
     model: nn.Module, guide: Callable[..., Any] | None, first: tuple[Any, ...], trace: Trace
 ) -> None:
-    """Raise unless the guide draws all latents of the model, and so that gradients reach its parameters.
+    """Raise unless the guide draws all latents of the model, and so that gradients reach its parameters; and for NaN.
 
     Args:
         trace: of the model on the batch `first`.
     """
+    check_observed(read_sites(trace))
     drawn = Sites() if guide is None else read_sites(poutine.trace(guide).get_trace(*first))
     check_same_latents(read_sites(trace), drawn.latent, guide is not None)
     for name, node in (drawn.latent | drawn.auxiliary).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,9 +111,28 @@ def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs
             return model.predict(x)
         if observed:
             return model(x, *observed)
-        if isinstance(model, nn.Module) and not isinstance(x, Tensor):
+        # a network takes several inputs as arguments, a model of (x, y) as one
+        if (
+            isinstance(model, nn.Module)
+            and not isinstance(x, Tensor)
+            and set(values) <= set(noise_layers(model))
+        ):
             return call(model, x)
-        return model(*without_observations(model, x))
+        with _without_y("model", model):
+            return model(*without_observations(model, x))
+
+
+@contextmanager
+def _without_y(name: str, program: Callable[..., Any]) -> Iterator[None]:
+    """Say of an error in a model or guide that it was called without observations."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        if isinstance(program, nn.Module) and noise_layers(program):
+            raise
+        raise TypeError(
+            f"{name} must be callable without observations to predict, as {name}(x, None). It says: {error}"
+        ) from error
 
 
 @torch.no_grad()
@@ -148,7 +168,7 @@ def _values(
     check_ready(guide)
     remembered = guide.example_arguments if isinstance(guide, AutoTruncatedLogNormal) else ()
     arguments = remembered or without_observations(guide, x)
-    with untouched(guide, seed=seed):  # a loader may have drawn numbers before
+    with untouched(guide, seed=seed), _without_y("guide", guide):  # a loader may have drawn numbers before
         if draws is None:
             values = [posterior_point(guide, *arguments)]
         else:

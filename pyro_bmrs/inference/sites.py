@@ -143,6 +143,35 @@ def check_same_latents(sites: Sites, given: Collection[str], with_guide: bool = 
         )
 
 
+def check_observed(sites: Sites) -> None:
+    """Raise unless a model observes numbers, one for each element of their law and its plates.
+
+    Raises:
+        ValueError: naming the site that has NaN, or whose values (n,) stand beside a law of shape (n, 1).
+    """
+    for name, node in sites.observed.items():
+        law, value = node["fn"], node["value"]
+        missing = int(value.isnan().sum()) if value.is_floating_point() else 0
+        if missing:
+            raise ValueError(
+                f"data must have no NaN: {missing} of {value.numel()} values of {name!r} are. Leave them out, or put "
+                "another number in their place and mask it"
+            )
+        shape = value.shape[: value.dim() - law.event_dim]
+        whole = torch.broadcast_shapes(law.batch_shape, shape)  # type: ignore[no-untyped-call]
+        plates = {frame.dim: frame.size for frame in node["cond_indep_stack"] if frame.vectorized}
+        outside = plates and any(
+            size > 1 and place - len(whole) not in plates for place, size in enumerate(whole)
+        )
+        if outside or whole not in (law.batch_shape, shape):
+            sizes = f" in plates of {list(plates.values())}" if plates else ""
+            raise ValueError(
+                f"model must observe a value for each element of its law: {name!r} has values of shape "
+                f"{tuple(shape)} and laws of {tuple(law.batch_shape)}{sizes}. Often one is (n, 1) and the other (n,), "
+                "or .to_event is missing"
+            )
+
+
 def masked_latents(trace: Trace) -> dict[str, Tensor]:
     """Where `poutine.mask` leaves a latent without a density: False. As `obs_mask` does to what was observed."""
     masks = {name: node["mask"] for name, node in read_sites(trace).latent.items()}

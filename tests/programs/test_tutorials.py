@@ -12,6 +12,11 @@ import pyro_bmrs as bmrs
 STEPS, NOISE = 30, 0.3
 
 
+@pytest.fixture(autouse=True)
+def no_parameters_of_others():
+    pyro.clear_param_store()
+
+
 def series():
     """y_t = 0.8 y_(t-1) + noise."""
     drawn = torch.randn(STEPS, generator=torch.Generator().manual_seed(3))
@@ -186,3 +191,125 @@ def test_latents_that_are_drawn_in_some_calls_only_are_named():
     branching.calls = 0
     with pytest.raises(ValueError, match=r"^model must draw the same latents in each call: .*shift"):
         fitted(branching, AutoNormal(branching), (TIMES, Y), epochs=9)
+
+
+# --- data and laws that don't fit ------------------------------------------------------------------------------------
+
+X = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+Z = X[:, 0] - 0.5 * X[:, 1]
+
+
+def of_columns(x, y):
+    """The mean is (n, 1), what is observed (n,)."""
+    w = pyro.sample("w", dist.Normal(0.0, torch.ones(2, 1)).to_event(2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def of_columns_without_a_plate(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, torch.ones(2, 1)).to_event(2))
+    pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def observed_in_columns(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, torch.ones(2)).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y[:, None])
+
+
+def line(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, torch.ones(2)).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def masked_line(x, y):
+    """A gradient of NaN is NaN under a mask, too."""
+    w = pyro.sample("w", dist.Normal(0.0, torch.ones(2)).to_event(1))
+    with pyro.plate("data", len(x)), pyro.poutine.mask(mask=~y.isnan()):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+ASKED = {
+    "fit": lambda model, guide, data: bmrs.fit(model, guide, data, epochs=1, progress=False),
+    "check_posterior": lambda model, guide, data: bmrs.check_posterior(model, guide, data, draws=100),
+    "to_datatree": lambda model, guide, data: bmrs.to_datatree(model, guide, data, draws=10),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("model", [of_columns, of_columns_without_a_plate, observed_in_columns])
+def test_columns_beside_rows_are_no_square_of_observations(model, asked):
+    guide = AutoNormal(model)
+    guide(X, Z)
+    with pytest.raises(
+        ValueError, match=r"^model must observe a value for each element of its law: 'y' has .*\(n,\)"
+    ) as caught:
+        ASKED[asked](model, guide, (X, Z))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("model", [line, masked_line])
+def test_nan_is_named(model, asked):
+    guide = AutoNormal(line)
+    guide(X, Z)
+    given = torch.where(torch.arange(20) % 4 == 0, torch.nan, Z)
+    with pytest.raises(ValueError, match=r"^data must have no NaN: 5 of 20 values of 'y' are\."):
+        ASKED[asked](model, guide, (X, given))
+
+
+def test_one_number_may_be_observed_by_a_whole_plate():
+    def same(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    guide = AutoNormal(same)
+    guide(X, torch.tensor(1.0))
+    assert bmrs.to_datatree(same, guide, (X, torch.tensor(1.0)), draws=10).log_likelihood.y.shape == (
+        1,
+        10,
+        20,
+    )
+
+
+# --- predictions -------------------------------------------------------------------------------------------------
+
+
+class Interaction(pyro.nn.PyroModule):
+    """A model of two inputs, as one tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = pyro.nn.PyroSample(dist.Normal(0.0, 1.0))
+
+    def forward(self, x, y=None):
+        first, second = x
+        mean = self.w * first * second
+        with pyro.plate("data", len(mean)):
+            pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+        return mean
+
+
+def test_a_model_of_two_inputs_predicts_from_what_it_was_fitted_to():
+    model = Interaction()
+    inputs = X[:, 0], X[:, 1]
+    target = 2 * X[:, 0] * X[:, 1]
+    guide = fitted(model, AutoNormal(model), (inputs, target), epochs=60, posterior_learning_rate=0.1)
+    torch.testing.assert_close(bmrs.predict(model, guide, inputs, draws=20), target, atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize("of", ["model", "guide"])
+def test_what_needs_observations_does_not_predict(of):
+    def needing(x, y):
+        y.sum()
+        return line(x, y)
+
+    guide = AutoNormal(line)
+    guide(X, Z)
+    programs = {"model": line, "guide": guide} | {of: needing}
+    with pytest.raises(
+        TypeError, match=rf"^{of} must be callable without observations to predict, as {of}\(x, None\)"
+    ):
+        bmrs.predict(programs["model"], programs["guide"], X, draws=2)
