@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, is_number
 from pyro_bmrs.files import write_atomically
+from pyro_bmrs.networks.copies import uncompiled
 from pyro_bmrs.networks.cost import weights
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -60,6 +61,7 @@ def export_program(
         inputs: what inputs must look like, to be kept in the file as JSON. To read it:
             `extra = {"inputs.json": ""}; torch.export.load(path, extra_files=extra)`.
     """
+    network = uncompiled(network)
     arguments, keywords, shapes = _export_arguments(network, example_input)
     with torch.no_grad(), in_mode(network, training=False):
         program = torch.export.export(network, arguments, keywords, dynamic_shapes=shapes)
@@ -102,6 +104,7 @@ def export_onnx(
         raise ImportError(
             f"export to ONNX needs the extra: pip install 'pyro-bmrs[onnx]' ({error})"
         ) from error
+    network = uncompiled(network)
     precision = _precision(network, example_input)
     if tolerance is None:
         tolerance = TOLERANCES[precision]

@@ -349,3 +349,10 @@ def test_files_hold_what_inputs_must_look_like(tmp_path):
     export_onnx(net, x, tmp_path / "net.onnx", inputs=told)
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["inputs"]) == told
+
+
+def test_a_compiled_network_is_exported_as_the_plain_one(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    path = export_program(torch.compile(net, backend="eager"), torch.zeros(2, 3), tmp_path / "small.pt2")
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(torch.export.load(path).module()(x), net(x))
