@@ -22,7 +22,7 @@ from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
-from pyro_bmrs.inference.calls import as_module, check_arguments
+from pyro_bmrs.inference.calls import as_module
 from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
@@ -145,7 +145,6 @@ def fit(
     check(is_whole(keep_checkpoints, 1), "keep_checkpoints", "a positive integer", keep_checkpoints)
     _check_surroundings(checkpoints, label, logger)
     check(callable(model), "model", "a Pyro model", type(model), TypeError)
-    check_arguments(model, (None, None), "train")
     model = as_module(model)
     if inspect.ismethod(guide):  # of a module whose parameters it has
         guide = as_module(guide)
