@@ -96,6 +96,12 @@ def check_latents(
     check_observed(read_sites(trace))
     drawn = Sites() if guide is None else read_sites(poutine.trace(guide).get_trace(*first))
     check_same_latents(read_sites(trace), drawn.latent, guide is not None)
+    for name, node in read_sites(trace).latent.items() if drawn.latent else ():
+        shapes = [tuple(part["value"].shape) for part in (node, drawn.latent[name])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"guide must draw {name!r} of shape {shapes[0]}, as the model does: got {shapes[1]}"
+            )
     for name, node in (drawn.latent | drawn.auxiliary).items():
         if not node["fn"].has_rsample:
             raise ValueError(

@@ -133,7 +133,7 @@ def _kl_packed(p: _Packed, q: _Packed) -> Tensor:
 
 
 class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
-    """TraceMeanField_ELBO for guides in any order. It keeps the log-likelihood of its last value, in nats.
+    """TraceMeanField_ELBO that holds for any guide. It keeps the log-likelihood of its last value, in nats.
 
     A closed form of KL(q(a) ‖ p(a | b)) holds for a `b` that was drawn before `a`. If the guide draws `b` later, it may
     depend on `a`. Then log q and log p at the draw take the place of the closed form.
@@ -145,7 +145,7 @@ class LikelihoodELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         self, model_trace: Trace, guide_trace: Trace
     ) -> tuple[Tensor | float, Tensor]:
         self.log_likelihood = observed_log_prob(model_trace)
-        _mark_drawn_early(model_trace, guide_trace)
+        _mark_drawn(model_trace, guide_trace)
         result: tuple[Tensor | float, Tensor] = super()._differentiable_loss_particle(
             model_trace, guide_trace
         )
@@ -159,8 +159,8 @@ class _Drawn(Distribution):
     has_rsample = True
 
 
-def _mark_drawn_early(model_trace: Trace, guide_trace: Trace) -> None:
-    """Mark the latents that a guide draws before what stands before them in the model.
+def _mark_drawn(model_trace: Trace, guide_trace: Trace) -> None:
+    """Mark the latents whose KL has no closed form that holds: what a guide draws too early, and Deltas.
 
     Raises:
         ValueError: for a latent that only one of the two draws.
@@ -176,12 +176,10 @@ def _mark_drawn_early(model_trace: Trace, guide_trace: Trace) -> None:
                 "posterior"
             )
         drawn = guide_trace.nodes[name]
-        # a point has one KL, and the prior of a noise site depends on nothing
-        if (
-            places[name] < latest
-            and not drawn["infer"].get("noise")
-            and not isinstance(elementary(drawn["fn"]), Delta)
-        ):
+        # the prior of a noise site depends on nothing; of a Delta Pyro's closed form leaves out the log-density, which
+        # is the Jacobian of an autoguide's map to the support
+        early = places[name] < latest and not drawn["infer"].get("noise")
+        if early or isinstance(elementary(drawn["fn"]), Delta):
             drawn["fn"] = _Drawn(validate_args=False)
         latest = max(latest, places[name])
     alone = [

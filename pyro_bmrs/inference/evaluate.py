@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def evaluate(
         data: (x, y) tensors, a data set or a loader.
         theta: θ by site, such as `guide.mean()`. Other sites are drawn from their prior, with a warning.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
     if set(noise_layers(model)) - set(theta or {}):
