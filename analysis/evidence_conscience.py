@@ -12,7 +12,6 @@ alarms.csv and cases.svg. It takes about five minutes.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -34,64 +33,10 @@ from pyro_bmrs.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "models"))
+import known_evidence as known  # noqa: E402
 import linear_regression as regression  # noqa: E402
 
-EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-COUNTY = torch.arange(10).repeat_interleave(6)
 DATA_SETS = 500
-
-
-def schools(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * z, ERRORS), obs=y)
-
-
-def logistic(x, y):
-    weights = pyro.sample("weights", dist.Normal(torch.zeros(x.shape[1]), 1.5).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Bernoulli(logits=(x * weights).sum(-1)), obs=y)
-
-
-def intercepts(x, y):
-    base = pyro.sample("base", dist.Normal(0.0, 2.0))
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    spread = pyro.sample("spread", dist.HalfNormal(1.0))
-    with pyro.plate("counties", 10):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("houses", len(x)):
-        pyro.sample("y", dist.Normal(base + slope * x + (spread * z)[..., COUNTY], 0.75), obs=y)
-
-
-def exact_schools(mu_scale: float = 5.0, tau_scale: float = 5.0) -> float:
-    """log p(y): a sum over tau = scale · tan(u), normal given tau."""
-    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * math.pi / 2
-    variance = ERRORS.double().square() + (tau_scale * u.tan()).square().unsqueeze(-1)
-    ones = mu_scale * torch.ones(len(u), 8, 1, dtype=torch.float64)
-    law = dist.LowRankMultivariateNormal(torch.zeros(8, dtype=torch.float64), ones, variance)
-    return float(law.log_prob(EFFECTS.double()).logsumexp(0)) - math.log(len(u))
-
-
-def exact_logistic(x: torch.Tensor, y: torch.Tensor) -> float:
-    line = torch.linspace(-7.0, 7.0, 281, dtype=torch.float64)
-    grid = torch.cartesian_prod(*[line] * x.shape[1]).reshape(-1, x.shape[1])
-    log_likelihood = torch.nn.functional.logsigmoid((2 * y - 1).double() * (grid @ x.double().T)).sum(-1)
-    density = log_likelihood + dist.Normal(0.0, 1.5).log_prob(grid).sum(-1)
-    return float(density.logsumexp(0)) + x.shape[1] * math.log(float(line[1] - line[0]))
-
-
-def exact_intercepts(x: torch.Tensor, y: torch.Tensor, *, slope: float = 1.0, spread: float = 1.0) -> float:
-    ones, members = torch.ones_like(x), torch.nn.functional.one_hot(COUNTY).double()
-    fixed = 4 * ones.outer(ones) + slope**2 * x.outer(x) + 0.75**2 * torch.eye(len(x))
-    u = (torch.arange(400).double() + 0.5) / 80
-    covariance = fixed.double() + (spread * u)[:, None, None].square() * (members @ members.T)
-    density = dist.MultivariateNormal(torch.zeros(len(x)).double(), covariance).log_prob(y.double())
-    return float((density + dist.HalfNormal(torch.tensor(1.0).double()).log_prob(u)).logsumexp(0)) - math.log(
-        80
-    )
 
 
 def fitted(kind: Any, model: Any, *args: Any, steps: int = 1000) -> Any:
@@ -117,40 +62,17 @@ def asked(model: Any, guide: Any, reduced: Any, *args: Any, **more: Any) -> tupl
 
 def problems() -> list[tuple[str, Any, tuple[Any, ...], list[tuple[Any, Any]], dict[str, float]]]:
     """(name, model, its arguments, (reduced priors, groups) of each call, exact ΔF by what is reduced)."""
-    full = exact_schools()
-    of_schools = {
-        "site 'z'": exact_schools(tau_scale=0.0) - full,
-        "site 'mu'": exact_schools(mu_scale=1e-9) - full,
-        "group 'both'": exact_schools(1e-9, 0.0) - full,
-        "site 'tau'": exact_schools(tau_scale=0.1) - full,
-    }
     calls = [({"mu": 0.0, "z": 0.0}, {"both": {"mu": ..., "z": ...}}), ({"tau": dist.HalfCauchy(0.1)}, None)]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(100, 2, generator=generator)
-    x[:, 1] = 0.97 * x[:, 0] + math.sqrt(1 - 0.97**2) * x[:, 1]
-    y = torch.bernoulli(torch.sigmoid(0.8 * x[:, 0]), generator=generator)
-    full = exact_logistic(x, y)
-    of_weights = {
-        "weights[0]": exact_logistic(x[:, 1:], y) - full,
-        "weights[1]": exact_logistic(x[:, :1], y) - full,
-        "site 'weights'": len(y) * math.log(0.5) - full,
-    }
-    generator = torch.Generator().manual_seed(2)
-    homes = torch.randint(0, 2, (60,), generator=generator).float()
-    levels = 1.3 - 0.3 * homes + (0.15 * torch.randn(10, generator=generator))[COUNTY]
-    levels = levels + 0.75 * torch.randn(60, generator=generator)
-    full = exact_intercepts(homes, levels)
-    of_counties = {
-        "site 'z'": exact_intercepts(homes, levels, spread=0.0) - full,
-        "site 'slope'": exact_intercepts(homes, levels, slope=0.0) - full,
-        "site 'spread'": exact_intercepts(homes, levels, spread=0.2) - full,
-    }
+    patients, homes = known.correlated_data(0.97), known.houses()
     reduced = {"z": 0.0, "slope": 0.0, "spread": dist.HalfNormal(0.2)}
     return [
-        ("eight schools", schools, (EFFECTS,), calls, of_schools),
-        ("logistic, ρ = 0.97", logistic, (x, y), [({"weights": 0.0}, None)], of_weights),
-        ("varying intercept", intercepts, (homes, levels), [(reduced, None)], of_counties),
-    ]
+        ("eight schools", known.schools, (known.EFFECTS,), calls, known.exact_schools()),
+        (
+            "logistic, ρ = 0.97", known.logistic, patients, [({"weights": 0.0}, None)],
+            known.exact_logistic(*patients),
+        ),
+        ("varying intercept", known.intercepts, homes, [(reduced, None)], known.exact_intercepts(*homes)),
+    ]  # fmt: skip
 
 
 def cases() -> pd.DataFrame:

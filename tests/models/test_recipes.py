@@ -16,7 +16,7 @@ from pyro_bmrs.runs.settings import RunSettings
 
 FOLDER = Path(__file__).parents[2] / "models"
 # the others are Pyro programs without a network: test_programs.py
-PROGRAMS = {"linear_regression", "mixture", "sparse_regression"}
+PROGRAMS = {"known_evidence", "linear_regression", "mixture", "sparse_regression"}
 RECIPES = {path.stem: Recipe.read(path) for path in sorted(FOLDER.glob("*.py")) if path.stem not in PROGRAMS}
 RAW_SHAPES = {
     "mnist": (1, 28, 28),

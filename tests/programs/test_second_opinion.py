@@ -24,7 +24,8 @@ from pyro_bmrs.evidence.importance import UnreliableEstimateWarning
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.second_opinion import Choice, second_opinion
 
-regression = model_file("linear_regression")
+known, regression = model_file("known_evidence"), model_file("linear_regression")
+schools, EFFECTS = known.schools, known.EFFECTS
 
 pytestmark = pytest.mark.usefixtures("empty_store")
 
@@ -64,17 +65,6 @@ def assert_honest(plan, messages, exact):
 
 # --- eight schools ------------------------------------------------------------------------------------
 
-EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-
-
-def schools(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * z, ERRORS), obs=y)
-
 
 def by_hand(y):
     """Independent laws, a Gamma for tau: set near the mean-field optimum."""
@@ -85,23 +75,7 @@ def by_hand(y):
         pyro.sample("z", dist.Normal(loc, 0.95))
 
 
-def log_evidence(mu_scale=5.0, tau_scale=5.0):
-    """log p(y) of eight schools; tau is 0 if its scale is. tau = scale · tan(u), the rest in closed form."""
-    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * math.pi / 2
-    tau = tau_scale * u.tan() if tau_scale else torch.zeros(1, dtype=torch.float64)
-    variance = ERRORS.double().square() + tau.square().unsqueeze(-1)
-    ones = mu_scale * torch.ones(len(tau), 8, 1, dtype=torch.float64)
-    law = dist.LowRankMultivariateNormal(torch.zeros(8, dtype=torch.float64), ones, variance)
-    return float(law.log_prob(EFFECTS.double()).logsumexp(0)) - math.log(len(tau))
-
-
-FULL = log_evidence()
-EXACT = {
-    "site 'z'": log_evidence(tau_scale=0.0) - FULL,
-    "site 'mu'": log_evidence(mu_scale=1e-9) - FULL,
-    "group 'both'": log_evidence(1e-9, 0.0) - FULL,
-    "site 'tau'": log_evidence(tau_scale=0.1) - FULL,
-}
+EXACT = known.exact_schools()
 
 
 def test_the_exact_values_of_eight_schools():
@@ -152,87 +126,27 @@ def test_the_error_of_the_second_opinion():
 # --- correlated regressors, in a logistic regression -----------------------------------------------------
 
 
-def logistic(x, y):
-    weights = pyro.sample("weights", dist.Normal(torch.zeros(x.shape[1]), 1.5).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Bernoulli(logits=(x * weights).sum(-1)), obs=y)
-
-
-def correlated_data(rho):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(100, 2, generator=generator)
-    x[:, 1] = rho * x[:, 0] + math.sqrt(1 - rho**2) * x[:, 1]
-    return x, torch.bernoulli(torch.sigmoid(0.8 * x[:, 0]), generator=generator)
-
-
-def exact_logistic(x, y):
-    """log p(y) on a grid of the weights."""
-    line = torch.linspace(-7.0, 7.0, 281, dtype=torch.float64)
-    grid = torch.cartesian_prod(*[line] * x.shape[1]).reshape(-1, x.shape[1])
-    log_likelihood = torch.nn.functional.logsigmoid((2 * y - 1).double() * (grid @ x.double().T)).sum(-1)
-    density = log_likelihood + dist.Normal(0.0, 1.5).log_prob(grid).sum(-1)
-    return float(density.logsumexp(0)) + x.shape[1] * math.log(float(line[1] - line[0]))
-
-
 @pytest.mark.parametrize("rho", [0.95, pytest.param(0.99, marks=pytest.mark.slow)])
 def test_correlated_regressors(rho):
-    x, y = correlated_data(rho)
-    full = exact_logistic(x, y)
-    exact = {
-        "weights[0]": exact_logistic(x[:, 1:], y) - full,
-        "weights[1]": exact_logistic(x[:, :1], y) - full,
-        "site 'weights'": len(y) * math.log(0.5) - full,
-    }
-    plan, messages = asked(logistic, fit(logistic, AutoNormal(logistic), x, y), {"weights": 0.0}, x, y)
-    assert_honest(plan, messages, exact)
+    x, y = known.correlated_data(rho)
+    guide = fit(known.logistic, AutoNormal(known.logistic), x, y)
+    plan, messages = asked(known.logistic, guide, {"weights": 0.0}, x, y)
+    assert_honest(plan, messages, known.exact_logistic(x, y))
     pair = re.compile(r"weights\[[01]\] and weights\[[01]\] for independent.*fit an AutoMultivariateNormal")
     assert any(pair.search(text) for text in messages)
 
 
 # --- a varying intercept, as for radon in houses of counties -------------------------------------------------
 
-COUNTY = torch.arange(10).repeat_interleave(6)
-
-
-def radon(x, y):
-    base = pyro.sample("base", dist.Normal(0.0, 2.0))
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    spread = pyro.sample("spread", dist.HalfNormal(1.0))
-    with pyro.plate("counties", 10):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("houses", len(x)):
-        pyro.sample("y", dist.Normal(base + slope * x + (spread * z)[..., COUNTY], 0.75), obs=y)
-
-
-def exact_radon(x, y, *, slope=1.0, spread=1.0):
-    """log p(y): normal given the spread, which is summed over the middles of 400 cells."""
-    ones, members = torch.ones_like(x), torch.nn.functional.one_hot(COUNTY).double()
-    fixed = 4 * ones.outer(ones) + slope**2 * x.outer(x) + 0.75**2 * torch.eye(len(x))
-    u = (torch.arange(400).double() + 0.5) / 80
-    covariance = fixed.double() + (spread * u)[:, None, None].square() * (members @ members.T)
-    density = dist.MultivariateNormal(torch.zeros(len(x)).double(), covariance).log_prob(y.double())
-    return float((density + dist.HalfNormal(torch.tensor(1.0).double()).log_prob(u)).logsumexp(0)) - math.log(
-        80
-    )
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
 def test_a_varying_intercept(kind):
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randint(0, 2, (60,), generator=generator).float()
-    of_counties = 0.15 * torch.randn(10, generator=generator)
-    y = 1.3 - 0.3 * x + of_counties[COUNTY] + 0.75 * torch.randn(60, generator=generator)
-    full = exact_radon(x, y)
-    exact = {
-        "site 'z'": exact_radon(x, y, spread=0.0) - full,
-        "site 'slope'": exact_radon(x, y, slope=0.0) - full,
-        "site 'spread'": exact_radon(x, y, spread=0.2) - full,
-    }
-    guide = fit(radon, kind(radon), x, y)
+    x, y = known.houses()
+    guide = fit(known.intercepts, kind(known.intercepts), x, y)
     reduced = {"z": 0.0, "slope": 0.0, "spread": dist.HalfNormal(0.2)}
-    plan, messages = asked(radon, guide, reduced, x, y)
-    assert_honest(plan, messages, exact)
+    plan, messages = asked(known.intercepts, guide, reduced, x, y)
+    assert_honest(plan, messages, known.exact_intercepts(x, y))
 
 
 # --- one scale, one number, one kind: other laws, and reduced priors far away or far wider ---------------------
