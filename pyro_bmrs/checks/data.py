@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from pyro.poutine.trace_struct import Trace
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data, are_examples
-from pyro_bmrs.inference.calls import check_arguments
+from pyro_bmrs.inference.calls import check_arguments, home_of
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
 
@@ -43,9 +41,7 @@ class DataOfModel:
             self._batches, self.arguments = None, tuple(data)  # type: ignore[arg-type]
             check_arguments(model, self.arguments, "data")
             return
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        device = torch.device("cpu") if parameter is None else parameter.device
-        self._batches = Batches(data, batch_size, device, "data")
+        self._batches = Batches(data, batch_size, home_of(model), "data")
 
     @property
     def size(self) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
@@ -22,7 +21,7 @@ from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
-from pyro_bmrs.inference.calls import as_module
+from pyro_bmrs.inference.calls import as_module, home_of
 from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def fit(
     if guide is not None and not noise_layers(model) and "keep_best" not in settings.model_fields_set:
         # one draw a batch: the epoch with the least loss is one of luck
         settings = settings.changed(keep_best=False)
-    home = _home(model, guide)
+    home = home_of(model, guide)
     batches = Batches(train, settings.batch_size, home, "train")
     held_out = None if validation is None else Batches(validation, 1000, home, "validation")
     task = Task(
@@ -172,14 +171,6 @@ def fit(
         interrupted=loop.interrupted,
         stopped_early=loop.stopped_early,
     )
-
-
-def _home(*programs: object) -> torch.device:
-    """The device of the first parameter of these."""
-    modules = [program for program in programs if isinstance(program, nn.Module)]
-    parameters = (parameter for module in modules for parameter in module.parameters())
-    first = next(parameters, None)
-    return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from pyro_bmrs.inference.sites import (
     warn_of_masked,
 )
 from pyro_bmrs.inference.traces import model_at
-from pyro_bmrs.networks.inputs import check_finite, check_module, map_tensors
+from pyro_bmrs.networks.inputs import check_finite, check_module, taken
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
 
@@ -149,21 +149,15 @@ def check_batches_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, 
     if len(batches) == 1 or batches.loader is not None or not half or noise_layers(model):
         return
 
-    def part(chosen: slice) -> tuple[Any, Any]:
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[chosen] if tensor.dim() and len(tensor) == examples else tensor
-
-        return map_tensors(cut, first)
-
     def log_likelihood(fixed: Mapping[str, Tensor], chosen: slice) -> Tensor:
-        data = read_sites(model_at(model, fixed, *part(chosen))).data
+        data = read_sites(model_at(model, fixed, *taken(first, chosen, examples))).data
         parts = [node["fn"].log_prob(node["value"]).sum() for name, node in data.items() if name not in once]
         return torch.stack(parts).sum()
 
     reason = ""
     with torch.random.fork_rng(), suppress(RuntimeError, ValueError, IndexError, KeyError, TypeError):
         # what raises does not take such a batch
-        free = read_sites(poutine.trace(model).get_trace(*part(slice(half)))).latent
+        free = read_sites(poutine.trace(model).get_trace(*taken(first, slice(half), examples))).latent
         shapes = {name: node["value"].shape for name, node in sites.latent.items() if name not in local}
         grown = [name for name, shape in shapes.items() if free[name]["value"].shape != shape]
         if grown:
@@ -205,14 +199,10 @@ def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace,
     order = torch.arange(examples)
     order[examples - half :] = order[:half]
 
-    def halved(tensor: Tensor) -> Tensor:
-        counts = tensor.dim() > 0 and len(tensor) == examples
-        return tensor[order.to(tensor.device)] if counts else tensor
-
     fixed = {name: node["value"] for name, node in read_sites(trace).latent.items()}
     fixed |= {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in layers.items()}
     found = []
-    for x in (first[0], map_tensors(halved, first[0])):
+    for x in (first[0], taken(first[0], order, examples)):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             try:

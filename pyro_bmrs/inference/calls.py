@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
+import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.guides import AutoCallable
 from torch import nn
@@ -34,6 +35,13 @@ class Program(nn.Module):
 def as_module(program: Callable[..., Any]) -> nn.Module:
     """A Pyro program as a module: itself if it is one."""
     return program if isinstance(program, nn.Module) else Program(program)
+
+
+def home_of(*programs: object) -> torch.device:
+    """The device of the first parameter that one of these modules has; the CPU if there is none."""
+    modules = (program for program in programs if isinstance(program, nn.Module))
+    first = next((parameter for module in modules for parameter in module.parameters()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def unique_name(program: object) -> str:

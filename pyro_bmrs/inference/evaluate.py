@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.calls import home_of
 from pyro_bmrs.inference.elbo import observed_log_prob
 from pyro_bmrs.inference.likelihoods import parts_of
 from pyro_bmrs.inference.sites import plate_scale, read_sites, weights_of
@@ -36,9 +36,7 @@ def evaluate(
         data: (x, y) tensors, a data set or a loader.
         theta: θ by site, such as `guide.mean()`. Other sites are drawn from their prior, with a warning.
     """
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    batches = data if isinstance(data, Batches) else Batches(data, batch_size, device, "data")
+    batches = data if isinstance(data, Batches) else Batches(data, batch_size, home_of(model), "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
     if set(noise_layers(model)) - set(theta or {}):
         warnings.warn(FROM_PRIOR, stacklevel=2)

@@ -19,7 +19,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.inference.traces import guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
+from pyro_bmrs.networks.inputs import Inputs, call, taken, tensors_of
 from pyro_bmrs.networks.inputs import batch_size as examples_in
 from pyro_bmrs.networks.noise import FixedScales, noise_layers
 
@@ -226,7 +226,4 @@ def _sliced(x: Inputs, size: int) -> Iterator[Inputs]:
     check(bool(tensors_of(x)), "x", "a tensor, or hold one", type(x), TypeError)
     whole = examples_in(x)
     for start in range(0, whole, size):
-        yield map_tensors(
-            lambda t: t[start : start + size] if t.dim() and len(t) == whole else t,  # noqa: B023
-            x,
-        )
+        yield taken(x, slice(start, start + size), whole)

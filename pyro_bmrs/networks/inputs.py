@@ -139,22 +139,34 @@ def batch_size(inputs: Inputs) -> int:
     raise ValueError(f"example_input must hold a tensor of examples: got {type(inputs).__name__}")
 
 
+def taken[T](inputs: T, rows: slice | Tensor, examples: int) -> T:
+    """Some of the examples: these rows of each tensor that has one entry per example.
+
+    >>> taken((torch.arange(4), torch.tensor(0.5)), slice(2), 4)
+    (tensor([0, 1]), tensor(0.5000))
+
+    Args:
+        rows: a slice, or their numbers.
+        examples: how many there are.
+    """
+
+    def take(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) != examples:
+            return tensor
+        return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
+
+    return map_tensors(take, inputs)
+
+
 def first_examples[T](inputs: T, count: int) -> T:
     """The first `count` examples of each tensor that has one entry per example."""
-    size = batch_size(inputs)
-    return map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == size else t, inputs)
+    return taken(inputs, slice(count), batch_size(inputs))
 
 
 def repeated[T](inputs: T, count: int) -> T:
     """Exactly `count` examples: the given ones, repeated."""
     size = batch_size(inputs)
-
-    def tile(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] != size:
-            return tensor
-        return tensor.repeat(-(-count // size), *[1] * (tensor.dim() - 1))[:count]
-
-    return map_tensors(tile, inputs)
+    return taken(inputs, torch.arange(count) % size, size)
 
 
 def as_double[T](inputs: T) -> T:
