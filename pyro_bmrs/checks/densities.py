@@ -18,7 +18,14 @@ from torch.distributions import Independent
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.draws import check_scales
-from pyro_bmrs.inference.sites import check_observed, check_same_latents, plate_scale, read_sites, weights_of
+from pyro_bmrs.inference.sites import (
+    Sites,
+    check_observed,
+    check_same_latents,
+    plate_scale,
+    read_sites,
+    weights_of,
+)
 from pyro_bmrs.inference.traces import model_at
 
 Values = Mapping[str, Tensor]
@@ -95,15 +102,18 @@ def log_densities(
             try:
                 trace = model_at(data.model, chosen, *arguments)
             except RuntimeError:  # of values for all examples, as a batch can't take them
-                _check_local(data, _trace_of_prior(data.model, arguments), data.examples_in(arguments))
+                free = read_sites(_trace_of_prior(data.model, arguments))
+                _check_local(data, free, data.examples_in(arguments))
                 raise
             read = read_sites(trace)
             if draw == 0:
                 size = data.examples_in(arguments, trace)
                 if start + size > data.size:
                     raise _other_size(data, start + size)
-                _check_latents(trace, chosen)
-                _check_local(data, trace, size)
+                check_scales("model", read)
+                check_observed(read)
+                check_same_latents(read, chosen)
+                _check_local(data, read, size)
             terms = {
                 name: element_log_prob(site).double() for name, site in (read.latent | read.data).items()
             }
@@ -129,12 +139,6 @@ def _other_size(data: DataOfModel, found: int) -> ValueError:
     )
 
 
-def _check_latents(trace: Trace, values: Values) -> None:
-    check_scales("model", trace)
-    check_observed(read_sites(trace))
-    check_same_latents(read_sites(trace), values)
-
-
 def _trace_of_prior(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Trace:
     """A trace of the model at latents of its prior, without any where that can't be drawn."""
     with suppress(RuntimeError, NotImplementedError):
@@ -142,10 +146,9 @@ def _trace_of_prior(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Tr
     return Trace()
 
 
-def _check_local(data: DataOfModel, trace: Trace, batch: int) -> None:
+def _check_local(data: DataOfModel, sites: Sites, batch: int) -> None:
     if not data.batched or len(data) == 1:
         return
-    sites = read_sites(trace)
     local = sorted(sites.local(batch))
     if local:
         raise ValueError(

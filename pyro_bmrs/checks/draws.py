@@ -10,13 +10,19 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.inference.blocks import Block, SiteBlock
 from pyro_bmrs.inference.posteriors import read_blocks
-from pyro_bmrs.inference.sites import elementary, masked_latents, plate_scale, read_sites, warn_of_masked
+from pyro_bmrs.inference.sites import (
+    Sites,
+    elementary,
+    masked_latents,
+    plate_scale,
+    read_sites,
+    warn_of_masked,
+)
 from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.programs.reduced_posterior import ReducedPosterior
 
@@ -41,10 +47,10 @@ def draw_posterior(guide: Callable[..., Any], arguments: tuple[Any, ...], draws:
     densities, points = [], True
     for _ in range(draws):
         trace = poutine.trace(guide).get_trace(*arguments)
-        if not values:
-            check_scales("guide", trace)
-        trace.compute_log_prob()
         read = read_sites(trace)
+        if not values:
+            check_scales("guide", read)
+        trace.compute_log_prob()
         sites = [*read.latent.values(), *read.auxiliary.values(), *read.data.values()]
         densities.append(sum(site["log_prob_sum"].double() for site in sites))
         points = points and all(isinstance(elementary(site["fn"]), dist.Delta) for site in sites)
@@ -81,23 +87,21 @@ def parts_of(
     if data.batched or posterior.log_q is None:
         return posterior, blocks
     trace = model_at(model, posterior.values[0], *arguments)
-    masks, log_q, told = masked_latents(trace), posterior.log_q, []
+    masks, log_q = masked_latents(read_sites(trace)), posterior.log_q
     for number, block in enumerate(blocks):
         if isinstance(block, SiteBlock) and block.site in masks:
-            mask = masks[block.site]
+            mask = masks.pop(block.site)
             values = torch.stack([drawn[block.site] for drawn in posterior.values]).double()
             density = block.distribution.log_prob(values)
             density = density.reshape(len(values), *mask.shape, -1).sum(-1)
             log_q = log_q - torch.where(mask, 0.0, density).flatten(1).sum(1)
             blocks[number] = replace(block, kept=mask if block.kept is None else mask & block.kept)
-            told.append(block.site)
-    warn_of_masked(trace, told)
+    warn_of_masked(masks)
     return replace(posterior, log_q=log_q), blocks
 
 
-def check_scales(name: str, trace: Trace) -> None:
+def check_scales(name: str, read: Sites) -> None:
     """Refuse what would make a weight of two densities that don't belong together."""
-    read = read_sites(trace)
     for site, node in read.plates.items():
         if (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
             raise ValueError(

@@ -141,20 +141,20 @@ class Loop:
                 if held_out is not None:  # unsuitable validation data are refused before the first step
                     given = held_out.first()
                     held_out.count.settle(*given, poutine.trace(self.model).get_trace(*given))
-            examples = self.batches.count(x, y)
-            check_latents(self.model, self.guide, self.first, trace)
+            examples, sites = self.batches.count(x, y), read_sites(trace)
+            check_latents(self.model, self.guide, self.first, sites)
             if noise_layers(self.model):
                 check_weights(network_of(self.model), lambda: input_of(self.model, self.first))
-            local = read_sites(trace).local(examples)
+            local = sites.local(examples)
             check_local(self.guide, local, self.batches)
-            check_batches_apart(self.model, self.first, trace, self.batches)
+            check_batches_apart(self.model, self.first, sites, self.batches)
             if draws is None or draws > 1:
-                check_examples_apart(self.model, self.first, trace, examples)
+                check_examples_apart(self.model, self.first, sites, examples)
             return Objective(
                 self.model, self.guide, self.first, count=self.batches.count, dataset_size=self.batches.size,
                 draws=None if draws is None else max(draws // self.fabric.world_size, 1),
                 stratified=settings.stratified, elbo=settings.elbo, validate=self.task.validate,
-                scaled=speaks_for_the_data_set(trace, examples, self.batches.size),
+                scaled=speaks_for_the_data_set(sites, examples, self.batches.size),
                 local_sites=local,
             )  # fmt: skip
 

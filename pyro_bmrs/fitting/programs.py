@@ -11,7 +11,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.infer.autoguide.guides import AutoCallable
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,6 +25,7 @@ from pyro_bmrs.inference.sites import (
     check_observed,
     check_same_latents,
     elementary,
+    masked_latents,
     read_sites,
     warn_of_masked,
 )
@@ -86,17 +86,17 @@ def check_parameters(model: nn.Module, guide: Callable[..., Any], first: tuple[A
 
 @torch.no_grad()
 def check_latents(
-    model: nn.Module, guide: Callable[..., Any] | None, first: tuple[Any, ...], trace: Trace
+    model: nn.Module, guide: Callable[..., Any] | None, first: tuple[Any, ...], sites: Sites
 ) -> None:
     """Raise unless the guide draws all latents of the model, and so that gradients reach its parameters; and for NaN.
 
     Args:
-        trace: of the model on the batch `first`.
+        sites: of the model on the batch `first`.
     """
-    check_observed(read_sites(trace))
+    check_observed(sites)
     drawn = Sites() if guide is None else read_sites(poutine.trace(guide).get_trace(*first))
-    check_same_latents(read_sites(trace), drawn.latent, guide is not None)
-    for name, node in read_sites(trace).latent.items() if drawn.latent else ():
+    check_same_latents(sites, drawn.latent, guide is not None)
+    for name, node in sites.latent.items():
         shapes = [tuple(part["value"].shape) for part in (node, drawn.latent[name])]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -108,7 +108,7 @@ def check_latents(
                 f"guide must draw {name!r} from a distribution with rsample, through which gradients pass: "
                 f"{type(elementary(node['fn'])).__name__} has none. Sum discrete latents out in the model"
             )
-    warn_of_masked(trace)
+    warn_of_masked(masked_latents(sites))
 
 
 def check_local(guide: Callable[..., Any] | None, local: frozenset[str], batches: Batches) -> None:
@@ -135,16 +135,16 @@ def check_local(guide: Callable[..., Any] | None, local: frozenset[str], batches
 
 
 @torch.no_grad()
-def check_batches_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, batches: Batches) -> None:
+def check_batches_apart(model: nn.Module, first: tuple[Any, Any], sites: Sites, batches: Batches) -> None:
     """Raise unless batches that are cut from the data can stand for themselves.
 
     The halves of a batch must have the same latents as the whole, and as much log-likelihood together. Those of a time
     series or a Gaussian process have not. A loader's batches may be apart for reasons of its own.
 
     Args:
-        trace: of the model on the batch `first`.
+        sites: of the model on the batch `first`.
     """
-    examples, sites = batches.count(*first), read_sites(trace)
+    examples = batches.count(*first)
     half, local, once = examples // 2, sites.local(examples), sites.whole(examples)
     if len(batches) == 1 or batches.loader is not None or not half or noise_layers(model):
         return
@@ -179,13 +179,13 @@ def check_batches_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, 
 
 
 @torch.no_grad()
-def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace, examples: int) -> None:
+def check_examples_apart(model: nn.Module, first: tuple[Any, Any], sites: Sites, examples: int) -> None:
     """Raise unless what the model says of an example depends on no other example, where each has a θ of its own.
 
     The second half of the batch is replaced by the first. What the model says of the first must stay as it was.
 
     Args:
-        trace: of the model on the batch `first`.
+        sites: of the model on the batch `first`.
 
     Raises:
         ValueError: as for a network of a graph, whose nodes exchange messages.
@@ -199,15 +199,15 @@ def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace,
     order = torch.arange(examples)
     order[examples - half :] = order[:half]
 
-    fixed = {name: node["value"] for name, node in read_sites(trace).latent.items()}
+    fixed = {name: node["value"] for name, node in sites.latent.items()}
     fixed |= {site: torch.ones_like(layer.kept, dtype=torch.float) for site, layer in layers.items()}
     found = []
     for x in (first[0], taken(first[0], order, examples)):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             try:
-                sites = read_sites(model_at(model, fixed, x, first[1])).observed
-                found.append({name: node["fn"].log_prob(node["value"]) for name, node in sites.items()})
+                observed = read_sites(model_at(model, fixed, x, first[1])).observed
+                found.append({name: node["fn"].log_prob(node["value"]) for name, node in observed.items()})
             except (RuntimeError, ValueError, IndexError):  # it does not take such a batch
                 return
     for name, before in found[0].items():
@@ -223,14 +223,14 @@ def check_examples_apart(model: nn.Module, first: tuple[Any, Any], trace: Trace,
             )
 
 
-def speaks_for_the_data_set(trace: Trace, batch: int, size: int) -> bool:
-    """Whether the likelihood in a trace of the model is scaled to the whole data set, and not the batch's own.
+def speaks_for_the_data_set(sites: Sites, batch: int, size: int) -> bool:
+    """Whether the likelihood of a model on a batch is scaled to the whole data set, and not the batch's own.
 
     Raises:
         ValueError: if it has another scale, or parts of it belong to no example and would count in each batch.
     """
-    scale, full = likelihood_scale(trace, batch), size / batch
-    whole = sorted(read_sites(trace).whole(batch))
+    scale, full = likelihood_scale(sites, batch), size / batch
+    whole = sorted(sites.whole(batch))
     if whole and batch < size and math.isclose(scale, 1.0):
         raise ValueError(
             f"model must not have {whole} outside of the plate of its examples, where it would count in each batch: "

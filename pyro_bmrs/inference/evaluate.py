@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.calls import home_of
 from pyro_bmrs.inference.elbo import observed_log_prob
 from pyro_bmrs.inference.likelihoods import parts_of
-from pyro_bmrs.inference.sites import plate_scale, read_sites, weights_of
+from pyro_bmrs.inference.sites import Sites, plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 
@@ -47,9 +46,10 @@ def evaluate(
             if not examples:
                 batches.count.settle(x, y, trace)
             count = batches.count(x, y)
+            sites = read_sites(trace)
             # what belongs to no example is no part of the data
-            total = observed_log_prob(trace, without=read_sites(trace).whole(count))
-            likelihood += float(total) / likelihood_scale(trace, count)
+            total = observed_log_prob(trace, without=sites.whole(count))
+            likelihood += float(total) / likelihood_scale(sites, count)
             examples += count
             right, valid = _count_correct(model, trace.nodes["_RETURN"]["value"], y)
             correct, counted = correct + right, counted + valid
@@ -69,20 +69,21 @@ def _count_correct(model: nn.Module, output: object, y: object) -> tuple[float, 
     return float(((predicted == y) & valid).sum()), float(valid.sum())
 
 
-def likelihood_scale(trace: Trace, examples: int) -> float:
-    """How often the data of a batch are counted: the one scale of its observations and factors in a trace.
+def likelihood_scale(sites: Sites, examples: int) -> float:
+    """How often the data of a batch are counted: the one scale of a model's observations and factors.
 
     Weights of single examples are no part of it. Neither is what stands outside of the plate of the examples, if others
     are in it.
 
     Args:
+        sites: of the model on the batch.
         examples: of the batch.
 
     Raises:
         ValueError: if the model observes nothing, or its sites are scaled differently.
     """
-    read = read_sites(trace)
-    data = {name: node for name, node in read.data.items() if name not in read.whole(examples)}
+    whole = sites.whole(examples)
+    data = {name: node for name, node in sites.data.items() if name not in whole}
     if not data:
         raise ValueError("model must observe y when called as model(x, y): it has no observed site")
     scales = {

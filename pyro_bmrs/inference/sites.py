@@ -172,32 +172,26 @@ def check_observed(sites: Sites) -> None:
             )
 
 
-def masked_latents(trace: Trace) -> dict[str, Tensor]:
+def masked_latents(sites: Sites) -> dict[str, Tensor]:
     """Where `poutine.mask` leaves a latent without a density: False. As `obs_mask` does to what was observed."""
-    masks = {name: node["mask"] for name, node in read_sites(trace).latent.items()}
     found = {
-        name: torch.as_tensor(mask).broadcast_to(trace.nodes[name]["fn"].batch_shape)
-        for name, mask in masks.items()
-        if mask is not None
+        name: torch.as_tensor(node["mask"]).broadcast_to(node["fn"].batch_shape)
+        for name, node in sites.latent.items()
+        if node["mask"] is not None
     }
     return {name: mask for name, mask in found.items() if not bool(mask.all())}
 
 
-def warn_of_masked(trace: Trace, without: Collection[str] = ()) -> None:
-    """Warn of latents of which a guide has elements that the model has not.
-
-    Args:
-        without: those that are taken care of.
-    """
-    for name, mask in masked_latents(trace).items():
-        if name not in without:
-            warnings.warn(
-                f"model leaves {int((~mask).sum())} of {mask.numel()} elements of latent {name!r} without a density "
-                "(poutine.mask, or obs_mask), and the guide has one of them: log q counts what log p does not. "
-                "ELBO and k̂ say nothing then; give the model only the elements that are missing",
-                MaskedLatentWarning,
-                stacklevel=3,
-            )
+def warn_of_masked(masks: Mapping[str, Tensor]) -> None:
+    """Warn of latents of which a guide has elements that the model has not: where these are False."""
+    for name, mask in masks.items():
+        warnings.warn(
+            f"model leaves {int((~mask).sum())} of {mask.numel()} elements of latent {name!r} without a density "
+            "(poutine.mask, or obs_mask), and the guide has one of them: log q counts what log p does not. "
+            "ELBO and k̂ say nothing then; give the model only the elements that are missing",
+            MaskedLatentWarning,
+            stacklevel=3,
+        )
 
 
 def _is_computed(node: Node) -> bool:

@@ -21,7 +21,7 @@ from pyro_bmrs.distributions.packed import uniforms
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference import packed
 from pyro_bmrs.inference.evaluate import likelihood_scale
-from pyro_bmrs.inference.sites import elementary
+from pyro_bmrs.inference.sites import elementary, read_sites
 from pyro_bmrs.networks import hooked_noise
 from pyro_bmrs.networks.noise import FixedScales, noise_layers, scaled
 
@@ -177,7 +177,7 @@ class Problem:
                 trace = poutine.trace(self.model).get_trace(self.x[rows], self.y[rows])
             trace.compute_log_prob(site_filter=lambda name, site: site["is_observed"])
             likelihood = likelihood + trace.nodes["y"]["log_prob_sum"] / likelihood_scale(
-                trace, len(self.y[rows])
+                read_sites(trace), len(self.y[rows])
             )
         loss = -likelihood / BATCH
         for site, law in laws.items():
