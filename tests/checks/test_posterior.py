@@ -125,7 +125,7 @@ def khat_of(checks, part=JOINT):
 YM = t(0.3, -1.0, 2.0, 0.1, 0.7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_an_exact_posterior(dtype):
     y = YM.to(dtype)
     checks = check_posterior(normal_means, posterior_of_means(), (y,), draws=4000)

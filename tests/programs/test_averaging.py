@@ -85,7 +85,9 @@ def test_dependent_priors_are_averaged(joint, reduced, draws):
 
 
 @FEWER_OR_MANY
-@pytest.mark.parametrize("joint", [False, True], ids=["mean-field", "joint"])
+@pytest.mark.parametrize(
+    "joint", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["mean-field", "joint"]
+)
 def test_a_point_under_a_dependent_prior(joint, draws):
     """Estimated from draws it would be nothing; conditional on all else it has a closed form."""
     guide = hierarchy_guide(joint)

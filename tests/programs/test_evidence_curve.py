@@ -75,7 +75,7 @@ def test_the_best_log_odds_are_those_of_the_share_that_is_idle():
 
 
 @pytest.mark.usefixtures("empty_store")
-@pytest.mark.parametrize("mean_field", [False, True])
+@pytest.mark.parametrize("mean_field", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prior_scale_by_evidence(mean_field):
     """The joint normal's ΔF of all weights is exact: that of the regression with another prior scale."""
     guide = regression.posterior(X, Y, mean_field=mean_field)

@@ -90,7 +90,7 @@ KINDS = {
     "AutoDiagonalNormal": lambda: fit(schools, AutoDiagonalNormal(schools), EFFECTS),
     "by hand": lambda: by_hand,
 }
-SLOW = ("AutoMultivariateNormal", "AutoLowRank", "AutoDiagonalNormal")
+SLOW = ("AutoNormal", "AutoMultivariateNormal", "AutoLowRank", "AutoDiagonalNormal")
 
 
 @pytest.mark.parametrize(

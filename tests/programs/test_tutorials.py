@@ -135,6 +135,7 @@ def test_a_guide_may_draw_in_another_order_than_the_model():
     assert loss.std() / 200**0.5 < 0.015
 
 
+@pytest.mark.slow
 def test_guides_of_parts_in_another_order():
     """`mean` stands first in the model and last in the list. Both guides are normals that depend on nothing."""
     guide = AutoGuideList(chain)
@@ -335,7 +336,16 @@ def structured(model):
     return AutoStructured(model, conditionals=dict.fromkeys(("rate", "share"), "normal"), dependencies={})
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, structured])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AutoNormal,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (AutoDiagonalNormal, AutoMultivariateNormal, structured)
+        ),
+    ],
+)
 def test_the_loss_has_the_jacobian_of_the_map_to_the_support(kind):
     """The mean loss is the negative ELBO that `check_posterior` finds from densities alone."""
     guide = kind(counts)

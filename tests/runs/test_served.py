@@ -291,7 +291,11 @@ def test_a_new_fit_says_what_it_removes(reported, place, capsys):
 
 @pytest.mark.parametrize(
     ("stage", "command"),
-    [("report", "report"), pytest.param("report", "run", marks=pytest.mark.slow), ("reduce", "reduce")],
+    [
+        pytest.param("report", "report", marks=pytest.mark.slow),
+        pytest.param("report", "run", marks=pytest.mark.slow),
+        ("reduce", "reduce"),
+    ],
 )
 def test_ctrl_c_after_the_fit_says_that_the_same_command_goes_on(
     stage, command, reported, place, monkeypatch, capsys
