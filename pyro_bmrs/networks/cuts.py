@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import getattr_static
@@ -321,20 +322,23 @@ def _sizes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int
 
 
 def number_of(module: nn.Module, name: str) -> int | None:
-    """An integer attribute, or with "name.0" an entry of a tuple or list of them; None if there is none."""
-    own, _, entry = name.partition(".")
-    value = getattr_static(module, own, None)
-    if entry:
-        there = isinstance(value, tuple | list) and entry in map(str, range(len(value)))
-        value = value[int(entry)] if there else None
+    """An integer attribute; "name.0" is an entry of a tuple or list, "config.name" an attribute of a configuration."""
+    value: Any = module
+    for own in name.split("."):
+        if isinstance(value, tuple | list):
+            value = value[int(own)] if own in map(str, range(len(value))) else None
+        else:
+            value = getattr_static(value, own, None)
     return value if type(value) is int else None
 
 
-def _set_number(module: nn.Module, name: str, value: int) -> None:
-    own, _, entry = name.partition(".")
-    if entry:
-        old = getattr(module, own)
-        new = [*old[: int(entry)], value, *old[int(entry) + 1 :]]
-        setattr(module, own, new if isinstance(old, list) else tuple(new))
-    else:
-        setattr(module, name, value)
+def _set_number(holder: Any, name: str, value: int) -> Any:
+    """`holder` with another number. Tuples, lists and configurations, which others may share, are copied."""
+    own, _, rest = name.partition(".")
+    if isinstance(holder, tuple | list):
+        new = [*holder[: int(own)], value, *holder[int(own) + 1 :]]
+        return new if isinstance(holder, list) else tuple(new)
+    if rest:
+        value = _set_number(copy.copy(getattr(holder, own)), rest, value)
+    setattr(holder, own, value)
+    return holder

@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.dependency_graph import StructureError, has_own_parameters
+from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
 from pyro_bmrs.networks.examples import exactly
+from pyro_bmrs.networks.grouping import Refused
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
@@ -29,14 +30,12 @@ from pyro_bmrs.networks.inputs import (
 )
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import at_one, noise_layers
-from pyro_bmrs.networks.structures import Structures, find_structures
-from pyro_bmrs.networks.surgery import EqualityError, difference, remove_structures
-
-_TRIAL_EXAMPLES = 3
+from pyro_bmrs.networks.surgery import difference
+from pyro_bmrs.networks.trial import Trial
 
 
 def structures(
-    network: nn.Module, example_input: Inputs, *, leave_out: str | Sequence[str] = ()
+    network: nn.Module, example_input: Inputs, *, leave_out: str | Sequence[str] = (), strict: bool = False
 ) -> Structures:
     """Every structure that can be removed from `network`; and what can't be removed, with the reason.
 
@@ -75,19 +74,33 @@ def structures(
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
     separate = copied(network)
     separate_attention(separate)
-    found, culprits = find_structures(separate, example_input, leave_out)
+    found = find_structures(separate, example_input, leave_out)
     if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
-        culprits |= _try_removals(separate, list(found), example_input)
-    if culprits:
+        found = _tried(separate, found, example_input)
+    culprits = [refused for refused in found.refused if refused.unsupported]
+    if strict and culprits:
         raise StructureError(
-            f"network has layers that can't be handled: {'; '.join(culprits.values())}. Leave them as they are with "
-            f"leave_out={sorted(culprits)}"
+            "network has layers that can't be handled: "
+            f"{'; '.join(f'{refused.path}: {refused.reason}' for refused in culprits)}. Leave them as they are with "
+            f"leave_out={sorted({refused.path for refused in culprits})}"
         )
     return found
 
 
+def _tried(network: nn.Module, found: Structures, example_input: Inputs) -> Structures:
+    """What a trial has confirmed. The rest stays, with what went wrong."""
+    groups = list(found)
+    good, reasons = Trial(network, example_input).failures(groups)
+    refused = [
+        Refused(group.producers[0].path, group.channels * group.features, reasons[group.site], unsupported=True)
+        for group in groups
+        if group.site in reasons
+    ]
+    return Structures({group.site: group for group in good}, (*found.refused, *refused))
+
+
 def insert_noise[Network: nn.Module](
-    network: Network, example_input: Inputs, *, leave_out: str | Sequence[str] = ()
+    network: Network, example_input: Inputs, *, leave_out: str | Sequence[str] = (), strict: bool = False
 ) -> Network:
     """A copy of the network with one latent θ per structure, which acts wherever the structure is read.
 
@@ -110,7 +123,7 @@ def insert_noise[Network: nn.Module](
     Raises:
         StructureError, ValueError: as `structures`. Also StructureError, with the reasons, if nothing can be removed.
     """
-    found = structures(network, example_input, leave_out=leave_out)
+    found = structures(network, example_input, leave_out=leave_out, strict=strict)
     check_finite("network", network)
     if not found.groups:
         reasons = "; ".join(f"{refused.path}: {refused.reason}" for refused in found.refused)
@@ -243,7 +256,7 @@ def _called(network: nn.Module) -> Iterator[set[str]]:
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
         for path, module in network.named_modules()
-        if has_own_parameters(module)
+        if any(parameter is not None for parameter in module._parameters.values())
     ]
     try:
         yield called
@@ -264,86 +277,3 @@ def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
     noise = HookedNoise(network, groups)
     noise.attach(network)
     return noise
-
-
-def _try_removals(network: nn.Module, groups: list[StructureGroup], example_input: Inputs) -> dict[str, str]:
-    """Remove a part of every group in a copy with random weights. Returns, by site, how the function changes."""
-    device = next(network.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    varied = copied(network)
-
-    def draw(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(device)
-        return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
-
-    given = map_tensors(lambda tensor: tensor.to(device), exactly(network, example_input, _TRIAL_EXAMPLES))
-    example = map_tensors(draw, given)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            _randomise(varied, example)
-        except Exception:  # the network may not accept all numbers, as a logarithm does not
-            example = given
-            _randomise(varied, example)
-    culprits: dict[str, str] = {}
-    for some, error in _failures(varied, groups, example, generator):
-        words = f"removing from {', '.join(repr(group.site) for group in some)}: {error}"
-        # one explanation for several that fail together
-        culprits |= {group.site: words if group is some[0] else f"{group.site!r} with them" for group in some}
-    return culprits
-
-
-def _failures(
-    network: nn.Module, groups: list[StructureGroup], example: Inputs, generator: torch.Generator
-) -> list[tuple[list[StructureGroup], str]]:
-    """The groups whose removal changes the function, as few at a time as possible, and the error."""
-    noisy = copied(network)
-    _attach(noisy, groups)
-    kept: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    for group in groups:
-        # a different share of each group, to detect groups that must be equally wide
-        share = 0.2 + 0.6 * float(torch.rand((), generator=generator))
-        count = min(max(round(share * group.features), 1), group.features - 1)
-        order = torch.randperm(group.features, generator=generator)
-        kept[group.site] = torch.ones(group.features, dtype=torch.bool)
-        kept[group.site][order[:count]] = False
-        scales[group.site] = 0.5 + torch.rand(group.features, generator=generator, dtype=torch.float64)
-    for inner, outers in Nesting.of(groups).owners.items():
-        for outer, owner in outers.items():
-            # of a structure that stays some part inside must stay, or there is nothing to compare
-            kept[inner] |= owner == int(torch.nonzero(kept[outer])[0])
-    try:
-        remove_structures(noisy, kept, scales, example)
-    except (EqualityError, ValueError) as error:  # ValueError: cuts that leave nothing of a layer
-        if len(groups) == 1:
-            return [(groups, str(error))]
-        half = len(groups) // 2
-        found = [
-            failure
-            for part in (groups[:half], groups[half:])
-            for failure in _failures(network, part, example, generator)
-        ]
-        return found or [(groups, str(error))]
-    return []
-
-
-@torch.no_grad()
-def _randomise(network: nn.Module, example: Inputs) -> None:
-    """Give random weights, so that every output depends on every structure, and matching BatchNorm statistics."""
-    for parameter in network.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.normal_(mean=0.5, std=0.5)
-    normalisations = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    network.eval()
-    for module in normalisations:
-        if module.track_running_stats:
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-    if normalisations:
-        call(network, example)
-    network.eval()

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from pyro_bmrs.arguments import on_a_screen
-from pyro_bmrs.networks.channels import ROWS, channels
 from pyro_bmrs.networks.computed import computed, has_computed
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.dependency_graph import DependencyGraph, StructureError
+from pyro_bmrs.networks.examples import at_most
+from pyro_bmrs.networks.grouping import Grouping, Refused, matches
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
 from pyro_bmrs.networks.inputs import Inputs
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.ties import settle
+from pyro_bmrs.networks.trace import Trace
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Channels that stay, and why.
-
-    Attributes:
-        path: the first module that makes them.
-        channels: their number.
-        reason: why none of them can be removed without changing the others.
-    """
-
-    path: str
-    channels: int
-    reason: str
+class StructureError(ValueError):
+    """Structures of a network can't be handled. The message names the layers and says why."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +121,10 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     }
     by_hand = [site for site in noise_layers(network) if site not in groups]
     if by_hand:
-        graph = DependencyGraph(without_hooked_noise(copied(network)), example_input)
-        groups |= {site: _group_of_layer(graph, site) for site in by_hand}
+        grouping = traced(without_hooked_noise(copied(network)), example_input)
+        layers = noise_layers(grouping.trace.network)
+        paths = {layer: path for path, layer in grouping.trace.network.named_modules()}
+        groups |= {site: _group_of_layer(grouping, site, paths[layers[site]]) for site in by_hand}
         _refuse_overlaps(groups)
     for group in groups.values():
         for member in group.members:
@@ -155,120 +147,70 @@ def check_weights(network: nn.Module, find_input: Callable[[], Inputs]) -> None:
 
 def find_structures(
     network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()
-) -> tuple[Structures, dict[str, str]]:
-    """The structures that the dependency graph proposes for a network without noise. They are not yet tried.
+) -> Structures:
+    """The structures that a trace proposes for a network without noise. They are not yet tried.
 
     Args:
+        network: traced as it is, in evaluation mode.
         leave_out: paths of modules or parameters, or patterns of them such as "layer4.*". Structures that touch these,
             or modules below them, stay.
 
-    Returns:
-        The structures; and by path, for each layer that can't be followed, an explanation.
-
     Raises:
-        StructureError: if the graph can't be made, or two groups contain the same channel.
+        StructureError: if the network can't be traced.
         ValueError: if an entry of `leave_out` matches no module.
     """
     paths = [path for path, _ in (*network.named_modules(), *network.named_parameters())]
     for pattern in leave_out:
-        if not any(_matches(path, [pattern]) for path in paths):
+        if not any(matches(path, [pattern]) for path in paths):
             raise ValueError(
                 f"leave_out must name modules or parameters of the network: none matches {pattern!r}"
             )
-    graph = DependencyGraph(copied(network), example_input)
-    groups: dict[str, StructureGroup] = {}
-    refused: list[Refused] = []
-    unknown: dict[str, str] = {}
-    covered: dict[str, set[int]] = {}
-    for path, module in graph.producers():
-        size = channels(module, ROWS)
-        assert size is not None
-        rows = [row for row in range(size) if row not in covered.get(path, ())]
-        if not rows:
-            continue
-        try:
-            reach = graph.reach(module, rows)
-        except Exception as error:  # the graph does not know every operation
-            unknown[path] = f"{path!r} can't be followed ({type(error).__name__}: {error})"
-            continue
-        for made, indices in reach.rows():
-            covered.setdefault(made, set()).update(indices)
-        covered.setdefault(path, set()).update(rows)
-        left = next((touched for touched in reach.touched() if _matches(touched, leave_out)), None)
-        if left is not None:
-            words = "left out" if left == path else f"tied to {left!r}, which is left out"
-            refused.append(Refused(path, len(rows), words))
-            continue
-        reason = reach.reason()
-        if reason:
-            refused.append(Refused(path, len(rows), reason))
-            continue
-        culprit = reach.not_understood()
-        if culprit:
-            unknown[culprit[0]] = culprit[1]
-            continue
-        group = reach.group(path)
-        if set(range(group.features)) != {unit for m in group.consumers for unit in m.units.tolist()}:
-            unknown[path] = f"some of the channels of {path!r} can't be followed to a layer that reads them"
-            continue
-        if group.features < 2:
-            refused.append(Refused(path, len(rows), "a single structure, and one must stay"))
-        else:
-            groups[group.site] = group
-    for path, module in graph.network.named_modules():
-        matrices = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
-        if matrices and path not in covered and path not in unknown:
-            known = channels(module, ROWS) is not None
-            reason = (
-                f"a {type(module).__name__}, no layer that can be cut" if not known or graph.calls[module] else
-                "never called itself: other code uses its weight, or nothing does"
-            )  # fmt: skip
-            count = channels(module, ROWS) or max(p.shape[0] for p in matrices)
-            refused.append(Refused(path or "(itself)", count, reason))
-    _refuse_overlaps(groups)
-    return Structures(groups, tuple(refused)), unknown
+    groups, refused = traced(network, example_input, leave_out).groups()
+    return Structures(groups, tuple(refused))
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(
-        path == pattern or path.startswith(f"{pattern}.") or fnmatchcase(path, pattern)
-        for pattern in patterns
-    )
+def traced(network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()) -> Grouping:
+    """The classes of a network's rows, columns and entries, from one pass in evaluation mode.
+
+    Raises:
+        StructureError: if an operation fails under the trace.
+    """
+    trace = Trace(network.eval(), at_most(network, example_input, 2))
+    try:
+        trace.run()
+    except Exception as error:
+        raise StructureError(
+            f"network can't be traced: {type(error).__name__} in {trace.here or 'the network itself'!r}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    settle(trace)
+    return Grouping(trace, leave_out)
 
 
-def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
+def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:
     """The group of a noise layer written by hand."""
-    layer = graph.noise[site]
     advice = "Take the noise layer out, or let pyro_bmrs.insert_noise place it"
-    if layer in graph.nodes:
-        reach = graph.reach(layer, list(range(layer.features)))
-        for other in reach.noise():
-            # an InputSelection behind these structures may have its own noise layer
-            inside = reach.selections() and layer not in graph.reach(other, [*range(other.features)]).noise()
-            if other is not layer and not inside:
-                raise StructureError(
-                    f"noise layers {site!r} and {other.site!r} are both tied to the same structures. {advice}"
-                )
-        mixing = reach.mixing()
-        if mixing:
-            raise StructureError(f"structures of noise layer {site!r} are {mixing}. {advice}")
-        culprit = reach.not_understood()
-        if culprit:
-            raise StructureError(f"structures of noise layer {site!r}: {culprit[1]}. {advice}")
-        group = reach.group(site, by_hand=True)
-    # a noise layer with no module with parameters in front or behind never becomes a node of the graph
-    if layer not in graph.nodes or not group.producers or not group.consumers:
-        missing = "makes" if layer not in graph.nodes or not group.producers else "behind it reads"
+    labels = grouping.noise(path)
+    for other, theirs in grouping.noises():
+        if other != path and set(labels) & set(theirs) - {0}:
+            raise StructureError(
+                f"noise layers {site!r} and {other!r} are both tied to the same structures. {advice}"
+            )
+    for one in labels:
+        if one in grouping.reasons:
+            raise StructureError(f"structures of noise layer {site!r} are {grouping.reasons[one][0]}. {advice}")
+    missing = "makes" if not all(map(grouping.is_made, labels)) else "behind it reads"
+    if not labels or not all(grouping.is_made(one) and grouping.is_read(one) for one in labels):
         raise StructureError(
             f"noise layer {site!r} can't be removed from: no linear or convolution layer {missing} its "
             "structures; put it between two such layers, or behind an InputSelection"
         )
-    if group.features != layer.features:
+    if len(set(labels)) < len(labels):
         raise StructureError(
-            f"structures of noise layer {site!r} are tied to each other: its {layer.features} form only "
-            f"{group.features} that can be removed alone. {advice}"
+            f"structures of noise layer {site!r} are tied to each other: its {len(labels)} form only "
+            f"{len(set(labels))} that can be removed alone. {advice}"
         )
-    return group
+    return grouping.group_of(site, labels)
 
 
 def _refuse_overlaps(groups: dict[str, StructureGroup]) -> None:

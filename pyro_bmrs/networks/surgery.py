@@ -29,13 +29,21 @@ from pyro_bmrs.networks.structures import structure_groups
 
 # The check runs in float64, where the two networks differ by rounding alone.
 TOLERANCE = 1e-10
-_OWN_TOLERANCE = 1e-5
+OWN_TOLERANCE = 1e-5
 # Rounding hides errors in an output that varies by less than this share of its size.
 _LEAST_SPREAD = 0.01
 
 
 class EqualityError(RuntimeError):
-    """The smaller network does not compute what the reduced model computes."""
+    """The smaller network does not compute what the reduced model computes.
+
+    Attributes:
+        path: of the module where that is seen; empty for the network itself.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class Surgery(NamedTuple):
@@ -88,7 +96,8 @@ def expected(
         if left is not None and left[1] is not None:
             dim, rows = left[0], torch.tensor(left[1], device=tensors[0].device)
             tensors = [tensor.index_select(dim, rows) for tensor in tensors]
-        outputs.setdefault(path, []).extend(tensors)
+        # what follows may change them in place
+        outputs.setdefault(path, []).extend(tensor.clone() for tensor in tensors)
 
     with left_alone(reduced), fixed_scales(reduced, scales), _outputs_of(reduced, kept, keep):
         outputs["the network"] = tensors_of(call(reduced, example_input))
@@ -140,7 +149,7 @@ def check_equal(
     there = dict(small.named_modules(remove_duplicate=False))
 
     def keep(path: str, output: Any) -> None:
-        have.setdefault(path, []).extend(tensors_of(output))
+        have.setdefault(path, []).extend(tensor.clone() for tensor in tensors_of(output))
 
     readers = [path for path in expected.outputs if path in there]
     with _outputs_of(small, readers, keep), _where(small):
@@ -156,7 +165,8 @@ def check_equal(
                     continue
                 raise EqualityError(
                     f"output {index} of {name} has shape {tuple(found.shape)} in the smaller network, "
-                    f"{tuple(wanted.shape)} in the reduced model"
+                    f"{tuple(wanted.shape)} in the reduced model",
+                    name,
                 )
             distance, scale = difference(wanted, found)
             worst = max(worst, distance / scale)
@@ -164,7 +174,8 @@ def check_equal(
                 raise EqualityError(
                     f"the smaller network differs from the reduced model: output {index} of {name} by at most "
                     f"{distance:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it)"
-                    + expected.advice
+                    + expected.advice,
+                    name,
                 )
     return worst
 
@@ -214,7 +225,8 @@ def _where(network: nn.Module) -> Any:
         place = repr(running[-1]) if running and running[-1] else "the network itself"
         reason = " ".join(str(error).split())
         raise EqualityError(
-            f"the smaller network fails in {place} with {type(error).__name__}: {reason}"
+            f"the smaller network fails in {place} with {type(error).__name__}: {reason}",
+            running[-1] if running else "",
         ) from error
     finally:
         for handle in handles:
@@ -283,7 +295,7 @@ def remove_structures(
         double = as_double(example)
         wanted, example = expected(reduced, reduced_scales, double, groups.values(), cuts), double
     except RuntimeError:  # it has constants of another precision
-        reduced, tolerance = _all_on(copied(network)), max(tolerance, _OWN_TOLERANCE)
+        reduced, tolerance = _all_on(copied(network)), max(tolerance, OWN_TOLERANCE)
         wanted = expected(reduced, reduced_scales, example, groups.values(), cuts)
     # the same copy: a second one would be the most memory that all this takes
     fold(reduced, groups.values(), reduced_scales)

@@ -1,0 +1,377 @@
+"""From a settled trace to groups of structures, and to what stays, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pyro_bmrs.networks.computed import computed, has_computed
+from pyro_bmrs.networks.groups import Count, Member, StructureGroup
+from pyro_bmrs.networks.labels import varies
+from pyro_bmrs.networks.selection import InputSelection
+from pyro_bmrs.networks.trace import Parameter, Reader, Trace
+
+SINGLE = "a single structure, and one must stay"
+UNREAD = "read by no linear or convolution layer"
+# Attributes in which attention modules keep their number of heads, and the width of all of them together.
+_HEADS = {
+    "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_key_value_heads", "num_kv_heads",
+    "n_kv_heads", "all_head_size", "inner_dim", "attn_dim",
+}  # fmt: skip
+_NEVER = "never used in a forward pass in evaluation"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Channels that stay, and why.
+
+    Attributes:
+        path: the first module that makes them.
+        channels: their number.
+        reason: why none of them can be removed without changing the others.
+        unsupported: True if they could not be followed, cut or tried; False if that is what the network is.
+    """
+
+    path: str
+    channels: int
+    reason: str
+    unsupported: bool = False
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The entries along one dimension of one tensor, and the class of each, 0 for none."""
+
+    parameter: Parameter
+    dim: int
+    role: str
+    classes: Tensor
+    reader: Reader | None = None
+
+    def places_of(self, unit_of: Tensor) -> tuple[Tensor, Tensor]:
+        """(entries, structure of each), where unit_of[class] is a structure's number, -1 for none."""
+        units = unit_of[self.classes]
+        places = torch.nonzero((units >= 0) & (self.classes > 0)).flatten()
+        return places, units[places]
+
+
+class Grouping:
+    """The classes of a settled trace, by what makes, carries and reads them.
+
+    Args:
+        trace: settled.
+        leave_out: paths of modules or parameters, or patterns. Structures that touch these stay.
+    """
+
+    def __init__(self, trace: Trace, leave_out: Sequence[str] = ()) -> None:
+        self.trace, self.find = trace, trace.classes.find
+        self.order = {path: number for number, (path, _) in enumerate(trace.network.named_modules())}
+        self.lines: list[_Line] = []
+        self.reasons: dict[int, tuple[str, bool]] = {}
+        # reasons to be given only where there is no other
+        self.weak: dict[int, tuple[str, bool]] = {}
+        self._collect_lines()
+        self._collect_reasons(leave_out)
+        # by class: its lines
+        self.touched: dict[int, list[int]] = {}
+        for number, line in enumerate(self.lines):
+            for one in line.classes.unique().tolist():
+                if one:
+                    self.touched.setdefault(one, []).append(number)
+        self.inner = self._inner()
+
+    def _collect_lines(self) -> None:
+        trace = self.trace
+        readers: dict[tuple[str, int], list[Reader]] = {}
+        for reader in trace.noted.readers.values():
+            readers.setdefault((reader.key, reader.dim), []).append(reader)
+        for (key, dim), atoms in trace.lines.items():
+            parameter, classes = trace.parameters[key], self.find(atoms)
+            makes = (key, dim) in trace.noted.producers or parameter.path in trace.noted.selected
+            reads = readers.get((key, dim), [])
+            if makes:
+                self.lines.append(_Line(parameter, dim, "producer", classes))
+            self.lines += [_Line(parameter, dim, "consumer", classes, reader) for reader in reads]
+            if not makes and not reads:
+                self.lines.append(_Line(parameter, dim, "between", classes))
+            if makes and reads:
+                for one in classes.unique().tolist():
+                    self.weak.setdefault(one, (f"made and read by {key!r}, one weight for both", True))
+            if key in trace.entries:
+                for one in classes.unique().tolist():
+                    self.weak.setdefault(one, (f"tied to {key!r}, which is used in two ways", True))
+        made = torch.zeros(trace.classes.count, dtype=torch.bool)
+        for line in self.lines:
+            made[line.classes] = True
+        made[0] = False
+        for key, atoms in trace.entries.items():
+            classes = self.find(atoms)
+            classes = torch.where(made[classes], classes, 0)
+            axes = [axis for axis in range(classes.dim()) if varies(classes, axis)]
+            if len(axes) == 1:
+                along = classes.movedim(axes[0], 0).reshape(classes.shape[axes[0]], -1).amax(1)
+                self.lines.append(_Line(trace.parameters[key], axes[0], "between", along))
+            else:
+                for one in classes.unique().tolist():
+                    if one:
+                        self.weak.setdefault(one, (f"tied to {key!r} as a whole", False))
+
+    def _stays(self, one: int, reason: str, *, unsupported: bool = False) -> None:
+        self.reasons.setdefault(one, (reason, unsupported))
+
+    def _collect_reasons(self, leave_out: Sequence[str]) -> None:
+        noted = self.trace.noted
+        for line in self.lines:
+            if matches(line.parameter.key, leave_out):
+                for one in line.classes.unique().tolist():
+                    made = min(self._producers_of(one), key=self._place, default=line)
+                    itself = made.parameter.path == line.parameter.path
+                    self.reasons[one] = (
+                        "left out" if itself else f"tied to {line.parameter.path!r}, which is left out", False
+                    )  # fmt: skip
+        pinned = torch.tensor([atom for atom, _, _ in noted.pinned] or [0], dtype=torch.int32)
+        for one, (_, reason, unsupported) in zip(self.find(pinned).tolist(), noted.pinned, strict=False):
+            self._stays(one, reason, unsupported=unsupported)
+        merged = torch.tensor([atom for atom, _ in noted.merged] or [0], dtype=torch.int32)
+        self.merged = dict(zip(reversed(self.find(merged).tolist()), reversed([r for _, r in noted.merged]), strict=False))
+
+    def _producers_of(self, one: int) -> list[_Line]:
+        return [line for line in self.lines if line.role == "producer" and bool((line.classes == one).any())]
+
+    def _place(self, line: _Line) -> int:
+        return self.order[line.parameter.path]
+
+    def _inner(self) -> dict[int, list[int]]:
+        """By class: the classes of what an InputSelection passes on of it."""
+        inner: dict[int, list[int]] = {}
+        for atoms, before, _ in self.trace.noted.selected.values():
+            for inside, outside in zip(self.find(atoms).tolist(), self.find(before).tolist(), strict=True):
+                if outside:
+                    inner.setdefault(outside, []).append(inside)
+        return inner
+
+    # -------------------------------------------------------------------------------------------- groups
+
+    def groups(self) -> tuple[dict[str, StructureGroup], list[Refused]]:
+        """The groups, by site; and what stays."""
+        families: dict[tuple[int, ...], list[int]] = {}
+        refused: list[tuple[_Line, int, str, bool]] = []
+        for one, numbers in self.touched.items():
+            lines = [self.lines[number] for number in numbers]
+            made = sorted((line for line in lines if line.role == "producer"), key=self._place)
+            if not made:
+                continue
+            count = int((made[0].classes == one).sum())
+            if one in self.reasons:
+                refused.append((made[0], count, *self.reasons[one]))
+            elif one in self.weak:
+                merged = self.merged.get(one)
+                refused.append((made[0], count, *(self.weak[one] if merged is None else (merged, False))))
+            elif not self.is_read(one):
+                refused.append((made[0], count, self.merged.get(one, UNREAD), False))
+            else:
+                families.setdefault(tuple(numbers), []).append(one)
+        groups: dict[str, StructureGroup] = {}
+        for numbers, classes in sorted(families.items(), key=lambda item: self._first(item[0])):
+            lines = [self.lines[number] for number in numbers]
+            first = min((line for line in lines if line.role == "producer"), key=self._place)
+            if len(classes) < 2:
+                count = int((first.classes == classes[0]).sum())
+                refused.append((first, count, self.merged.get(classes[0], SINGLE), False))
+                continue
+            group = self._group(classes, lines, first, groups)
+            groups[group.site] = group
+        return groups, [*self._refused(refused), *self._untouched()]
+
+    def _first(self, numbers: Sequence[int]) -> tuple[int, int]:
+        made = [self.lines[number] for number in numbers if self.lines[number].role == "producer"]
+        return min(map(self._place, made)), min(numbers)
+
+    # --------------------------------------------------------------------------- noise layers written by hand
+
+    def noises(self) -> Iterator[tuple[str, list[int]]]:
+        """(path, class of each structure) of the noise layers that were called."""
+        for path in self.trace.noted.noise:
+            yield path, self.noise(path)
+
+    def noise(self, path: str) -> list[int]:
+        """The class of each structure of a noise layer, 0 for none; empty if the layer was not called."""
+        labels = self.trace.noted.noise.get(path)
+        return [] if labels is None else self.find(labels).tolist()
+
+    def is_made(self, one: int) -> bool:
+        """Whether some layer makes the structure."""
+        return any(self.lines[number].role == "producer" for number in self.touched.get(one, ()))
+
+    def is_read(self, one: int) -> bool:
+        """Whether some layer reads the structure, or what an InputSelection passes on of it."""
+        return any(self.lines[number].role == "consumer" for number in self.touched.get(one, ())) or any(
+            map(self.is_read, self.inner.get(one, ()))
+        )
+
+    def group_of(self, site: str, classes: Sequence[int]) -> StructureGroup:
+        """The group of structures in this order."""
+        lines = [line for line in self.lines if any(bool((line.classes == one).any()) for one in classes)]
+        first = min((line for line in lines if line.role == "producer"), key=self._place)
+        return self._group(classes, lines, first, {}, site)
+
+    def _group(
+        self, classes: Sequence[int], lines: list[_Line], first: _Line, groups: dict[str, StructureGroup],
+        site: str | None = None,
+    ) -> StructureGroup:  # fmt: skip
+        # in the order in which the first layer makes them
+        place = {one: number for number, one in reversed(list(enumerate(first.classes.tolist())))}
+        classes = sorted(classes, key=place.__getitem__) if site is None else classes
+        unit_of = torch.full((self.trace.classes.count,), -1)
+        unit_of[torch.tensor(classes)] = torch.arange(len(classes))
+        members = [self._member(line, unit_of) for line in lines]
+        members += self._members_inside(classes)
+        share = max(
+            len(m.indices) // len(classes) for line, m in zip(lines, members, strict=False) if line.role == "producer"
+        )
+        read = [len(member.indices) // len(classes) for member in members if member.role == "consumer"]
+        heads = set(self.find(torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)).tolist())
+        kind = self._kind(lines, bool(heads & set(classes)))
+        name = first.parameter.path if site is None else site
+        if kind == "heads" and site is None:
+            name = _common([line.parameter.path for line in lines if line.role == "producer"]) or name
+        number, unique = 1, name or "(itself)"
+        while unique in groups:
+            number += 1
+            unique = f"{name}:{number}"
+        order = ("producer", "between", "selection", "consumer")
+        members.sort(key=lambda member: order.index(member.role))
+        return StructureGroup(
+            unique, len(classes), tuple(members), max(min(share, *read) if read else share, 1), kind,
+            self._counts(unit_of, kind, name, members),
+        )  # fmt: skip
+
+    def _kind(self, lines: list[_Line], heads: bool) -> str:
+        modules = [self.trace.network.get_submodule(line.parameter.path) for line in lines if line.role == "producer"]
+        if any(isinstance(module, InputSelection) for module in modules):
+            paths = {line.parameter.path for line in lines}
+            behind = any(bool(before.any()) for path, (_, _, before) in self.trace.noted.selected.items() if path in paths)
+            return "positions" if behind else "inputs"
+        if heads:
+            return "heads"
+        return "filters" if any(isinstance(module, _ConvNd) for module in modules) else "units"
+
+    @staticmethod
+    def _member(line: _Line, unit_of: Tensor) -> Member:
+        places, units = line.places_of(unit_of)
+        if line.reader is not None:
+            reader = line.reader
+            return Member(
+                reader.path, reader.name, line.dim, "consumer", places, units, reader=reader.reader or None,
+                input_dim=reader.input_dim,
+            )  # fmt: skip
+        return Member(line.parameter.path, line.parameter.name, line.dim, line.role, places, units)
+
+    def _members_inside(self, classes: Sequence[int]) -> list[Member]:
+        """What an InputSelection passes on of structures goes with them."""
+        members: list[Member] = []
+        unit_of = torch.full((self.trace.classes.count,), -1)
+        unit_of[torch.tensor(classes)] = torch.arange(len(classes))
+        for path, (atoms, before, width) in self.trace.noted.selected.items():
+            units = unit_of[self.find(width)]
+            places = torch.nonzero((units >= 0) & (width > 0)).flatten()
+            if not len(places):
+                continue
+            members.append(Member(path, "index", 0, "selection", places, units[places]))
+            inside = torch.full_like(unit_of, -1)
+            for one, outer in zip(self.find(atoms).tolist(), self.find(before).tolist(), strict=True):
+                inside[one] = unit_of[outer] if outer else -1
+            for line in self.lines:
+                found = self._member(line, inside)
+                if len(found.indices):
+                    role = "between" if line.role == "producer" else line.role
+                    members.append(Member(**{**vars(found), "role": role}))
+        return members
+
+    def _counts(self, unit_of: Tensor, kind: str, site: str, members: Sequence[Member]) -> tuple[Count, ...]:
+        """The integers of modules that count these structures."""
+        counts = []
+        for (path, name), several in self.trace.noted.counted.items():
+            candidates = []
+            for labels, whole in several:
+                found = self.find(labels)
+                ours = (unit_of[found] >= 0) & (found > 0)
+                if not bool(ours.any()):
+                    continue
+                if varies(found, 0) and not varies(found, 1):
+                    candidates.append(found[:, 0])
+                elif whole and bool(ours.all()):
+                    # of the same structures it is the size of another axis, which loses nothing
+                    candidates = []
+                    break
+            if candidates:
+                units = unit_of[candidates[0]]
+                places = torch.nonzero((units >= 0) & (candidates[0] > 0)).flatten()
+                counts.append(Count(path, name, len(candidates[0]), places, units[places]))
+        if kind == "heads":
+            known = {(count.path, count.name) for count in counts}
+            counts += [count for count in self._told(site, members) if (count.path, count.name) not in known]
+        return tuple(counts)
+
+    def _told(self, site: str, members: Sequence[Member]) -> Iterator[Count]:
+        """What an attention module says about its heads, without using it in its forward pass."""
+        read = next((member for member in members if member.role == "consumer"), None)
+        if read is None:
+            return
+        module = self.trace.network.get_submodule(site)
+        size = len(read.indices)
+        units = read.units[read.indices.argsort()]
+        for name, value in vars(module).items():
+            if name in _HEADS and type(value) is int and value > 1 and size % value == 0:
+                blocks = units.view(value, -1)
+                if not varies(blocks, 1):
+                    yield Count(site, name, value, torch.arange(value), blocks[:, 0])
+
+    # ---------------------------------------------------------------------------------------- what stays
+
+    def _refused(self, found: list[tuple[_Line, int, str, bool]]) -> list[Refused]:
+        """One row for each layer and reason."""
+        totals: dict[tuple[str, str, bool], int] = {}
+        for line, count, reason, unsupported in sorted(found, key=lambda item: self._place(item[0])):
+            key = line.parameter.path or "(itself)", reason, unsupported
+            totals[key] = totals.get(key, 0) + count
+        return [Refused(path, count, reason, unsupported) for (path, reason, unsupported), count in totals.items()]
+
+    def _untouched(self) -> list[Refused]:
+        """Matrices that no operation was seen to use as a layer's weight."""
+        trace = self.trace
+        known = {key for key, _ in trace.lines}
+        found: dict[str, Refused] = {}
+        for path, module in trace.network.named_modules():
+            wrong = computed(module, "weight", path) if has_computed(module) else None
+            if wrong:
+                count = module.weight.shape[0] if isinstance(module.weight, Tensor) else 0
+                found[path] = Refused(path or "(itself)", count, wrong, unsupported=True)
+        for key, parameter in trace.parameters.items():
+            matrix = isinstance(parameter.tensor, nn.Parameter) and parameter.tensor.dim() > 1
+            if matrix and key not in known and key not in trace.entries:
+                path = parameter.path or "(itself)"
+                found.setdefault(path, Refused(path, parameter.tensor.shape[0], _NEVER))
+        return list(found.values())
+
+
+def _common(paths: list[str]) -> str:
+    """The innermost module that holds all of these layers."""
+    parts = [path.split(".")[:-1] for path in paths]
+    common = parts[0]
+    for other in parts[1:]:
+        while other[: len(common)] != common:
+            common = common[:-1]
+    return ".".join(common)
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a module or parameter, or a module above it, is named by one of the patterns."""
+    parts = path.split(".")
+    above = [".".join(parts[:number]) for number in range(1, len(parts) + 1)]
+    return any(fnmatchcase(name, pattern) for name in above for pattern in patterns)

@@ -1,0 +1,85 @@
+"""What a trace has noted, settled: classes of atoms that leave boxes when they are removed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_bmrs.networks.labels import varies
+from pyro_bmrs.networks.trace import Trace
+
+
+def settle(trace: Trace) -> None:
+    """Unite what must go together so that every tensor keeps the shape of a box. Changes the trace's classes."""
+    changed = True
+    while changed:
+        changed = False
+        for read in trace.noted.reads:
+            changed |= _end(trace, read.atoms, read.labels)
+        stays = _classes_that_stay(trace)
+        for box in trace.noted.boxes:
+            changed |= _make_box(trace, box, stays)
+        for meeting in trace.noted.meetings:
+            changed |= _tie(trace, meeting.atoms, meeting.labels)
+        with_lines = _classes_with_lines(trace)
+        for entries in trace.entries.values():
+            found = trace.classes.find(entries)
+            found = torch.where(with_lines[found], found, 0)
+            if bool(found.any()):
+                changed |= _make_box(trace, found, stays)
+
+
+def _classes_with_lines(trace: Trace) -> Tensor:
+    """True for the classes of which some layer makes or reads a row or column. Shape: (atoms,)."""
+    true = torch.zeros(trace.classes.count, dtype=torch.bool)
+    for atoms in trace.lines.values():
+        true[trace.classes.find(atoms)] = True
+    return true
+
+
+def _classes_that_stay(trace: Trace) -> Tensor:
+    """True for the classes that stay. Shape: (atoms,)."""
+    true = torch.zeros(trace.classes.count, dtype=torch.bool)
+    true[trace.classes.find(torch.tensor([atom for atom, _, _ in trace.noted.pinned] or [0], dtype=torch.int32))] = True
+    return true
+
+
+def _end(trace: Trace, atoms: Tensor, labels: Tensor) -> bool:
+    """Each column belongs to the structure that it meets. labels: (lines, columns), or (lines, 1): the same for all."""
+    found = trace.classes.find(labels)
+    whole = found.shape[1] == 1 or not varies(found, 1)
+    if whole and varies(found, 0) and len(atoms) > 1:
+        trace.pin((labels,), "read as a whole by a layer that reads others in the same way")
+        return False
+    merged = found.amax(0, keepdim=True)
+    changed = trace.classes.unite(merged, found)
+    return trace.classes.unite(atoms.view(1, -1), merged) or changed
+
+
+def _make_box(trace: Trace, labels: Tensor, stays: Tensor) -> bool:
+    """Unite labels until they depend on one axis: the one along which most differ, of those that may go."""
+    found = trace.classes.find(labels)
+    axes = [axis for axis in range(found.dim()) if varies(found, axis)]
+    if len(axes) < 2:
+        return False
+    free = torch.where(stays[found], 0, found)
+    most = max(axes, key=lambda axis: _different(free, axis))
+    lines = found.movedim(most, 0).flatten(1)
+    return trace.classes.unite(lines.amax(1, keepdim=True), lines)
+
+
+def _different(labels: Tensor, axis: int) -> int:
+    """The largest number of different labels in a line along an axis."""
+    lines = labels.movedim(axis, -1).flatten(0, -2)
+    ordered = lines.sort(-1).values
+    return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1
+
+
+def _tie(trace: Trace, atoms: Tensor, labels: Tensor) -> bool:
+    """A parameter is cut with the labels that it meets, along the axes on which both depend."""
+    found = trace.classes.find(labels)
+    lead = found.dim() - atoms.dim()
+    own = [axis + lead for axis in range(atoms.dim()) if atoms.shape[axis] > 1]
+    if not any(varies(found, axis) for axis in own if 0 <= axis):
+        return False
+    return trace.classes.unite(atoms, labels)

@@ -1,0 +1,383 @@
+"""One pass of a network in which every operation is followed on the labels of its activations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pyro_bmrs.networks.cost import _no_fused_layers
+from pyro_bmrs.networks.inputs import Inputs, call, tensors_of
+from pyro_bmrs.networks.labels import NONE, PLANES, Classes, LabelMemory, Labels, varies, without_constant_axes
+from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one
+from pyro_bmrs.networks.selection import InputSelection
+from pyro_bmrs.networks.tagged import SizesSeen, TaggedInt, tagged_integers
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer of the network, where it lives in memory, and its first name."""
+
+    path: str
+    name: str
+    tensor: Tensor
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.name}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class Read:
+    """A contraction of labelled entries with a parameter. Later it is seen whether the entries end there.
+
+    Attributes:
+        atoms: of the parameter's entries that are summed over. Shape: (…, k), one line where they are the same in all.
+        labels: of the entries that they meet. Shape: (…, k).
+    """
+
+    atoms: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A parameter that meets labelled entries one by one: atoms and labels, of shapes that broadcast."""
+
+    atoms: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a module reads a parameter's dimension: see `Member`."""
+
+    key: str
+    dim: int
+    path: str
+    name: str
+    reader: str
+    input_dim: int | None
+
+
+@dataclass
+class Noted:
+    """What a trace has found, besides the classes."""
+
+    reads: list[Read] = field(default_factory=list)
+    meetings: list[Meeting] = field(default_factory=list)
+    # labels of tensors on more than one axis of which they depend
+    boxes: list[Tensor] = field(default_factory=list)
+    # by module and attribute: labels of an axis, in as many parts as the integer says; and whether it is the whole size
+    counted: dict[tuple[str, str], list[tuple[Tensor, bool]]] = field(default_factory=dict)
+    # (atom, reason) of entries that were united because an operation reads them all at once
+    merged: list[tuple[int, str]] = field(default_factory=list)
+    # (atom, reason, whether that is because something is not supported) of what stays
+    pinned: list[tuple[int, str, bool]] = field(default_factory=list)
+    heads: set[int] = field(default_factory=set)
+    readers: dict[tuple[str, int, str, str], Reader] = field(default_factory=dict)
+    producers: dict[tuple[str, int], str] = field(default_factory=dict)
+    # by path of an InputSelection: (atoms of what it passes on, labels of these before, labels of its input)
+    selected: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Trace(TorchDispatchMode):  # type: ignore[misc]
+    """Follows one forward pass.
+
+    Args:
+        network: in evaluation mode; not changed.
+        example: what it is called with.
+    """
+
+    def __init__(self, network: nn.Module, example: Inputs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.network, self.example = network, example
+        self.classes, self.memory, self.noted = Classes(), LabelMemory(), Noted()
+        self.paths: dict[nn.Module, str] = {}
+        for path, module in network.named_modules():
+            self.paths.setdefault(module, path)
+        self.parameters: dict[str, Parameter] = {}
+        self._at: dict[int, list[Parameter]] = {}
+        for path, module in network.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.dim() and tensor.is_floating_point():
+                    self._add(Parameter(path, name, tensor))
+                elif tensor is not None and isinstance(module, InputSelection):
+                    self._add(Parameter(path, name, tensor))
+        # atoms of rows or columns, by name and dimension; of entries, by name
+        self.lines: dict[tuple[str, int], Tensor] = {}
+        self.entries: dict[str, Tensor] = {}
+        # by atom: whether it is an entry's
+        self._is_entry = torch.zeros(1, dtype=torch.bool)
+        self.stack: list[nn.Module] = []
+        self.received: dict[nn.Module, Tensor] = {}
+        self.from_inputs: dict[int, Any] = {}
+        self._silent = 0
+
+    def _add(self, parameter: Parameter) -> None:
+        key = parameter.tensor.untyped_storage()._cdata
+        if all(other.tensor is not parameter.tensor for other in self._at.get(key, ())):
+            self._at.setdefault(key, []).append(parameter)
+            self.parameters[parameter.key] = parameter
+
+    # ------------------------------------------------------------------------------------------ the pass
+
+    def run(self) -> Any:
+        """Call the network and follow it. Returns its outputs."""
+        from pyro_bmrs.networks.operations import follow
+
+        self._follow = follow
+        for tensor in tensors_of(self.example):
+            self.taint(tensor)
+        handles = []
+        for module in self.network.modules():
+            handles.append(module.register_forward_pre_hook(_unfollowed(self._enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(_unfollowed(self._leave), always_call=True))
+        try:
+            with (
+                torch.no_grad(), torch.random.fork_rng(), at_one(self.network), _no_fused_layers(),
+                sdpa_kernel(SDPBackend.MATH), tagged_integers(self.network), self,
+                SizesSeen(self.note_size, self.note_parts),
+            ):  # fmt: skip
+                torch.manual_seed(0)
+                outputs = call(self.network, self.example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for tensor in tensors_of(outputs):
+            self.pin(self.labels(tensor), "an output of the network")
+        return outputs
+
+    def _enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.stack.append(module)
+        self.noted.calls[self.paths[module]] += 1
+        given = tensors_of((arguments, keywords))
+        if given:
+            self.received[module] = given[0]
+        if isinstance(module, InputSelection | MultiplicativeNoise | nn.RNNBase):
+            self._silent += 1
+
+    def _leave(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if self.stack and self.stack[-1] is module:
+            self.stack.pop()
+        if not isinstance(module, InputSelection | MultiplicativeNoise | nn.RNNBase):
+            return
+        self._silent -= 1
+        if not isinstance(output, Tensor | tuple):
+            return
+        path = self.paths[module]
+        if isinstance(module, nn.RNNBase):
+            for tensor in tensors_of(arguments):
+                self.pin(
+                    self.labels(tensor), f"read by {path!r}, a recurrent {type(module).__name__}, which is not cut"
+                )
+            for name, _ in module.named_parameters():
+                self.line(self.parameters[f"{path}.{name}".lstrip(".")], 0)
+            return
+        assert isinstance(output, Tensor)
+        x = self.received[module]
+        labels = self.labels(x)
+        if isinstance(module, MultiplicativeNoise):
+            dim = module.dim if hasattr(module, "dim") else 1
+            one = labels[0] if labels[0] is not None else torch.zeros((), dtype=torch.int32)
+            self.noted.noise[path] = self.along(one.expand(x.shape), dim)
+            self.memory.write(output, labels)
+            return
+        shape = [1] * output.dim()
+        shape[module.dim] = -1
+        atoms = self.line(self.parameters[f"{path}.index".lstrip(".")], 0)
+        before = self.along(self._or_none(labels[0], x), module.dim)
+        self.noted.selected[path] = (atoms, before[module.index.cpu().long()], before)
+        self.memory.write(output, (atoms.view(shape).expand(output.shape), *NONE[1:]))
+
+    def along(self, labels: Tensor, dim: int) -> Tensor:
+        """Labels along one dimension. They are united across the others."""
+        merged = self.merge(labels, [d for d in range(labels.dim()) if d != dim % labels.dim()])
+        return merged.expand(*[labels.shape[d] if d == dim % labels.dim() else 1 for d in range(labels.dim())]).flatten()
+
+    def _or_none(self, labels: Tensor | None, like: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.int32).expand(like.shape) if labels is None else labels
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return self._follow(self, function, args, kwargs)
+
+    # ------------------------------------------------------------------------------------ labels and classes
+
+    def labels(self, tensor: Tensor) -> Labels:
+        """Labels of each entry, those of parameters included."""
+        parameter = self.parameter(tensor)
+        if parameter is not None and not self.memory.has(tensor):
+            self._label_entries(parameter)
+        return self.memory.read(tensor)
+
+    def parameter(self, tensor: Tensor) -> Parameter | None:
+        """The parameter that a tensor is, or is a view of."""
+        found = self._at.get(tensor.untyped_storage()._cdata, ())
+        if not found or tensor.dtype != found[0].tensor.dtype:
+            return None
+        start = tensor.storage_offset()
+        for parameter in found:
+            first = parameter.tensor.storage_offset()
+            if first <= start < first + max(parameter.tensor.numel(), 1):
+                return parameter
+        return None
+
+    def _label_entries(self, parameter: Parameter) -> None:
+        atoms = self.classes.new(parameter.tensor.numel())
+        self._note_kind(atoms, entries=True)
+        # one for each place in memory, so that any view of the parameter finds its own
+        shaped = torch.zeros(parameter.tensor.shape, dtype=torch.int32)
+        shaped = atoms.as_strided(parameter.tensor.shape, parameter.tensor.stride()) if _is_dense(parameter.tensor) else (
+            atoms.view(parameter.tensor.shape)
+        )
+        self.entries[parameter.key] = shaped
+        self.memory.write(parameter.tensor, (shaped, *NONE[1:]))
+
+    def line(self, parameter: Parameter, dim: int) -> Tensor:
+        """The atoms of a parameter's entries along a dimension."""
+        key = parameter.key, dim
+        if key not in self.lines:
+            self.lines[key] = self.classes.new(parameter.tensor.shape[dim])
+            self._note_kind(self.lines[key], entries=False)
+        return self.lines[key]
+
+    def _note_kind(self, atoms: Tensor, *, entries: bool) -> None:
+        if len(self._is_entry) < self.classes.count:
+            more = torch.zeros(2 * self.classes.count - len(self._is_entry), dtype=torch.bool)
+            self._is_entry = torch.cat([self._is_entry, more])
+        self._is_entry[atoms] = entries
+
+    def are_entries(self, labels: Tensor) -> bool:
+        """Whether labels are numbers of a parameter's own entries, not of structures that some layer makes."""
+        small = without_constant_axes(labels)[0]
+        own = self._is_entry[small]
+        return bool(own.any()) and bool((own | (small == 0)).all())
+
+    def unite(self, first: Tensor | None, second: Tensor | None) -> None:
+        if first is not None and second is not None:
+            self.classes.unite(first, second)
+
+    def varying(self, labels: Tensor) -> list[int]:
+        """The axes along which classes differ."""
+        found = self.classes.find(labels)
+        return [axis for axis in range(found.dim()) if varies(found, axis)]
+
+    def merge(self, labels: Tensor, axes: list[int], reason: str | None = None) -> Tensor:
+        """Unite labels along some axes. Returns them with size 1 there."""
+        if not axes or not labels.dim():
+            return labels
+        small, _ = without_constant_axes(labels)
+        axes = [axis % labels.dim() for axis in axes]
+        rest = [axis for axis in range(labels.dim()) if axis not in axes]
+        lines = small.permute(*rest, *axes).reshape(*[small.shape[axis] for axis in rest], -1)
+        first = lines.amax(-1, keepdim=True)
+        if self.classes.unite(first, lines) and reason:
+            found = self.classes.find(first[lines.amin(-1, keepdim=True) != first]).unique()
+            self.noted.merged += [(int(atom), reason) for atom in found if atom]
+        shape = [1 if axis in axes else small.shape[axis] for axis in range(labels.dim())]
+        back = first.squeeze(-1).reshape([small.shape[axis] for axis in rest] + [1] * len(axes))
+        order = [*rest, *axes]
+        merged = back.permute([order.index(axis) for axis in range(labels.dim())]).reshape(shape)
+        return merged.expand([1 if axis in axes else labels.shape[axis] for axis in range(labels.dim())])
+
+    def pin(self, labels: Labels, reason: str, unsupported: bool = False) -> None:
+        """Structures with these labels stay."""
+        for some in labels:
+            if some is not None:
+                atoms = self.classes.find(without_constant_axes(some)[0]).unique()
+                self.noted.pinned += [(atom, reason, unsupported) for atom in atoms.tolist() if atom]
+
+    def note_box(self, labels: Labels) -> None:
+        """Remember labels that depend on several axes: what is removed must leave a box."""
+        for some in labels:
+            if some is not None:
+                small, count = without_constant_axes(some)
+                if count > 1:
+                    found = self.classes.find(small)
+                    if sum(varies(found, axis) for axis in range(found.dim())) > 1:
+                        self.noted.boxes.append(small.squeeze().clone())
+
+    # ------------------------------------------------------------------------------------------- words
+
+    @property
+    def here(self) -> str:
+        """Path of the module that runs."""
+        return self.paths[self.stack[-1]] if self.stack else ""
+
+    def by(self) -> str:
+        """The module that runs, in words."""
+        module = self.stack[-1] if self.stack else self.network
+        return f"{self.paths[module] or '(itself)'!r}, a {type(module).__name__}"
+
+    def taint(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.from_inputs[storage._cdata] = storage
+
+    def is_tainted(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.from_inputs
+
+    # ------------------------------------------------------------------------------ integers of modules
+
+    def note_size(self, tensor: Tensor, axis: int, tag: TaggedInt) -> None:
+        """Remember that an integer made from attributes of modules is the size of a tensor along an axis."""
+        with _disable_current_modes():
+            if self._silent or not (self.memory.has(tensor) or self.parameter(tensor) is not None):
+                return
+            for some in self.labels(tensor):
+                if some is None:
+                    continue
+                small, _ = without_constant_axes(some)
+                if small.shape[axis] != int(tag):
+                    continue
+                lines = small.movedim(axis, 0)
+                for path, name, value in tag.sources:
+                    if int(tag) % value == 0:
+                        own = self.here if path is None else path
+                        self.note_count(own, name, lines.reshape(value, -1), whole=int(tag) == value)
+
+    def note_parts(self, parts: list[Tensor]) -> None:
+        """Equal parts of a tensor stay equal when each loses what stands in the same place."""
+        with _disable_current_modes():
+            if not self._silent:
+                first = self.labels(parts[0])
+                for other in parts[1:]:
+                    for one, two in zip(first, self.labels(other), strict=True):
+                        self.unite(one, two)
+
+    def note_count(self, path: str, name: str, labels: Tensor, *, whole: bool = True) -> None:
+        """labels: (size, …)."""
+        known = self.noted.counted.setdefault((path, name), [])
+        if not any(labels.shape == other.shape and torch.equal(labels, other) for other, _ in known):
+            known.append((labels.clone(), whole))
+
+
+def _unfollowed(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook whose own operations are not followed."""
+
+    def quiet(*arguments: Any) -> None:
+        with _disable_current_modes():
+            hook(*arguments)
+
+    return quiet
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's entries fill its memory without gaps, in some order of its dimensions."""
+    size = 1
+    for axis in sorted(range(tensor.dim()), key=tensor.stride):
+        if tensor.shape[axis] > 1:
+            if tensor.stride(axis) != size:
+                return False
+            size *= tensor.shape[axis]
+    return True
