@@ -71,4 +71,5 @@ def left_alone(module: nn.Module) -> Iterator[None]:
         for part, attributes, buffers in before:
             vars(part).clear()
             vars(part).update(attributes)
+            part._buffers.clear()
             part._buffers.update(buffers)

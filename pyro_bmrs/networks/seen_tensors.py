@@ -29,6 +29,8 @@ class SeenTensors:
         self.owners: dict[str, nn.Module] = {}
         # of the modules that run, innermost last: what they see; None: the tensor as it is stored
         self.under_way: list[tuple[str, dict[Key, Tensor | None]]] = []
+        # whose product had a graph when its reader began last
+        self.differentiable: set[Key] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # what was multiplied belongs to one pass, and to a graph that can't be copied
@@ -50,7 +52,11 @@ class SeenTensors:
         """A module begins. It sees its own tensors as they are stored, unless it reads them through θ."""
         seen: dict[Key, Tensor | None] = {key: None for key in self.readers if key[0] == path}
         # made once, and here: not in a part of the forward that runs again in the backward pass
-        seen |= {key: self._product(path, key) for key, readers in self.readers.items() if path in readers}
+        products = {key: self._product(path, key) for key, readers in self.readers.items() if path in readers}
+        seen |= products
+        self.differentiable = self.differentiable - products.keys() | {
+            key for key, product in products.items() if product.requires_grad
+        }
         self.under_way.append((path, seen))
 
     def finish(self, path: str) -> None:
@@ -77,10 +83,8 @@ class SeenTensors:
                 f"{joined(*key)!r}, which is multiplied by θ while {reader!r} runs, is read in the backward pass: "
                 "checkpoint whole modules, with use_reentrant=False"
             )
-        with torch.enable_grad():
-            wanted = self._product(reader, key).requires_grad
         with torch.no_grad():
-            return self._product(reader, key).requires_grad_(wanted)
+            return self._product(reader, key).requires_grad_(key in self.differentiable)
 
     def _product(self, reader: str, key: Key) -> Tensor:
         stored = tensor_of(self.owners[key[0]], key[1])

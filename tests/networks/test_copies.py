@@ -10,7 +10,7 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks import StructureError, network_of, noise_layers
-from pyro_bmrs.networks.copies import copied, uncompiled
+from pyro_bmrs.networks.copies import copied, left_alone, uncompiled
 
 
 class Small(nn.Module):
@@ -188,3 +188,27 @@ def test_a_traced_graph_is_refused_itself_and_handled_as_a_part():
     small = bmrs.reduce(model, guide, bmrs.Random(0.5)).apply()
     assert getattr(small.encoder, "0").out_features < 8
     assert small(x).shape == (16, 2)
+
+
+def test_a_network_that_was_left_alone_is_as_it_was_also_after_an_error():
+    net = Remembers()
+    net.register_buffer("steps", torch.zeros(3))
+    net.cache = None
+    before, buffer = dict(vars(net)), net.steps
+
+    def change():
+        net(torch.randn(6, 4))
+        net.steps += 1
+        net.encoder.mask, net.cache = torch.ones(2), [1]
+        net.register_buffer("steps", torch.ones(5))
+        net.encoder.register_buffer("table", torch.ones(5))
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError), left_alone(net):
+        change()
+    assert vars(net) == before
+    assert net.steps is buffer
+    assert net.steps.tolist() == [0.0] * 3
+    assert not hasattr(net, "last")
+    assert not hasattr(net.encoder, "mask")
+    assert not hasattr(net.encoder, "table")

@@ -13,6 +13,8 @@ from torch import nn
 from pyro_bmrs import MultiplicativeNoise, name_sites
 from pyro_bmrs.networks import surgery
 from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates, parameters
+from pyro_bmrs.networks.groups import Member, StructureGroup
+from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
@@ -302,3 +304,80 @@ def test_batch_norm_without_parameters_is_cut_too():
     name_sites(net)
     small = remove_structures(net, *random_plan(net, 1), torch.randn(8, 4)).network
     assert len(small[1].running_mean) == small[0].out_features < 6
+
+
+class Keeps(nn.Module):
+    """Remembers its last activation, counts its calls, and keeps a running number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.noise, self.second = nn.Linear(4, 6), MultiplicativeNoise(6), nn.Linear(6, 2)
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.last, self.calls = self.first(x), self.calls + 1
+        self.seen.add_(1)
+        return self.second(self.noise(self.last.tanh())) + self.seen
+
+
+def test_a_network_is_copied_once_and_the_check_leaves_nothing_in_the_copy(monkeypatch):
+    """A second copy, in float64, would be most of the memory that the removal of structures takes."""
+    copies = []
+    real = surgery.copied
+    monkeypatch.setattr(surgery, "copied", lambda network: copies.append(network) or real(network))
+    net = Keeps()
+    name_sites(net)
+    small = remove_structures(net, *random_plan(net, 1), torch.randn(8, 4)).network
+    assert copies == [net]
+    assert small.first.out_features == small.second.in_features < 6
+    assert (small.calls, float(small.seen), hasattr(small, "last")) == (0, 0.0, False)
+    assert {tensor.dtype for tensor in small.state_dict().values()} == {torch.float32}
+
+
+class Wide(nn.Module):
+    """Two branches of own code, of which a reader gives an output that loses channels."""
+
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x):
+            return x @ self.w
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mixing, self.last = nn.Linear(4, 6), self.Mixing(), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.last(self.mixing(self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_outputs_of_own_readers_are_compared_where_their_channels_are_known(right):
+    torch.manual_seed(0)
+    six, five = torch.arange(6), torch.arange(5)
+    made = Member("mixing", "w", 1, "producer", five, five)
+    groups = [
+        StructureGroup("first", 6, (
+            Member("first", "weight", 0, "producer", six, six), Member("first", "bias", 0, "between", six, six),
+            Member("mixing", "w", 0, "consumer", six, six if right else (six + 1) % 6),
+        )),
+        StructureGroup("mixing", 5, (made, Member("last", "weight", 1, "consumer", five, five, input_dim=-1))),
+    ]  # fmt: skip
+    net = Wide()
+    noise = HookedNoise(net, [replace(groups[0], members=(*groups[0].members[:2], Member(
+        "mixing", "w", 0, "consumer", six, six))), groups[1]])  # fmt: skip
+    noise.attach(net)
+    by_site = {group.site: group for group in groups}
+    scales = {site: torch.linspace(0.5, 1.0, group.features).double() for site, group in by_site.items()}
+    for kept in (torch.tensor([True, False, True, True, False]), torch.ones(5, dtype=torch.bool)):
+        masks = {"first": torch.tensor([True, False, True, True, False, True]), "mixing": kept}
+        if right:
+            remove_structures(net, masks, scales, torch.randn(8, 4), groups=by_site)
+        else:
+            # all channels of the own reader are left: it is compared itself; else what comes after it
+            where = "mixing" if kept.all() else "last"
+            with pytest.raises(EqualityError, match=f"output 0 of {where} by at most"):
+                remove_structures(net, masks, scales, torch.randn(8, 4), groups=by_site)
