@@ -68,13 +68,13 @@ def structures(
         ValueError: if `network` has noise layers or no parameters, can't be called with `example_input`, or
             `leave_out` matches nothing.
     """
-    _check(network, example_input)
+    in_training = _check(network, example_input)
     if not isinstance(leave_out, str | Sequence):
         raise TypeError(f"leave_out must be a path, a pattern, or a sequence of them: got {leave_out!r}")
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
     separate = copied(network)
     separate_attention(separate)
-    found = find_structures(separate, example_input, leave_out)
+    found = find_structures(separate, example_input, leave_out, in_training)
     if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
         found = _tried(separate, found, example_input)
     culprits = [refused for refused in found.refused if refused.unsupported]
@@ -187,7 +187,8 @@ def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_in
     return found
 
 
-def _check(network: nn.Module, example_input: Inputs) -> None:
+def _check(network: nn.Module, example_input: Inputs) -> set[str]:
+    """Paths of the modules that run in training alone. Raises for what can't be handled at all."""
     check_module("network", network)
     for path, parameter in network.named_parameters():
         if is_lazy(parameter):
@@ -221,13 +222,8 @@ def _check(network: nn.Module, example_input: Inputs) -> None:
         try:
             trained = _modules_called(looked_at.train(), exactly(network, example_input, 2))
         except Exception:  # for example BatchNorm with one value per channel: no check is possible
-            return
-    hidden = sorted(trained - used)
-    if hidden:
-        raise StructureError(
-            f"network must do in evaluation all that it does in training: {', '.join(map(repr, hidden))} run in "
-            "training alone, so what feeds them can't be followed. Make the network without them"
-        )
+            return set()
+    return trained - used
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +147,10 @@ def check_weights(network: nn.Module, find_input: Callable[[], Inputs]) -> None:
 
 
 def find_structures(
-    network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()
+    network: nn.Module,
+    example_input: Inputs,
+    leave_out: Sequence[str] = (),
+    in_training: AbstractSet[str] = frozenset(),
 ) -> Structures:
     """The structures that a trace proposes for a network without noise. They are not yet tried.
 
@@ -154,6 +158,7 @@ def find_structures(
         network: traced as it is, in evaluation mode.
         leave_out: paths of modules or parameters, or patterns of them such as "layer4.*". Structures that touch these,
             or modules below them, stay.
+        in_training: paths of the modules that run in training alone. What they read stays.
 
     Raises:
         StructureError: if the network can't be traced.
@@ -165,11 +170,16 @@ def find_structures(
             raise ValueError(
                 f"leave_out must name modules or parameters of the network: none matches {pattern!r}"
             )
-    groups, refused = traced(network, example_input, leave_out).groups()
+    groups, refused = traced(network, example_input, leave_out, in_training).groups()
     return Structures(groups, tuple(refused))
 
 
-def traced(network: nn.Module, example_input: Inputs, leave_out: Sequence[str] = ()) -> Grouping:
+def traced(
+    network: nn.Module,
+    example_input: Inputs,
+    leave_out: Sequence[str] = (),
+    in_training: AbstractSet[str] = frozenset(),
+) -> Grouping:
     """The classes of a network's rows, columns and entries, from one pass in evaluation mode.
 
     Raises:
@@ -178,6 +188,8 @@ def traced(network: nn.Module, example_input: Inputs, leave_out: Sequence[str] =
     trace = Trace(network.eval(), at_most(network, example_input, 2))
     try:
         trace.run()
+        if in_training:
+            trace.run_in_training(in_training)
     except Exception as error:
         raise StructureError(
             f"network can't be traced: {type(error).__name__} in {trace.here or 'the network itself'!r}: "

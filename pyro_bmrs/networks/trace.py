@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,8 +131,32 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ the pass
 
-    def run(self) -> Any:
-        """Call the network and follow it. Returns its outputs."""
+    def run(self) -> None:
+        """Call the network in evaluation mode and follow it."""
+        for tensor in tensors_of(self._call()):
+            self.pin(self.labels(tensor), "an output of the network")
+
+    def run_in_training(self, alone: AbstractSet[str]) -> None:
+        """Call the network in training mode too. What the modules `alone`, which run in no other, read stays."""
+        handles = []
+        for path in alone:
+
+            def pin(_: nn.Module, given: tuple[Any, ...], words: dict[str, Any], path: str = path) -> None:
+                for tensor in tensors_of((given, words)):
+                    self.pin(self.labels(tensor), f"read by {path!r}, which runs in training alone")
+
+            handles.append(
+                self.network.get_submodule(path).register_forward_pre_hook(_unfollowed(pin), with_kwargs=True)
+            )
+        self.network.train()
+        try:
+            self._call()
+        finally:
+            self.network.eval()
+            for handle in handles:
+                handle.remove()
+
+    def _call(self) -> Any:
         from pyro_bmrs.networks.operations import follow
 
         self._follow = follow
@@ -141,6 +166,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         for module in self.network.modules():
             handles.append(module.register_forward_pre_hook(_unfollowed(self._enter), with_kwargs=True))
             handles.append(module.register_forward_hook(_unfollowed(self._leave), always_call=True))
+        self.stack.clear()
         try:
             with (
                 torch.no_grad(), torch.random.fork_rng(), at_one(self.network), _no_fused_layers(),
@@ -148,13 +174,10 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
                 SizesSeen(self.note_size, self.note_parts),
             ):  # fmt: skip
                 torch.manual_seed(0)
-                outputs = call(self.network, self.example)
+                return call(self.network, self.example)
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor in tensors_of(outputs):
-            self.pin(self.labels(tensor), "an output of the network")
-        return outputs
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self.stack.append(module)
