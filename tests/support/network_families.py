@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from family import NORMALISED, OUTPUT, Family, Unsupported, images, tokens
+from family import EXAMPLES, OUTPUT, Family, Unsupported, images, tokens
 from torch import Tensor, nn
 from traced_channels import CHANNELS, behind_a_layer
 from traced_families import TOKENS, lstm
+from traced_heads import HEADS
 
 from pyro_bmrs.networks.inputs import Inputs
 from pyro_bmrs.networks.selection import InputSelection
@@ -383,6 +384,7 @@ FAMILIES = [
         2, {"filters": 20}, {"8": OUTPUT},
     ),
     *CHANNELS,
+    *HEADS,
     *TOKENS,
 ]  # fmt: skip
 
@@ -412,15 +414,24 @@ def weight_norm() -> tuple[nn.Module, Inputs]:
 
 UNSUPPORTED = [
     Unsupported(
-        "LSTM behind convolutions", lstm, "memory", "",
+        "LSTM behind convolutions",
+        lstm,
+        "memory",
+        "",
         "Recurrent layers are run as one operation. They and what they read stay.",
     ),
     Unsupported(
-        "A size that is written into `forward`", literal_size, "4.hidden", "",
+        "A size that is written into `forward`",
+        literal_size,
+        "4.hidden",
+        "",
         "Make it an attribute of the module, or -1.",
     ),
     Unsupported(
-        "`weight_norm` and other computed weights", weight_norm, "0", "computed from other tensors",
+        "`weight_norm` and other computed weights",
+        weight_norm,
+        "0",
+        "computed from other tensors",
         "The weight is no parameter that could be cut. The reason has the line that makes it one.",
     ),
 ]
@@ -463,8 +474,8 @@ def networks_page() -> str:
         "",
         "## What can't be followed",
         "",
-        "Of these networks a part can't be followed, cut or tried. It stays, `structures` lists it with the reason, and",
-        "the rest is handled. With `strict=True` it is a `StructureError`.",
+        "Of these networks a part can't be followed, cut or tried. It stays, and `structures` lists it with the",
+        "reason; the rest is handled. With `strict=True` it is a `StructureError`.",
         "",
         "| network | what stays | why, and what to do |",
         "|---|---|---|",
