@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pyro_bmrs.networks.cuts import channels, selections
+from pyro_bmrs.networks.cuts import tensor_of
 
 
-def computed(module: nn.Module, side: str, path: str) -> str | None:
-    """What is wrong with a module to be cut whose weight is computed, and how to make it a parameter; None: nothing."""
-    if channels(module, side) is None:
+def computed(module: nn.Module, name: str, path: str) -> str | None:
+    """What is wrong with a tensor to be cut that is computed, and how to make it a parameter; None: nothing."""
+    if tensor_of(module, name) is not None:
         return None
-    for name, _ in selections(module, side):
-        if module._parameters.get(name) is None and module._buffers.get(name) is None:
-            return (
-                f"the {name} of {path!r} is computed from other tensors: {_advice(module, name, path)} first"
-            )
-    return None
+    return f"the {name} of {path!r} is computed from other tensors: {_advice(module, name, path)} first"
+
+
+def has_computed(module: nn.Module) -> bool:
+    """Whether a module computes a tensor that might have to be cut."""
+    known = ("weight", "bias")
+    return parametrize.is_parametrized(module) or any(
+        isinstance(vars(module).get(name), Tensor) for name in known
+    )
 
 
 def _advice(module: nn.Module, name: str, path: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -54,3 +56,19 @@ def copied[Network: nn.Module](module: Network) -> Network:
     ]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
     return uncompiled(copy.deepcopy(module, memo))
+
+
+@contextmanager
+def left_alone(module: nn.Module) -> Iterator[None]:
+    """A context after which each submodule has the attributes and buffers that it had before, whatever ran inside."""
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    values = {b: b.clone() for _, _, buffers in before for b in buffers.values() if b is not None}
+    try:
+        yield
+    finally:
+        for buffer, value in values.items():
+            buffer.data.copy_(value)
+        for part, attributes, buffers in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.update(buffers)

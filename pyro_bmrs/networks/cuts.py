@@ -1,10 +1,10 @@
-"""Cutting: which rows and columns of which tensors are removed when a module loses channels."""
+"""Cutting: which entries of which tensors stay, and the numbers that modules keep about them."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -12,90 +12,30 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pyro_bmrs.arguments import is_whole
 from pyro_bmrs.networks.selection import InputSelection
 
-ROWS, COLUMNS = "rows", "columns"
-# Attributes in which attention modules keep their number of query heads, their number of key and value heads, and
-# the width of all query heads together.
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-HEADS_WIDTH = ("all_head_size", "inner_dim")
-COUNTS = (*HEADS, *KEY_HEADS, *HEADS_WIDTH)
+_WRONG = "cuts must fit the network"
 
 
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether each filter of a convolution reads only its own channel."""
-    return (
-        isinstance(module, _ConvNd)
-        and module.groups > 1
-        and module.groups == module.in_channels == module.out_channels
-    )
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A module's own parameter or buffer, as it is stored; None if it has none of that name."""
+    stored = module._parameters.get(name)
+    return module._buffers.get(name) if stored is None else stored
 
 
-def channels(module: nn.Module, side: str) -> int | None:
-    """Number of channels that a module makes (rows) or reads (columns); None if it can't be cut there."""
-    if isinstance(module, nn.Linear):
-        return module.out_features if side == ROWS else module.in_features
-    if isinstance(module, _ConvTransposeNd) and module.groups != 1:
-        return None
-    if isinstance(module, _ConvNd):
-        return module.out_channels if side == ROWS else module.in_channels
-    if side == COLUMNS:
-        return module.width if isinstance(module, InputSelection) else None
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    if isinstance(module, _NormBase):
-        return int(module.num_features)
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters
-    if isinstance(module, InputSelection):
-        return module.features
-    return None
+def joined(path: str, name: str) -> str:
+    """The name, in the network, of a tensor or submodule of the module at `path`."""
+    return f"{path}.{name}" if path and name else path or name
 
 
-def channel_dimension(module: nn.Module) -> int:
-    """Dimension of a module's input and output that counts channels. For most modules it is counted from the end."""
-    if isinstance(module, _ConvNd):
-        return -1 - len(module.kernel_size)
-    if isinstance(module, InputSelection):
-        return module.dim
-    return -1
-
-
-def selections(module: nn.Module, side: str) -> list[tuple[str, int]]:
-    """(name, dimension) of each tensor of a module that has its rows or columns in that dimension."""
-    if side == COLUMNS and isinstance(module, InputSelection):
-        return []  # it holds numbers of columns, which `renumber` changes
-    if isinstance(module, nn.Linear | _ConvNd):
-        transposed = isinstance(module, _ConvTransposeNd)
-        if side == COLUMNS:
-            return [("weight", 0 if transposed else 1)]
-        found = [("weight", 1 if transposed else 0), ("bias", 0)]
-    elif isinstance(module, nn.Embedding):
-        found = [("weight", 1)]
-    elif isinstance(module, nn.PReLU):
-        found = [("weight", 0)]
-    elif isinstance(module, InputSelection):
-        found = [("index", 0)]
-    else:
-        found = [(name, 0) for name in ("weight", "bias", "running_mean", "running_var")]
-    return [(name, dim) for name, dim in found if getattr(module, name, None) is not None]
-
-
-def _attributes(module: nn.Module, side: str, count: int) -> dict[str, int]:
-    if isinstance(module, nn.Linear):
-        return {"out_features" if side == ROWS else "in_features": count}
-    if is_depthwise(module):
-        return {"in_channels": count, "out_channels": count, "groups": count}
-    if isinstance(module, _ConvNd):
-        return {"out_channels" if side == ROWS else "in_channels": count}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": count}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": count}
-    if isinstance(module, InputSelection):
-        return {"features" if side == ROWS else "width": count}
-    return {"num_features": count}
+def names_by_tensor(network: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter and buffer, by its id: layers may share one."""
+    names: dict[int, list[str]] = {}
+    for named in (network.named_parameters, network.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
@@ -110,40 +50,41 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What stays of each module that loses something. The original network can be cut again from this.
+    """What stays of each tensor that loses something. The original network can be cut again from this.
 
     Attributes:
-        rows, columns: by module path, the indices in the original module that stay.
-        attributes: by module path, numbers that a module stores about itself, such as its number of heads.
+        tensors: by name of a parameter or buffer and by its dimension, the entries that stay. A tensor that layers
+            share stands under each of its names, and is cut once.
+        widths: by path of an `InputSelection`, the features that stay of its input.
+        numbers: by module path and attribute, what an integer that counts entries becomes, such as a number of heads.
+            "name.0" is the first entry of a tuple or list.
+
+    Integers of torch's own layers, such as in_features, follow from the shapes of their tensors.
     """
 
-    rows: Mapping[str, list[int]] = field(default_factory=dict)
-    columns: Mapping[str, list[int]] = field(default_factory=dict)
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)
+    widths: Mapping[str, list[int]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.columns)
+        return bool(self.tensors or self.widths)
 
-    def _sides(self, network: nn.Module) -> Iterator[tuple[nn.Module, str, list[int]]]:
-        for side, table in ((ROWS, self.rows), (COLUMNS, self.columns)):
-            for path, kept in table.items():
-                yield network.get_submodule(path), side, kept
-
-    def tensors(self, network: nn.Module) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """(tensor, dimension, indices to keep) of each tensor in `network` that gets smaller."""
-        for module, side, kept in self._sides(network):
-            local = kept
-            if side == COLUMNS and isinstance(module, _ConvNd):
-                # a grouped convolution numbers input channels within each group
-                local = [index for index in kept if index < module.in_channels // module.groups]
-            for name, dim in selections(module, side):
-                tensor = getattr(module, name)
-                yield tensor, dim, torch.tensor(local, dtype=torch.long, device=tensor.device)
+    def selections(self, network: nn.Module) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """(tensor, dimension, entries to keep) of each tensor in `network` that gets smaller."""
+        seen: set[tuple[int, int]] = set()
+        for name, dims in self.tensors.items():
+            path, _, own = name.rpartition(".")
+            tensor = tensor_of(network.get_submodule(path), own)
+            assert tensor is not None
+            for dim, kept in dims.items():
+                if (id(tensor), dim) not in seen:
+                    seen.add((id(tensor), dim))
+                    yield tensor, dim, torch.tensor(kept, dtype=torch.long, device=tensor.device)
 
     def parameters_left(self, network: nn.Module) -> int:
         """Number of parameters of `network` after these cuts."""
         left = {id(parameter): parameter.numel() for parameter in network.parameters()}
-        for tensor, dim, kept in self.tensors(network):
+        for tensor, dim, kept in self.selections(network):
             if id(tensor) in left:
                 left[id(tensor)] = left[id(tensor)] // tensor.shape[dim] * len(kept)
         return sum(left.values())
@@ -153,87 +94,150 @@ class Cuts:
         """Make `network` smaller, in place. Its parameters stay the same objects.
 
         Raises:
-            ValueError: if a path or index is not in `network`; nothing is cut then.
+            ValueError: if a name or index is not in `network`, or layers would not fit together; nothing is cut then.
         """
         self.check(network)
-        for tensor, dim, kept in list(self.tensors(network)):
+        changed = list(self._changed(network))
+        for tensor, dim, kept in list(self.selections(network)):
             replace_data(tensor, tensor.data.index_select(dim, kept))
-        for module, side, indices in self._sides(network):
-            if side == COLUMNS and isinstance(module, InputSelection):
-                module.renumber(indices)
-            for name, value in _attributes(module, side, len(indices)).items():
-                setattr(module, name, value)
-        for path, numbers in self.attributes.items():
+        for path, kept_inputs in self.widths.items():
+            selection = network.get_submodule(path)
+            assert isinstance(selection, InputSelection)
+            selection.renumber(kept_inputs)
+        for path, numbers in self.numbers.items():
             for name, value in numbers.items():
-                setattr(network.get_submodule(path), name, value)
+                _set_number(network.get_submodule(path), name, value)
+        for _, module in changed:
+            for name, size in _sizes(module, _shapes(module), getattr(module, "groups", 1)).items():
+                setattr(module, name, size)
+
+    def _changed(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of each module of which a tensor or number changes."""
+        changed = {id(tensor) for tensor, _, _ in self.selections(network)}
+        for path, module in network.named_modules():
+            own = (*module._parameters.values(), *module._buffers.values())
+            if path in self.numbers or path in self.widths or any(id(tensor) in changed for tensor in own):
+                yield path, module
 
     def check(self, network: nn.Module) -> None:
-        """Raise ValueError, naming the module, unless the cuts fit `network`."""
-        modules = dict(network.named_modules())
-        for side, table in ((ROWS, self.rows), (COLUMNS, self.columns)):
-            for path, kept in table.items():
-                size = channels(modules[path], side) if path in modules else None
-                if size is not None and side == COLUMNS and is_depthwise(modules[path]) and len(kept) < size:
-                    size = None  # its columns are cut with its rows
-                whole = all(type(index) is int for index in kept) and sorted(set(kept)) == kept
-                if size is None or not kept or not whole or kept[0] < 0 or kept[-1] >= size:
+        """Raise ValueError, naming the tensor or module, unless the cuts fit `network`."""
+        modules = dict(network.named_modules(remove_duplicate=False))
+        once: dict[tuple[int, int], list[int]] = {}
+        for name, dims in self.tensors.items():
+            path, _, own = name.rpartition(".")
+            tensor = tensor_of(modules[path], own) if path in modules else None
+            if tensor is None:
+                raise ValueError(f"{_WRONG}: {name!r} is no tensor of it")
+            for dim, kept in dims.items():
+                if not is_whole(dim, 0) or dim >= tensor.dim():
                     raise ValueError(
-                        f"cuts must fit the network: {path!r} "
-                        + ("is no layer of it that can be cut" if size is None else
-                           f"has {side} 0 to {size - 1}, and increasing indices of them are to be kept")
-                    )  # fmt: skip
-                module = modules[path]
-                if side == COLUMNS and isinstance(module, InputSelection):
-                    read = module.index[self.rows.get(path, slice(None))]
-                    if not read.is_meta and not set(read.tolist()) <= set(kept):
-                        raise ValueError(
-                            f"cuts must fit the network: {path!r} passes on features that its input has lost"
-                        )
-                groups = getattr(module, "groups", 1)
-                if groups > 1 and not is_depthwise(module):
-                    step = size // groups
-                    parts = [[i % step for i in kept if i // step == group] for group in range(groups)]
-                    if any(part != parts[0] for part in parts):
-                        raise ValueError(
-                            f"cuts must fit the network: each group of {path!r} must keep the same {side}"
-                        )
-        once = Counter((id(tensor), dim) for tensor, dim, _ in self.tensors(network))
-        if once and max(once.values()) > 1:
-            raise ValueError("cuts must fit the network: a weight that layers share would be cut twice")
-        for path, numbers in self.attributes.items():
+                        f"{_WRONG}: {name!r} of shape {tuple(tensor.shape)} has no dimension {dim!r}"
+                    )
+                size = tensor.shape[dim]
+                if not _is_part(kept, size):
+                    raise ValueError(
+                        f"{_WRONG}: {name!r} has entries 0 to {size - 1} in dimension {dim}, and increasing "
+                        "numbers of them are to be kept"
+                    )
+                if once.setdefault((id(tensor), dim), kept) != kept:
+                    raise ValueError(
+                        f"{_WRONG}: {name!r}, which layers share, would be cut twice in dimension {dim}"
+                    )
+        self._check_widths(modules)
+        self._check_numbers(modules)
+        shapes: dict[int, tuple[int, ...]] = {}
+        for tensor, dim, kept_entries in self.selections(network):
+            shape = shapes.get(id(tensor), tuple(tensor.shape))
+            shapes[id(tensor)] = (*shape[:dim], len(kept_entries), *shape[dim + 1 :])
+        for path, module in self._changed(network):
+            groups = self.numbers.get(path, {}).get("groups", getattr(module, "groups", 1))
+            self._check_fit(path, module, _shapes(module, shapes), groups, once)
+
+    def _check_widths(self, modules: Mapping[str, nn.Module]) -> None:
+        for path, kept in self.widths.items():
+            selection = modules.get(path)
+            if not isinstance(selection, InputSelection):
+                raise ValueError(f"{_WRONG}: {path!r} is no InputSelection of it")
+            if not _is_part(kept, selection.width):
+                raise ValueError(
+                    f"{_WRONG}: {path!r} has inputs 0 to {selection.width - 1}, and increasing numbers of them are to "
+                    "be kept"
+                )
+            read = selection.index[self.tensors.get(joined(path, "index"), {}).get(0, slice(None))]
+            if not read.is_meta and not set(read.tolist()) <= set(kept):
+                raise ValueError(f"{_WRONG}: {path!r} passes on features that its input has lost")
+
+    def _check_numbers(self, modules: Mapping[str, nn.Module]) -> None:
+        for path, numbers in self.numbers.items():
             for name, value in numbers.items():
-                if not isinstance(getattr(modules.get(path), name, None), int) or type(value) is not int:
-                    raise ValueError(f"cuts must fit the network: {path!r} has no number {name!r}")
+                old = number_of(modules[path], name) if path in modules else None
+                if old is None:
+                    raise ValueError(f"{_WRONG}: {path!r} has no number {name!r}")
+                if not is_whole(value, 1) or value > old:
+                    raise ValueError(f"{_WRONG}: {name!r} of {path!r} can become 1 to {old}: got {value!r}")
+
+    def _check_fit(
+        self, path: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int,
+        kept: Mapping[tuple[int, int], list[int]],
+    ) -> None:  # fmt: skip
+        """Raise ValueError unless the tensors of one of torch's layers would fit together."""
+        weight = tensor_of(module, "weight")
+        if isinstance(module, _ConvNd) and weight is not None and max(module.groups, groups) > 1:
+            each = weight.shape[0] // module.groups
+            rows = kept.get((id(weight), 0), range(weight.shape[0]))
+            left = torch.bincount(torch.tensor([row // each for row in rows])).tolist()
+            if len({count for count in left if count}) > 1 or sum(map(bool, left)) != groups:
+                raise ValueError(f"{_WRONG}: each of the groups of {path!r} must keep equally many rows")
+        sizes = _sizes(module, shapes, groups)
+        made = next((sizes[name] for name in _MADE if name in sizes), None)
+        one_each = {name: shapes[name] for name in _ONE_EACH if name in shapes}
+        wanted = made if isinstance(made, tuple) else (made,)
+        if made is not None and any(shape != wanted for shape in one_each.values()):
+            raise ValueError(f"{_WRONG}: {path!r} would make channels of shape {wanted}, and have {one_each}")
+        if isinstance(module, nn.GroupNorm) and shapes.get("weight", (0,))[0] % self.numbers.get(
+            path, {}
+        ).get("num_groups", module.num_groups):
+            raise ValueError(f"{_WRONG}: each of the groups of {path!r} must keep equally many channels")
 
     def then(self, later: Cuts) -> Cuts:
         """These cuts followed by `later` ones, as cuts of the original network."""
 
-        def composed(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        def composed[Key](
+            first: Mapping[Key, list[int]], second: Mapping[Key, list[int]]
+        ) -> dict[Key, list[int]]:
             both = {
-                path: [first[path][index] for index in kept] for path, kept in second.items() if path in first
+                key: [first[key][index] for index in kept] for key, kept in second.items() if key in first
             }
             return {**first, **second, **both}
 
-        attributes = {
-            path: {**self.attributes.get(path, {}), **later.attributes.get(path, {})}
-            for path in (*self.attributes, *later.attributes)
-        }
-        return Cuts(composed(self.rows, later.rows), composed(self.columns, later.columns), attributes)
+        names, paths = (dict.fromkeys((*a, *b)) for a, b in (
+            (self.tensors, later.tensors), (self.numbers, later.numbers),
+        ))  # fmt: skip
+        return Cuts(
+            {name: composed(self.tensors.get(name, {}), later.tensors.get(name, {})) for name in names},
+            composed(self.widths, later.widths),
+            {path: {**self.numbers.get(path, {}), **later.numbers.get(path, {})} for path in paths},
+        )
 
     def below(self, path: str) -> Cuts:
-        """The cuts of the submodule at `path`, with paths relative to it."""
+        """The cuts of the submodule at `path`, with names relative to it."""
         if not path:
             return self
-        start = f"{path}."
-        tables: list[dict[str, Any]] = [
-            {name.removeprefix(start): value for name, value in table.items() if name.startswith(start)}
-            for table in (self.rows, self.columns, self.attributes)
-        ]
-        return Cuts(*tables)
+
+        def local(table: Mapping[str, Any]) -> dict[str, Any]:
+            inside = {f"{name}.": value for name, value in table.items()}
+            start = f"{path}."
+            return {k.removeprefix(start)[:-1]: value for k, value in inside.items() if k.startswith(start)}
+
+        return Cuts(local(self.tensors), local(self.widths), local(self.numbers))
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary for a JSON file."""
-        return {"rows": dict(self.rows), "columns": dict(self.columns), "attributes": dict(self.attributes)}
+        return {
+            "tensors": {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.tensors.items()},
+            "widths": dict(self.widths),
+            "numbers": {path: dict(numbers) for path, numbers in self.numbers.items()},
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, document: object) -> Cuts:
@@ -242,14 +246,95 @@ class Cuts:
         Raises:
             ValueError: if `document` is something else.
         """
-        names = (ROWS, COLUMNS, "attributes")
+        names = ("tensors", "widths", "numbers")
         if not isinstance(document, dict) or set(document) != set(names):
             raise ValueError(f"cuts must be a dictionary of {', '.join(names)}")
-        for name, kind in zip(names, (list, list, dict), strict=True):
+        for name, kind in zip(names, (dict, list, dict), strict=True):
             table = document[name]
             if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
-                raise ValueError(f"{name} of cuts must map module paths to a {kind.__name__} each")
-        numbers = {name for table in document["attributes"].values() for name in table}
-        if not numbers <= set(COUNTS):
-            raise ValueError(f"attributes of cuts must be among {COUNTS}: got {sorted(map(str, numbers))}")
-        return cls(**document)
+                raise ValueError(f"{name} of cuts must map names to a {kind.__name__} each")
+        dimensions = {str(dim): dim for dim in range(10)}
+        for name, dims in document["tensors"].items():
+            if not dims.keys() <= dimensions.keys() or not all(isinstance(k, list) for k in dims.values()):
+                raise ValueError(
+                    f"tensors of cuts must map dimensions to a list each: got {name!r}: {dims!r}"[:200]
+                )
+        tensors = {
+            name: {dimensions[dim]: kept for dim, kept in dims.items()}
+            for name, dims in document["tensors"].items()
+        }
+        return cls(tensors, document["widths"], document["numbers"])
+
+
+# Of torch's layers: what counts the channels that they make, and tensors with an entry for each.
+_MADE = ("out_features", "out_channels", "num_features", "num_channels", "normalized_shape")
+_ONE_EACH = ("bias", "running_mean", "running_var")
+
+
+def _is_part(kept: Any, size: int) -> bool:
+    """Whether `kept` are increasing numbers from 0 to size - 1, at least one."""
+    return (
+        isinstance(kept, list)
+        and bool(kept)
+        and all(type(index) is int for index in kept)
+        and sorted(set(kept)) == kept
+        and kept[0] >= 0
+        and kept[-1] < size
+    )
+
+
+def _shapes(
+    module: nn.Module, after: Mapping[int, tuple[int, ...]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's own tensors; of those in `after`, by id, what stands there."""
+    own = {**module._parameters, **module._buffers}
+    return {
+        name: (after or {}).get(id(tensor), tuple(tensor.shape)) for name, tensor in own.items() if tensor is not None
+    }  # fmt: skip
+
+
+def _sizes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int) -> dict[str, Any]:
+    """The attributes of one of torch's layers that follow from the shapes of its tensors."""
+    if isinstance(module, InputSelection):
+        return {"features": shapes["index"][0]}
+    if isinstance(module, _NormBase):
+        lengths = [shapes[name][0] for name in ("weight", *_ONE_EACH) if name in shapes]
+        return {"num_features": lengths[0]} if lengths else {}
+    weight = shapes.get("weight")
+    if weight is None:
+        return {}
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if isinstance(module, _ConvNd):
+        names = ("out_channels", "in_channels")
+        names = names[::-1] if isinstance(module, _ConvTransposeNd) else names
+        return dict(zip(names, (weight[0], weight[1] * groups), strict=True))
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": weight[1]}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": weight}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": weight[0]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight[0]}
+    return {}
+
+
+def number_of(module: nn.Module, name: str) -> int | None:
+    """An integer attribute, or with "name.0" an entry of a tuple or list of them; None if there is none."""
+    own, _, entry = name.partition(".")
+    value = getattr_static(module, own, None)
+    if entry:
+        there = isinstance(value, tuple | list) and entry in map(str, range(len(value)))
+        value = value[int(entry)] if there else None
+    return value if type(value) is int else None
+
+
+def _set_number(module: nn.Module, name: str, value: int) -> None:
+    own, _, entry = name.partition(".")
+    if entry:
+        old = getattr(module, own)
+        new = [*old[: int(entry)], value, *old[int(entry) + 1 :]]
+        setattr(module, own, new if isinstance(old, list) else tuple(new))
+    else:
+        setattr(module, name, value)

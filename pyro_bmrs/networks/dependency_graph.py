@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from pyro_bmrs.networks.computed import computed
-from pyro_bmrs.networks.cuts import (
+from pyro_bmrs.networks.channels import (
     COLUMNS,
     HEADS,
     HEADS_WIDTH,
@@ -25,9 +25,11 @@ from pyro_bmrs.networks.cuts import (
     channel_dimension,
     channels,
     is_depthwise,
+    selections,
 )
+from pyro_bmrs.networks.computed import computed
 from pyro_bmrs.networks.examples import at_most
-from pyro_bmrs.networks.groups import Member, StructureGroup
+from pyro_bmrs.networks.groups import Count, Member, StructureGroup
 from pyro_bmrs.networks.inputs import Inputs, call, map_tensors, tensors_of
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one, noise_layers
 from pyro_bmrs.networks.selection import InputSelection
@@ -391,9 +393,10 @@ class Reach:
         for module, path, side, pairs in self._modules():
             if channels(module, side) is None:
                 return path, f"{path!r}, a {type(module).__name__}, is no layer that can be cut"
-            wrong = computed(module, side, path)
-            if wrong:
-                return path, wrong
+            for name, _ in selections(module, side):
+                wrong = computed(module, name, path)
+                if wrong:
+                    return path, wrong
             groups = module.groups if isinstance(module, _ConvNd) and not is_depthwise(module) else 1
             if side == ROWS and 1 < groups == channels(module, side):
                 return path, f"{path!r} makes one channel in each of its {groups} groups"
@@ -431,12 +434,13 @@ class Reach:
         if attention:
             return self._heads_group(*attention)
         unit_of, count = self._units()
-        members = []
+        members, counts = [], []
         passed = self.selections()
         for module, path, side, pairs in self._modules():
             role = "between" if side == ROWS and module in passed else _role(module, side)
-            found = sorted({(index, unit_of[root]) for index, root in pairs if root is not None})
-            members.append(_member(path, role, found))
+            found = {(index, unit_of[root]) for index, root in pairs if root is not None}
+            members += _members(module, path, role, found)
+            counts += _counts(module, path, found)
         kind = "units"
         makers = [module for module, _, side, _ in self._modules() if side == ROWS and module not in passed]
         selections = [module for module in makers if isinstance(module, InputSelection)]
@@ -445,7 +449,7 @@ class Reach:
         elif any(isinstance(module, _ConvNd) for module in makers):
             kind = "filters"
         share = len(self.roots) // count
-        return StructureGroup(name, count, _ordered(members), share, kind)
+        return StructureGroup(name, count, _ordered(members), share, kind, tuple(counts))
 
     def _units(self) -> tuple[dict[int, int], int]:
         """(number of the structure by root channel, number of structures)."""
@@ -482,7 +486,7 @@ class Reach:
         heads = self._heads(parent, rows)
         head_size = max(rows.values()) // heads
         count = min(rows.values()) // head_size  # key heads
-        members = []
+        members, counts = [], []
         for module, path, side, _ in self._modules():
             size = channels(module, side)
             assert size is not None
@@ -490,16 +494,17 @@ class Reach:
                 # not divisible: treated as one structure
                 count = 1
             each = size // count
-            found = [(index, index // each) for index in range(size)]
-            members.append(_member(path, _role(module, side), found))
+            found = {(index, index // each) for index in range(size)}
+            members += _members(module, path, _role(module, side), found)
+            counts += _counts(module, path, found)
         module = self.graph.network.get_submodule(parent)
-        numbers = {}
         for names, total in ((HEADS, heads), (KEY_HEADS, count), (HEADS_WIDTH, max(rows.values()))):
             for name in names:
                 if getattr(module, name, None) == total and isinstance(getattr(module, name), int):
-                    numbers[name] = total // count
+                    units = torch.arange(total) // (total // count)
+                    counts.append(Count(parent, name, total, torch.arange(total), units))
         share = max(rows.values()) // count
-        return StructureGroup(parent, count, _ordered(members), share, "heads", {parent: numbers})
+        return StructureGroup(parent, count, _ordered(members), share, "heads", tuple(counts))
 
 
 def _is_shared(module: nn.Module) -> bool:
@@ -514,9 +519,38 @@ def _role(module: nn.Module, side: str) -> str:
     return "producer" if makes and not is_depthwise(module) else "between"
 
 
-def _member(path: str, role: str, found: list[tuple[int, int]]) -> Member:
-    indices, units = zip(*found, strict=True)
-    return Member(path, role, torch.tensor(indices), torch.tensor(units))
+def _members(module: nn.Module, path: str, role: str, found: set[tuple[int, int]]) -> list[Member]:
+    """The tensors of a module that rows or columns, (index, structure) each, stand for."""
+    if role == "selection":
+        return [Member(path, "index", 0, role, *_tensors(found))]
+    if role == "consumer":
+        # a grouped convolution numbers the columns within each group
+        step = (channels(module, COLUMNS) or 0) // getattr(module, "groups", 1)
+        entries = _tensors({(index % step, unit) for index, unit in found})
+        return [
+            Member(path, name, dim, role, *entries, input_dim=channel_dimension(module))
+            for name, dim in selections(module, COLUMNS)
+        ]
+    return [
+        Member(path, name, dim, role if name in ("weight", "index") else "between", *_tensors(found))
+        for name, dim in selections(module, ROWS)
+    ]
+
+
+def _counts(module: nn.Module, path: str, found: set[tuple[int, int]]) -> list[Count]:
+    """The numbers of a module that do not follow from the shapes of its tensors."""
+    if is_depthwise(module):
+        name = "groups"
+    elif isinstance(module, _NormBase) and not selections(module, ROWS):
+        name = "num_features"
+    else:
+        return []
+    return [Count(path, name, getattr(module, name), *_tensors(found))]
+
+
+def _tensors(found: set[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    indices, units = zip(*sorted(found), strict=True)
+    return torch.tensor(indices), torch.tensor(units)
 
 
 def _ordered(members: list[Member]) -> tuple[Member, ...]:

@@ -1,39 +1,77 @@
-"""Structures: which channels of which modules are removed together."""
+"""Structures: which entries of which tensors are removed together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.networks.cuts import COLUMNS, ROWS, Cuts, channels
+from pyro_bmrs.networks.cuts import Cuts, joined, names_by_tensor, tensor_of
 
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one module that belongs to a group of structures.
+    """Entries along one dimension of one tensor of a module that belong to structures.
 
-    indices[i] is a row or column of the module; units[i] is the structure that it belongs to. A structure can
-    appear many times: a flattened filter owns many columns of the layer behind.
+    Entry indices[i] belongs to structure units[i]. A structure can own many: a flattened filter owns many columns of
+    the layer behind.
+
+    Attributes:
+        path: of the module that owns the tensor.
+        name: of its parameter or buffer, such as "weight".
+        dim: dimension of the tensor.
+        role: "producer" (entries of a weight that makes the structures, or of the index of an `InputSelection`),
+            "between" (of all else that is cut along: biases, normalisations, depthwise weights, the index of an
+            `InputSelection` behind layers), "selection" (numbers of such an `InputSelection`'s inputs, which its index
+            holds) or "consumer" (of a weight that reads the structures).
+        indices: entries along `dim`.
+        units: structure of each of them.
+        reader: of a consumer, path of the module whose forward uses the tensor. None: `path` itself.
+        input_dim: of a consumer, dimension, counted from the end, of the first input of the module at `path` that
+            meets `dim`: position p meets entry p modulo the tensor's size, as in a grouped convolution. None: θ
+            multiplies the tensor itself, while the reader runs.
     """
 
     path: str
-    # "producer" (rows), "between" (rows of a normalisation, a depthwise convolution, or an InputSelection behind
-    # layers), "selection" (columns of such an InputSelection) or "consumer" (columns)
+    name: str
+    dim: int
     role: str
     indices: Tensor
     units: Tensor
+    reader: str | None = None
+    input_dim: int | None = None
 
     @property
-    def side(self) -> str:
-        return COLUMNS if self.role in ("consumer", "selection") else ROWS
+    def read_by(self) -> str:
+        """Path of the module whose forward uses the tensor."""
+        return self.path if self.reader is None else self.reader
 
-    def indices_of(self, units: Tensor) -> list[int]:
-        """The rows or columns that belong to any of the structures `units`, in order."""
-        chosen: list[int] = self.indices[torch.isin(self.units, units)].sort().values.tolist()
-        return chosen
+    def tensor(self, network: nn.Module) -> Tensor:
+        """The tensor, as it is stored."""
+        tensor = tensor_of(network.get_submodule(self.path), self.name)
+        assert tensor is not None
+        return tensor
+
+
+@dataclass(frozen=True)
+class Count:
+    """An integer attribute of a module that counts entries of some axis, such as its number of heads.
+
+    Attributes:
+        path: of the module.
+        name: of the attribute; "name.0" for the first entry of a tuple or list.
+        size: its value.
+        indices: entries of that axis.
+        units: structure of each of them.
+    """
+
+    path: str
+    name: str
+    size: int
+    indices: Tensor
+    units: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,12 +82,11 @@ class StructureGroup:
         site: name of the latent site: the path of the first module that makes the structures (for heads the path of
             their attention; for a noise layer written by hand the path of that layer).
         features: number of structures.
-        members: the modules that make, carry and read them.
+        members: entries of the tensors that make, carry and read them.
         channels: number of channels of one structure where it is made: 1, or the size of a head.
         kind: "units" (outputs of linear layers), "filters" (of convolutions), "heads", "inputs" (of the network), or
             "positions" (of an InputSelection behind layers, for example of flattened filters).
-        attributes: by module path and name, numbers that modules store about their structures; the value is the
-            share of one structure.
+        counts: numbers that modules store about their structures.
     """
 
     site: str
@@ -57,7 +94,7 @@ class StructureGroup:
     members: tuple[Member, ...]
     channels: int = 1
     kind: str = "units"
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    counts: tuple[Count, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -71,58 +108,109 @@ class StructureGroup:
         """The same group in a network that holds this one at `path`."""
         if not path:
             return self
+
+        def moved(member: Member) -> Member:
+            reader = None if member.reader is None else joined(path, member.reader)
+            return replace(member, path=joined(path, member.path), reader=reader)
+
         return replace(
             self,
-            members=tuple(replace(member, path=f"{path}.{member.path}") for member in self.members),
-            attributes={f"{path}.{name}": numbers for name, numbers in self.attributes.items()},
+            members=tuple(moved(member) for member in self.members),
+            counts=tuple(replace(count, path=joined(path, count.path)) for count in self.counts),
         )
-
-
-def weight_of(network: nn.Module, member: Member) -> nn.Parameter:
-    """The weight of a producer or consumer."""
-    weight = network.get_submodule(member.path).weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def cuts_of(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[str, Tensor]) -> Cuts:
     """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""
-    removed: dict[tuple[str, str], set[int]] = {}
-    attributes: dict[str, dict[str, int]] = {}
+    groups = tuple(groups)
+    names = names_by_tensor(network)
+    tensors: dict[str, dict[int, Tensor]] = {}
+    widths: dict[str, Tensor] = {}
     for group in groups:
-        keep = kept[group.site].cpu()
-        units = torch.nonzero(~keep).flatten()
-        if not len(units):
-            continue
-        for member in group.members:
-            removed.setdefault((member.side, member.path), set()).update(member.indices_of(units))
-        for path, numbers in group.attributes.items():
-            for name, share in numbers.items():
-                attributes.setdefault(path, {})[name] = share * int(keep.sum())
-    sides: dict[str, dict[str, list[int]]] = {ROWS: {}, COLUMNS: {}}
-    for (side, path), indices in removed.items():
-        size = channels(network.get_submodule(path), side)
-        assert size is not None
-        sides[side][path] = [index for index in range(size) if index not in indices]
-    return Cuts(sides[ROWS], sides[COLUMNS], attributes)
+        for member, gone in _gone(group, kept):
+            if member.role == "selection":
+                width = int(network.get_submodule(member.path).width)  # type: ignore[arg-type]
+                stays = widths.setdefault(member.path, torch.ones(width, dtype=torch.bool))
+                stays[gone] = False
+                continue
+            tensor = member.tensor(network)
+            for name in names[id(tensor)]:
+                stays = tensors.setdefault(name, {}).setdefault(
+                    member.dim, torch.ones(tensor.shape[member.dim], dtype=torch.bool)
+                )
+                stays[gone] = False
+    numbers: dict[str, dict[str, int]] = {}
+    for (path, name), left in _left_of_counts(groups, kept).items():
+        numbers.setdefault(path, {})[name] = int(left.sum())
+    return Cuts(
+        {name: {dim: _true(stays) for dim, stays in dims.items()} for name, dims in tensors.items()},
+        {path: _true(stays) for path, stays in widths.items()},
+        numbers,
+    )
 
 
 def after(groups: Iterable[StructureGroup], kept: Mapping[str, Tensor], cuts: Cuts) -> list[StructureGroup]:
-    """The groups in the network after `cuts`, with new numbers of structures and channels."""
+    """The groups in the network after `cuts`, with new numbers of structures and entries."""
+    groups = tuple(groups)
+    left_of_counts = _left_of_counts(groups, kept)
     renumbered = []
     for group in groups:
         keep = kept[group.site].cpu()
         new_unit = torch.cumsum(keep, 0) - 1
-        members = []
+        members, counts = [], []
         for member in group.members:
-            table = cuts.columns if member.side == COLUMNS else cuts.rows
-            indices, units = member.indices[keep[member.units]], member.units[keep[member.units]]
-            if member.path in table:
-                position = {old: new for new, old in enumerate(table[member.path])}
+            stays = keep[member.units]
+            indices, units = member.indices[stays], member.units[stays]
+            table = (
+                cuts.widths.get(member.path)
+                if member.role == "selection"
+                else cuts.tensors.get(joined(member.path, member.name), {}).get(member.dim)
+            )
+            if table is not None:
+                left = torch.tensor(table)
                 # a structure that stays may have lost parts, with the structures inside it
-                there = torch.tensor([int(index) in position for index in indices], dtype=torch.bool)
-                indices, units = indices[there], units[there]
-                indices = torch.tensor([position[int(index)] for index in indices], dtype=torch.long)
+                there = torch.isin(indices, left)
+                indices, units = torch.searchsorted(left, indices[there]), units[there]
             members.append(replace(member, indices=indices, units=new_unit[units]))
-        renumbered.append(replace(group, features=int(keep.sum()), members=tuple(members)))
+        for count in group.counts:
+            left = left_of_counts.get((count.path, count.name), torch.ones(count.size, dtype=torch.bool))
+            stays = left[count.indices]
+            counts.append(
+                replace(
+                    count, size=int(left.sum()), indices=(torch.cumsum(left, 0) - 1)[count.indices[stays]],
+                    units=new_unit[count.units[stays]],
+                )
+            )  # fmt: skip
+        renumbered.append(
+            replace(group, features=int(keep.sum()), members=tuple(members), counts=tuple(counts))
+        )
     return renumbered
+
+
+def _gone(group: StructureGroup, kept: Mapping[str, Tensor]) -> Iterator[tuple[Member, Tensor]]:
+    """(member, the entries that are removed) of each member that loses some."""
+    keep = kept[group.site].cpu()
+    for member in group.members:
+        gone = member.indices[~keep[member.units]]
+        if len(gone):
+            yield member, gone
+
+
+def _left_of_counts(
+    groups: Iterable[StructureGroup], kept: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """By module path and attribute, True for the entries that are left, of each count that becomes smaller."""
+    left: dict[tuple[str, str], Tensor] = {}
+    for group in groups:
+        keep = kept[group.site].cpu()
+        for count in group.counts:
+            gone = count.indices[~keep[count.units]]
+            if len(gone):
+                stays = left.setdefault((count.path, count.name), torch.ones(count.size, dtype=torch.bool))
+                stays[gone] = False
+    return left
+
+
+def _true(stays: Tensor) -> list[int]:
+    chosen: list[int] = torch.nonzero(stays).flatten().tolist()
+    return chosen

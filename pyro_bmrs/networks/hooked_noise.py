@@ -1,11 +1,11 @@
-"""Noise at the inputs of the layers that read structures, by hooks: the network's own modules stay unchanged."""
+"""Noise where structures are read, by hooks: the network's own modules stay unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bmrs.networks.attention import join_attention
 from pyro_bmrs.networks.copies import uncompiled
-from pyro_bmrs.networks.cuts import COLUMNS, channel_dimension, channels
-from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.cuts import joined
+from pyro_bmrs.networks.groups import Member, StructureGroup
 from pyro_bmrs.networks.inputs import check_module
 from pyro_bmrs.networks.noise import (
     LARGE,
@@ -24,15 +24,31 @@ from pyro_bmrs.networks.noise import (
     not_examples,
     scaled,
 )
+from pyro_bmrs.networks.seen_tensors import Key, SeenTensors, is_hook, with_plain_tables
 
 NAME = "structure_noise"
+
+
+class _Place(NamedTuple):
+    """A dimension of a layer's input or of a tensor, and which θ is for each of its entries.
+
+    Attributes:
+        dim: the dimension.
+        levels: the sites whose θ stand one behind the other, and the name of the buffer that holds, for each entry,
+            its position among these; several where structures lie inside others.
+    """
+
+    dim: int
+    levels: tuple[tuple[tuple[str, ...], str], ...]
 
 
 class HookedNoise(nn.Module):
     """A submodule of a network that holds the θ of all its structures and applies them.
 
     At each forward pass of the network every θ is drawn once. The input of each layer that reads structures is
-    multiplied by their θ. Called itself, it returns its input, so that it may stand at the end of an `nn.Sequential`.
+    multiplied by their θ. Where no layer's input meets them, the tensor that reads them is multiplied instead, as the
+    code that reads it sees it. Called itself, it returns its input, so that it may stand at the end of an
+    `nn.Sequential`.
 
     Args:
         network: without noise; `attach` changes it.
@@ -54,65 +70,101 @@ class HookedNoise(nn.Module):
         self.examples: int | None = None
         # paths of readers whose input has no entry per example: they need one θ for the whole batch
         self.folded: set[str] = set()
-        # by reader: the sites of its columns, in levels (see `_levels`)
-        self.readers: dict[str, list[tuple[str, ...]]] = {}
+        # by layer that reads structures at its input: their place in it
+        self.readers: dict[str, _Place] = {}
+        # by module that reads structures through tensors: their places in each tensor
+        self.tensors: dict[str, dict[Key, list[_Place]]] = {}
         self._index_readers(network)
+        keys = {key: None for read in self.tensors.values() for key in read}
+        readers = {key: [path for path, read in self.tensors.items() if key in read] for key in keys}
+        self.seen = SeenTensors(readers, self.multiplied)
 
     def _index_readers(self, network: nn.Module) -> None:
-        """For each layer that reads structures: of which sites, and which θ for each column."""
-        device = next(network.parameters()).device
-        readers: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
+        """For each place where structures are read: of which sites, and which θ for each entry."""
+        inputs: dict[str, tuple[int, int, list[tuple[str, Member]]]] = {}
+        tensors: dict[str, dict[Key, dict[int, tuple[int, list[tuple[str, Member]]]]]] = {}
         for group in self.groups.values():
             for member in group.consumers:
-                readers.setdefault(member.path, []).append((group.site, member.indices, member.units))
-        self.readers = {}
-        for number, (path, parts) in enumerate(readers.items()):
-            size = channels(network.get_submodule(path), COLUMNS)
-            assert size is not None
-            self.readers[path] = []
-            for level, disjoint in enumerate(_levels(parts)):
-                self.readers[path].append(tuple(site for site, _, _ in disjoint))
-                offset, total = 0, sum(self.groups[site].features for site, _, _ in disjoint)
-                columns = torch.full((size,), total)  # behind the last θ stands a 1, for columns without θ
-                for site, indices, units in disjoint:
-                    columns[indices] = offset + units
-                    offset += self.groups[site].features
-                plain = len(disjoint) == 1 and torch.equal(columns, torch.arange(total))
-                self.register_buffer(
-                    f"columns_{number}_{level}", None if plain else columns.to(device), persistent=False
-                )
+                size = member.tensor(network).shape[member.dim]
+                if member.input_dim is not None:
+                    dim, known, found = inputs.setdefault(member.path, (member.input_dim, size, []))
+                    if (dim, known) == (member.input_dim, size):
+                        found.append((group.site, member))
+                        continue
+                read = tensors.setdefault(member.read_by, {}).setdefault((member.path, member.name), {})
+                read.setdefault(member.dim, (size, []))[1].append((group.site, member))
+        self.count = 0
+        device = next(network.parameters()).device
+        self.readers = {path: self._place(*where, device) for path, where in inputs.items()}
+        self.tensors = {
+            path: {
+                key: [self._place(dim, *where, device) for dim, where in dims.items()]
+                for key, dims in read.items()
+            }
+            for path, read in tensors.items()
+        }
+
+    def _place(self, dim: int, size: int, found: list[tuple[str, Member]], device: torch.device) -> _Place:
+        levels = []
+        for disjoint in _levels(found):
+            sites = tuple(disjoint)
+            offset, total = 0, sum(self.groups[site].features for site in sites)
+            columns = torch.full((size,), total)  # behind the last θ stands a 1, for entries without θ
+            for site, members in disjoint.items():
+                for member in members:
+                    columns[member.indices] = offset + member.units
+                offset += self.groups[site].features
+            plain = len(sites) == 1 and torch.equal(columns, torch.arange(total))
+            name = f"columns_{self.count}"
+            self.count += 1
+            self.register_buffer(name, None if plain else columns.to(device), persistent=False)
+            levels.append((sites, name))
+        return _Place(dim, tuple(levels))
 
     def attach(self, network: nn.Module) -> None:
         """Make this a submodule of `network`, and add the hooks that draw and apply the noise."""
         setattr(network, NAME, self)
         network.register_forward_pre_hook(self.draw, with_kwargs=True)
         network.register_forward_hook(self.finish, always_call=True)
-        for number, path in enumerate(self.readers):
-            module, reader = network.get_submodule(path), _Reader(self, path, number)
+        for path in self.readers:
+            module, reader = network.get_submodule(path), _Reader(self, path)
             module.register_forward_pre_hook(reader.multiply, with_kwargs=True)
             module.register_forward_hook(reader.finish, always_call=True)
+        self.seen.attach(network)
 
     def draw(self, network: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Before a forward pass of the network: one value of every θ for it."""
         self.running, self.examples = True, examples_in_batch.get()
+        self.seen.under_way.clear()  # a pass that was interrupted may have left something
         self.drawn = {str(layer.site): layer.draw() for layer in self.layers}  # type: ignore[operator]
 
     def finish(self, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """After a forward pass of the network, also of one that failed."""
         self.running = False
 
-    def theta(self, path: str, number: int) -> Tensor:
-        """θ for each column of the layer at `path`. Shape: (columns,) or (draws, columns)."""
+    def theta(self, path: str, place: _Place) -> Tensor:
+        """θ for each entry of a place, for the module at `path`. Shape: (entries,) or (draws, entries)."""
         # activation checkpointing runs layers again during the backward pass
         if not self.running and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
                 f"layer {path!r} has noise that is drawn when the network is called: call the network itself"
             )
-        levels = [
-            self._theta_of(sites, getattr(self, f"columns_{number}_{level}"))
-            for level, sites in enumerate(self.readers[path])
-        ]
+        levels = [self._theta_of(sites, getattr(self, name)) for sites, name in place.levels]
         return prod(levels[1:], start=levels[0])
+
+    def multiplied(self, reader: str, key: Key, stored: Tensor) -> Tensor:
+        """A tensor as the module at `reader` sees it: multiplied by θ along each dimension that reads structures."""
+        for place in self.tensors[reader][key]:
+            theta = self.theta(reader, place).to(stored.dtype)
+            if theta.dim() > 1:
+                raise ValueError(
+                    f"{joined(*key)!r} is multiplied by one θ for the whole batch, since no layer's input meets its "
+                    "entries: several values of θ can't be drawn per batch; pass draws_per_batch=1"
+                )
+            layout = [1] * stored.dim()
+            layout[place.dim] = -1
+            stored = stored * theta.view(layout)
+        return stored
 
     def _theta_of(self, sites: tuple[str, ...], columns: Tensor | None) -> Tensor:
         values = [self.drawn[site] for site in sites]
@@ -140,19 +192,23 @@ class HookedNoise(nn.Module):
         return f"{sum(group.features for group in self.groups.values())} structures"
 
 
-def _levels(parts: list[tuple[str, Tensor, Tensor]]) -> list[list[tuple[str, Tensor, Tensor]]]:
-    """The (site, columns, units) of a reader in as few lists as possible, so that no two in a list share a column.
+def _levels(found: list[tuple[str, Member]]) -> list[dict[str, list[Member]]]:
+    """The members of one place by site, in as few dictionaries as possible: no two sites in one share an entry.
 
-    Columns are shared where structures lie inside others. The θ of both then apply.
+    Entries are shared where structures lie inside others. The θ of both then apply.
     """
-    levels: list[list[tuple[str, Tensor, Tensor]]] = []
-    for part in parts:
+    members: dict[str, list[Member]] = {}
+    for site, member in found:
+        members.setdefault(site, []).append(member)
+    levels: list[dict[str, list[Member]]] = []
+    for site, own in members.items():
+        indices = torch.cat([member.indices for member in own])
         for level in levels:
-            if not any(torch.isin(part[1], indices).any() for _, indices, _ in level):
-                level.append(part)
+            if not any(torch.isin(indices, m.indices).any() for others in level.values() for m in others):
+                level[site] = own
                 break
         else:
-            levels.append([part])
+            levels.append({site: own})
     return levels
 
 
@@ -162,8 +218,8 @@ class _Reader:
     Bound methods, not functions: a copy of the network gets hooks that know the copied noise.
     """
 
-    def __init__(self, noise: HookedNoise, path: str, number: int) -> None:
-        self.noise, self.path, self.number = noise, path, number
+    def __init__(self, noise: HookedNoise, path: str) -> None:
+        self.noise, self.path = noise, path
         # for each call under way: how its input is remembered, where not as usual
         self.under_way: list[saved_tensors_hooks | None] = []
 
@@ -171,15 +227,19 @@ class _Reader:
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the call: the input multiplied by θ."""
-        theta = self.noise.theta(self.path, self.number)
+        place = self.noise.readers[self.path]
+        theta = self.noise.theta(self.path, place)
         name = next(iter(keywords), "")
         x = arguments[0] if arguments else keywords[name]
+        # the groups of a convolution read one after the other, with the same entries
+        times = max(x.shape[place.dim] // theta.shape[-1], 1)
+        theta = theta if times == 1 else theta.repeat(*[1] * (theta.dim() - 1), times)
         examples = self.noise.examples
         # another dimension may have that length by chance
         if theta.dim() > 1 and examples is not None and self.path in self.noise.folded:
             raise not_examples(f"layer {self.path!r}", x, examples)
         scale = partial(
-            scaled, dim=channel_dimension(module), name=f"layer {self.path!r}", examples=examples,
+            scaled, dim=place.dim, name=f"layer {self.path!r}", examples=examples,
             exclusive=True,
         )  # fmt: skip
         product = scale(x, theta)
@@ -239,10 +299,15 @@ def without_hooked_noise(network: nn.Module) -> nn.Module:
     """Undo `insert_noise` in place, except for the separate attention projections."""
     for path in hooked_noise(network):
         delattr(network.get_submodule(path), NAME)
+    with_plain_tables(network)
     for module in network.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             owners = {number: getattr(hook, "__self__", None) for number, hook in hooks.items()}
-            ours = [number for number, owner in owners.items() if isinstance(owner, HookedNoise | _Reader)]
+            ours = [
+                number
+                for number, owner in owners.items()
+                if isinstance(owner, HookedNoise | _Reader) or is_hook(owner)
+            ]
             for number in ours:
                 del hooks[number]
                 for kind in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):

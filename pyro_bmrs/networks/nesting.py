@@ -123,7 +123,7 @@ def _owner(inner: StructureGroup, outer: StructureGroup) -> Tensor | None:
 def _enclosed(outer: StructureGroup, inside: Iterable[StructureGroup]) -> Tensor:
     """True for structures that every reader reads through a structure inside."""
     through = {
-        (member.path, index)
+        (member.path, member.name, member.dim, index)
         for inner in inside
         for member in inner.consumers
         for index in member.indices.tolist()
@@ -131,7 +131,7 @@ def _enclosed(outer: StructureGroup, inside: Iterable[StructureGroup]) -> Tensor
     enclosed = torch.ones(outer.features, dtype=torch.bool)
     for member in outer.consumers:
         for index, unit in zip(member.indices.tolist(), member.units.tolist(), strict=True):
-            if (member.path, index) not in through:
+            if (member.path, member.name, member.dim, index) not in through:
                 enclosed[unit] = False
     return enclosed
 

@@ -66,6 +66,7 @@ class InputSelection(nn.Module):
     def renumber(self, kept: list[int]) -> None:
         """Pass on the same features after the input has lost all features but `kept` (in increasing order)."""
         self.index = torch.searchsorted(torch.tensor(kept, device=self.index.device), self.index)
+        self.width = len(kept)
 
     def extra_repr(self) -> str:
         return f"{self.features} of {self.width}, dim={self.dim}"

@@ -11,9 +11,9 @@ import pandas as pd
 from torch import nn
 
 from pyro_bmrs.arguments import on_a_screen
-from pyro_bmrs.networks.computed import computed
+from pyro_bmrs.networks.channels import ROWS, channels
+from pyro_bmrs.networks.computed import computed, has_computed
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.cuts import COLUMNS, ROWS, channels
 from pyro_bmrs.networks.dependency_graph import DependencyGraph, StructureError
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
@@ -62,8 +62,12 @@ class Structures:
         for group in self:
             by_role = {
                 role: ", ".join(dict.fromkeys(m.path for m in group.members if m.role == role))
-                for role in ("producer", "between", "consumer")
+                for role in ("producer", "consumer")
             }
+            makers = {member.path for member in group.producers}
+            carriers = dict.fromkeys(
+                m.path for m in group.members if m.role == "between" and m.path not in makers
+            )
             rows.append(
                 {
                     "name": group.site,
@@ -71,7 +75,7 @@ class Structures:
                     "structures": group.features,
                     "channels": group.channels,
                     "made_by": by_role["producer"],
-                    "carried_by": by_role["between"],
+                    "carried_by": ", ".join(carriers),
                     "read_by": by_role["consumer"],
                     "reason": "",
                 }
@@ -89,7 +93,7 @@ class Structures:
         lines = [f"{sum(group.features for group in self)} structures in {len(self)} groups"]
         for group in self:
             each = f" of {group.channels} channels" if group.channels > 1 else ""
-            readers = ", ".join(member.path for member in group.consumers)
+            readers = ", ".join(dict.fromkeys(member.read_by for member in group.consumers))
             lines.append(f"  {group.site}: {group.features} {group.kind}{each}, read by {readers}")
         if self.refused:
             lines.append("not removable:")
@@ -109,8 +113,11 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     >>> net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), MultiplicativeNoise(3), nn.Flatten(),
     ...                     nn.Linear(12, 2))
     >>> group = structure_groups(net, torch.zeros(1, 1, 4, 4))["2"]
-    >>> [(m.role, m.path, m.indices_of(torch.tensor([1]))) for m in group.members]
-    [('producer', '0', [1]), ('consumer', '4', [4, 5, 6, 7])]
+    >>> for m in group.members:
+    ...     print(m.role, m.path, m.name, m.dim, m.indices[m.units == 1].tolist())
+    producer 0 weight 0 [1]
+    between 0 bias 0 [1]
+    consumer 4 weight 1 [4, 5, 6, 7]
 
     Raises:
         StructureError: for a noise layer written by hand, if no layer in front makes its structures or
@@ -129,7 +136,7 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
         _refuse_overlaps(groups)
     for group in groups.values():
         for member in group.members:
-            wrong = computed(network.get_submodule(member.path), member.side, member.path)
+            wrong = computed(network.get_submodule(member.path), member.name, member.path)
             if wrong:
                 raise StructureError(f"structures of {group.site!r}: {wrong}")
     return groups
@@ -142,8 +149,7 @@ def check_weights(network: nn.Module, find_input: Callable[[], Inputs]) -> None:
         network: has noise layers; not changed.
         find_input: makes a batch of inputs. Called only if some weight is computed.
     """
-    modules = network.named_modules()
-    if any(computed(module, side, path) for path, module in modules for side in (ROWS, COLUMNS)):
+    if any(has_computed(module) for module in network.modules()):
         structure_groups(network, find_input())
 
 
@@ -266,18 +272,19 @@ def _group_of_layer(graph: DependencyGraph, site: str) -> StructureGroup:
 
 
 def _refuse_overlaps(groups: dict[str, StructureGroup]) -> None:
-    """Raise StructureError if two groups contain the same row or column, and neither lies inside the other."""
+    """Raise StructureError if two groups contain the same entry of a tensor, and neither lies inside the other."""
     inside = {
         (inner, outer) for inner, outers in Nesting.of(groups.values()).owners.items() for outer in outers
     }
     inside |= {(outer, inner) for inner, outer in inside}
-    owner: dict[tuple[str, str, int], str] = {}
+    owner: dict[tuple[str, str, int, bool, int], str] = {}
     for site, group in groups.items():
         for member in group.members:
+            axis = (member.path, member.name, member.dim, member.role == "selection")
             for index in member.indices.tolist():
-                other = owner.setdefault((member.path, member.side, index), site)
+                other = owner.setdefault((*axis, index), site)
                 if other != site and (other, site) not in inside:
                     raise StructureError(
-                        f"structures of {other!r} and {site!r} are both tied to {member.path!r} (its {member.side}). "
+                        f"structures of {other!r} and {site!r} are both tied to {member.path!r} (its {member.name}). "
                         f"Leave one of them as it is, with leave_out={[site]} or without its noise layer"
                     )

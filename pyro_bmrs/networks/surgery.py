@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.cuts import COLUMNS, Cuts, channel_dimension, channels
-from pyro_bmrs.networks.examples import at_most
-from pyro_bmrs.networks.groups import StructureGroup, cuts_of, weight_of
+from pyro_bmrs.networks.copies import copied, left_alone
+from pyro_bmrs.networks.cuts import Cuts, joined
+from pyro_bmrs.networks.groups import StructureGroup, cuts_of
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_noise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -46,54 +46,114 @@ class Surgery(NamedTuple):
     difference: float  # the largest, relative to the spread of the outputs
 
 
-def check_equal(
-    small: nn.Module,
+@dataclass(frozen=True)
+class Expected:
+    """What a reduced model computes, so far as it is left in the smaller network.
+
+    Attributes:
+        outputs: of the layers that read structures, by path, and of the network, by "the network".
+        whole: the names of those whose channels that stay are known. Others are compared where shapes agree.
+        advice: what to do where the smaller network computes something else.
+    """
+
+    outputs: Mapping[str, list[Tensor]]
+    whole: frozenset[str]
+    advice: str
+
+
+@torch.no_grad()
+def expected(
     reduced: nn.Module,
     scales: Mapping[str, Tensor],
     example_input: Inputs,
-    *,
-    readers: Iterable[str] = (),
-    rows: Mapping[str, list[int]] | None = None,
-    tolerance: float = TOLERANCE,
-) -> float:
-    """Largest difference of outputs, relative to their spread over the examples; raises above `tolerance`.
-
-    The outputs of the networks and of the layers `readers` are compared. The difference is relative to the
-    spread (at least 1 % of the largest output), since an output that hardly depends on its input would
-    hide any error.
+    groups: Iterable[StructureGroup],
+    cuts: Cuts,
+) -> Expected:
+    """What `check_equal` compares a smaller network with. `reduced` is left as it is, and may be cut afterwards.
 
     Args:
-        small, reduced: the networks.
-        scales: by site, the values of θ in `reduced`.
-        example_input: examples of both.
-        readers: paths of the layers to compare too.
-        rows: by path, the channels of a layer's output in `reduced` that remain in `small`.
-        tolerance: allowed relative difference.
-
-    Raises:
-        EqualityError: naming the layer, the largest difference, the spread and the tolerance.
+        reduced: the network with noise.
+        scales: by site, its values of θ, 0 for what is removed.
+        example_input: the examples of the check.
+        groups: the network's structures. The outputs of the layers that read them are compared too.
+        cuts: that make the smaller network.
     """
-    rows = rows or {}
+    readers = dict.fromkeys(member.read_by for group in groups for member in group.consumers)
+    kept = {path: _kept_outputs(reduced.get_submodule(path), path, cuts) for path in readers if path}
+    outputs: dict[str, list[Tensor]] = {}
+
+    def keep(path: str, output: Any) -> None:
+        tensors = tensors_of(output)
+        left = kept[path]
+        if left is not None and left[1] is not None:
+            dim, rows = left[0], torch.tensor(left[1], device=tensors[0].device)
+            tensors = [tensor.index_select(dim, rows) for tensor in tensors]
+        outputs.setdefault(path, []).extend(tensors)
+
+    with left_alone(reduced), fixed_scales(reduced, scales), _outputs_of(reduced, kept, keep):
+        outputs["the network"] = tensors_of(call(reduced, example_input))
     advice = (
         "; leave out, in insert_noise, what this layer reads"
         if hooked_noise(reduced)
         else ". A noise layer must stand where its structures are consumed, after every activation that is not "
         "positively homogeneous"
     )
-    with torch.no_grad():
-        with _outputs_of(small, readers) as have, _where(small):
-            have["the network"] = tensors_of(call(small, example_input))
-        with fixed_scales(reduced, scales), _outputs_of(reduced, readers) as want:
-            want["the network"] = tensors_of(call(reduced, example_input))
+    whole = {"the network", *(path for path, left in kept.items() if left is not None)}
+    return Expected(outputs, frozenset(whole), advice)
+
+
+def _kept_outputs(module: nn.Module, path: str, cuts: Cuts) -> tuple[int, list[int] | None] | None:
+    """(dimension of its channels, those that stay; None: all) of a layer's output; None if that can't be told."""
+    of_weight = cuts.tensors.get(joined(path, "weight"), {})
+    if isinstance(module, nn.Linear):
+        return -1, of_weight.get(0)
+    if not isinstance(module, _ConvNd):
+        return None
+    dim, kept = -1 - len(module.kernel_size), of_weight.get(0)
+    if isinstance(module, _ConvTransposeNd):
+        kept, each = of_weight.get(1), module.out_channels // module.groups
+        if kept is not None:  # each group makes the same ones
+            kept = [group * each + row for group in range(module.groups) for row in kept]
+    return dim, kept
+
+
+@torch.no_grad()
+def check_equal(
+    small: nn.Module, expected: Expected, example_input: Inputs, *, tolerance: float = TOLERANCE
+) -> float:
+    """Largest difference of outputs, relative to their spread over the examples; raises above `tolerance`.
+
+    The outputs of the network and of the layers that read structures are compared. The difference is relative to the
+    spread (at least 1 % of the largest output), since an output that hardly depends on its input would
+    hide any error.
+
+    Args:
+        small: the smaller network.
+        expected: what the reduced model computes.
+        example_input: the same examples.
+        tolerance: allowed relative difference.
+
+    Raises:
+        EqualityError: naming the layer, the largest difference, the spread and the tolerance.
+    """
+    have: dict[str, list[Tensor]] = {}
+    there = dict(small.named_modules(remove_duplicate=False))
+
+    def keep(path: str, output: Any) -> None:
+        have.setdefault(path, []).extend(tensors_of(output))
+
+    readers = [path for path in expected.outputs if path in there]
+    with _outputs_of(small, readers, keep), _where(small):
+        have["the network"] = tensors_of(call(small, example_input))
     worst = 0.0
-    for name, expected in want.items():
-        for index, (wanted, found) in enumerate(zip(expected, have[name], strict=True)):
+    for name, outputs in expected.outputs.items():
+        # other code may use a layer's weight, as torch's own attention does, and never call it
+        for index, (wanted, found) in enumerate(zip(outputs, have.get(name, outputs), strict=True)):
             if not wanted.is_floating_point():
                 continue
-            if name in rows:
-                dim = channel_dimension(reduced.get_submodule(name))
-                wanted = wanted.index_select(dim, torch.tensor(rows[name], device=wanted.device))
             if wanted.shape != found.shape:
+                if name not in expected.whole:
+                    continue
                 raise EqualityError(
                     f"output {index} of {name} has shape {tuple(found.shape)} in the smaller network, "
                     f"{tuple(wanted.shape)} in the reduced model"
@@ -104,7 +164,7 @@ def check_equal(
                 raise EqualityError(
                     f"the smaller network differs from the reduced model: output {index} of {name} by at most "
                     f"{distance:.3e} where outputs spread over {scale:.3e} (allowed: {tolerance:g} of it)"
-                    + advice
+                    + expected.advice
                 )
     return worst
 
@@ -122,16 +182,15 @@ def difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
 
 
 @contextmanager
-def _outputs_of(network: nn.Module, paths: Iterable[str]) -> Any:
-    """Collects the outputs of the layers at `paths`, by path, while the context lasts."""
-    found: dict[str, list[Tensor]] = {}
+def _outputs_of(network: nn.Module, paths: Iterable[str], keep: Callable[[str, Any], None]) -> Iterator[None]:
+    """Hands each output of the layers at `paths` to `keep`, while the context lasts."""
 
-    def keep(path: str) -> Any:
-        return lambda module, arguments, output: found.setdefault(path, []).extend(tensors_of(output))
+    def hook(path: str) -> Any:
+        return lambda module, arguments, output: keep(path, output)
 
-    handles = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    handles = [network.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -214,26 +273,23 @@ def remove_structures(
     usual = next(iter(dtypes.values()))
     groups = structure_groups(network, example_input) if groups is None else groups
     cuts = cuts_of(network, groups.values(), kept)
-    reduced = copied(network).eval()
     example = map_tensors(lambda tensor: tensor.to(device), example_input)
-    for layer in noise_layers(reduced).values():
-        layer.kept.fill_(True)  # the scales below are 0 where a structure is removed
-    if _runs_in_double(reduced, example):
-        reduced, example = reduced.double(), as_double(example)
-    else:
-        tolerance = max(tolerance, _OWN_TOLERANCE)
-    small = copied(reduced)
     reduced_scales = {
         site: torch.where(kept[site].to(device), scales[site].to(device, torch.float64), 0.0)
         for site in groups
     }
-    fold(small, groups.values(), reduced_scales)
-    cuts.cut(small)
-    small = without_noise(small)
-    largest = check_equal(
-        small, reduced, reduced_scales, example,
-        readers=comparable(groups.values(), small), rows=cuts.rows, tolerance=tolerance,
-    )  # fmt: skip
+    reduced = _all_on(copied(network).double())
+    try:
+        double = as_double(example)
+        wanted, example = expected(reduced, reduced_scales, double, groups.values(), cuts), double
+    except RuntimeError:  # it has constants of another precision
+        reduced, tolerance = _all_on(copied(network)), max(tolerance, _OWN_TOLERANCE)
+        wanted = expected(reduced, reduced_scales, example, groups.values(), cuts)
+    # the same copy: a second one would be the most memory that all this takes
+    fold(reduced, groups.values(), reduced_scales)
+    cuts.cut(reduced)
+    small = without_noise(reduced)
+    largest = check_equal(small, wanted, example, tolerance=tolerance)
     for name, tensor in _floating(small):
         tensor.data = tensor.data.to(dtypes.get(name, usual))
     gradients = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
@@ -246,16 +302,11 @@ def remove_structures(
     return Surgery(small, cuts, largest)
 
 
-@torch.no_grad()
-def _runs_in_double(network: nn.Module, example: Inputs) -> bool:
-    """Whether a network runs in float64. One with constants of another precision may not."""
-    try:
-        with fixed_scales(network, {s: layer.kept.double() for s, layer in noise_layers(network).items()}):
-            double = copied(network).double()
-            call(double, at_most(double, as_double(example), 2))
-    except RuntimeError:
-        return False
-    return True
+def _all_on(network: nn.Module) -> nn.Module:
+    """In evaluation, with no structure removed yet: the scales are 0 where one is."""
+    for layer in noise_layers(network).values():
+        layer.kept.fill_(True)
+    return network.eval()
 
 
 def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -266,33 +317,17 @@ def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def fold(network: nn.Module, groups: Iterable[StructureGroup], scales: Mapping[str, Tensor]) -> None:
-    """Multiply, in place, the columns that read each structure by its θ."""
+    """Multiply, in place, the entries that read each structure by its θ."""
     for group in groups:
+        factors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for member in group.consumers:
-            module, weight = network.get_submodule(member.path), weight_of(network, member)
-            size = channels(module, COLUMNS)
-            assert size is not None
-            columns = torch.ones(size, dtype=weight.dtype, device=weight.device)
-            scale = scales[group.site].to(weight.device, weight.dtype)
-            columns[member.indices.to(weight.device)] = scale[member.units.to(weight.device)]
-            if isinstance(module, _ConvTransposeNd):
-                weight.mul_(columns.view(-1, *[1] * (weight.dim() - 1)))
-                continue
-            # a row of a grouped convolution reads only its own group's columns
-            split = module.groups if isinstance(module, _ConvNd) else 1
-            factors = columns.view(split, -1).repeat_interleave(weight.shape[0] // split, dim=0)
-            weight.mul_(factors.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
-
-
-def comparable(groups: Iterable[StructureGroup], small: nn.Module) -> list[str]:
-    """The layers that read structures and whose outputs can be observed in the smaller network.
-
-    Not those in torch's own attention: it uses the weights of its output projection and never calls it.
-    """
-    modules = dict(small.named_modules())
-    readers = dict.fromkeys(member.path for group in groups for member in group.consumers)
-    return [
-        path
-        for path in readers
-        if path in modules and not isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
-    ]
+            tensor = member.tensor(network)
+            # layers may share a tensor, and read it in several places
+            new = tensor.new_ones(tensor.shape[member.dim])
+            _, factor = factors.setdefault((id(tensor), member.dim), (tensor, new))
+            theta = scales[group.site].to(tensor.device, tensor.dtype)
+            factor[member.indices.to(tensor.device)] = theta[member.units.to(tensor.device)]
+        for (_, dim), (tensor, factor) in factors.items():
+            layout = [1] * tensor.dim()
+            layout[dim] = -1
+            tensor.mul_(factor.view(layout))

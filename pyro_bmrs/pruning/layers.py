@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.inference.sites import elementary
-from pyro_bmrs.networks.cuts import selections as tensors_of_side
-from pyro_bmrs.networks.groups import StructureGroup, weight_of
+from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 
@@ -78,14 +77,11 @@ def weight_norm(network: nn.Module, group: StructureGroup) -> Tensor:
     """
     squares = torch.zeros(group.features, dtype=torch.float64)
     counts = torch.zeros_like(squares)
-    made = [member for member in group.producers if hasattr(network.get_submodule(member.path), "weight")]
+    # an InputSelection holds numbers of features, not weights
+    made = [m for m in group.producers if m.tensor(network).is_floating_point()]
     for member in made or group.consumers:
-        module = network.get_submodule(member.path)
-        weight = weight_of(network, member).detach().double().cpu()
-        ((_, dim), *_) = tensors_of_side(module, member.side)  # the weight comes first
-        # each group of a grouped convolution has columns of its own
-        parts = weight.chunk(getattr(module, "groups", 1) if member.role == "consumer" else 1)
-        rows = torch.cat([part.movedim(dim, 0) for part in parts]).flatten(1).square()
+        weight = member.tensor(network).detach().double().cpu()
+        rows = weight.movedim(member.dim, 0).flatten(1).square()
         squares.index_add_(0, member.units, rows.sum(1)[member.indices])
         counts.index_add_(0, member.units, torch.full_like(member.units, rows.shape[1], dtype=torch.float64))
     return (squares / counts).sqrt()

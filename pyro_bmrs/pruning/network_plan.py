@@ -111,7 +111,7 @@ class NetworkPlan(Plan):
 
     @property
     def cuts(self) -> Cuts | None:
-        """The rows and columns that `apply` keeps of each module, which `rebuild` needs; None without a network."""
+        """The entries that `apply` keeps of each tensor, which `rebuild` needs; None without a network."""
         if self._cuts is not None or self._binding is None or not self._binding.has_input:
             return self._cuts
         network = self._binding.network

@@ -17,7 +17,7 @@ from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of, without_no
 from pyro_bmrs.networks.inputs import Inputs, as_double, map_tensors
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.structures import structure_groups
-from pyro_bmrs.networks.surgery import check_equal, comparable
+from pyro_bmrs.networks.surgery import check_equal, expected
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def shrink(
     if not cuts:
         return
     _check(network, groups, kept, cuts, example_input)
-    selections = list(cuts.tensors(network))
+    selections = list(cuts.selections(network))
     for site, posterior in posteriors.items():
         stays = torch.nonzero(kept[site]).flatten().to(posterior.loc.device)
         selections += [(parameter, -1, stays) for parameter in posterior.parameters()]
@@ -109,18 +109,16 @@ def _check(
     reduced = copied(network).double().eval()
     for layer in noise_layers(reduced).values():
         layer.kept.fill_(True)
-    small = copied(reduced)
-    _shrink_network(small, kept, cuts)
     whole, left = {}, {}
     for site, mask in kept.items():
         theta = torch.linspace(0.25, 1.0, len(mask), dtype=torch.float64)
         whole[site], left[site] = (theta * mask).to(device), theta[mask].to(device)
     given = map_tensors(lambda tensor: tensor.to(device), example_input)
     example = as_double(at_most(network, given, 8))
-    with fixed_scales(small, left):
-        check_equal(
-            small, reduced, whole, example, readers=comparable(groups.values(), small), rows=cuts.rows
-        )
+    wanted = expected(reduced, whole, example, groups.values(), cuts)
+    _shrink_network(reduced, kept, cuts)
+    with fixed_scales(reduced, left):
+        check_equal(reduced, wanted, example)
 
 
 def _selected_states(

@@ -251,7 +251,7 @@ def test_cuts_of_a_selection_one_after_the_other_are_those_at_once(data):
         rows = [row for row in some_of(selection.features) if int(selection.index[row]) in columns]
         if not rows:
             return
-        steps.append(Cuts({"0": rows}, {"0": columns}))
+        steps.append(Cuts({"0.index": {0: rows}}, {"0": columns}))
         steps[-1].cut(net)
     steps[0].then(steps[1]).cut(whole)
     assert torch.equal(net[0].index, whole[0].index)
@@ -263,7 +263,7 @@ def test_cuts_of_a_selection_one_after_the_other_are_those_at_once(data):
 def test_a_selection_can_not_read_what_it_is_no_longer_given():
     net = nn.Sequential(bmrs.InputSelection(4))
     with pytest.raises(ValueError, match="'0' passes on features that its input has lost"):
-        Cuts({}, {"0": [0, 1]}).cut(net)
+        Cuts(widths={"0": [0, 1]}).cut(net)
     assert net[0].width == 4
 
 

@@ -173,9 +173,12 @@ def test_any_chain_and_any_plan(widths, seed):
 def test_a_filter_owns_its_block_of_columns_behind_flatten():
     net, x = conditioned(convolutions)
     group = structure_groups(net, x)["7"]
-    roles = [(member.role, member.path) for member in group.members]
-    assert roles == [("producer", "4"), ("between", "5"), ("consumer", "10")]
-    assert group.consumers[0].indices_of(torch.tensor([0, 3])) == [0, 1, 2, 3, 12, 13, 14, 15]
+    tensors = [(member.role, f"{member.path}.{member.name}", member.dim) for member in group.members]
+    norm = [("between", f"5.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")]
+    assert tensors == [("producer", "4.weight", 0), *norm, ("consumer", "10.weight", 1)]
+    (columns,) = group.consumers
+    chosen = columns.indices[torch.isin(columns.units, torch.tensor([0, 3]))]
+    assert chosen.sort().values.tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     kept = {s: torch.ones(n.features, dtype=torch.bool) for s, n in noise_layers(net).items()}
     kept["7"][[0, 3]] = False
     small = remove_structures(net, kept, {s: torch.ones(len(k)).double() for s, k in kept.items()}, x).network

@@ -205,7 +205,7 @@ def test_foreign_and_damaged_weights_are_refused(problem):
 def test_a_plan_of_another_network_names_the_module(problem):
     _, path, weights = problem.applied()
     plan = NetworkPlan.load(path)
-    first = next(iter(plan.cuts.rows))
+    first = next(iter(plan.cuts.tensors))
     for stranger in (nn.Linear(4, 4), nn.Sequential(nn.Identity(), nn.Linear(3, 3)), nn.ReLU()):
         before = copy.deepcopy(stranger.state_dict())
         with pytest.raises(ValueError, match=f"cuts must fit the network: '{first}'"):
@@ -218,16 +218,25 @@ def test_a_narrower_network_of_the_same_class_is_refused(tmp_path):
     _, path, weights = problem.applied()
     narrow = problem.fresh()
     narrow[5], narrow[8] = nn.Linear(8 * 16, 2), nn.Linear(2, 3)
-    with pytest.raises(ValueError, match="'5' has rows 0 to 1, and increasing indices"):
+    with pytest.raises(
+        ValueError, match=r"'5\.weight' has entries 0 to 1 in dimension 0, and increasing numbers"
+    ):
         NetworkPlan.load(path).rebuild(narrow, weights)
 
 
 def hostile(cuts):
     """Documents of cuts that no plan of ours has, from one that is right."""
-    path, rows = next(iter(cuts["rows"].items()))
+    name, dims = next(iter(cuts["tensors"].items()))
+    path, (dim, rows) = name.rpartition(".")[0], next(iter(dims.items()))
+
+    def with_dims(value):
+        return {**cuts, "tensors": {**cuts["tensors"], name: value}}
 
     def with_rows(value):
-        return {**cuts, "rows": {**cuts["rows"], path: value}}
+        return with_dims({**dims, dim: value})
+
+    def with_tensor(name):
+        return {**cuts, "tensors": {**cuts["tensors"], name: {"0": [0]}}}
 
     yield "far", with_rows([*rows[:-1], 10**6])
     yield "huge", with_rows([*rows[:-1], 10**30])
@@ -244,18 +253,30 @@ def hostile(cuts):
     yield "a string", with_rows("01")
     yield "a number", with_rows(3)
     yield "a dictionary", with_rows({"0": 1})
-    yield "no module", {**cuts, "columns": {**cuts["columns"], "nowhere.at.all": [0]}}
-    yield "dunder", {**cuts, "rows": {**cuts["rows"], "__init__": [0]}}
-    yield "the whole", {**cuts, "rows": {**cuts["rows"], "": [0]}}
-    yield "method", {**cuts, "attributes": {path: {"forward": 0}}}
-    yield "class", {**cuts, "attributes": {path: {"__class__": 0}}}
-    yield "string for a number", {**cuts, "attributes": {path: {"in_channels": "1"}}}
-    yield "list of attributes", {**cuts, "attributes": {path: [1]}}
-    yield "attributes of nowhere", {**cuts, "attributes": {"nowhere": {"in_channels": 1}}}
+    yield "no dimensions", with_dims(rows)
+    yield "another dimension", with_dims({"7": rows})
+    yield "a word for a dimension", with_dims({"rows": rows})
+    yield "a negative dimension", with_dims({"-1": rows})
+    yield "no module", with_tensor("nowhere.at.all")
+    yield "dunder", with_tensor("__init__")
+    yield "the whole", with_tensor("")
+    yield "no tensor", with_tensor(f"{path}.in_channels")
+    yield "no selection", {**cuts, "widths": {path: [0]}}
+    yield "method", {**cuts, "numbers": {path: {"forward": 0}}}
+    yield "class", {**cuts, "numbers": {path: {"__class__": 0}}}
+    yield "table of tensors", {**cuts, "numbers": {path: {"_parameters": 1}}}
+    yield "string for a number", {**cuts, "numbers": {path: {"groups": "1"}}}
+    yield "truth for a number", {**cuts, "numbers": {path: {"groups": True}}}
+    yield "none of a number", {**cuts, "numbers": {path: {"groups": 0}}}
+    yield "a larger number", {**cuts, "numbers": {path: {"groups": 2}}}
+    yield "a truth as a number", {**cuts, "numbers": {path: {"training": 1}}}
+    yield "list of numbers", {**cuts, "numbers": {path: [1]}}
+    yield "numbers of nowhere", {**cuts, "numbers": {"nowhere": {"in_channels": 1}}}
     yield "more", {**cuts, "code": "import os"}
-    yield "less", {"rows": cuts["rows"]}
+    yield "less", {"tensors": cuts["tensors"]}
+    yield "as it once was", {"rows": {path: rows}, "columns": {}, "attributes": {}}
     yield "list", [cuts]
-    yield "text", "rows"
+    yield "text", "tensors"
     yield "one", 1
 
 
