@@ -18,7 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_bmrs.networks.examples import at_most
-from pyro_bmrs.networks.inputs import Inputs, batch_size, call, first_examples, repeated, tensors_of
+from pyro_bmrs.networks.inputs import (
+    Inputs,
+    batch_size,
+    call,
+    first_examples,
+    map_tensors,
+    repeated,
+    tensors_of,
+)
 from pyro_bmrs.networks.modes import in_mode, torch_threads
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 
@@ -41,9 +49,27 @@ def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
 
 @torch.no_grad()
 def _counted(network: nn.Module, inputs: Inputs) -> int:
-    with _attention_in_steps(), FlopCounterMode(display=False) as counter:
+    inputs = map_tensors(Tensor.detach, inputs)
+    with _no_gradients(network), _attention_in_steps(), FlopCounterMode(display=False) as counter:
         call(network, inputs)
     return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _no_gradients(network: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient within the context.
+
+    The counter hooks the gradient of each tensor that a module is called with and that asks for one. Where no graph
+    is made, a parameter that is handed to a module still asks, and has none.
+    """
+    asking = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

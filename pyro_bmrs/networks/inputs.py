@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 # A tensor; a tuple of positional arguments; or a mapping of keyword arguments (one dictionary argument, if forward
 # has no such keywords).
 Inputs = Any
+# Of an image: grey, colour, colour and opacity.
+_CHANNELS = (1, 3, 4)
 
 
 def check_module(name: str, module: object) -> None:
@@ -116,27 +118,50 @@ def described(value: object) -> str:
 
 def map_tensors[T](function: Callable[[Tensor], Tensor], value: T) -> T:
     """`value` with `function` applied to each tensor in it."""
-    result: Any = value
     if isinstance(value, Tensor):
-        result = function(value)
-    elif isinstance(value, Mapping):
-        result = {key: map_tensors(function, item) for key, item in value.items()}
+        return function(value)  # type: ignore[return-value]
+    return map_items(lambda item: map_tensors(function, item), value)
+
+
+def map_items[T](function: Callable[[Any], Any], value: T) -> T:
+    """A mapping, list or tuple with `function` applied to each item of it; anything else as it is."""
+    result: Any = value
+    if isinstance(value, Mapping):
+        result = {key: function(item) for key, item in value.items()}
     elif isinstance(value, list | tuple):
-        items = [map_tensors(function, item) for item in value]
+        items = [function(item) for item in value]
         result = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return result  # type: ignore[no-any-return]
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Number of examples: the first dimension of the first tensor.
+    """Number of examples: the length of the list of images, or the first dimension of the first tensor.
 
     Raises:
         ValueError: if there is no tensor with a first dimension.
     """
+    lists = _lists_of_images(inputs)
+    if lists:
+        return len(lists[0])
     for tensor in tensors_of(inputs):
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"example_input must hold a tensor of examples: got {type(inputs).__name__}")
+
+
+def _lists_of_images(value: object) -> list[list[Tensor]]:
+    """The batches in a network's input that are lists of images (channels, height, width), as detection takes them.
+
+    Their sizes may differ. A list of other tensors holds several inputs, each with all the examples.
+    """
+    if isinstance(value, list) and value and all(map(_is_image, value)):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [found for item in items for found in _lists_of_images(item)]
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] in _CHANNELS
 
 
 def taken[T](inputs: T, rows: slice | Tensor, examples: int) -> T:
@@ -145,17 +170,25 @@ def taken[T](inputs: T, rows: slice | Tensor, examples: int) -> T:
     >>> taken((torch.arange(4), torch.tensor(0.5)), slice(2), 4)
     (tensor([0, 1]), tensor(0.5000))
 
+    Of a batch that is a list of images, and of what else is listed for each of them, these entries of the list.
+
     Args:
         rows: a slice, or their numbers.
         examples: how many there are.
     """
+    listed = bool(_lists_of_images(inputs))
 
-    def take(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or len(tensor) != examples:
-            return tensor
-        return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if not value.dim() or len(value) != examples:
+                return value
+            return value[rows.to(value.device) if isinstance(rows, Tensor) else rows]
+        if listed and isinstance(value, list) and len(value) == examples:
+            return value[rows] if isinstance(rows, slice) else [value[row] for row in rows.tolist()]
+        return map_items(take, value)
 
-    return map_tensors(take, inputs)
+    result: T = take(inputs)
+    return result
 
 
 def first_examples[T](inputs: T, count: int) -> T:

@@ -251,6 +251,50 @@ def test_multiply_accumulates_are_of_one_example():
         assert multiply_accumulates(net, torch.randn(batch, 2, 6)) == 4 * 4 * 3 + 16 * 3
 
 
+class Handing(nn.Module):
+    """Hands parameters of its own to modules: an expanded class token, and a table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.table = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(6, 4))
+        self.first, self.second, self.norm = nn.Linear(4, 5), nn.Linear(4, 5), nn.LayerNorm(4)
+
+    def forward(self, x):
+        tokens = self.token.expand(len(x), -1, -1)
+        return self.first(x) * self.second(tokens) + self.first(self.norm(self.table)).sum(0)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_parameter_is_handed_to_a_module(asks):
+    """As in CaiT, PiT and DeBERTa."""
+    network, x = Handing(), torch.randn(2, 3, 4)
+    network.second.weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in network.parameters()]
+    assert multiply_accumulates(network, x.requires_grad_(asks)) == (3 + 1 + 6) * 4 * 5
+    assert [parameter.requires_grad for parameter in network.parameters()] == flags
+    assert x.requires_grad == asks
+    assert not any(parameter._backward_hooks for parameter in network.parameters())
+    with torch.no_grad():
+        assert multiply_accumulates(nn.Sequential(network, nn.Flatten(), nn.Linear(15, 2)), x) == 200 + 30
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "pit_ti_224", "deberta"])
+def test_networks_that_hand_a_parameter_to_a_module(name):
+    if name == "deberta":
+        transformers = pytest.importorskip("transformers")
+        sizes = dict(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+        )
+        config = transformers.DebertaV2Config(
+            **sizes, relative_attention=True, position_buckets=4, share_att_key=True
+        )
+        network, x = transformers.DebertaV2Model(config), {"input_ids": torch.randint(9, (2, 5))}
+    else:
+        timm = pytest.importorskip("timm")
+        network, x = timm.create_model(name, img_size=32), torch.randn(2, 3, 32, 32)
+    assert multiply_accumulates(network.eval(), x) > 1000
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_attention_counts_the_same_on_every_path_that_torch_takes(need_weights):
     class Attending(nn.Module):

@@ -1,13 +1,14 @@
-"""Networks whose examples need each other: a batch can't be cut, so the whole one is taken."""
+"""How many examples a batch has, and some of them. Where examples need each other the whole batch is taken."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cost import multiply_accumulates
 from pyro_bmrs.networks.examples import at_most, exactly
-from pyro_bmrs.networks.inputs import batch_size
+from pyro_bmrs.networks.inputs import batch_size, first_examples, repeated, tensors_of
 
 NODES = 40  # more than a check takes
 
@@ -120,3 +121,82 @@ def test_a_graph_costs_the_share_of_a_node():
     graph = (x(), adjacency())
     # both products with the adjacency, and both layers
     assert multiply_accumulates(Adjacency(False), graph) == NODES * 8 + NODES * 2 + 5 * 8 + 8 * 2
+
+
+class Detection(nn.Module):
+    """Takes a list of images of several sizes, as torchvision's detection networks do, and gives a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.boxes = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, images, targets=None):
+        assert isinstance(images, list)
+        assert all(image.dim() == 3 and len(image) == 3 for image in images), [
+            image.shape for image in images
+        ]
+        filled = [F.pad(image, (0, 9 - image.shape[2], 0, 10 - image.shape[1])) for image in images]
+        features = self.second(self.first(torch.stack(filled)).relu()).relu()
+        return {"boxes": self.boxes(features.amax((2, 3)))}
+
+
+def pictures(count, channels=3):
+    return [torch.randn(channels, 8 + number % 3, 9) for number in range(count)]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_list_of_images_has_an_example_an_image(count, channels):
+    images = pictures(count, channels)
+    targets = [{"boxes": torch.rand(count, 4), "labels": torch.ones(3)} for _ in images]
+    for batch in (images, (images, targets), {"images": images, "sizes": torch.rand(count, 2)}):
+        assert batch_size(batch) == count
+        for found, numbers in (
+            (first_examples(batch, 2), [*range(min(count, 2))]),
+            (repeated(batch, 7), [number % count for number in range(7)]),
+        ):
+            assert batch_size(found) == len(numbers)
+            chosen = (
+                found["images"] if isinstance(found, dict) else found[0] if batch is not images else found
+            )
+            assert all(image is images[number] for image, number in zip(chosen, numbers, strict=True))
+            if isinstance(found, dict):
+                assert torch.equal(found["sizes"], batch["sizes"][numbers])
+            elif batch is not images:
+                assert [len(target["boxes"]) for target in found[1]] == [count] * len(numbers)
+
+
+def test_a_list_of_other_tensors_holds_several_inputs():
+    both = [torch.randn(6, 5), torch.randn(6, 7, 2)]
+    assert batch_size(both) == 6
+    assert [len(tensor) for tensor in first_examples(both, 2)] == [2, 2]
+    sequences = [torch.randn(6, 5, 2), torch.randn(6, 7, 2)]
+    assert batch_size(sequences) == 6
+    assert [len(tensor) for tensor in repeated((sequences, torch.ones(6)), 8)[0]] == [8, 8]
+
+
+@pytest.mark.parametrize("form", ["list", "with targets", "keywords"])
+def test_a_network_of_lists_of_images_loses_filters(form):
+    torch.manual_seed(0)
+    network, images = Detection(), pictures(5)
+    example = {
+        "list": images,
+        "with targets": (images, [{"label": torch.ones(3)}] * 5),
+        "keywords": {"images": images},
+    }
+    assert batch_size(at_most(network, example[form], 2)) == 2
+    assert batch_size(exactly(network, example[form], 8)) == 8
+    noisy = bmrs.insert_noise(network, example[form])
+    model = bmrs.Classifier(noisy, lambda output: output["boxes"])
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    with torch.no_grad():
+        guide(example[form], torch.zeros(5, dtype=torch.long))
+    small = bmrs.reduce(model, guide, bmrs.Random(0.5)).apply()
+    assert small.first.out_channels + small.second.out_channels == 7
+    assert [tensor.shape for tensor in tensors_of(small(images))] == [(5, 4)]
+
+
+def test_images_of_a_list_are_counted_one_by_one():
+    macs = 8 * 7 * 8 * 3 * 9 + 6 * 5 * 6 * 8 * 9 + 4 * 6
+    assert multiply_accumulates(Detection(), pictures(5)) == macs
+    assert multiply_accumulates(Detection(), {"images": pictures(2)}) == macs

@@ -5,70 +5,16 @@ python tests/support/network_families.py > docs/networks.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
+from family import EXAMPLES, OUTPUT, Family, Unsupported, images, tokens
 from torch import Tensor, nn
+from traced_channels import CHANNELS, behind_a_layer
+from traced_families import TOKENS, lstm
+from traced_heads import HEADS
 
 from pyro_bmrs.networks.inputs import Inputs
 from pyro_bmrs.networks.selection import InputSelection
-from pyro_bmrs.networks.structures import StructureError
-
-EXAMPLES = 32
-OUTPUT = "an output of the network"
-
-
-@dataclass(frozen=True)
-class Family:
-    """A network that is handled.
-
-    Attributes:
-        name: of the example.
-        stands_for: what is special about it, in a few words.
-        build: makes it, with an example input.
-        groups: number of groups that are found.
-        structures: number of structures by kind.
-        stays: reason why channels stay, by path or pattern of the first module that makes them.
-    """
-
-    name: str
-    stands_for: str
-    build: Callable[[], tuple[nn.Module, Inputs]]
-    groups: int
-    structures: Mapping[str, int]
-    stays: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A network that is refused.
-
-    Attributes:
-        name: of the example.
-        build: makes it, with an example input.
-        exception: that `structures` raises.
-        message: part of its message.
-        why: the reason, and what to do.
-        leave_out: what the message says to leave out, so that the rest is handled; empty where that does not help.
-    """
-
-    name: str
-    build: Callable[[], tuple[nn.Module, Inputs]]
-    exception: type[Exception]
-    message: str
-    why: str
-    leave_out: tuple[str, ...] = field(default=())
-
-
-def images(*shape: int) -> Tensor:
-    """Noise that differs between examples as a whole too, so that what is pooled over positions still varies."""
-    return torch.randn(EXAMPLES, *shape) + 2 * torch.randn(EXAMPLES, shape[0], *[1] * (len(shape) - 1))
-
-
-def tokens() -> Tensor:
-    return torch.randint(50, (EXAMPLES, 7))
 
 
 def tanh_mlp() -> tuple[nn.Module, Inputs]:
@@ -437,70 +383,25 @@ FAMILIES = [
         "InstanceNorm and PReLU", "normalisation and activations with a parameter per channel", instance_norm,
         2, {"filters": 20}, {"8": OUTPUT},
     ),
+    *CHANNELS,
+    *HEADS,
+    *TOKENS,
 ]  # fmt: skip
 
 
-def gpt2() -> tuple[nn.Module, Inputs]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(GPT2Config(**sizes)), {"input_ids": tokens()}
-
-
-def shufflenet() -> tuple[nn.Module, Inputs]:
-    from torchvision.models import shufflenet_v2_x0_5
-
-    return shufflenet_v2_x0_5(num_classes=10), images(3, 32, 32)
-
-
-class Recurrent(nn.Module):
-    """An LSTM over what two convolutions make of a sequence."""
+class Literal(nn.Module):
+    """Its forward says how wide its hidden layer is."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3)
-        self.memory, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 2)
+        self.hidden, self.head = nn.Linear(8, 12), nn.Linear(12, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = torch.relu(self.second(torch.relu(self.first(x))))
-        return self.head(self.memory(features.transpose(1, 2))[0][:, -1])
+        return self.head(torch.relu(self.hidden(x)).reshape(len(x), 4, 3).transpose(1, 2).reshape(len(x), 12))
 
 
-class Matrix(nn.Module):
-    """A linear map that is not `nn.Linear`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(8, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix
-
-
-def behind_a_layer(*layers: nn.Module) -> tuple[nn.Module, Inputs]:
-    """Between a hidden layer that can be cut, of 8 units, and a classifier of 6 inputs."""
-    return nn.Sequential(
-        nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), *layers, nn.Linear(6, 2)
-    ), images(4)  # fmt: skip
-
-
-def own_matrix() -> tuple[nn.Module, Inputs]:
-    return behind_a_layer(Matrix(), nn.ReLU())
-
-
-def softmax_over_channels() -> tuple[nn.Module, Inputs]:
-    return behind_a_layer(nn.Linear(8, 6), nn.Softmax(dim=1))
-
-
-def gated_halves() -> tuple[nn.Module, Inputs]:
-    return behind_a_layer(nn.Linear(8, 12), nn.GLU())
-
-
-def pixel_shuffle() -> tuple[nn.Module, Inputs]:
-    return nn.Sequential(
-        nn.Conv2d(3, 10, 1), nn.ReLU(), nn.Conv2d(10, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3),
-        nn.PixelShuffle(2), nn.Conv2d(4, 2, 1),
-    ), images(3, 8, 8)  # fmt: skip
+def literal_size() -> tuple[nn.Module, Inputs]:
+    return behind_a_layer(Literal(), nn.ReLU())
 
 
 def weight_norm() -> tuple[nn.Module, Inputs]:
@@ -511,84 +412,29 @@ def weight_norm() -> tuple[nn.Module, Inputs]:
     ), images(4)
 
 
-class ChannelsLast(nn.Module):
-    """A convolution whose output is flattened pixel by pixel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.filters, self.hidden, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8 * 16, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pixels = torch.relu(self.filters(x)).permute(0, 2, 3, 1)
-        return self.head(torch.relu(self.hidden(pixels.flatten(1))))
-
-
-class Mixer(nn.Module):
-    """A linear layer over the tokens, then one over the channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.over_tokens = nn.Conv2d(3, 8, 2, stride=2), nn.Linear(16, 12)
-        self.over_channels, self.head = nn.Linear(8, 10), nn.Linear(10, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = F.gelu(self.over_tokens(self.patches(x).flatten(2)))
-        return self.head(F.gelu(self.over_channels(mixed.transpose(1, 2))))
-
-
-_NO_GRAPH = "No dependency graph can be made of it, so nothing can be left out"
-
 UNSUPPORTED = [
     Unsupported(
-        "GPT-2 (Hugging Face)", gpt2, StructureError,
-        "network can't be traced: the dependency graph fails with TypeError",
-        f"Attention splits one fused projection into query, key and value. {_NO_GRAPH}.",
+        "LSTM behind convolutions",
+        lstm,
+        "memory",
+        "",
+        "Recurrent layers are run as one operation. They and what they read stay.",
     ),
     Unsupported(
-        "ShuffleNetV2 (torchvision)", shufflenet, StructureError,
-        "network can't be traced: the dependency graph fails with ZeroDivisionError",
-        f"Channels are split and shuffled. {_NO_GRAPH}.",
+        "A size that is written into `forward`",
+        literal_size,
+        "4.hidden",
+        "",
+        "Make it an attribute of the module, or -1.",
     ),
     Unsupported(
-        "LSTM behind convolutions", lambda: (Recurrent(), images(3, 12)), StructureError,
-        "'memory', a LSTM, is no layer that can be cut", "Recurrent layers are not cut.", ("memory",),
+        "`weight_norm` and other computed weights",
+        weight_norm,
+        "0",
+        "computed from other tensors",
+        "The weight is no parameter that could be cut. The reason has the line that makes it one.",
     ),
-    Unsupported(
-        "A module that multiplies by its own parameter", own_matrix, StructureError,
-        "parameter '4.matrix' of a Matrix is used in a way that can't be followed",
-        "Only torch's own layers are cut. Make it an `nn.Linear`, or leave it out.", ("4.matrix",),
-    ),
-    Unsupported(
-        "Softmax over channels", softmax_over_channels, StructureError,
-        "removing from '4': the smaller network",
-        "Each channel depends on all the others.", ("4",),
-    ),
-    Unsupported(
-        "`nn.GLU`", gated_halves, StructureError,
-        "some of the channels of '4' can't be followed to a layer that reads them",
-        "One half of the channels gates the other half, which is not followed. Write two linear layers and "
-        "multiply their outputs.", ("4",),
-    ),
-    Unsupported(
-        "`nn.PixelShuffle`", pixel_shuffle, StructureError,
-        "some of the channels of '4' can't be followed to a layer that reads them", "Channels become pixels.", ("4",),
-    ),
-    Unsupported(
-        "`weight_norm` and other computed weights", weight_norm, StructureError,
-        "the weight of '0' is computed from other tensors",
-        "The weight is no parameter that could be cut. The message has the line that makes it one.", ("0",),
-    ),
-    Unsupported(
-        "Flatten with channels last", lambda: (ChannelsLast(), images(3, 4, 4)), StructureError,
-        "removing from 'filters': the smaller network",
-        "Columns behind a flatten are assumed to be in the order of channels.", ("filters",),
-    ),
-    Unsupported(
-        "MLP-Mixer", lambda: (Mixer(), images(3, 8, 8)), StructureError,
-        "some of the channels of 'over_tokens' can't be followed to a layer that reads them",
-        "Linear layers over tokens: tokens are taken for channels.", ("over_tokens", "patches"),
-    ),
-]  # fmt: skip
+]
 
 
 def networks_page() -> str:
@@ -612,7 +458,7 @@ def networks_page() -> str:
     ]
     for family in FAMILIES:
         kinds = ", ".join(f"{count} {kind}" for kind, count in family.structures.items())
-        stays = "; ".join(f"`{path}`: {reason}" for path, reason in family.stays.items())
+        stays = "; ".join(f"`{path}`: {reason}".removesuffix(": ") for path, reason in family.stays.items())
         found = f"{kinds} in {family.groups} groups"
         lines.append(f"| {family.name} | {family.stands_for} | {found} | {stays} |")
     lines += [
@@ -620,30 +466,22 @@ def networks_page() -> str:
         "What stays in every network:",
         "",
         "- **Outputs of the network.** Removing one would change the result.",
-        "- **Channels that feed a LayerNorm or GroupNorm**, or another module that reads all of them at once, such as",
-        "  RMSNorm: without one of them the others come out different. So the residual stream of a transformer stays;",
-        "  its heads and hidden units can be removed. BatchNorm and InstanceNorm treat each channel alone.",
-        "- **Layers that share their weight** with another layer, or that are called several times in one pass.",
-        "- **Channels that are added to an input of the network**, and those that no linear or convolution layer",
-        "  reads.",
-        "- **Parameters outside of torch's own layers**, such as class tokens, position embeddings and layer scales.",
-        "- **Embeddings**, unless a linear or convolution layer is tied to their channels.",
+        "- **Channels that are normalised together**, by a LayerNorm, an RMSNorm, a softmax: without one of them the",
+        "  others come out different. So the residual stream of a transformer stays; its heads and hidden units can be",
+        "  removed. BatchNorm and InstanceNorm treat each channel alone. Of a GroupNorm whole groups can be removed.",
+        "- **Channels that are added to an input of the network**, and those that nothing reads.",
         "- **The last structure of a group.**",
         "",
-        "## Not handled",
+        "## What can't be followed",
         "",
-        "`structures` and `insert_noise` raise an error that names the layers and, if that helps, what to pass as",
-        "`leave_out`. A layer that is left out stays whole. So do the structures that it reads.",
+        "Of these networks a part can't be followed, cut or tried. It stays, and `structures` lists it with the",
+        "reason; the rest is handled. With `strict=True` it is a `StructureError`.",
         "",
-        "| network | error | why, and what to do |",
+        "| network | what stays | why, and what to do |",
         "|---|---|---|",
     ]
     for network in UNSUPPORTED:
-        advice = (
-            f" The rest is handled with `leave_out={list(network.leave_out)}`." if network.leave_out else ""
-        )
-        error = f"`{network.exception.__name__}`: {network.message} …"
-        lines.append(f"| {network.name} | {error} | {network.why}{advice} |")
+        lines.append(f"| {network.name} | `{network.path}` | {network.why} |")
     lines += [
         "",
         "A network that is not listed is tried in the same way: call `structures` and read its answer.",
