@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,14 @@ class _Line:
     classes: Tensor
     reader: Reader | None = None
 
+    @cached_property
+    def _sizes(self) -> dict[int, int]:
+        return dict(zip(*(part.tolist() for part in self.classes.unique(return_counts=True)), strict=True))
+
+    def size_of(self, one: int) -> int:
+        """Number of entries of a class."""
+        return self._sizes.get(one, 0)
+
     def places_of(self, unit_of: Tensor) -> tuple[Tensor, Tensor]:
         """(entries, structure of each), where unit_of[class] is a structure's number, -1 for none."""
         units = unit_of[self.classes]
@@ -84,12 +93,15 @@ class Grouping:
                 if one:
                     self.touched.setdefault(one, []).append(number)
         self.inner = self._inner()
+        self.heads: set[int] = set()
 
     def _collect_lines(self) -> None:
         trace = self.trace
         readers: dict[tuple[str, int], list[Reader]] = {}
         for reader in trace.noted.readers.values():
             readers.setdefault((reader.key, reader.dim), []).append(reader)
+        # entries that were only moved, to be read as rows and columns, are tied to nothing
+        alone = self.find(torch.arange(trace.classes.count, dtype=torch.int32)).bincount(minlength=trace.classes.count) == 1
         for (key, dim), atoms in trace.lines.items():
             parameter, classes = trace.parameters[key], self.find(atoms)
             makes = (key, dim) in trace.noted.producers or parameter.path in trace.noted.selected
@@ -102,7 +114,7 @@ class Grouping:
             if makes and reads:
                 for one in classes.unique().tolist():
                     self.weak.setdefault(one, (f"made and read by {key!r}, one weight for both", True))
-            if key in trace.entries:
+            if key in trace.entries and not bool(alone[trace.entries[key]].all()):
                 for one in classes.unique().tolist():
                     self.weak.setdefault(one, (f"tied to {key!r}, which is used in two ways", True))
         made = torch.zeros(trace.classes.count, dtype=torch.bool)
@@ -141,7 +153,7 @@ class Grouping:
         self.merged = dict(zip(reversed(self.find(merged).tolist()), reversed([r for _, r in noted.merged]), strict=False))
 
     def _producers_of(self, one: int) -> list[_Line]:
-        return [line for line in self.lines if line.role == "producer" and bool((line.classes == one).any())]
+        return [line for line in self.lines if line.role == "producer" and line.size_of(one)]
 
     def _place(self, line: _Line) -> int:
         return self.order[line.parameter.path]
@@ -159,38 +171,39 @@ class Grouping:
 
     def groups(self) -> tuple[dict[str, StructureGroup], list[Refused]]:
         """The groups, by site; and what stays."""
-        families: dict[tuple[int, ...], list[int]] = {}
+        families: dict[tuple[str, bool], list[int]] = {}
         refused: list[tuple[_Line, int, str, bool]] = []
-        for one, numbers in self.touched.items():
-            lines = [self.lines[number] for number in numbers]
-            made = sorted((line for line in lines if line.role == "producer"), key=self._place)
-            if not made:
+        heads = torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)
+        self.heads = set(self.find(heads).tolist()) - {0}
+        for one in self.touched:
+            first = self._first(one)
+            if first is None:
                 continue
-            count = int((made[0].classes == one).sum())
+            count = first.size_of(one)
             if one in self.reasons:
-                refused.append((made[0], count, *self.reasons[one]))
+                refused.append((first, count, *self.reasons[one]))
             elif one in self.weak:
                 merged = self.merged.get(one)
-                refused.append((made[0], count, *(self.weak[one] if merged is None else (merged, False))))
+                refused.append((first, count, *(self.weak[one] if merged is None else (merged, False))))
             elif not self.is_read(one):
-                refused.append((made[0], count, self.merged.get(one, UNREAD), False))
+                refused.append((first, count, self.merged.get(one, UNREAD), False))
             else:
-                families.setdefault(tuple(numbers), []).append(one)
+                families.setdefault((first.parameter.path, one in self.heads), []).append(one)
         groups: dict[str, StructureGroup] = {}
-        for numbers, classes in sorted(families.items(), key=lambda item: self._first(item[0])):
-            lines = [self.lines[number] for number in numbers]
-            first = min((line for line in lines if line.role == "producer"), key=self._place)
+        for (path, _), classes in sorted(families.items(), key=lambda item: self.order[item[0][0]]):
             if len(classes) < 2:
-                count = int((first.classes == classes[0]).sum())
-                refused.append((first, count, self.merged.get(classes[0], SINGLE), False))
+                first = self._first(classes[0])
+                assert first is not None
+                refused.append((first, first.size_of(classes[0]), self.merged.get(classes[0], SINGLE), False))
                 continue
-            group = self._group(classes, lines, first, groups)
+            group = self._group(classes, path, groups)
             groups[group.site] = group
         return groups, [*self._refused(refused), *self._untouched()]
 
-    def _first(self, numbers: Sequence[int]) -> tuple[int, int]:
-        made = [self.lines[number] for number in numbers if self.lines[number].role == "producer"]
-        return min(map(self._place, made)), min(numbers)
+    def _first(self, one: int) -> _Line | None:
+        """The first line of those that make a structure."""
+        made = (self.lines[number] for number in self.touched[one])
+        return min((line for line in made if line.role == "producer"), key=self._place, default=None)
 
     # --------------------------------------------------------------------------- noise layers written by hand
 
@@ -216,30 +229,27 @@ class Grouping:
 
     def group_of(self, site: str, classes: Sequence[int]) -> StructureGroup:
         """The group of structures in this order."""
-        lines = [line for line in self.lines if any(bool((line.classes == one).any()) for one in classes)]
-        first = min((line for line in lines if line.role == "producer"), key=self._place)
-        return self._group(classes, lines, first, {}, site)
+        return self._group(classes, site, {}, by_hand=True)
 
     def _group(
-        self, classes: Sequence[int], lines: list[_Line], first: _Line, groups: dict[str, StructureGroup],
-        site: str | None = None,
-    ) -> StructureGroup:  # fmt: skip
-        # in the order in which the first layer makes them
-        place = {one: number for number, one in reversed(list(enumerate(first.classes.tolist())))}
-        classes = sorted(classes, key=place.__getitem__) if site is None else classes
+        self, classes: Sequence[int], path: str, groups: dict[str, StructureGroup], *, by_hand: bool = False
+    ) -> StructureGroup:
+        lines = [self.lines[number] for number in sorted({n for one in classes for n in self.touched[one]})]
+        made = [line for line in lines if line.role == "producer"]
+        if not by_hand:  # in the order in which the first layer makes them
+            first = min(made, key=self._place)
+            place = {one: number for number, one in reversed(list(enumerate(first.classes.tolist())))}
+            classes = sorted(classes, key=lambda one: place.get(one, len(place)))
         unit_of = torch.full((self.trace.classes.count,), -1)
         unit_of[torch.tensor(classes)] = torch.arange(len(classes))
         members = [self._member(line, unit_of) for line in lines]
         members += self._members_inside(classes)
-        share = max(
-            len(m.indices) // len(classes) for line, m in zip(lines, members, strict=False) if line.role == "producer"
-        )
-        read = [len(member.indices) // len(classes) for member in members if member.role == "consumer"]
-        heads = set(self.find(torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)).tolist())
-        kind = self._kind(lines, bool(heads & set(classes)))
-        name = first.parameter.path if site is None else site
-        if kind == "heads" and site is None:
-            name = _common([line.parameter.path for line in lines if line.role == "producer"]) or name
+        widths = [int(m.units.bincount().max()) for line, m in zip(lines, members, strict=False) if line in made]
+        read = [int(m.units.bincount().max()) for m in members if m.role == "consumer"]
+        kind = self._kind(made, bool(self.heads & set(classes)))
+        name = path
+        if kind == "heads" and not by_hand:
+            name = _common([line.parameter.path for line in made]) or name
         number, unique = 1, name or "(itself)"
         while unique in groups:
             number += 1
@@ -247,14 +257,14 @@ class Grouping:
         order = ("producer", "between", "selection", "consumer")
         members.sort(key=lambda member: order.index(member.role))
         return StructureGroup(
-            unique, len(classes), tuple(members), max(min(share, *read) if read else share, 1), kind,
+            unique, len(classes), tuple(members), min([max(widths), *read]), kind,
             self._counts(unit_of, kind, name, members),
         )  # fmt: skip
 
-    def _kind(self, lines: list[_Line], heads: bool) -> str:
-        modules = [self.trace.network.get_submodule(line.parameter.path) for line in lines if line.role == "producer"]
+    def _kind(self, made: list[_Line], heads: bool) -> str:
+        modules = [self.trace.network.get_submodule(line.parameter.path) for line in made]
         if any(isinstance(module, InputSelection) for module in modules):
-            paths = {line.parameter.path for line in lines}
+            paths = {line.parameter.path for line in made}
             behind = any(bool(before.any()) for path, (_, _, before) in self.trace.noted.selected.items() if path in paths)
             return "positions" if behind else "inputs"
         if heads:
@@ -267,7 +277,7 @@ class Grouping:
         if line.reader is not None:
             reader = line.reader
             return Member(
-                reader.path, reader.name, line.dim, "consumer", places, units, reader=reader.reader or None,
+                reader.path, reader.name, line.dim, "consumer", places, units, reader=reader.reader,
                 input_dim=reader.input_dim,
             )  # fmt: skip
         return Member(line.parameter.path, line.parameter.name, line.dim, line.role, places, units)

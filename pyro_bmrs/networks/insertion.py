@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
-from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.copies import copied, left_alone
 from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
-from pyro_bmrs.networks.examples import exactly
 from pyro_bmrs.networks.grouping import Refused
-from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -25,13 +25,16 @@ from pyro_bmrs.networks.inputs import (
     call,
     check_finite,
     check_module,
-    map_tensors,
+    first_examples,
+    repeated,
     tensors_of,
 )
-from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.surgery import difference
 from pyro_bmrs.networks.trial import Trial
+
+# So many of the given examples are looked at, if the network can be called with them.
+_EXAMPLES = 2
 
 
 def structures(
@@ -68,15 +71,37 @@ def structures(
         ValueError: if `network` has noise layers or no parameters, can't be called with `example_input`, or
             `leave_out` matches nothing.
     """
-    in_training = _check(network, example_input)
+    return _found(network, example_input, leave_out, strict).structures
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search has found, and what it saw on the way.
+
+    Attributes:
+        example: some examples of the given ones.
+        outputs: of the network for these.
+        folded: paths of the layers whose input does not have one entry per example in its first dimension.
+    """
+
+    structures: Structures
+    example: Inputs
+    outputs: list[Tensor]
+    folded: AbstractSet[str]
+
+
+def _found(network: nn.Module, example_input: Inputs, leave_out: str | Sequence[str], strict: bool) -> _Found:
+    _check(network, example_input)
     if not isinstance(leave_out, str | Sequence):
         raise TypeError(f"leave_out must be a path, a pattern, or a sequence of them: got {leave_out!r}")
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
-    separate = copied(network)
+    separate = copied(network).eval()
+    example, outputs, unused = _called_once(network, separate, example_input)
+    in_training = _in_training(network, example) & unused if unused else unused
     separate_attention(separate)
-    found = find_structures(separate, example_input, leave_out, in_training)
-    if found.groups and not any(tensor.is_meta for tensor in tensors_of(example_input)):
-        found = _tried(separate, found, example_input)
+    found, folded = find_structures(separate, example, leave_out, in_training)
+    if found.groups and not any(tensor.is_meta for tensor in tensors_of(example)):
+        found = _tried(separate, found, example)
     culprits = [refused for refused in found.refused if refused.unsupported]
     if strict and culprits:
         raise StructureError(
@@ -84,7 +109,47 @@ def structures(
             f"{'; '.join(f'{refused.path}: {refused.reason}' for refused in culprits)}. Leave them as they are with "
             f"leave_out={sorted({refused.path for refused in culprits})}"
         )
-    return found
+    return _Found(found, example, outputs, folded)
+
+
+@torch.no_grad()
+def _called_once(
+    network: nn.Module, copy: nn.Module, example_input: Inputs
+) -> tuple[Inputs, list[Tensor], set[str]]:
+    """(a few examples, the outputs for them, paths of the modules with parameters that are not called)."""
+    few = first_examples(example_input, _EXAMPLES) if batch_size(example_input) > _EXAMPLES else example_input
+    with torch.random.fork_rng(), _called(network) as original, left_alone(copy):
+        for some in (few, example_input):
+            torch.manual_seed(0)
+            try:
+                with _called(copy) as used:
+                    outputs = tensors_of(call(copy, some))
+            except Exception:
+                if some is few is not example_input:
+                    continue  # examples may need each other
+                with blamed_on_input(network):
+                    raise
+            break
+        _check_batch(copy, example_input)
+    if original:
+        raise StructureError(
+            f"network must be copied whole: a copy of it still calls {', '.join(map(repr, sorted(original)))} of "
+            "the original, which a function holds that was set as its forward or as a hook. Take modules from "
+            "the arguments of hooks, and write forward as a method"
+        )
+    return some, outputs, _with_parameters(network).keys() - used
+
+
+@torch.no_grad()
+def _in_training(network: nn.Module, example: Inputs) -> set[str]:
+    """Paths of the modules with parameters that run in training; none if that fails on these examples."""
+    looked_at = copied(network).train()
+    with torch.random.fork_rng(), _called(looked_at) as used:
+        try:
+            call(looked_at, repeated(example, _EXAMPLES))
+        except Exception:  # for example BatchNorm with one value per channel: no check is possible
+            return set()
+    return used
 
 
 def _tried(network: nn.Module, found: Structures, example_input: Inputs) -> Structures:
@@ -123,72 +188,62 @@ def insert_noise[Network: nn.Module](
     Raises:
         StructureError, ValueError: as `structures`. Also StructureError, with the reasons, if nothing can be removed.
     """
-    found = structures(network, example_input, leave_out=leave_out, strict=strict)
+    found = _found(network, example_input, leave_out, strict)
     check_finite("network", network)
-    if not found.groups:
-        reasons = "; ".join(f"{refused.path}: {refused.reason}" for refused in found.refused)
+    if not found.structures.groups:
+        reasons = "; ".join(f"{refused.path}: {refused.reason}" for refused in found.structures.refused)
         raise StructureError(
             f"network must have something that can be removed: {reasons or 'it has no layers'}"
         )
     noisy = copied(network)
     separate_attention(noisy)
-    noise = _attach(noisy, list(found))
-    noise.folded = _readers_without_examples(noisy, noise, example_input)
+    noise = HookedNoise(noisy, list(found.structures))
+    noise.attach(noisy)
+    noise.folded = set(noise.readers) & found.folded
     if not any(tensor.is_meta for tensor in tensors_of(example_input)):
-        _check_unchanged(network, noisy, example_input)
+        noise.folded |= _check_unchanged(noisy, noise, found)
     return noisy
 
 
 @torch.no_grad()
-def _check_unchanged(network: nn.Module, noisy: nn.Module, example_input: Inputs) -> None:
-    """Raise StructureError unless the network with noise, at θ = 1, has the outputs of the given one."""
-    outputs = []
-    for one in (network, noisy):
-        with torch.random.fork_rng(), at_one(noisy):
-            torch.manual_seed(0)
-            outputs.append(tensors_of(call(copied(one).eval(), example_input)))
-    for index, (wanted, found) in enumerate(zip(*outputs, strict=True)):
+def _check_unchanged(noisy: nn.Module, noise: HookedNoise, found: _Found) -> set[str]:
+    """Raise StructureError unless the network with noise, at θ = 1, has the outputs of the given one.
+
+    Returns:
+        Paths of the layers whose input does not have one entry per example in its first dimension.
+    """
+    folded: set[str] = set()
+    size = batch_size(found.example)
+
+    def look(path: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if tensors_of((arguments, keywords))[0].shape[0] != size:
+                folded.add(path)
+
+        return hook
+
+    handles = [
+        noisy.get_submodule(path).register_forward_pre_hook(look(path), with_kwargs=True) for path in noise.readers
+    ]
+    with torch.random.fork_rng(), at_one(noisy), left_alone(noisy), in_mode(noisy, training=False):
+        torch.manual_seed(0)
+        outputs = tensors_of(call(noisy, found.example))
+    for handle in handles:
+        handle.remove()
+    for index, (wanted, have) in enumerate(zip(found.outputs, outputs, strict=True)):
         if wanted.is_floating_point():
-            distance, scale = difference(wanted.double(), found.double())
+            distance, scale = difference(wanted.double(), have.double())
             # only rounding may differ, as in attention that computes in another order
             if not distance <= min(1e4 * torch.finfo(wanted.dtype).eps, 0.1) * scale:
                 raise StructureError(
                     f"network can't be given noise: with every θ at 1 output {index} differs by {distance:.3g} from "
                     f"that of the network without noise, where outputs spread over {scale:.3g}"
                 )
+    return folded
 
 
-@torch.no_grad()
-def _readers_without_examples(network: nn.Module, noise: HookedNoise, example_input: Inputs) -> set[str]:
-    """Paths of the layers whose input does not have one entry per example in its first dimension."""
-    found: set[str] = set()
-    looked_at = copied(network).eval()
-
-    def look(path: str, size: int) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            if tensors_of((arguments, keywords))[0].shape[0] != size:
-                found.add(path)
-
-        return hook
-
-    # with one batch size alone, another dimension might have that length by chance
-    for size in (2, 3):
-        inputs = exactly(looked_at, example_input, size)
-        if batch_size(inputs) != size:
-            return set(noise.readers)  # examples need each other
-        handles = [
-            looked_at.get_submodule(path).register_forward_pre_hook(look(path, size), with_kwargs=True)
-            for path in noise.readers
-        ]
-        with torch.random.fork_rng(), at_one(looked_at):
-            call(looked_at, inputs)
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _check(network: nn.Module, example_input: Inputs) -> set[str]:
-    """Paths of the modules that run in training alone. Raises for what can't be handled at all."""
+def _check(network: nn.Module, example_input: Inputs) -> None:
+    """Raise for what can't be handled at all."""
     check_module("network", network)
     for path, parameter in network.named_parameters():
         if is_lazy(parameter):
@@ -208,22 +263,6 @@ def _check(network: nn.Module, example_input: Inputs) -> set[str]:
     if not batch_size(example_input):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(example_input))
         raise ValueError(f"example_input must hold at least one example: got shape {shapes}")
-    looked_at = copied(network)  # a forward pass may change its state
-    with torch.random.fork_rng():
-        with blamed_on_input(network), _called(network) as original:
-            used = _modules_called(looked_at.eval(), example_input)
-        if original:
-            raise StructureError(
-                f"network must be copied whole: a copy of it still calls {', '.join(map(repr, sorted(original)))} of "
-                "the original, which a function holds that was set as its forward or as a hook. Take modules from "
-                "the arguments of hooks, and write forward as a method"
-            )
-        _check_batch(looked_at, example_input)
-        try:
-            trained = _modules_called(looked_at.train(), exactly(network, example_input, 2))
-        except Exception:  # for example BatchNorm with one value per channel: no check is possible
-            return set()
-    return trained - used
 
 
 @torch.no_grad()
@@ -251,8 +290,7 @@ def _called(network: nn.Module) -> Iterator[set[str]]:
     called: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        for path, module in network.named_modules()
-        if any(parameter is not None for parameter in module._parameters.values())
+        for path, module in _with_parameters(network).items()
     ]
     try:
         yield called
@@ -261,15 +299,10 @@ def _called(network: nn.Module) -> Iterator[set[str]]:
             handle.remove()
 
 
-@torch.no_grad()
-def _modules_called(network: nn.Module, inputs: Inputs) -> set[str]:
-    """Paths of the modules with parameters that one forward pass calls."""
-    with _called(network) as called:
-        call(network, inputs)
-    return called
-
-
-def _attach(network: nn.Module, groups: list[StructureGroup]) -> HookedNoise:
-    noise = HookedNoise(network, groups)
-    noise.attach(network)
-    return noise
+def _with_parameters(network: nn.Module) -> dict[str, nn.Module]:
+    """By path: the modules that have parameters themselves, not only in submodules."""
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if any(parameter is not None for parameter in module._parameters.values())
+    }

@@ -16,6 +16,8 @@ from pyro_bmrs.networks.trace import Meeting, Parameter, Read, Reader, Trace
 _Arguments = Sequence[Any]
 _Rule = Callable[[Trace, Any, _Arguments, dict[str, Any], Any], None]
 
+# Operations that copy a tensor as it is.
+_COPIES = {"clone", "contiguous", "_to_copy", "lift_fresh_copy"}
 # Operations that only move entries: they are run on the labels themselves.
 _MOVES = {
     "cat", "stack", "roll", "repeat", "flip", "gather", "index", "_unsafe_index", "index_select", "constant_pad_nd",
@@ -24,12 +26,12 @@ _MOVES = {
     "copy", "slice_scatter", "select_scatter", "repeat_interleave", "tril", "triu", "diagonal_copy", "masked_select",
     "unfold_copy", "index_put", "index_put_", "index_copy", "index_copy_", "scatter", "scatter_", "take_along_dim",
     "unsafe_split", "unsafe_split_with_sizes", "split_with_sizes_copy", "unbind_copy", "rot90", "take", "diag_embed",
-    "_pad_enum", "_pad_circular", "unsafe_chunk",
+    "_pad_enum", "_pad_circular", "unsafe_chunk", *_COPIES,
 }  # fmt: skip
 # Elementwise, though torch does not tag them so.
 _POINTWISE = {
     "hardswish", "hardswish_", "_prelu_kernel", "softplus", "log_sigmoid_forward", "rrelu_with_noise", "dropout",
-    "native_dropout", "bernoulli_", "_to_copy", "clone", "contiguous", "complex", "polar", "addcmul_", "lift_fresh_copy",
+    "native_dropout", "bernoulli_", "complex", "polar", "addcmul_",
     "index_add", "index_add_", "masked_fill_", "_fake_quantize_learnable_per_tensor_affine", "angle", "real", "imag",
     "_softmax_backward_data", "nan_to_num", "celu", "celu_", "elu_", "hardtanh_", "leaky_relu_", "relu6", "glu_jvp",
     "nonzero_static", "isin", "clamp_", "heaviside", "floor_divide", "remainder", "fmod", "copysign",
@@ -146,6 +148,12 @@ def _move(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any],
     outputs = _tensors(out)
     if name in {"cat", "stack"}:
         sources = _complete(trace, name, args, kwargs, data, sources)
+    if all(trace.parameter(tensor) is not None or trace.is_moved(tensor) for tensor in data):
+        for tensor in outputs:
+            trace.note_moved(tensor)
+    if name in _COPIES:
+        trace.memory.write(outputs[0], sources[0])
+        return
     found: list[list[Tensor | None]] = [[None] * PLANES for _ in outputs]
     for plane in range(PLANES):
         if all(labels[plane] is None for labels in sources):
@@ -517,7 +525,7 @@ def _mm(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any], o
 
 def _product(trace: Trace, first: Tensor, second: Tensor) -> Labels:
     """Labels of first (…, n, k) times second (…, k, m)."""
-    left, right = trace.parameter(first), trace.parameter(second)
+    left, right = trace.source(first), trace.source(second)
     if right is not None:
         return _read(trace, first, right, second)
     if left is not None:
@@ -526,9 +534,16 @@ def _product(trace: Trace, first: Tensor, second: Tensor) -> Labels:
     return _two_activations(trace, first, second)
 
 
-def _coordinates(parameter: Parameter, tensor: Tensor, dim: int) -> dict[int, Tensor]:
+def _coordinates(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -> dict[int, Tensor]:
     """By dimension of a parameter that varies along dimension `dim` of a view of it: where in it each entry is."""
-    flat = tensor.storage_offset() - parameter.tensor.storage_offset() + torch.arange(tensor.shape[dim]) * tensor.stride(dim)
+    if tensor.untyped_storage()._cdata == parameter.tensor.untyped_storage()._cdata:
+        start = tensor.storage_offset() - parameter.tensor.storage_offset()
+        flat = start + torch.arange(tensor.shape[dim]) * tensor.stride(dim)
+    else:  # entries of the parameter in another order
+        (labels, *_) = trace.memory.read(tensor)
+        assert labels is not None
+        line = labels[tuple(slice(None) if axis == dim % tensor.dim() else 0 for axis in range(tensor.dim()))]
+        flat = line.long() - int(trace.entries[parameter.key].min())
     found: dict[int, Tensor] = {}
     axes = sorted(range(parameter.tensor.dim()), key=parameter.tensor.stride, reverse=True)
     for axis in axes:
@@ -541,16 +556,16 @@ def _coordinates(parameter: Parameter, tensor: Tensor, dim: int) -> dict[int, Te
     return found
 
 
-def _axis_of(parameter: Parameter, tensor: Tensor, dim: int) -> tuple[int, Tensor] | None:
+def _axis_of(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -> tuple[int, Tensor] | None:
     """(dimension of a parameter, place of each entry) along dimension `dim` of a view; the coarsest of several."""
     if tensor.shape[dim] > 1:
-        return next(iter(_coordinates(parameter, tensor, dim).items()), None)
+        return next(iter(_coordinates(trace, parameter, tensor, dim).items()), None)
     # one entry: the dimension of the parameter that no other dimension of the view explains
     explained = {
         axis
         for other in range(tensor.dim())
         if other != dim and tensor.shape[other] > 1
-        for axis in _coordinates(parameter, tensor, other)
+        for axis in _coordinates(trace, parameter, tensor, other)
     }
     left = [axis for axis, size in enumerate(parameter.tensor.shape) if size == 1 and axis not in explained]
     return (left[0], torch.zeros(1, dtype=torch.long)) if left else None
@@ -559,9 +574,9 @@ def _axis_of(parameter: Parameter, tensor: Tensor, dim: int) -> tuple[int, Tenso
 def _read(trace: Trace, x: Tensor, parameter: Parameter, weight: Tensor) -> Labels:
     """Labels of x (…, n, k) times a view (…, k, m) of a parameter: structures end, and new ones begin."""
     shape = (*_common_shape([x.shape[:-2], weight.shape[:-2]]), x.shape[-2], weight.shape[-1])
-    inner = _axis_of(parameter, weight, weight.dim() - 2)
-    outer = _axis_of(parameter, weight, weight.dim() - 1)
-    batch = [_axis_of(parameter, weight, dim) for dim in range(weight.dim() - 2)]
+    inner = _axis_of(trace, parameter, weight, weight.dim() - 2)
+    outer = _axis_of(trace, parameter, weight, weight.dim() - 1)
+    batch = [_axis_of(trace, parameter, weight, dim) for dim in range(weight.dim() - 2)]
     passed: list[Tensor | None] = [None] * PLANES
     for plane, labels in enumerate(trace.labels(x)):
         if labels is None:
@@ -624,19 +639,22 @@ def _note_reader(trace: Trace, parameter: Parameter, dim: int, size: int, input_
             path, name = trace.here, own
     x = trace.received.get(module)
     whole: int | None = None
-    if path == trace.here and x is not None and x.dim() >= -input_dim and x.shape[input_dim] == size:
+    matrices = [own for own in module._parameters.values() if own is not None and own.dim() > 1]
+    # of a layer with one matrix nothing else reads the input
+    only = len(matrices) == 1 and next(module.children(), None) is None
+    if only and path == trace.here and x is not None and x.dim() >= -input_dim and x.shape[input_dim] == size:
         whole = input_dim
     key = (parameter.key, dim, path, reader)
     known = trace.noted.readers.get(key)
     if known is not None and known.input_dim != whole:
         whole = None
-    trace.noted.readers[key] = Reader(parameter.key, dim, path, name, "" if reader == path else reader, whole)
+    trace.noted.readers[key] = Reader(parameter.key, dim, path, name, None if reader == path else reader, whole)
 
 
 def _grouped_mm(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """Rows of x (n, k), each times one of many matrices (experts, k, m)."""
     x, weight = args[:2]
-    parameter = trace.parameter(weight)
+    parameter = trace.source(weight)
     if parameter is None or x.dim() != 2 or weight.dim() != 3:
         _not_known(trace, "grouped_mm", [x, weight], out)
         return
@@ -684,7 +702,7 @@ def _convolution(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str
     x, weight, bias, stride, padding, dilation, transposed, _, groups = args[:9]
     places = list(range(2, x.dim()))
     one = all(size == 1 for size in weight.shape[2:]) and all(s == 1 for s in stride) and not any(padding)
-    parameter = trace.parameter(weight)
+    parameter = trace.source(weight)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     passed: list[Tensor | None] = [None] * PLANES
     here: list[Tensor | None] = []
@@ -728,7 +746,7 @@ def _dense(
     out_dim: int, x: Tensor, out: Tensor, transposed: bool,
 ) -> Tensor | None:  # fmt: skip
     """A convolution that reads several channels: those of the same number in each of its groups go together."""
-    inner = _axis_of(parameter, weight, in_dim)
+    inner = _axis_of(trace, parameter, weight, in_dim)
     for labels in here:
         if labels is None:
             continue
@@ -745,7 +763,7 @@ def _dense(
             trace.unite(folded[:1].expand_as(folded), folded)
         trace.noted.reads.append(Read(atoms, lines.clone()))
         _note_reader(trace, parameter, dim, x.shape[1], -1 - (weight.dim() - 2))
-    outer = _axis_of(parameter, weight, out_dim)
+    outer = _axis_of(trace, parameter, weight, out_dim)
     if outer is None:
         return None
     rows = trace.line(parameter, outer[0])[outer[1]]
@@ -763,7 +781,7 @@ def _depthwise(
 ) -> Tensor | None:
     """Each filter reads one channel, and goes with it."""
     each = out.shape[1] // groups
-    axis = _axis_of(parameter, weight, 0)
+    axis = _axis_of(trace, parameter, weight, 0)
     result: Tensor | None = None
     for labels in here:
         if labels is None:
@@ -812,7 +830,7 @@ def _embedding(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, 
         if one is not None:
             trace.memory.write(out, (one[index.cpu()], *NONE[1:]))
         return
-    axis = _axis_of(parameter, weight, 1)
+    axis = _axis_of(trace, parameter, weight, 1)
     if axis is not None:
         trace.noted.producers.setdefault((parameter.key, axis[0]), trace.here)
         atoms = trace.line(parameter, axis[0])[axis[1]]

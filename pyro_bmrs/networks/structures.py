@@ -13,11 +13,10 @@ from torch import nn
 from pyro_bmrs.arguments import on_a_screen
 from pyro_bmrs.networks.computed import computed, has_computed
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.grouping import Grouping, Refused, matches
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
-from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.inputs import Inputs, repeated
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.ties import settle
@@ -151,7 +150,7 @@ def find_structures(
     example_input: Inputs,
     leave_out: Sequence[str] = (),
     in_training: AbstractSet[str] = frozenset(),
-) -> Structures:
+) -> tuple[Structures, AbstractSet[str]]:
     """The structures that a trace proposes for a network without noise. They are not yet tried.
 
     Args:
@@ -159,6 +158,9 @@ def find_structures(
         leave_out: paths of modules or parameters, or patterns of them such as "layer4.*". Structures that touch these,
             or modules below them, stay.
         in_training: paths of the modules that run in training alone. What they read stays.
+
+    Returns:
+        The structures; and paths of modules whose input does not have one entry per example in its first dimension.
 
     Raises:
         StructureError: if the network can't be traced.
@@ -170,8 +172,9 @@ def find_structures(
             raise ValueError(
                 f"leave_out must name modules or parameters of the network: none matches {pattern!r}"
             )
-    groups, refused = traced(network, example_input, leave_out, in_training).groups()
-    return Structures(groups, tuple(refused))
+    grouping = traced(network, example_input, leave_out, in_training)
+    groups, refused = grouping.groups()
+    return Structures(groups, tuple(refused)), grouping.trace.noted.folded
 
 
 def traced(
@@ -185,16 +188,24 @@ def traced(
     Raises:
         StructureError: if an operation fails under the trace.
     """
-    trace = Trace(network.eval(), at_most(network, example_input, 2))
-    try:
-        trace.run()
-        if in_training:
-            trace.run_in_training(in_training)
-    except Exception as error:
-        raise StructureError(
-            f"network can't be traced: {type(error).__name__} in {trace.here or 'the network itself'!r}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    network.eval()
+    # several, so that the first dimension is not taken for another; all, where examples need each other
+    for example in (repeated(example_input, 3), example_input):
+        trace = Trace(network, example)
+        try:
+            trace.run()
+            if in_training:
+                trace.run_in_training(in_training)
+        except Exception as error:
+            if example is not example_input:
+                continue
+            raise StructureError(
+                f"network can't be traced: {type(error).__name__} in {trace.here or 'the network itself'!r}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        break
+    if example is example_input:
+        trace.noted.folded |= set(trace.noted.calls)
     settle(trace)
     return Grouping(trace, leave_out)
 

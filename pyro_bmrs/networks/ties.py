@@ -21,6 +21,8 @@ def settle(trace: Trace) -> None:
             changed |= _make_box(trace, box, stays)
         for meeting in trace.noted.meetings:
             changed |= _tie(trace, meeting.atoms, meeting.labels)
+        for several in trace.noted.counted.values():
+            changed |= _make_equal(trace, [labels for labels, whole in several if whole])
         with_lines = _classes_with_lines(trace)
         for entries in trace.entries.values():
             found = trace.classes.find(entries)
@@ -66,6 +68,16 @@ def _make_box(trace: Trace, labels: Tensor, stays: Tensor) -> bool:
     most = max(axes, key=lambda axis: _different(free, axis))
     lines = found.movedim(most, 0).flatten(1)
     return trace.classes.unite(lines.amax(1, keepdim=True), lines)
+
+
+def _make_equal(trace: Trace, several: list[Tensor]) -> bool:
+    """Unite what stands in the same place of axes whose size is one and the same integer. Each: (size, …)."""
+    lines = []
+    for labels in several:
+        found = trace.classes.find(labels)
+        if not varies(found, 1):
+            lines.append(found[:, 0])
+    return any([trace.classes.unite(lines[0], other) for other in lines[1:]])
 
 
 def _different(labels: Tensor, axis: int) -> int:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyro_bmrs.networks.cost import _no_fused_layers
-from pyro_bmrs.networks.inputs import Inputs, call, tensors_of
+from pyro_bmrs.networks.inputs import Inputs, batch_size, call, tensors_of
 from pyro_bmrs.networks.labels import NONE, PLANES, Classes, LabelMemory, Labels, varies, without_constant_axes
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one
 from pyro_bmrs.networks.selection import InputSelection
@@ -63,7 +63,7 @@ class Reader:
     dim: int
     path: str
     name: str
-    reader: str
+    reader: str | None
     input_dim: int | None
 
 
@@ -88,6 +88,8 @@ class Noted:
     selected: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    # paths of modules whose input does not have one entry per example in its first dimension
+    folded: set[str] = field(default_factory=set)
 
 
 class Trace(TorchDispatchMode):  # type: ignore[misc]
@@ -100,7 +102,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
 
     def __init__(self, network: nn.Module, example: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.network, self.example = network, example
+        self.network, self.example, self.examples = network, example, batch_size(example)
         self.classes, self.memory, self.noted = Classes(), LabelMemory(), Noted()
         self.paths: dict[nn.Module, str] = {}
         for path, module in network.named_modules():
@@ -121,6 +123,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         self.stack: list[nn.Module] = []
         self.received: dict[nn.Module, Tensor] = {}
         self.from_inputs: dict[int, Any] = {}
+        self._moved: dict[int, Any] = {}
         self._silent = 0
 
     def _add(self, parameter: Parameter) -> None:
@@ -185,6 +188,8 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         given = tensors_of((arguments, keywords))
         if given:
             self.received[module] = given[0]
+            if not given[0].dim() or given[0].shape[0] != self.examples:
+                self.noted.folded.add(self.paths[module])
         if isinstance(module, InputSelection | MultiplicativeNoise | nn.RNNBase):
             self._silent += 1
 
@@ -256,6 +261,27 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
                 return parameter
         return None
 
+    def source(self, tensor: Tensor) -> Parameter | None:
+        """The parameter whose entries a tensor holds, as a view or moved to other places."""
+        if not self.is_moved(tensor):
+            return self.parameter(tensor)
+        (labels, *_) = self.memory.read(tensor)
+        if labels is None:
+            return None
+        first = int(labels.flatten()[0])
+        for key, atoms in self.entries.items():
+            if int(atoms.min()) <= first <= int(atoms.max()):
+                return self.parameters[key]
+        return None
+
+    def note_moved(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._moved[storage._cdata] = storage
+
+    def is_moved(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds entries of parameters as they are, in other places."""
+        return tensor.untyped_storage()._cdata in self._moved
+
     def _label_entries(self, parameter: Parameter) -> None:
         atoms = self.classes.new(parameter.tensor.numel())
         self._note_kind(atoms, entries=True)
@@ -326,7 +352,8 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         for some in labels:
             if some is not None:
                 small, count = without_constant_axes(some)
-                if count > 1:
+                # a parameter's own entries have to form a box where they are stored
+                if count > 1 and not self.are_entries(small):
                     found = self.classes.find(small)
                     if sum(varies(found, axis) for axis in range(found.dim())) > 1:
                         self.noted.boxes.append(small.squeeze().clone())

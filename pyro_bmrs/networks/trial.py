@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.examples import at_most, exactly
+from pyro_bmrs.networks.examples import exactly
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of
 from pyro_bmrs.networks.inputs import Inputs, as_double, call, map_tensors
 from pyro_bmrs.networks.nesting import Nesting
@@ -34,7 +34,8 @@ class Trial:
         self.generator = torch.Generator().manual_seed(0)
         device = next(network.parameters()).device
         given = map_tensors(lambda tensor: tensor.to(device), exactly(network, example, _EXAMPLES))
-        self._numbers = torch.randn(_PERIOD, generator=self.generator, dtype=torch.float64)
+        drawn = torch.randn(_PERIOD, generator=self.generator)
+        self._numbers = torch.cat([drawn, drawn]).to(device)
         # the network may not accept all numbers, as a logarithm does not, nor float64, as some kernels do not
         drawn = map_tensors(self._drawn_like, given)
         self._ways = [(True, drawn), (True, given), (False, drawn), (False, given)]
@@ -85,15 +86,14 @@ class Trial:
         counts: list[dict[str, int]] = [{}, {}]
         again = False
         for features, some in alike.items():
-            least = 2 if features > 2 else 1
-            possible = torch.arange(least, features)
-            if len(possible) > 4:  # a part that is neither most nor next to nothing
+            possible = torch.arange(1 if features < 5 else 2, features)
+            if len(possible) > 6:  # a part that is neither most nor next to nothing
                 possible = possible[(possible >= 0.2 * features) & (possible <= 0.8 * features)]
             for number in range(2):
                 order = possible[torch.randperm(len(possible), generator=self.generator)]
                 for place, group in enumerate(some):
                     counts[number][group.site] = int(order[(place + number * (place // len(order))) % len(order)])
-            again |= len(some) > len(possible) > 1
+            again |= len(some) > 1 and len(possible) < 3
         for number in range(1 + again):
             kept = {}
             for group in groups:
@@ -108,51 +108,54 @@ class Trial:
 
     @torch.no_grad()
     def _tried(self, groups: Sequence[StructureGroup], kept: dict[str, Tensor]) -> TrialError | None:
-        network, example = self._varied()
         scales = {
             group.site: (0.5 + torch.rand(group.features, generator=self.generator, dtype=torch.float64)) * kept[group.site]
             for group in groups
         }
-        fold(network, groups, scales)
-        cuts = cuts_of(network, groups, kept)
-        wanted = expected(network, {}, example, groups, cuts)
+        cuts = cuts_of(self.network, groups, kept)
+        while True:
+            double, example = self._ways[0]
+            try:
+                network = self._varied(example)
+                if double:
+                    network, example = network.double(), as_double(example)
+                fold(network, groups, scales)
+                wanted = expected(network, {}, example, groups, cuts)
+            except Exception as error:
+                if len(self._ways) == 1:
+                    return TrialError("", f"can't be tried: with random weights the network fails with {error}")
+                self._ways.pop(0)
+            else:
+                break
         try:
             cuts.cut(network)
-            check_equal(network, wanted, example, tolerance=TOLERANCE if self._ways[0][0] else OWN_TOLERANCE)
+            check_equal(network, wanted, example, tolerance=TOLERANCE if double else OWN_TOLERANCE)
         except (EqualityError, ValueError) as error:  # ValueError: cuts that do not fit together
             return TrialError(getattr(error, "path", ""), str(error))
         return None
 
-    def _varied(self) -> tuple[nn.Module, Inputs]:
-        """A copy with random weights, so that every output depends on every structure, and an example."""
-        while True:
-            double, example = self._ways[0]
-            network = copied(self.network)
-            if double:
-                network, example = network.double(), as_double(example)
-            try:
-                self._randomise(network, example)
-                call(network, at_most(network, example, 1))
-            except Exception:
-                if len(self._ways) == 1:
-                    raise
-                self._ways.pop(0)
-            else:
-                return network, example
-
-    def _randomise(self, network: nn.Module, example: Inputs) -> None:
-        start = 0
-        for parameter in network.parameters():
+    def _varied(self, example: Inputs) -> nn.Module:
+        """A copy with random weights, so that every output depends on every structure, and BatchNorm to match."""
+        network = copied(self.network)
+        for start, parameter in enumerate(network.parameters()):
             size = parameter.numel()
-            numbers = torch.roll(self._numbers, start)
-            start += 7919
-            drawn = numbers.repeat(-(-size // _PERIOD))[:size] if size > _PERIOD else numbers[:size]
-            drawn = drawn.to(parameter.device, parameter.dtype).view(parameter.shape)
+            numbers = self._numbers[7919 * start % _PERIOD :][:_PERIOD]
+            drawn = numbers[:size] if size <= _PERIOD else numbers.repeat(-(-size // _PERIOD))[:size]
+            drawn = drawn.view(parameter.shape)
             if parameter.dim() > 1:
                 parameter.copy_(drawn).mul_(parameter[0].numel() ** -0.5)
             else:
                 parameter.copy_(drawn).mul_(0.5).add_(0.5)
-        _match_statistics(network, example)
+        normalisations = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        network.eval()
+        for module in normalisations:
+            if module.track_running_stats:
+                module.reset_running_stats()
+                module.momentum = None
+                module.train()
+        if normalisations:
+            call(network, example)
+        return network.eval()
 
 
 class TrialError:
@@ -160,20 +163,6 @@ class TrialError:
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-
-
-def _match_statistics(network: nn.Module, example: Inputs) -> None:
-    """BatchNorm statistics of the example, so that no layer's output hides in another's."""
-    normalisations = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    network.eval()
-    for module in normalisations:
-        if module.track_running_stats:
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
-    if normalisations:
-        call(network, example)
-    network.eval()
 
 
 def _suspects(groups: Sequence[StructureGroup], error: TrialError) -> list[StructureGroup]:
@@ -188,9 +177,8 @@ def _suspects(groups: Sequence[StructureGroup], error: TrialError) -> list[Struc
 
 
 def _paths(group: StructureGroup) -> set[str]:
-    return {member.path for member in group.consumers} | {m.reader for m in group.consumers if m.reader} | {
-        count.path for count in group.counts
-    }
+    counting = {count.path for count in group.counts}
+    return counting | {path for member in group.consumers for path in (member.path, member.read_by)}
 
 
 def _is_below(path: str, place: str) -> bool:
