@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import getattr_static
 from typing import Any
 
@@ -50,6 +51,26 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 
 
 @dataclass(frozen=True)
+class RootMeanSquare:
+    """A module that divides by the root mean square of d channels: y = x / √(mean(x²) + ε) · (shift + weight).
+
+    Without those of d channels that are 0 everywhere, the d' others come out the same from
+    y = x / √(mean(x²) + ε d/d') · √(d/d') (shift + weight), where the mean is over d' channels.
+
+    Attributes:
+        path: of the module.
+        name: of its weight. Shape: (d,).
+        shift: 0, or 1 as in Gemma.
+        epsilon: name of the attribute that holds ε; empty where torch chooses ε.
+    """
+
+    path: str
+    name: str
+    shift: int
+    epsilon: str
+
+
+@dataclass(frozen=True)
 class Cuts:
     """What stays of each tensor that loses something. The original network can be cut again from this.
 
@@ -60,12 +81,15 @@ class Cuts:
         numbers: by module path and attribute, what an integer that counts entries becomes, such as a number of heads.
             "name.0" is the first entry of a tuple or list.
 
+        norms: modules that divide by a root mean square over what is cut. Their weight and ε are scaled.
+
     Integers of torch's own layers, such as in_features, follow from the shapes of their tensors.
     """
 
     tensors: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)
     widths: Mapping[str, list[int]] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    norms: tuple[RootMeanSquare, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.tensors or self.widths)
@@ -99,8 +123,11 @@ class Cuts:
         """
         self.check(network)
         changed = list(self._changed(network))
+        widths = [tensor.shape[0] for tensor in map(partial(_weight_of, network), self.norms)]
         for tensor, dim, kept in list(self.selections(network)):
             replace_data(tensor, tensor.data.index_select(dim, kept))
+        for norm, width in zip(self.norms, widths, strict=True):
+            _scale(network, norm, width)
         for path, kept_inputs in self.widths.items():
             selection = network.get_submodule(path)
             assert isinstance(selection, InputSelection)
@@ -146,6 +173,11 @@ class Cuts:
                     )
         self._check_widths(modules)
         self._check_numbers(modules)
+        for norm in self.norms:
+            weight = tensor_of(modules[norm.path], norm.name) if norm.path in modules else None
+            epsilon = getattr(modules.get(norm.path), norm.epsilon, None) if norm.epsilon else 0.0
+            if weight is None or weight.dim() != 1 or not isinstance(epsilon, float):
+                raise ValueError(f"{_WRONG}: {norm.path!r} has no weight {norm.name!r} and number {norm.epsilon!r}")
         shapes: dict[int, tuple[int, ...]] = {}
         for tensor, dim, kept_entries in self.selections(network):
             shape = shapes.get(id(tensor), tuple(tensor.shape))
@@ -218,6 +250,7 @@ class Cuts:
             {name: composed(self.tensors.get(name, {}), later.tensors.get(name, {})) for name in names},
             composed(self.widths, later.widths),
             {path: {**self.numbers.get(path, {}), **later.numbers.get(path, {})} for path in paths},
+            tuple(dict.fromkeys((*self.norms, *later.norms))),
         )
 
     def below(self, path: str) -> Cuts:
@@ -238,6 +271,7 @@ class Cuts:
             "tensors": {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.tensors.items()},
             "widths": dict(self.widths),
             "numbers": {path: dict(numbers) for path, numbers in self.numbers.items()},
+            "norms": [vars(norm) for norm in self.norms],
         }  # fmt: skip
 
     @classmethod
@@ -247,10 +281,10 @@ class Cuts:
         Raises:
             ValueError: if `document` is something else.
         """
-        names = ("tensors", "widths", "numbers")
+        names = ("tensors", "widths", "numbers", "norms")
         if not isinstance(document, dict) or set(document) != set(names):
             raise ValueError(f"cuts must be a dictionary of {', '.join(names)}")
-        for name, kind in zip(names, (dict, list, dict), strict=True):
+        for name, kind in zip(names, (dict, list, dict), strict=False):
             table = document[name]
             if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
                 raise ValueError(f"{name} of cuts must map names to a {kind.__name__} each")
@@ -264,7 +298,14 @@ class Cuts:
             name: {dimensions[dim]: kept for dim, kept in dims.items()}
             for name, dims in document["tensors"].items()
         }
-        return cls(tensors, document["widths"], document["numbers"])
+        norms = document["norms"]
+        kinds = {"path": str, "name": str, "shift": int, "epsilon": str}
+        for norm in norms if isinstance(norms, list) else [None]:
+            if not isinstance(norm, dict) or {key: type(value) for key, value in norm.items()} != kinds:
+                raise ValueError(f"norms of cuts must be a list of {', '.join(kinds)} each: got {norm!r}"[:200])
+        return cls(
+            tensors, document["widths"], document["numbers"], tuple(RootMeanSquare(**norm) for norm in norms)
+        )
 
 
 # Of torch's layers: what counts the channels that they make, and tensors with an entry for each.
@@ -319,6 +360,21 @@ def _sizes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight[0]}
     return {}
+
+
+def _weight_of(network: nn.Module, norm: RootMeanSquare) -> Tensor:
+    weight = tensor_of(network.get_submodule(norm.path), norm.name)
+    assert weight is not None
+    return weight
+
+
+def _scale(network: nn.Module, norm: RootMeanSquare, width: int) -> None:
+    """Scale weight and ε after a cut of `width` channels."""
+    module, weight = network.get_submodule(norm.path), _weight_of(network, norm)
+    share = width / weight.shape[0]
+    weight.data = (weight.data + norm.shift) * share**0.5 - norm.shift
+    if norm.epsilon:
+        setattr(module, norm.epsilon, getattr(module, norm.epsilon) * share)
 
 
 def number_of(module: nn.Module, name: str) -> int | None:

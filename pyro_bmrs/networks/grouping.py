@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pyro_bmrs.networks.computed import computed, has_computed
+from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.groups import Count, Member, StructureGroup
 from pyro_bmrs.networks.labels import varies
 from pyro_bmrs.networks.selection import InputSelection
@@ -84,6 +85,8 @@ class Grouping:
         self.reasons: dict[int, tuple[str, bool]] = {}
         # reasons to be given only where there is no other
         self.weak: dict[int, tuple[str, bool]] = {}
+        # classes on which θ acts where they are made
+        self.at_writers: set[int] = set()
         self._collect_lines()
         self._collect_reasons(leave_out)
         # by class: its lines
@@ -112,11 +115,19 @@ class Grouping:
             if not makes and not reads:
                 self.lines.append(_Line(parameter, dim, "between", classes))
             if makes and reads:
-                for one in classes.unique().tolist():
-                    self.weak.setdefault(one, (f"made and read by {key!r}, one weight for both", True))
+                self.at_writers |= set(classes.unique().tolist())
             if key in trace.entries and not bool(alone[trace.entries[key]].all()):
                 for one in classes.unique().tolist():
                     self.weak.setdefault(one, (f"tied to {key!r}, which is used in two ways", True))
+        # by class: the modules that divide by its root mean square
+        self.norms: dict[int, list[RootMeanSquare]] = {}
+        for norm, labels in trace.noted.norms:
+            classes = self.find(labels)
+            if varies(classes, classes.dim() - 1):
+                for one in classes.unique().tolist():
+                    if norm not in self.norms.setdefault(one, []):
+                        self.norms[one].append(norm)
+        self.at_writers |= self.norms.keys()
         made = torch.zeros(trace.classes.count, dtype=torch.bool)
         for line in self.lines:
             made[line.classes] = True
@@ -127,7 +138,8 @@ class Grouping:
             axes = [axis for axis in range(classes.dim()) if varies(classes, axis)]
             if len(axes) == 1:
                 along = classes.movedim(axes[0], 0).reshape(classes.shape[axes[0]], -1).amax(1)
-                self.lines.append(_Line(trace.parameters[key], axes[0], "between", along))
+                role = "writer" if key in trace.noted.added else "between"
+                self.lines.append(_Line(trace.parameters[key], axes[0], role, along))
             else:
                 for one in classes.unique().tolist():
                     if one:
@@ -171,7 +183,7 @@ class Grouping:
 
     def groups(self) -> tuple[dict[str, StructureGroup], list[Refused]]:
         """The groups, by site; and what stays."""
-        families: dict[tuple[str, bool], list[int]] = {}
+        families: dict[tuple[str, bool, bool], list[int]] = {}
         refused: list[tuple[_Line, int, str, bool]] = []
         heads = torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)
         self.heads = set(self.find(heads).tolist()) - {0}
@@ -188,9 +200,12 @@ class Grouping:
             elif not self.is_read(one):
                 refused.append((first, count, self.merged.get(one, UNREAD), False))
             else:
-                families.setdefault((first.parameter.path, one in self.heads), []).append(one)
+                made = first.parameter
+                name = made.path if made.name == "weight" or made.path in self.trace.noted.selected else made.key
+                kind = name, one in self.heads, one in self.at_writers
+                families.setdefault(kind, []).append(one)
         groups: dict[str, StructureGroup] = {}
-        for (path, _), classes in sorted(families.items(), key=lambda item: self.order[item[0][0]]):
+        for (path, *_), classes in sorted(families.items(), key=lambda item: self._place_of(item[1][0])):
             if len(classes) < 2:
                 first = self._first(classes[0])
                 assert first is not None
@@ -199,6 +214,11 @@ class Grouping:
             group = self._group(classes, path, groups)
             groups[group.site] = group
         return groups, [*self._refused(refused), *self._untouched()]
+
+    def _place_of(self, one: int) -> int:
+        first = self._first(one)
+        assert first is not None
+        return self._place(first)
 
     def _first(self, one: int) -> _Line | None:
         """The first line of those that make a structure."""
@@ -254,11 +274,15 @@ class Grouping:
         while unique in groups:
             number += 1
             unique = f"{name}:{number}"
-        order = ("producer", "between", "selection", "consumer")
+        order = ("producer", "writer", "between", "selection", "consumer")
+        at_writers = bool(self.at_writers & set(classes))
+        if not at_writers:
+            members = [replace(m, role="between") if m.role == "writer" else m for m in members]
+        norms = dict.fromkeys(norm for one in classes for norm in self.norms.get(one, ()))
         members.sort(key=lambda member: order.index(member.role))
         return StructureGroup(
             unique, len(classes), tuple(members), min([max(widths), *read]), kind,
-            self._counts(unit_of, kind, name, members),
+            self._counts(unit_of, kind, name, members), at_writers, tuple(norms),
         )  # fmt: skip
 
     def _kind(self, made: list[_Line], heads: bool) -> str:
@@ -271,8 +295,7 @@ class Grouping:
             return "heads"
         return "filters" if any(isinstance(module, _ConvNd) for module in modules) else "units"
 
-    @staticmethod
-    def _member(line: _Line, unit_of: Tensor) -> Member:
+    def _member(self, line: _Line, unit_of: Tensor) -> Member:
         places, units = line.places_of(unit_of)
         if line.reader is not None:
             reader = line.reader
@@ -280,7 +303,11 @@ class Grouping:
                 reader.path, reader.name, line.dim, "consumer", places, units, reader=reader.reader,
                 input_dim=reader.input_dim,
             )  # fmt: skip
-        return Member(line.parameter.path, line.parameter.name, line.dim, line.role, places, units)
+        (first, *_) = sorted(self.trace.noted.added.get(line.parameter.key, {line.parameter.path}))
+        read_by = None if line.role != "writer" or first == line.parameter.path else first
+        return Member(
+            line.parameter.path, line.parameter.name, line.dim, line.role, places, units, reader=read_by
+        )
 
     def _members_inside(self, classes: Sequence[int]) -> list[Member]:
         """What an InputSelection passes on of structures goes with them."""

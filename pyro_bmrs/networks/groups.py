@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.networks.cuts import Cuts, joined, names_by_tensor, tensor_of
+from pyro_bmrs.networks.cuts import Cuts, RootMeanSquare, joined, names_by_tensor, tensor_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Member:
         dim: dimension of the tensor.
         role: "producer" (entries of a weight that makes the structures, or of the index of an `InputSelection`),
             "between" (of all else that is cut along: biases, normalisations, depthwise weights, the index of an
-            `InputSelection` behind layers), "selection" (numbers of such an `InputSelection`'s inputs, which its index
+            `InputSelection` behind layers), "writer" (of what is added to structures on which θ acts where they are made:
+            biases, position embeddings, tokens), "selection" (numbers of such an `InputSelection`'s inputs, which its index
             holds) or "consumer" (of a weight that reads the structures).
         indices: entries along `dim`.
         units: structure of each of them.
@@ -87,6 +88,10 @@ class StructureGroup:
         kind: "units" (outputs of linear layers), "filters" (of convolutions), "heads", "inputs" (of the network), or
             "positions" (of an InputSelection behind layers, for example of flattened filters).
         counts: numbers that modules store about their structures.
+        at_writers: False where θ multiplies what reads the structures; True where it multiplies what makes them. So it
+            is for the channels of a stream that is normalised by its root mean square, where a removed channel has
+            to be 0, and for a weight that both makes and reads.
+        norms: modules that divide by the root mean square of the structures.
     """
 
     site: str
@@ -95,6 +100,21 @@ class StructureGroup:
     channels: int = 1
     kind: str = "units"
     counts: tuple[Count, ...] = ()
+    at_writers: bool = False
+    norms: tuple[RootMeanSquare, ...] = ()
+
+    @property
+    def multiplied(self) -> tuple[Member, ...]:
+        """The members on which θ acts."""
+        if not self.at_writers:
+            return self.consumers
+        made = {(member.path, member.name, member.dim) for member in self.producers}
+        # a weight that both makes and reads may have two names
+        return tuple(
+            member
+            for member in self.members
+            if member.role in ("producer", "writer") or (member.path, member.name, member.dim) in made
+        )
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -117,6 +137,7 @@ class StructureGroup:
             self,
             members=tuple(moved(member) for member in self.members),
             counts=tuple(replace(count, path=joined(path, count.path)) for count in self.counts),
+            norms=tuple(replace(norm, path=joined(path, norm.path)) for norm in self.norms),
         )
 
 
@@ -139,6 +160,7 @@ def cuts_of(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[
                     member.dim, torch.ones(tensor.shape[member.dim], dtype=torch.bool)
                 )
                 stays[gone] = False
+    norms = [norm for group in groups if not bool(kept[group.site].all()) for norm in group.norms]
     numbers: dict[str, dict[str, int]] = {}
     for (path, name), left in _left_of_counts(groups, kept).items():
         numbers.setdefault(path, {})[name] = int(left.sum())
@@ -146,6 +168,7 @@ def cuts_of(network: nn.Module, groups: Iterable[StructureGroup], kept: Mapping[
         {name: {dim: _true(stays) for dim, stays in dims.items()} for name, dims in tensors.items()},
         {path: _true(stays) for path, stays in widths.items()},
         numbers,
+        tuple(dict.fromkeys(norms)),
     )
 
 

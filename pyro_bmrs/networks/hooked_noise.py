@@ -84,9 +84,9 @@ class HookedNoise(nn.Module):
         inputs: dict[str, tuple[int, int, list[tuple[str, Member]]]] = {}
         tensors: dict[str, dict[Key, dict[int, tuple[int, list[tuple[str, Member]]]]]] = {}
         for group in self.groups.values():
-            for member in group.consumers:
+            for member in group.multiplied:
                 size = member.tensor(network).shape[member.dim]
-                if member.input_dim is not None:
+                if member.input_dim is not None and not group.at_writers:
                     dim, known, found = inputs.setdefault(member.path, (member.input_dim, size, []))
                     if (dim, known) == (member.input_dim, size):
                         found.append((group.site, member))

@@ -79,7 +79,7 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
     if rule is None and function in decomposition_table and not mutates:
         with trace:
             return decomposition_table[function](*args, **kwargs)
-    out = function(*args, **kwargs)
+    out = _in_place_of_product(trace, function, args, kwargs) if name in _PRODUCTS else function(*args, **kwargs)
     if rule is None:
         _not_known(trace, name, tensors, out)
         return out
@@ -93,6 +93,28 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
         if name in _MOVES:
             trace.note_box(labels)
     return out
+
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
+
+
+def _in_place_of_product(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Random numbers in the shape of a product, whose values labels don't depend on: products take most of the time."""
+    shaped = function(*tree_map(_without_values, args), **tree_map(_without_values, kwargs))
+    like = next(tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
+    out = torch.empty_strided(shaped.shape, shaped.stride(), dtype=shaped.dtype, device=like.device)
+    if not like.is_meta:
+        flat = out.as_strided((out.numel(),), (1,))
+        numbers = trace.numbers.to(out.device, out.dtype)
+        for start in range(0, len(flat), len(numbers)):
+            flat[start : start + len(numbers)] = numbers[: len(flat) - start]
+    return out
+
+
+def _without_values(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
 def _shares_memory(
@@ -236,6 +258,7 @@ def _complete(
                     continue
                 reference = reference.narrow(dim, 0, 1)
             if own[number]:
+                trace.note_added(_any(labels))
                 trace.noted.meetings.append(
                     Meeting(without_constant_axes(_any(labels))[0].clone(), without_constant_axes(reference)[0].clone())
                 )
@@ -328,6 +351,8 @@ def _meet_in_plane(
             result = torch.maximum(one, two)
         for _, own in parameters:
             small, other = without_constant_axes(own)[0], without_constant_axes(result)[0]
+            if name.startswith(("add", "sub", "rsub")):
+                trace.note_added(small)
             trace.noted.meetings.append(Meeting(small.clone(), other.clone()))
     for tensor, some, planes in zip(tensors, labels, all_planes, strict=True):
         if some is None and activations:
@@ -556,10 +581,23 @@ def _coordinates(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -
     return found
 
 
-def _axis_of(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -> tuple[int, Tensor] | None:
-    """(dimension of a parameter, place of each entry) along dimension `dim` of a view; the coarsest of several."""
+def _axis_of(
+    trace: Trace, parameter: Parameter, tensor: Tensor, dim: int, met: Labels = NONE, *, finest: bool = False
+) -> tuple[int, Tensor] | None:
+    """(dimension of a parameter, place of each entry) along dimension `dim` of a view of it, or of a copy in other places.
+
+    Where several dimensions of the parameter are one of the view: that on which the labels that it meets depend; else
+    that of the most entries (finest), or the first.
+    """
     if tensor.shape[dim] > 1:
-        return next(iter(_coordinates(trace, parameter, tensor, dim).items()), None)
+        found = _coordinates(trace, parameter, tensor, dim)
+        if len(found) > 1:
+            for axis, places in found.items():
+                if any(some is not None and _depend_on(trace, some, places) for some in met):
+                    return axis, places
+            if finest:
+                return max(found.items(), key=lambda item: len(item[1].unique()))
+        return next(iter(found.items()), None)
     # one entry: the dimension of the parameter that no other dimension of the view explains
     explained = {
         axis
@@ -571,11 +609,18 @@ def _axis_of(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -> tu
     return (left[0], torch.zeros(1, dtype=torch.long)) if left else None
 
 
+def _depend_on(trace: Trace, labels: Tensor, places: Tensor) -> bool:
+    """Whether the labels along the last axis differ, and are the same wherever the places are."""
+    line = trace.classes.find(labels).reshape(-1, labels.shape[-1])[0]
+    first = torch.zeros(int(places.max()) + 1, dtype=line.dtype).scatter(0, places, line)
+    return bool((first[places] == line).all()) and bool((line != line[0]).any())
+
+
 def _read(trace: Trace, x: Tensor, parameter: Parameter, weight: Tensor) -> Labels:
     """Labels of x (…, n, k) times a view (…, k, m) of a parameter: structures end, and new ones begin."""
     shape = (*_common_shape([x.shape[:-2], weight.shape[:-2]]), x.shape[-2], weight.shape[-1])
-    inner = _axis_of(trace, parameter, weight, weight.dim() - 2)
-    outer = _axis_of(trace, parameter, weight, weight.dim() - 1)
+    inner = _axis_of(trace, parameter, weight, weight.dim() - 2, trace.labels(x))
+    outer = _axis_of(trace, parameter, weight, weight.dim() - 1, finest=True)
     batch = [_axis_of(trace, parameter, weight, dim) for dim in range(weight.dim() - 2)]
     passed: list[Tensor | None] = [None] * PLANES
     for plane, labels in enumerate(trace.labels(x)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from pyro_bmrs.networks.inputs import (
     tensors_of,
 )
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
+from pyro_bmrs.networks.precision import InDouble, is_double
 from pyro_bmrs.networks.structures import structure_groups
 
 # The check runs in float64, where the two networks differ by rounding alone.
@@ -99,7 +100,9 @@ def expected(
         # what follows may change them in place
         outputs.setdefault(path, []).extend(tensor.clone() for tensor in tensors)
 
-    with left_alone(reduced), fixed_scales(reduced, scales), _outputs_of(reduced, kept, keep):
+    with (
+        left_alone(reduced), fixed_scales(reduced, scales), _outputs_of(reduced, kept, keep), _precise(reduced)
+    ):  # fmt: skip
         outputs["the network"] = tensors_of(call(reduced, example_input))
     advice = (
         "; leave out, in insert_noise, what this layer reads"
@@ -178,6 +181,10 @@ def check_equal(
                     name,
                 )
     return worst
+
+
+def _precise(network: nn.Module) -> AbstractContextManager[Any]:
+    return InDouble() if is_double(network) else nullcontext()
 
 
 def difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
@@ -329,10 +336,10 @@ def _floating(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def fold(network: nn.Module, groups: Iterable[StructureGroup], scales: Mapping[str, Tensor]) -> None:
-    """Multiply, in place, the entries that read each structure by its θ."""
+    """Multiply, in place, the entries on which the θ of each structure acts."""
     for group in groups:
         factors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for member in group.consumers:
+        for member in group.multiplied:
             tensor = member.tensor(network)
             # layers may share a tensor, and read it in several places
             new = tensor.new_ones(tensor.shape[member.dim])

@@ -14,9 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyro_bmrs.networks.cost import _no_fused_layers
+from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, tensors_of
 from pyro_bmrs.networks.labels import NONE, PLANES, Classes, LabelMemory, Labels, varies, without_constant_axes
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one
+from pyro_bmrs.networks.root_mean_square import root_mean_square
 from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.tagged import SizesSeen, TaggedInt, tagged_integers
 
@@ -87,6 +89,10 @@ class Noted:
     # by path of an InputSelection: (atoms of what it passes on, labels of these before, labels of its input)
     selected: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
+    # by parameter that is added to structures: paths of the modules that use it
+    added: dict[str, set[str]] = field(default_factory=dict)
+    # modules that divide by a root mean square, and the labels of its channels
+    norms: list[tuple[RootMeanSquare, Tensor]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     # paths of modules whose input does not have one entry per example in its first dimension
     folded: set[str] = field(default_factory=set)
@@ -120,10 +126,12 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         self.entries: dict[str, Tensor] = {}
         # by atom: whether it is an entry's
         self._is_entry = torch.zeros(1, dtype=torch.bool)
+        self.numbers = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
         self.stack: list[nn.Module] = []
         self.received: dict[nn.Module, Tensor] = {}
         self.from_inputs: dict[int, Any] = {}
         self._moved: dict[int, Any] = {}
+        self._root_mean_squares: dict[nn.Module, RootMeanSquare | None] = {}
         self._silent = 0
 
     def _add(self, parameter: Parameter) -> None:
@@ -190,13 +198,22 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
             self.received[module] = given[0]
             if not given[0].dim() or given[0].shape[0] != self.examples:
                 self.noted.folded.add(self.paths[module])
-        if isinstance(module, InputSelection | MultiplicativeNoise | nn.RNNBase):
+        if self._is_whole(module):
             self._silent += 1
+
+    def _is_whole(self, module: nn.Module) -> bool:
+        """Whether a module is followed as one operation."""
+        if isinstance(module, InputSelection | MultiplicativeNoise | nn.RNNBase):
+            return True
+        if module not in self._root_mean_squares:
+            x = self.received.get(module)
+            self._root_mean_squares[module] = None if x is None else root_mean_square(module, x, self.paths[module])
+        return self._root_mean_squares[module] is not None
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if self.stack and self.stack[-1] is module:
             self.stack.pop()
-        if not isinstance(module, InputSelection | MultiplicativeNoise | nn.RNNBase):
+        if not self._is_whole(module):
             return
         self._silent -= 1
         if not isinstance(output, Tensor | tuple):
@@ -213,6 +230,10 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         assert isinstance(output, Tensor)
         x = self.received[module]
         labels = self.labels(x)
+        norm = self._root_mean_squares.get(module)
+        if norm is not None:
+            self._leave_norm(norm, labels, output)
+            return
         if isinstance(module, MultiplicativeNoise):
             dim = module.dim if hasattr(module, "dim") else 1
             one = labels[0] if labels[0] is not None else torch.zeros((), dtype=torch.int32)
@@ -225,6 +246,18 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         before = self.along(self._or_none(labels[0], x), module.dim)
         self.noted.selected[path] = (atoms, before[module.index.cpu().long()], before)
         self.memory.write(output, (atoms.view(shape).expand(output.shape), *NONE[1:]))
+
+    def _leave_norm(self, norm: RootMeanSquare, labels: Labels, output: Tensor) -> None:
+        """A root mean square over channels mixes them, but for those that are 0."""
+        weight = self.parameters[f"{norm.path}.{norm.name}".lstrip(".")]
+        (own, *_) = self.labels(weight.tensor)
+        assert own is not None
+        for some in labels:
+            if some is not None:
+                small, _ = without_constant_axes(some)
+                self.noted.meetings.append(Meeting(own, small.clone()))
+                self.noted.norms.append((norm, small.clone()))
+        self.memory.write(output, labels)
 
     def along(self, labels: Tensor, dim: int) -> Tensor:
         """Labels along one dimension. They are united across the others."""
@@ -346,6 +379,13 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
             if some is not None:
                 atoms = self.classes.find(without_constant_axes(some)[0]).unique()
                 self.noted.pinned += [(atom, reason, unsupported) for atom in atoms.tolist() if atom]
+
+    def note_added(self, labels: Tensor) -> None:
+        """Remember that the running module adds a parameter, with these entries, to structures."""
+        first = int(labels.max())
+        for key, atoms in self.entries.items():
+            if int(atoms.min()) <= first <= int(atoms.max()):
+                self.noted.added.setdefault(key, set()).add(self.here)
 
     def note_box(self, labels: Labels) -> None:
         """Remember labels that depend on several axes: what is removed must leave a box."""

@@ -1,0 +1,49 @@
+"""Which modules divide by the root mean square of their channels, seen from what they do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.networks.cuts import RootMeanSquare
+
+_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare | None:
+    """What a module is that gives y = x / √(mean(x²) + ε) · (shift + weight) over the last dimension; None: another.
+
+    >>> root_mean_square(nn.RMSNorm(4, eps=1e-6), torch.randn(2, 4), "norm")
+    RootMeanSquare(path='norm', name='weight', shift=0, epsilon='eps')
+    >>> root_mean_square(nn.LayerNorm(4), torch.randn(2, 4), "norm") is None
+    True
+
+    Args:
+        module: is called with numbers of its own.
+        x: an input of it.
+        path: of the module.
+    """
+    own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    plain = len(own) == 1 and own[0][1].dim() == 1 and next(module.children(), None) is None
+    if not plain or not x.is_floating_point() or not x.dim() or x.is_meta:
+        return None
+    (name, weight), width = own[0], x.shape[-1]
+    if weight.shape[0] != width or width < 2:
+        return None
+    numbers = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
+    numbers = (numbers * torch.tensor([1.0, 10.0, 0.01]).view(3, 1, 1)).to(x)
+    try:
+        found = module.forward(numbers)  # without hooks
+    except Exception:
+        return None
+    if not isinstance(found, Tensor) or found.shape != numbers.shape:
+        return None
+    epsilons = [key for key, value in vars(module).items() if isinstance(value, float) and "eps" in key]
+    epsilon = float(getattr(module, epsilons[0])) if epsilons else torch.finfo(x.dtype).eps
+    expected = numbers * torch.rsqrt(numbers.square().mean(-1, keepdim=True) + epsilon)
+    for shift in (0, 1):
+        gain = weight + shift
+        if torch.allclose(found, expected * gain, rtol=_TOLERANCE, atol=_TOLERANCE * float(gain.abs().max())):
+            return RootMeanSquare(path, name, shift, epsilons[0] if epsilons else "")
+    return None
