@@ -234,13 +234,14 @@ def randomise(net: nn.Module, example: Inputs, precision: str) -> None:
     convolved = {id(m.weight) for m in net.modules() if hasattr(m, "kernel_size") and hasattr(m, "weight")}
     for name, parameter in net.named_parameters():
         if parameter.dim() < 2:
-            # of biases the mean is 0: what varies with the input would drown in them, layer by layer
-            parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
+            # in large biases what varies with the input would drown, layer by layer
+            mean, std = (0.0, 0.1) if name.endswith("bias") else (1.0, 0.3)
+            parameter.normal_(mean, std)
         elif parameter.dim() == 3 and id(parameter) not in convolved:
             # weights of several experts, in either layout
-            parameter.normal_(std=(parameter.shape[1] * parameter.shape[2]) ** -0.25)
+            parameter.normal_(std=2**0.5 * (parameter.shape[1] * parameter.shape[2]) ** -0.25)
         else:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
+            parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5)
     net.eval()
     normalisations = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for module in normalisations:

@@ -136,7 +136,7 @@ def _of_torchvision() -> list[PublicNetwork]:
     networks += [
         _torchvision(name, VIDEO, partial(_images, 3, frames, size, size))
         for name, frames, size in (
-            ("r3d_18", 8, 32), ("mc3_18", 8, 32), ("r2plus1d_18", 8, 32), ("s3d", 16, 64), ("swin3d_t", 4, 64),
+            ("r3d_18", 8, 32), ("mc3_18", 8, 32), ("r2plus1d_18", 8, 32), ("s3d", 16, 224), ("swin3d_t", 4, 64),
         )
     ]  # fmt: skip
     networks += [
