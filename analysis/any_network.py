@@ -31,6 +31,7 @@ difference: largest difference of an output in float64, relative to its spread o
     of the smaller network and the one with noise with θ = 0 for what was removed, on new random inputs. Wrong above
     1e-10, or above 1e-8 where changing the weights by 2⁻⁵² of themselves changes the outputs by a tenth of it.
 checked: the difference that `remove_structures` returns for its own comparison.
+control: the same difference where one removed structure of each group acts again, which must be seen.
 spread: of the outputs over the examples, relative to their size, the largest of the outputs. Below 1e-3 the status
     is "error": nothing could be seen.
 precision: float64, or float32 where the network can't run in float64; then wrong begins at 1e-5.
@@ -62,7 +63,7 @@ KEYS = ["source", "name", "kind"]
 COLUMNS = {
     "ours": [
         *KEYS, "status", "seconds_insertion", "seconds", "peak_mb", "parameters", "groups", "structures",
-        "share_removable", "difference", "checked", "spread", "precision", "refused", "error",
+        "share_removable", "difference", "checked", "control", "spread", "precision", "refused", "error",
     ],
     "peer": [
         *KEYS, "status", "compared", "seconds", "peak_mb", "parameters", "groups", "removed", "difference", "error",

@@ -161,12 +161,17 @@ def compared(
     except Exception as error:
         return {"status": "wrong", "spread": spread, "error": _line(error)}
     apart = differ(wanted, found)
+    others = {site: theta.clone() for site, theta in thetas.items()}
+    for theta in others.values():
+        theta[torch.nonzero(theta == 0.0)[0]] = 1.0
+    with torch.no_grad(), fixed_scales(noisy, others):
+        control = differ(wanted, call(noisy, x))
     allowed = TOLERANCE if precision == "float64" else TOLERANCE_IN_SINGLE
     if allowed < apart <= TOLERANCE_OF_ROUNDING and 10 * _rounding(noisy, thetas, x, wanted) >= apart:
         allowed = TOLERANCE_OF_ROUNDING
     status = "wrong" if not apart <= allowed else "error" if spread < LEAST_SPREAD else "handled"
     words = {"error": "outputs hardly depend on inputs"} if status == "error" else {}
-    return {"status": status, "difference": apart, "spread": spread} | words
+    return {"status": status, "difference": apart, "control": control, "spread": spread} | words
 
 
 @torch.no_grad()
