@@ -155,7 +155,7 @@ def check_equal(
         have.setdefault(path, []).extend(tensor.clone() for tensor in tensors_of(output))
 
     readers = [path for path in expected.outputs if path in there]
-    with left_alone(small), _outputs_of(small, readers, keep), _where(small):
+    with left_alone(small), _outputs_of(small, readers, keep), _where(small), _precise(small):
         have["the network"] = tensors_of(call(small, example_input))
     worst = 0.0
     for name, outputs in expected.outputs.items():
