@@ -177,7 +177,9 @@ class Cuts:
             weight = tensor_of(modules[norm.path], norm.name) if norm.path in modules else None
             epsilon = getattr(modules.get(norm.path), norm.epsilon, None) if norm.epsilon else 0.0
             if weight is None or weight.dim() != 1 or not isinstance(epsilon, float):
-                raise ValueError(f"{_WRONG}: {norm.path!r} has no weight {norm.name!r} and number {norm.epsilon!r}")
+                raise ValueError(
+                    f"{_WRONG}: {norm.path!r} has no weight {norm.name!r} and number {norm.epsilon!r}"
+                )
         shapes: dict[int, tuple[int, ...]] = {}
         for tensor, dim, kept_entries in self.selections(network):
             shape = shapes.get(id(tensor), tuple(tensor.shape))
@@ -302,7 +304,9 @@ class Cuts:
         kinds = {"path": str, "name": str, "shift": int, "epsilon": str}
         for norm in norms if isinstance(norms, list) else [None]:
             if not isinstance(norm, dict) or {key: type(value) for key, value in norm.items()} != kinds:
-                raise ValueError(f"norms of cuts must be a list of {', '.join(kinds)} each: got {norm!r}"[:200])
+                raise ValueError(
+                    f"norms of cuts must be a list of {', '.join(kinds)} each: got {norm!r}"[:200]
+                )
         return cls(
             tensors, document["widths"], document["numbers"], tuple(RootMeanSquare(**norm) for norm in norms)
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pyro_bmrs.networks.computed import computed, has_computed
+from pyro_bmrs.networks.computed import computed, computed_tensor
 from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.groups import Count, Member, StructureGroup
 from pyro_bmrs.networks.labels import varies
@@ -26,6 +26,7 @@ _HEADS = {
     "n_kv_heads", "all_head_size", "inner_dim", "attn_dim",
 }  # fmt: skip
 _NEVER = "never used in a forward pass in evaluation"
+_IN_TRAINING = "runs in training alone"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class _Line:
     role: str
     classes: Tensor
     reader: Reader | None = None
+    made_by: str = ""
 
     @cached_property
     def _sizes(self) -> dict[int, int]:
@@ -79,7 +81,7 @@ class Grouping:
     """
 
     def __init__(self, trace: Trace, leave_out: Sequence[str] = ()) -> None:
-        self.trace, self.find = trace, trace.classes.find
+        self.trace, self.find, self.leave_out = trace, trace.classes.find, leave_out
         self.order = {path: number for number, (path, _) in enumerate(trace.network.named_modules())}
         self.lines: list[_Line] = []
         self.reasons: dict[int, tuple[str, bool]] = {}
@@ -104,14 +106,21 @@ class Grouping:
         for reader in trace.noted.readers.values():
             readers.setdefault((reader.key, reader.dim), []).append(reader)
         # entries that were only moved, to be read as rows and columns, are tied to nothing
-        alone = self.find(torch.arange(trace.classes.count, dtype=torch.int32)).bincount(minlength=trace.classes.count) == 1
+        alone = (
+            self.find(torch.arange(trace.classes.count, dtype=torch.int32)).bincount(
+                minlength=trace.classes.count
+            )
+            == 1
+        )
         for (key, dim), atoms in trace.lines.items():
             parameter, classes = trace.parameters[key], self.find(atoms)
             makes = (key, dim) in trace.noted.producers or parameter.path in trace.noted.selected
             reads = readers.get((key, dim), [])
             if makes:
-                self.lines.append(_Line(parameter, dim, "producer", classes))
-            self.lines += [_Line(parameter, dim, "consumer", classes, reader) for reader in reads]
+                made_by = trace.noted.producers.get((key, dim), parameter.path)
+                self.lines.append(_Line(parameter, dim, "producer", classes, made_by=made_by))
+            role = "both" if makes else "consumer"
+            self.lines += [_Line(parameter, dim, role, classes, reader) for reader in reads]
             if not makes and not reads:
                 self.lines.append(_Line(parameter, dim, "between", classes))
             if makes and reads:
@@ -135,11 +144,11 @@ class Grouping:
         for key, atoms in trace.entries.items():
             classes = self.find(atoms)
             classes = torch.where(made[classes], classes, 0)
-            axes = [axis for axis in range(classes.dim()) if varies(classes, axis)]
-            if len(axes) == 1:
-                along = classes.movedim(axes[0], 0).reshape(classes.shape[axes[0]], -1).amax(1)
+            axis = axis_of(classes)
+            if axis is not None:
+                along = classes.movedim(axis, 0).reshape(classes.shape[axis], -1).amax(1)
                 role = "writer" if key in trace.noted.added else "between"
-                self.lines.append(_Line(trace.parameters[key], axes[0], role, along))
+                self.lines.append(_Line(trace.parameters[key], axis, role, along))
             else:
                 for one in classes.unique().tolist():
                     if one:
@@ -158,17 +167,26 @@ class Grouping:
                     self.reasons[one] = (
                         "left out" if itself else f"tied to {line.parameter.path!r}, which is left out", False
                     )  # fmt: skip
-        pinned = torch.tensor([atom for atom, _, _ in noted.pinned] or [0], dtype=torch.int32)
-        for one, (_, reason, unsupported) in zip(self.find(pinned).tolist(), noted.pinned, strict=False):
-            self._stays(one, reason, unsupported=unsupported)
+        pinned = torch.tensor([atom for atom, *_ in noted.pinned] or [0], dtype=torch.int32)
+        for one, (_, reason, unsupported, path) in zip(
+            self.find(pinned).tolist(), noted.pinned, strict=False
+        ):
+            left = unsupported and matches(path, leave_out)
+            self._stays(
+                one,
+                f"tied to {path!r}, which is left out" if left else reason,
+                unsupported=unsupported and not left,
+            )
         merged = torch.tensor([atom for atom, _ in noted.merged] or [0], dtype=torch.int32)
-        self.merged = dict(zip(reversed(self.find(merged).tolist()), reversed([r for _, r in noted.merged]), strict=False))
+        self.merged = dict(
+            zip(reversed(self.find(merged).tolist()), reversed([r for _, r in noted.merged]), strict=False)
+        )
 
     def _producers_of(self, one: int) -> list[_Line]:
         return [line for line in self.lines if line.role == "producer" and line.size_of(one)]
 
     def _place(self, line: _Line) -> int:
-        return self.order[line.parameter.path]
+        return self.order[line.made_by or line.parameter.path]
 
     def _inner(self) -> dict[int, list[int]]:
         """By class: the classes of what an InputSelection passes on of it."""
@@ -201,7 +219,8 @@ class Grouping:
                 refused.append((first, count, self.merged.get(one, UNREAD), False))
             else:
                 made = first.parameter
-                name = made.path if made.name == "weight" or made.path in self.trace.noted.selected else made.key
+                whole = made.name == "weight" or made.path in self.trace.noted.selected
+                name = first.made_by if whole else made.key
                 kind = name, one in self.heads, one in self.at_writers
                 families.setdefault(kind, []).append(one)
         groups: dict[str, StructureGroup] = {}
@@ -243,9 +262,9 @@ class Grouping:
 
     def is_read(self, one: int) -> bool:
         """Whether some layer reads the structure, or what an InputSelection passes on of it."""
-        return any(self.lines[number].role == "consumer" for number in self.touched.get(one, ())) or any(
-            map(self.is_read, self.inner.get(one, ()))
-        )
+        return any(
+            self.lines[number].role in ("consumer", "both") for number in self.touched.get(one, ())
+        ) or any(map(self.is_read, self.inner.get(one, ())))
 
     def group_of(self, site: str, classes: Sequence[int]) -> StructureGroup:
         """The group of structures in this order."""
@@ -264,17 +283,19 @@ class Grouping:
         unit_of[torch.tensor(classes)] = torch.arange(len(classes))
         members = [self._member(line, unit_of) for line in lines]
         members += self._members_inside(classes)
-        widths = [int(m.units.bincount().max()) for line, m in zip(lines, members, strict=False) if line in made]
-        read = [int(m.units.bincount().max()) for m in members if m.role == "consumer"]
+        widths = [
+            int(m.units.bincount().max()) for line, m in zip(lines, members, strict=False) if line in made
+        ]
+        read = [int(m.units.bincount().max()) for m in members if m.role in ("consumer", "both")]
         kind = self._kind(made, bool(self.heads & set(classes)))
         name = path
         if kind == "heads" and not by_hand:
-            name = _common([line.parameter.path for line in made]) or name
+            name = _common([line.made_by for line in made]) or name
         number, unique = 1, name or "(itself)"
         while unique in groups:
             number += 1
             unique = f"{name}:{number}"
-        order = ("producer", "writer", "between", "selection", "consumer")
+        order = ("producer", "writer", "between", "selection", "both", "consumer")
         at_writers = bool(self.at_writers & set(classes))
         if not at_writers:
             members = [replace(m, role="between") if m.role == "writer" else m for m in members]
@@ -289,7 +310,11 @@ class Grouping:
         modules = [self.trace.network.get_submodule(line.parameter.path) for line in made]
         if any(isinstance(module, InputSelection) for module in modules):
             paths = {line.parameter.path for line in made}
-            behind = any(bool(before.any()) for path, (_, _, before) in self.trace.noted.selected.items() if path in paths)
+            behind = any(
+                bool(before.any())
+                for path, (_, _, before) in self.trace.noted.selected.items()
+                if path in paths
+            )
             return "positions" if behind else "inputs"
         if heads:
             return "heads"
@@ -300,7 +325,7 @@ class Grouping:
         if line.reader is not None:
             reader = line.reader
             return Member(
-                reader.path, reader.name, line.dim, "consumer", places, units, reader=reader.reader,
+                reader.path, reader.name, line.dim, line.role, places, units, reader=reader.reader,
                 input_dim=reader.input_dim,
             )  # fmt: skip
         (first, *_) = sorted(self.trace.noted.added.get(line.parameter.key, {line.parameter.path}))
@@ -375,26 +400,61 @@ class Grouping:
         """One row for each layer and reason."""
         totals: dict[tuple[str, str, bool], int] = {}
         for line, count, reason, unsupported in sorted(found, key=lambda item: self._place(item[0])):
-            key = line.parameter.path or "(itself)", reason, unsupported
+            key = line.made_by or "(itself)", reason, unsupported
             totals[key] = totals.get(key, 0) + count
-        return [Refused(path, count, reason, unsupported) for (path, reason, unsupported), count in totals.items()]
+        return [
+            Refused(path, count, reason, unsupported) for (path, reason, unsupported), count in totals.items()
+        ]
 
     def _untouched(self) -> list[Refused]:
-        """Matrices that no operation was seen to use as a layer's weight."""
+        """Modules whose tensors are computed, or that no operation was seen to use."""
         trace = self.trace
-        known = {key for key, _ in trace.lines}
-        found: dict[str, Refused] = {}
+        found: list[Refused] = []
         for path, module in trace.network.named_modules():
-            wrong = computed(module, "weight", path) if has_computed(module) else None
+            own = [p for p in module._parameters.values() if p is not None and p.dim()]
+            name = computed_tensor(module)
+            wrong = name and computed(module, name, path)
             if wrong:
-                count = module.weight.shape[0] if isinstance(module.weight, Tensor) else 0
-                found[path] = Refused(path or "(itself)", count, wrong, unsupported=True)
-        for key, parameter in trace.parameters.items():
-            matrix = isinstance(parameter.tensor, nn.Parameter) and parameter.tensor.dim() > 1
-            if matrix and key not in known and key not in trace.entries:
-                path = parameter.path or "(itself)"
-                found.setdefault(path, Refused(path, parameter.tensor.shape[0], _NEVER))
-        return list(found.values())
+                reason, unsupported = wrong, True
+            elif path in trace.noted.recurrent:
+                reason, unsupported = trace.noted.recurrent[path], True
+            elif own and not trace.noted.used.intersection(map(id, own)):
+                reason, unsupported = (_IN_TRAINING if path in trace.noted.in_training else _NEVER), False
+            else:
+                continue
+            left = matches(path, self.leave_out)
+            found.append(
+                Refused(
+                    path or "(itself)",
+                    _rows(module),
+                    "left out" if left else reason,
+                    unsupported and not left,
+                )
+            )
+        return found
+
+
+def _rows(module: nn.Module) -> int:
+    """Number of channels of a module: rows of its first parameter."""
+    first = next(
+        (
+            p
+            for p in (getattr(module, "weight", None), *module.parameters(recurse=False))
+            if isinstance(p, Tensor)
+        ),
+        None,
+    )
+    return 0 if first is None else int(first.shape[0])
+
+
+def axis_of(classes: Tensor) -> int | None:
+    """The axis on which classes depend, those of 0 aside; None if there is none, or all are one."""
+    for axis in range(classes.dim()):
+        lines = classes.movedim(axis, 0).reshape(classes.shape[axis], -1)
+        of_line = lines.amax(1, keepdim=True)
+        if bool(((lines == of_line) | (lines == 0)).all()) and bool((of_line != of_line[0]).any()):
+            return axis
+    return None
 
 
 def _common(paths: list[str]) -> str:

@@ -24,7 +24,7 @@ class Member:
         dim: dimension of the tensor.
         role: "producer" (entries of a weight that makes the structures, or of the index of an `InputSelection`),
             "between" (of all else that is cut along: biases, normalisations, depthwise weights, the index of an
-            `InputSelection` behind layers), "writer" (of what is added to structures on which θ acts where they are made:
+            `InputSelection` behind layers), "both" (of a weight that makes structures and reads them too), "writer" (of what is added to structures on which θ acts where they are made:
             biases, position embeddings, tokens), "selection" (numbers of such an `InputSelection`'s inputs, which its index
             holds) or "consumer" (of a weight that reads the structures).
         indices: entries along `dim`.
@@ -108,13 +108,7 @@ class StructureGroup:
         """The members on which θ acts."""
         if not self.at_writers:
             return self.consumers
-        made = {(member.path, member.name, member.dim) for member in self.producers}
-        # a weight that both makes and reads may have two names
-        return tuple(
-            member
-            for member in self.members
-            if member.role in ("producer", "writer") or (member.path, member.name, member.dim) in made
-        )
+        return tuple(member for member in self.members if member.role in ("producer", "writer", "both"))
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -122,7 +116,7 @@ class StructureGroup:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        return tuple(member for member in self.members if member.role == "consumer")
+        return tuple(member for member in self.members if member.role in ("consumer", "both"))
 
     def below(self, path: str) -> StructureGroup:
         """The same group in a network that holds this one at `path`."""

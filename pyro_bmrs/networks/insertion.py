@@ -157,7 +157,9 @@ def _tried(network: nn.Module, found: Structures, example_input: Inputs) -> Stru
     groups = list(found)
     good, reasons = Trial(network, example_input).failures(groups)
     refused = [
-        Refused(group.producers[0].path, group.channels * group.features, reasons[group.site], unsupported=True)
+        Refused(
+            group.producers[0].path, group.channels * group.features, reasons[group.site], unsupported=True
+        )
         for group in groups
         if group.site in reasons
     ]
@@ -223,7 +225,8 @@ def _check_unchanged(noisy: nn.Module, noise: HookedNoise, found: _Found) -> set
         return hook
 
     handles = [
-        noisy.get_submodule(path).register_forward_pre_hook(look(path), with_kwargs=True) for path in noise.readers
+        noisy.get_submodule(path).register_forward_pre_hook(look(path), with_kwargs=True)
+        for path in noise.readers
     ]
     with torch.random.fork_rng(), at_one(noisy), left_alone(noisy), in_mode(noisy, training=False):
         torch.manual_seed(0)

@@ -58,6 +58,7 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
     """Run an operation, and give its outputs labels."""
     name = function._schema.name.split("::")[-1]
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    trace.note_used(tensors)
     quiet = trace._silent > 0
     relevant = not quiet and any(
         trace.memory.has(tensor) or trace.parameter(tensor) is not None for tensor in tensors
@@ -67,19 +68,29 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
         _taint(trace, tensors, out)
         return out
     mutates = function._schema.is_mutable
-    if function.is_view or torch.Tag.inplace_view in function.tags or (not mutates and _shares_memory(tensors, function, args, kwargs, name)):
+    if (
+        function.is_view
+        or torch.Tag.inplace_view in function.tags
+        or (not mutates and _shares_memory(tensors, function, args, kwargs, name))
+    ):
         out = function(*args, **kwargs)
         for tensor in _tensors(out):
             if trace.memory.has(tensor):
                 labels = trace.labels(tensor)
                 trace.note_box(labels)
         return out
-    before = [tensor.clone() if mutates and not trace.memory.has(tensor) else tensor for tensor in tensors[:1]]
+    before = [
+        tensor.clone() if mutates and not trace.memory.has(tensor) else tensor for tensor in tensors[:1]
+    ]
     rule = _rule_of(function, name)
     if rule is None and function in decomposition_table and not mutates:
         with trace:
             return decomposition_table[function](*args, **kwargs)
-    out = _in_place_of_product(trace, function, args, kwargs) if name in _PRODUCTS else function(*args, **kwargs)
+    out = (
+        _in_place_of_product(trace, function, args, kwargs)
+        if name in _PRODUCTS
+        else function(*args, **kwargs)
+    )
     if rule is None:
         _not_known(trace, name, tensors, out)
         return out
@@ -98,7 +109,9 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
 
 
-def _in_place_of_product(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _in_place_of_product(
+    trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     """Random numbers in the shape of a product, whose values labels don't depend on: products take most of the time."""
     shaped = function(*tree_map(_without_values, args), **tree_map(_without_values, kwargs))
     like = next(tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
@@ -120,7 +133,16 @@ def _without_values(leaf: Any) -> Any:
 def _shares_memory(
     tensors: list[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> bool:
-    return name in {"_unsafe_view", "detach", "alias", "lift_fresh", "_reshape_alias", "expand", "view_as_real", "view_as_complex"}
+    return name in {
+        "_unsafe_view",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "_reshape_alias",
+        "expand",
+        "view_as_real",
+        "view_as_complex",
+    }
 
 
 def _replaced(value: Any, old: list[Tensor], new: list[Tensor]) -> Any:
@@ -156,7 +178,9 @@ def _rule_of(function: Any, name: str) -> _Rule | None:
 
 def _not_known(trace: Trace, name: str, tensors: list[Tensor], out: Any) -> None:
     for tensor in tensors:
-        trace.pin(trace.labels(tensor), f"read by {name} in {trace.by()}, which can't be followed", unsupported=True)
+        trace.pin(
+            trace.labels(tensor), f"read by {name} in {trace.by()}, which can't be followed", unsupported=True
+        )
 
 
 # ------------------------------------------------------------------------------------------------ moving
@@ -186,9 +210,12 @@ def _move(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any],
         }
 
         def on_labels(leaf: Any, by_id: dict[int, Tensor] = by_id) -> Any:
-            if isinstance(leaf, Tensor):
-                return by_id.get(id(leaf), leaf.cpu())
-            return leaf
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if id(leaf) in by_id:
+                return by_id[id(leaf)]
+            # on the meta device there are no values: the first entry stands for others of its kind
+            return torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.cpu()
 
         own, keywords = tree_map(on_labels, (tuple(args), kwargs))
         if name == "constant_pad_nd":
@@ -202,7 +229,9 @@ def _move(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any],
             moved = function(*own, **keywords)
         except RuntimeError:  # some operations move numbers of floating point only
             own, keywords = tree_map(
-                lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.int32 else leaf,
+                lambda leaf: (
+                    leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.int32 else leaf
+                ),
                 (own, keywords),
             )
             moved = function(*own, **keywords)
@@ -232,7 +261,12 @@ def _or_zeros(labels: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _complete(
-    trace: Trace, name: str, args: _Arguments, kwargs: dict[str, Any], data: list[Tensor], sources: list[Labels]
+    trace: Trace,
+    name: str,
+    args: _Arguments,
+    kwargs: dict[str, Any],
+    data: list[Tensor],
+    sources: list[Labels],
 ) -> list[Labels]:
     """Give parts without labels, that are joined to others, the labels of these, where they have room for them."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
@@ -260,7 +294,10 @@ def _complete(
             if own[number]:
                 trace.note_added(_any(labels))
                 trace.noted.meetings.append(
-                    Meeting(without_constant_axes(_any(labels))[0].clone(), without_constant_axes(reference)[0].clone())
+                    Meeting(
+                        without_constant_axes(_any(labels))[0].clone(),
+                        without_constant_axes(reference)[0].clone(),
+                    )
                 )
             else:
                 _meet_unlabelled(trace, name, tensor, reference, tensor.shape, bare=True)
@@ -285,7 +322,8 @@ def _pointwise(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, 
         _, dim, _, source = args[:4]
         tensors = [args[0], source]
         merged = [
-            tuple(None if some is None else trace.merge(some, [dim]) for some in trace.labels(tensor)) for tensor in tensors
+            tuple(None if some is None else trace.merge(some, [dim]) for some in trace.labels(tensor))
+            for tensor in tensors
         ]
         result = _meet(trace, name, [t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors], merged)
         for tensor in _tensors(out):
@@ -304,14 +342,19 @@ def _meet(trace: Trace, name: str, tensors: list[Tensor], labels: list[Labels]) 
     """Unite what meets entry by entry. Returns the labels of the result."""
     # a parameter may lose entries with structures of any plane
     labels = [
-        tuple(some[0] for _ in some) if some[0] is not None and trace.are_entries(some[0]) else some for some in labels
+        tuple(some[0] for _ in some) if some[0] is not None and trace.are_entries(some[0]) else some
+        for some in labels
     ]
-    structures = [any(s is not None and not trace.are_entries(s) for s in plane) for plane in zip(*labels, strict=True)]
+    structures = [
+        any(s is not None and not trace.are_entries(s) for s in plane) for plane in zip(*labels, strict=True)
+    ]
     labels = [
-        tuple(own if structures[plane] or plane == 0 else None for plane, own in enumerate(some)) for some in labels
+        tuple(own if structures[plane] or plane == 0 else None for plane, own in enumerate(some))
+        for some in labels
     ]
     return tuple(
-        _meet_in_plane(trace, name, tensors, [some[plane] for some in labels], labels) for plane in range(PLANES)
+        _meet_in_plane(trace, name, tensors, [some[plane] for some in labels], labels)
+        for plane in range(PLANES)
     )
 
 
@@ -372,7 +415,9 @@ def _wide(labels: Tensor, dims: int) -> Tensor:
     return labels.reshape([1] * (dims - labels.dim()) + list(labels.shape)) if labels.dim() < dims else labels
 
 
-def _is_broadcast_whole(trace: Trace, tensor: Tensor, labels: Tensor, others: list[Tensor], dims: int) -> bool:
+def _is_broadcast_whole(
+    trace: Trace, tensor: Tensor, labels: Tensor, others: list[Tensor], dims: int
+) -> bool:
     """Whether labels are those of one class, along a dimension of size 1 that others fill with many."""
     if trace.varying(labels):
         return False
@@ -413,14 +458,14 @@ def _is_constant(tensor: Tensor, axis: int) -> bool:
 
 
 def _merged(trace: Trace, tensor: Tensor, axes: list[int], reason: str) -> Labels:
-    return tuple(
-        None if some is None else trace.merge(some, axes, reason) for some in trace.labels(tensor)
-    )
+    return tuple(None if some is None else trace.merge(some, axes, reason) for some in trace.labels(tensor))
 
 
 def _put(trace: Trace, out: Any, labels: Labels) -> None:
     for tensor in _tensors(out):
-        trace.memory.write(tensor, tuple(None if some is None else some.expand(tensor.shape) for some in labels))
+        trace.memory.write(
+            tensor, tuple(None if some is None else some.expand(tensor.shape) for some in labels)
+        )
 
 
 def _reduce(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any], out: Any) -> None:
@@ -428,7 +473,13 @@ def _reduce(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any
     names = [argument.name for argument in function._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     dims = given.get("dim")
-    axes = list(range(tensor.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    axes = (
+        list(range(tensor.dim()))
+        if dims is None or dims == []
+        else [dims]
+        if isinstance(dims, int)
+        else list(dims)
+    )
     axes = [axis % max(tensor.dim(), 1) for axis in axes]
     labels = _merged(trace, tensor, axes, _all_at_once(trace))
     for result in _tensors(out):
@@ -481,7 +532,11 @@ def _over_places(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str
     for result in _tensors(out):
         if result.dim() == tensor.dim():
             batch = tuple(
-                None if some is None else trace.merge(some, [0]) if result.shape[0] != tensor.shape[0] else some
+                None
+                if some is None
+                else trace.merge(some, [0])
+                if result.shape[0] != tensor.shape[0]
+                else some
                 for some in labels
             )
             _put(trace, result, batch)
@@ -494,7 +549,9 @@ def _batch_norm(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str,
     statistics = args[5] if isinstance(args[5], bool) else False
     if statistics or parameters[2] is None:
         axes = [axis for axis in range(tensor.dim()) if axis != 1]
-        labels = tuple(None if some is None else trace.merge(some, axes).expand(tensor.shape) for some in labels)
+        labels = tuple(
+            None if some is None else trace.merge(some, axes).expand(tensor.shape) for some in labels
+        )
     shape = [1, -1] + [1] * (tensor.dim() - 2)
     own = [p.view(shape) for p in parameters if isinstance(p, Tensor)]
     met = _meet(trace, "mul", [tensor, *own], [labels, *[
@@ -532,7 +589,9 @@ def _group_norm(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str,
     met = _meet(trace, "mul", [tensor, *[p.view(shape) for p in own]], [tuple(result), *[
         tuple(None if some is None else some.view(shape) for some in trace.labels(p)) for p in own
     ]])  # fmt: skip
-    trace.memory.write(_tensors(out)[0], tuple(None if some is None else some.expand(tensor.shape) for some in met))
+    trace.memory.write(
+        _tensors(out)[0], tuple(None if some is None else some.expand(tensor.shape) for some in met)
+    )
 
 
 # -------------------------------------------------------------------------------------------- contractions
@@ -637,11 +696,13 @@ def _read(trace: Trace, x: Tensor, parameter: Parameter, weight: Tensor) -> Labe
             for dim, found in enumerate(batch):
                 if found is not None and dim in varying:
                     atoms = trace.line(parameter, found[0])[found[1]]
-                    trace.noted.meetings.append(Meeting(_at(atoms, dim, labels.dim()), labels.narrow(-1, 0, 1).clone()))
+                    trace.noted.meetings.append(
+                        Meeting(_at(atoms, dim, labels.dim()), labels.narrow(-1, 0, 1).clone())
+                    )
     made: Tensor | None = None
     if outer is not None:
         made = trace.line(parameter, outer[0])[outer[1]]
-        trace.noted.producers.setdefault((parameter.key, outer[0]), trace.here)
+        _note_producer(trace, parameter, outer[0])
         made = _at(made, len(shape) - 1, len(shape))
     return _in_planes(trace, made, passed, shape)
 
@@ -650,13 +711,17 @@ def _at(atoms: Tensor, dim: int, dims: int) -> Tensor:
     return atoms.view([-1 if axis == dim else 1 for axis in range(dims)])
 
 
-def _in_planes(trace: Trace, made: Tensor | None, passed: list[Tensor | None], shape: Sequence[int]) -> Labels:
+def _in_planes(
+    trace: Trace, made: Tensor | None, passed: list[Tensor | None], shape: Sequence[int]
+) -> Labels:
     """New labels in the first plane that is free."""
     result = [None if some is None else _wide(some, len(shape)).expand(shape) for some in passed]
     if made is not None:
         free = next((plane for plane, some in enumerate(result) if some is None), None)
         if free is None:
-            trace.pin((made, *NONE[1:]), f"more than {PLANES} structures meet in {trace.by()}", unsupported=True)
+            trace.pin(
+                (made, *NONE[1:]), f"more than {PLANES} structures meet in {trace.by()}", unsupported=True
+            )
         else:
             result[free] = made.expand(shape)
     return tuple(result)
@@ -673,6 +738,13 @@ def _note_read(
 
 def _last(labels: Tensor) -> int:
     return without_constant_axes(labels)[0].shape[-1]
+
+
+def _note_producer(trace: Trace, parameter: Parameter, dim: int) -> None:
+    """Remember through which module a parameter makes structures: a shared one has several owners."""
+    module = trace.stack[-1] if trace.stack else trace.network
+    here = any(tensor is parameter.tensor for tensor in module._parameters.values())
+    trace.noted.producers.setdefault((parameter.key, dim), trace.here if here else parameter.path)
 
 
 def _note_reader(trace: Trace, parameter: Parameter, dim: int, size: int, input_dim: int = -1) -> None:
@@ -693,7 +765,9 @@ def _note_reader(trace: Trace, parameter: Parameter, dim: int, size: int, input_
     known = trace.noted.readers.get(key)
     if known is not None and known.input_dim != whole:
         whole = None
-    trace.noted.readers[key] = Reader(parameter.key, dim, path, name, None if reader == path else reader, whole)
+    trace.noted.readers[key] = Reader(
+        parameter.key, dim, path, name, None if reader == path else reader, whole
+    )
 
 
 def _grouped_mm(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any], out: Any) -> None:
@@ -725,7 +799,11 @@ def _two_activations(trace: Trace, first: Tensor, second: Tensor) -> Labels:
                 trace.pin((own, *NONE[1:]), f"computed in {trace.by()}")
                 result.append(plain.expand(shape))
             else:
-                trace.pin((plain, *NONE[1:]), f"read by a weight that is computed, in {trace.by()}", unsupported=True)
+                trace.pin(
+                    (plain, *NONE[1:]),
+                    f"read by a weight that is computed, in {trace.by()}",
+                    unsupported=True,
+                )
                 result.append(own.expand(shape))
             continue
         along = [set(trace.varying(_wide(some, len(shape)))) for some in (left, right)]
@@ -812,7 +890,7 @@ def _dense(
     if outer is None:
         return None
     rows = trace.line(parameter, outer[0])[outer[1]]
-    trace.noted.producers.setdefault((parameter.key, outer[0]), trace.here)
+    _note_producer(trace, parameter, outer[0])
     if transposed:
         rows = rows.repeat(groups)
     elif groups > 1:
@@ -822,7 +900,13 @@ def _dense(
 
 
 def _depthwise(
-    trace: Trace, parameter: Parameter, weight: Tensor, here: list[Tensor | None], groups: int, out: Tensor, channels: int
+    trace: Trace,
+    parameter: Parameter,
+    weight: Tensor,
+    here: list[Tensor | None],
+    groups: int,
+    out: Tensor,
+    channels: int,
 ) -> Tensor | None:
     """Each filter reads one channel, and goes with it."""
     each = out.shape[1] // groups
@@ -839,7 +923,11 @@ def _depthwise(
             trace.note_count(trace.here, "groups", _channel_lines(trace, labels).T.reshape(groups, -1))
         small = without_constant_axes(labels)[0]
         result = small.expand(small.shape[0], groups, *small.shape[2:]).repeat_interleave(each, dim=1)
-        result = result.reshape(result.shape[0], -1, *[1] * (out.dim() - 2)) if small.shape[2:].numel() == 1 else result
+        result = (
+            result.reshape(result.shape[0], -1, *[1] * (out.dim() - 2))
+            if small.shape[2:].numel() == 1
+            else result
+        )
     return result
 
 
@@ -863,7 +951,9 @@ def _convolve_computed(
                 trace.merge(labels, [1], f"read by fixed numbers for each of them in {trace.by()}")
             return made
         trace.merge(labels, [1], _all_at_once(trace))
-        trace.pin((labels, *NONE[1:]), f"read by a weight that is computed, in {trace.by()}", unsupported=True)
+        trace.pin(
+            (labels, *NONE[1:]), f"read by a weight that is computed, in {trace.by()}", unsupported=True
+        )
     return None if rows is None else _at(rows, 1, len(shape))
 
 
@@ -877,7 +967,7 @@ def _embedding(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, 
         return
     axis = _axis_of(trace, parameter, weight, 1)
     if axis is not None:
-        trace.noted.producers.setdefault((parameter.key, axis[0]), trace.here)
+        _note_producer(trace, parameter, axis[0])
         atoms = trace.line(parameter, axis[0])[axis[1]]
         trace.memory.write(out, (_at(atoms, out.dim() - 1, out.dim()).expand(out.shape), *NONE[1:]))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +28,14 @@ def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare 
     """
     own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
     plain = len(own) == 1 and own[0][1].dim() == 1 and next(module.children(), None) is None
-    if not plain or not x.is_floating_point() or not x.dim() or x.is_meta:
+    if not plain or not x.is_floating_point() or not x.dim():
         return None
     (name, weight), width = own[0], x.shape[-1]
     if weight.shape[0] != width or width < 2:
         return None
+    if weight.is_meta:
+        module, x = copy.deepcopy(module).to_empty(device="cpu"), torch.zeros(0, dtype=x.dtype)
+        weight = module._parameters[name].fill_(0.5)
     numbers = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
     numbers = (numbers * torch.tensor([1.0, 10.0, 0.01]).view(3, 1, 1)).to(x)
     try:

@@ -221,7 +221,15 @@ def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:
             )
     for one in labels:
         if one in grouping.reasons:
-            raise StructureError(f"structures of noise layer {site!r} are {grouping.reasons[one][0]}. {advice}")
+            raise StructureError(
+                f"structures of noise layer {site!r} are {grouping.reasons[one][0]}. {advice}"
+            )
+    computed = [
+        stays for stays in grouping.groups()[1] if stays.unsupported and "is computed from" in stays.reason
+    ]
+    read = all(grouping.is_made(one) and grouping.is_read(one) for one in labels)
+    if computed and not (labels and read):
+        raise StructureError(f"structures of noise layer {site!r}: {computed[0].reason}. {advice}")
     missing = "makes" if not all(map(grouping.is_made, labels)) else "behind it reads"
     if not labels or not all(grouping.is_made(one) and grouping.is_read(one) for one in labels):
         raise StructureError(

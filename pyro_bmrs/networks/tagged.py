@@ -67,7 +67,8 @@ def tagged_integers(network: nn.Module) -> Iterator[None]:
                 new: Any = TaggedInt.of(value, (path, start + name, value))
             elif type(value) in (list, tuple) and value and all(type(entry) is int for entry in value):
                 new = type(value)(
-                    TaggedInt.of(entry, (path, f"{start}{name}.{place}", entry)) for place, entry in enumerate(value)
+                    TaggedInt.of(entry, (path, f"{start}{name}.{place}", entry))
+                    for place, entry in enumerate(value)
                 )
             else:
                 continue
@@ -91,7 +92,9 @@ def tagged_integers(network: nn.Module) -> Iterator[None]:
 
 def is_configuration(value: object) -> bool:
     """Whether an attribute of a module is an object that holds settings."""
-    return type(value).__name__.endswith(("Config", "Configuration", "Args", "Arguments")) and hasattr(value, "__dict__")
+    return type(value).__name__.endswith(("Config", "Configuration", "Args", "Arguments")) and hasattr(
+        value, "__dict__"
+    )
 
 
 class SizesSeen(TorchFunctionMode):
@@ -114,7 +117,9 @@ class SizesSeen(TorchFunctionMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
-        if name in _IN_PARTS and not any(isinstance(leaf, TaggedInt) for leaf in _integers((args[1:2], kwargs))):
+        if name in _IN_PARTS and not any(
+            isinstance(leaf, TaggedInt) for leaf in _integers((args[1:2], kwargs))
+        ):
             parts = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
             if len({tuple(part.shape) for part in parts}) == 1 < len(parts):
                 self.note_parts(parts)

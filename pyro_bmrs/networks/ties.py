@@ -42,7 +42,9 @@ def _classes_with_lines(trace: Trace) -> Tensor:
 def _classes_that_stay(trace: Trace) -> Tensor:
     """True for the classes that stay. Shape: (atoms,)."""
     true = torch.zeros(trace.classes.count, dtype=torch.bool)
-    true[trace.classes.find(torch.tensor([atom for atom, _, _ in trace.noted.pinned] or [0], dtype=torch.int32))] = True
+    true[
+        trace.classes.find(torch.tensor([atom for atom, *_ in trace.noted.pinned] or [0], dtype=torch.int32))
+    ] = True
     return true
 
 

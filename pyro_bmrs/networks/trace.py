@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pyro_bmrs.networks.cost import _no_fused_layers
 from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, tensors_of
-from pyro_bmrs.networks.labels import NONE, PLANES, Classes, LabelMemory, Labels, varies, without_constant_axes
+from pyro_bmrs.networks.labels import (
+    NONE,
+    PLANES,
+    Classes,
+    LabelMemory,
+    Labels,
+    varies,
+    without_constant_axes,
+)
 from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one
 from pyro_bmrs.networks.root_mean_square import root_mean_square
 from pyro_bmrs.networks.selection import InputSelection
@@ -79,10 +87,16 @@ class Noted:
     boxes: list[Tensor] = field(default_factory=list)
     # by module and attribute: labels of an axis, in as many parts as the integer says; and whether it is the whole size
     counted: dict[tuple[str, str], list[tuple[Tensor, bool]]] = field(default_factory=dict)
+    # by path of a recurrent layer: why it stays
+    recurrent: dict[str, str] = field(default_factory=dict)
+    # paths of modules that run in training alone
+    in_training: set[str] = field(default_factory=set)
     # (atom, reason) of entries that were united because an operation reads them all at once
     merged: list[tuple[int, str]] = field(default_factory=list)
-    # (atom, reason, whether that is because something is not supported) of what stays
-    pinned: list[tuple[int, str, bool]] = field(default_factory=list)
+    # (atom, reason, whether that is because something is not supported, path of the module that ran) of what stays
+    pinned: list[tuple[int, str, bool, str]] = field(default_factory=list)
+    # parameters that some operation used, by id
+    used: set[int] = field(default_factory=set)
     heads: set[int] = field(default_factory=set)
     readers: dict[tuple[str, int, str, str], Reader] = field(default_factory=dict)
     producers: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -150,6 +164,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
     def run_in_training(self, alone: AbstractSet[str]) -> None:
         """Call the network in training mode too. What the modules `alone`, which run in no other, read stays."""
         handles = []
+        self.noted.in_training |= alone
         for path in alone:
 
             def pin(_: nn.Module, given: tuple[Any, ...], words: dict[str, Any], path: str = path) -> None:
@@ -200,6 +215,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
                 self.noted.folded.add(self.paths[module])
         if self._is_whole(module):
             self._silent += 1
+            self.noted.used.update(map(id, module.parameters()))
 
     def _is_whole(self, module: nn.Module) -> bool:
         """Whether a module is followed as one operation."""
@@ -207,7 +223,9 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
             return True
         if module not in self._root_mean_squares:
             x = self.received.get(module)
-            self._root_mean_squares[module] = None if x is None else root_mean_square(module, x, self.paths[module])
+            self._root_mean_squares[module] = (
+                None if x is None else root_mean_square(module, x, self.paths[module])
+            )
         return self._root_mean_squares[module] is not None
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -220,12 +238,10 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
             return
         path = self.paths[module]
         if isinstance(module, nn.RNNBase):
+            reason = f"a recurrent {type(module).__name__}, which is not cut"
+            self.noted.recurrent[path] = reason
             for tensor in tensors_of(arguments):
-                self.pin(
-                    self.labels(tensor), f"read by {path!r}, a recurrent {type(module).__name__}, which is not cut"
-                )
-            for name, _ in module.named_parameters():
-                self.line(self.parameters[f"{path}.{name}".lstrip(".")], 0)
+                self.pin(self.labels(tensor), f"read by {path!r}, {reason}", path=path)
             return
         assert isinstance(output, Tensor)
         x = self.received[module]
@@ -244,7 +260,9 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         shape[module.dim] = -1
         atoms = self.line(self.parameters[f"{path}.index".lstrip(".")], 0)
         before = self.along(self._or_none(labels[0], x), module.dim)
-        self.noted.selected[path] = (atoms, before[module.index.cpu().long()], before)
+        # on the meta device values can't be read, but the first ones are known
+        index = torch.arange(module.features) if module.index.is_meta else module.index.cpu().long()
+        self.noted.selected[path] = (atoms, before[index], before)
         self.memory.write(output, (atoms.view(shape).expand(output.shape), *NONE[1:]))
 
     def _leave_norm(self, norm: RootMeanSquare, labels: Labels, output: Tensor) -> None:
@@ -262,7 +280,9 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
     def along(self, labels: Tensor, dim: int) -> Tensor:
         """Labels along one dimension. They are united across the others."""
         merged = self.merge(labels, [d for d in range(labels.dim()) if d != dim % labels.dim()])
-        return merged.expand(*[labels.shape[d] if d == dim % labels.dim() else 1 for d in range(labels.dim())]).flatten()
+        return merged.expand(
+            *[labels.shape[d] if d == dim % labels.dim() else 1 for d in range(labels.dim())]
+        ).flatten()
 
     def _or_none(self, labels: Tensor | None, like: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int32).expand(like.shape) if labels is None else labels
@@ -294,6 +314,13 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
                 return parameter
         return None
 
+    def note_used(self, tensors: list[Tensor]) -> None:
+        """Remember the parameters among the tensors of an operation."""
+        for tensor in tensors:
+            parameter = self.parameter(tensor)
+            if parameter is not None:
+                self.noted.used.add(id(parameter.tensor))
+
     def source(self, tensor: Tensor) -> Parameter | None:
         """The parameter whose entries a tensor holds, as a view or moved to other places."""
         if not self.is_moved(tensor):
@@ -320,8 +347,10 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         self._note_kind(atoms, entries=True)
         # one for each place in memory, so that any view of the parameter finds its own
         shaped = torch.zeros(parameter.tensor.shape, dtype=torch.int32)
-        shaped = atoms.as_strided(parameter.tensor.shape, parameter.tensor.stride()) if _is_dense(parameter.tensor) else (
-            atoms.view(parameter.tensor.shape)
+        shaped = (
+            atoms.as_strided(parameter.tensor.shape, parameter.tensor.stride())
+            if _is_dense(parameter.tensor)
+            else (atoms.view(parameter.tensor.shape))
         )
         self.entries[parameter.key] = shaped
         self.memory.write(parameter.tensor, (shaped, *NONE[1:]))
@@ -373,12 +402,13 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         merged = back.permute([order.index(axis) for axis in range(labels.dim())]).reshape(shape)
         return merged.expand([1 if axis in axes else labels.shape[axis] for axis in range(labels.dim())])
 
-    def pin(self, labels: Labels, reason: str, unsupported: bool = False) -> None:
-        """Structures with these labels stay."""
+    def pin(self, labels: Labels, reason: str, unsupported: bool = False, path: str | None = None) -> None:
+        """Structures with these labels stay, because of what runs here, or in the module at `path`."""
+        here = self.here if path is None else path
         for some in labels:
             if some is not None:
                 atoms = self.classes.find(without_constant_axes(some)[0]).unique()
-                self.noted.pinned += [(atom, reason, unsupported) for atom in atoms.tolist() if atom]
+                self.noted.pinned += [(atom, reason, unsupported, here) for atom in atoms.tolist() if atom]
 
     def note_added(self, labels: Tensor) -> None:
         """Remember that the running module adds a parameter, with these entries, to structures."""

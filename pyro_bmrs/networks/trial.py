@@ -92,7 +92,9 @@ class Trial:
             for number in range(2):
                 order = possible[torch.randperm(len(possible), generator=self.generator)]
                 for place, group in enumerate(some):
-                    counts[number][group.site] = int(order[(place + number * (place // len(order))) % len(order)])
+                    counts[number][group.site] = int(
+                        order[(place + number * (place // len(order))) % len(order)]
+                    )
             again |= len(some) > 1 and len(possible) < 3
         for number in range(1 + again):
             kept = {}
@@ -109,7 +111,8 @@ class Trial:
     @torch.no_grad()
     def _tried(self, groups: Sequence[StructureGroup], kept: dict[str, Tensor]) -> TrialError | None:
         scales = {
-            group.site: (0.5 + torch.rand(group.features, generator=self.generator, dtype=torch.float64)) * kept[group.site]
+            group.site: (0.5 + torch.rand(group.features, generator=self.generator, dtype=torch.float64))
+            * kept[group.site]
             for group in groups
         }
         cuts = cuts_of(self.network, groups, kept)
@@ -123,7 +126,9 @@ class Trial:
                 wanted = expected(network, {}, example, groups, cuts)
             except Exception as error:
                 if len(self._ways) == 1:
-                    return TrialError("", f"can't be tried: with random weights the network fails with {error}")
+                    return TrialError(
+                        "", f"can't be tried: with random weights the network fails with {error}"
+                    )
                 self._ways.pop(0)
             else:
                 break

@@ -312,7 +312,6 @@ FAMILIES = [
         {
             "features.0.0": "normalised together by 'features.0.1', a LayerNorm2d",
             "features.2.1": "normalised together by 'features.3.0.block.2', a LayerNorm",
-            "features.?.0": "a CNBlock, no layer that can be cut",
             "classifier.2": OUTPUT,
         },
     ),
@@ -326,19 +325,15 @@ FAMILIES = [
         {
             "conv_proj": "normalised together by 'encoder.layers.encoder_layer_0.ln_1', a LayerNorm",
             "heads.head": OUTPUT,
-            "(itself)": "a VisionTransformer, no layer that can be cut",
-            "encoder": "a Encoder, no layer that can be cut",
         },
     ),
     Family(
-        "Swin transformer (torchvision, small)", "attention in windows that fuses its projections: not cut",
+        "Swin transformer (torchvision, small)", "attention in windows that takes the size of a head from the width: not cut",
         swin, 2, {"units": 192},
         {
             "features.0.0": "normalised together by 'features.0.2', a LayerNorm",
             "features.2.reduction": "normalised together by 'features.3.0.norm1', a LayerNorm",
-            "features.?.0.attn": "a ShiftedWindowAttention, no layer that can be cut",
-            "features.?.0.attn.qkv": "never called itself: other code uses its weight, or nothing does",
-            "features.?.0.attn.proj": "never called itself: other code uses its weight, or nothing does",
+            "features.?.0.attn.qkv": "the smaller network fails in 'features.",
             "head": OUTPUT,
         },
     ),
@@ -354,26 +349,20 @@ FAMILIES = [
             "vit.embeddings.patch_embeddings.projection":
                 "normalised together by 'vit.layers.0.layernorm_before', a LayerNorm",
             "classifier": OUTPUT,
-            "vit.embeddings": "a ViTEmbeddings, no layer that can be cut",
         },
     ),
     Family(
         "BERT for sequence classification (Hugging Face, small)", "token indices, an attention mask",
         hugging_face_bert, 5, {"heads": 8, "units": 128},
         {
-            "bert.encoder.layer.0.attention.output.dense":
-                "normalised together by 'bert.encoder.layer.0.attention.output.LayerNorm', a LayerNorm",
+            "bert.embeddings.word_embeddings":
+                "normalised together by 'bert.embeddings.LayerNorm', a LayerNorm",
             "classifier": OUTPUT,
         },
     ),
     Family(
-        "Llama (Hugging Face, small)", "gated linear units; two query heads share a key head and are removed together",
-        hugging_face_llama, 4, {"heads": 4, "units": 96},
-        {
-            "model.layers.0.self_attn.o_proj":
-                "read all at once by 'model.layers.0.post_attention_layernorm', a LlamaRMSNorm",
-            "lm_head": OUTPUT,
-        },
+        "Llama (Hugging Face, small)", "gated linear units; two query heads share a key head and are removed together; a stream that RMSNorms read",
+        hugging_face_llama, 5, {"heads": 4, "units": 128}, {"lm_head": OUTPUT},
     ),
     Family(
         "Two inputs by keyword, a dictionary of outputs (own)", "branches that are concatenated, two readers",

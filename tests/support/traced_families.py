@@ -180,7 +180,7 @@ TOKENS = [
     Family(
         "MLP-Mixer (timm, small)", "hidden units over tokens and over channels", mixer,
         4, {"units": 2 * (12 + 24)},
-        {"stem.proj": NORMALISED, "blocks.?.mlp_tokens.fc2": "", "head": OUTPUT},
+        {"stem.proj": NORMALISED, "head": OUTPUT},
     ),
     Family(
         "A linear layer over tokens (own)", "channels pass a layer that does not mix them", over_tokens,
@@ -188,7 +188,7 @@ TOKENS = [
     ),
     Family(
         "Convolutions over tokens (own)", "channels that are tokens, hidden ones between them", token_convolutions,
-        1, {"filters": 9}, {"embedding": NORMALISED, "second": "", "head": OUTPUT},
+        1, {"filters": 9}, {"second": "", "head": OUTPUT},
     ),
     Family(
         "Summed embeddings (own)", "the width of embeddings that no LayerNorm reads", embeddings,

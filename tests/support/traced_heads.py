@@ -243,7 +243,7 @@ HEADS = [
     ),
     Family(
         "T5 (Hugging Face, small, one layer)", "an encoder and a decoder, tables of relative positions", t5,
-        5, {"heads": 12, "units": 96}, {"shared": "", "lm_head": OUTPUT},
+        5, {"heads": 12, "units": 96}, {"encoder.embed_tokens": OUTPUT, "lm_head": OUTPUT},
     ),
     Family(
         "Attention with normalised queries and keys (own)", "an RMSNorm that all heads share stays as it is",
