@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyro_bmrs.networks.inputs import tensors_of
@@ -55,6 +56,17 @@ def copied[Network: nn.Module](module: Network) -> Network:
         if not tensor.is_leaf
     ]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    return uncompiled(copy.deepcopy(module, memo))
+
+
+def without_values[Network: nn.Module](module: Network) -> Network:
+    """A deep copy on the meta device. No value is copied, so that it costs no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
     return uncompiled(copy.deepcopy(module, memo))
 
 

@@ -75,12 +75,12 @@ def _no_gradients(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _attention_in_steps() -> Iterator[None]:
     """Attention as matrix products, since the counter does not know the fused kernels."""
-    with _no_fused_layers(), sdpa_kernel(SDPBackend.MATH):
+    with no_fused_layers(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 @contextmanager
-def _no_fused_layers() -> Iterator[None]:
+def no_fused_layers() -> Iterator[None]:
     """Turns off the fast path of torch's attention, on which all is computed at once unless a part was replaced."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -112,7 +112,7 @@ def peak_bytes(network: nn.Module, example_input: Inputs) -> int:
     while it runs is not counted.
     """
     live = _LiveBytes()
-    with torch.no_grad(), _no_fused_layers(), live:
+    with torch.no_grad(), no_fused_layers(), live:
         for tensor in (*network.parameters(), *network.buffers(), *tensors_of(example_input)):
             live.watch(tensor)
         call(network, example_input)

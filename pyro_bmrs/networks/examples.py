@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pyro_bmrs.networks.copies import left_alone
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, first_examples, repeated
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one
@@ -27,10 +27,11 @@ def exactly(network: nn.Module, inputs: Inputs, count: int) -> Inputs:
 def _resized(
     network: nn.Module, inputs: Inputs, count: int, resize: Callable[[Inputs, int], Inputs]
 ) -> Inputs:
+    looked_at = copied(network)  # a forward pass may change it
     try:
         wanted = resize(inputs, count)
-        with left_alone(network), in_mode(network, training=False), torch.random.fork_rng(), at_one(network):
-            call(network, wanted)
+        with in_mode(looked_at, training=False), torch.random.fork_rng(), at_one(looked_at):
+            call(looked_at, wanted)
     except Exception:
         return inputs
     return wanted

@@ -178,9 +178,13 @@ class Grouping:
                 unsupported=unsupported and not left,
             )
         merged = torch.tensor([atom for atom, _ in noted.merged] or [0], dtype=torch.int32)
-        self.merged = dict(
-            zip(reversed(self.find(merged).tolist()), reversed([r for _, r in noted.merged]), strict=False)
-        )
+        self.merged: dict[int, str] = {}
+        for one, (_, reason) in zip(self.find(merged).tolist(), noted.merged, strict=False):
+            # of several reasons that one which people know by name
+            if one not in self.merged or (
+                reason.startswith("normalised") and not self.merged[one].startswith("normalised")
+            ):
+                self.merged[one] = reason
 
     def _producers_of(self, one: int) -> list[_Line]:
         return [line for line in self.lines if line.role == "producer" and line.size_of(one)]
@@ -223,6 +227,7 @@ class Grouping:
                 name = first.made_by if whole else made.key
                 kind = name, one in self.heads, one in self.at_writers
                 families.setdefault(kind, []).append(one)
+        self._join_single(families)
         groups: dict[str, StructureGroup] = {}
         for (path, *_), classes in sorted(families.items(), key=lambda item: self._place_of(item[1][0])):
             if len(classes) < 2:
@@ -233,6 +238,21 @@ class Grouping:
             group = self._group(classes, path, groups)
             groups[group.site] = group
         return groups, [*self._refused(refused), *self._untouched()]
+
+    def _join_single(self, families: dict[tuple[str, bool, bool], list[int]]) -> None:
+        """A single structure goes to a group that a layer makes together with it, of which another may stay."""
+        for kind, classes in list(families.items()):
+            if len(classes) > 1:
+                continue
+            lines = {number for number in self.touched[classes[0]] if self.lines[number].role == "producer"}
+            for other, theirs in families.items():
+                if (
+                    other != kind
+                    and other[1:] == kind[1:]
+                    and any(lines & {*self.touched[one]} for one in theirs)
+                ):
+                    theirs += families.pop(kind)
+                    break
 
     def _place_of(self, one: int) -> int:
         first = self._first(one)
@@ -255,6 +275,13 @@ class Grouping:
         """The class of each structure of a noise layer, 0 for none; empty if the layer was not called."""
         labels = self.trace.noted.noise.get(path)
         return [] if labels is None else self.find(labels).tolist()
+
+    def reason(self, one: int) -> str | None:
+        """Why a structure stays; None if it does not."""
+        if one in self.reasons:
+            return self.reasons[one][0]
+        normalised = self.merged.get(one, "")
+        return normalised if normalised.startswith("normalised") else None
 
     def is_made(self, one: int) -> bool:
         """Whether some layer makes the structure."""
@@ -383,7 +410,7 @@ class Grouping:
     def _told(self, site: str, members: Sequence[Member]) -> Iterator[Count]:
         """What an attention module says about its heads, without using it in its forward pass."""
         read = next((member for member in members if member.role == "consumer"), None)
-        if read is None:
+        if read is None or site not in self.order:
             return
         module = self.trace.network.get_submodule(site)
         size = len(read.indices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied, left_alone
-from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
 from pyro_bmrs.networks.grouping import Refused
-from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -29,7 +27,9 @@ from pyro_bmrs.networks.inputs import (
     repeated,
     tensors_of,
 )
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one, noise_layers
+from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
 from pyro_bmrs.networks.surgery import difference
 from pyro_bmrs.networks.trial import Trial
 
@@ -117,7 +117,10 @@ def _called_once(
     network: nn.Module, copy: nn.Module, example_input: Inputs
 ) -> tuple[Inputs, list[Tensor], set[str]]:
     """(a few examples, the outputs for them, paths of the modules with parameters that are not called)."""
-    few = first_examples(example_input, _EXAMPLES) if batch_size(example_input) > _EXAMPLES else example_input
+    few = example_input
+    if batch_size(example_input) > _EXAMPLES:
+        with suppress(Exception):  # what is not a plain tensor may not be taken apart
+            few = first_examples(example_input, _EXAMPLES)
     with torch.random.fork_rng(), _called(network) as original, left_alone(copy):
         for some in (few, example_input):
             torch.manual_seed(0)

@@ -99,6 +99,22 @@ def _both_without_constant_axes(first: Tensor, second: Tensor) -> tuple[Tensor, 
     return without_constant_axes(first)[0], without_constant_axes(second)[0]
 
 
+class Marked:
+    """A set of the memories of tensors, which forgets those that are freed."""
+
+    def __init__(self) -> None:
+        self._keys: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._keys:
+            self._keys.add(storage._cdata)
+            weakref.finalize(storage, self._keys.discard, storage._cdata)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._keys
+
+
 @dataclass
 class _Stored:
     """Labels of one storage: of the tensor that wrote them, until one of another geometry asks; then of all entries."""

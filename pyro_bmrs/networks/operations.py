@@ -155,9 +155,9 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _taint(trace: Trace, tensors: list[Tensor], out: Any) -> None:
-    if any(trace.is_tainted(tensor) for tensor in tensors):
+    if any(tensor in trace.from_inputs for tensor in tensors):
         for tensor in _tensors(out):
-            trace.taint(tensor)
+            trace.from_inputs.add(tensor)
 
 
 def _rule_of(function: Any, name: str) -> _Rule | None:
@@ -194,9 +194,9 @@ def _move(trace: Trace, function: Any, args: _Arguments, kwargs: dict[str, Any],
     outputs = _tensors(out)
     if name in {"cat", "stack"}:
         sources = _complete(trace, name, args, kwargs, data, sources)
-    if all(trace.parameter(tensor) is not None or trace.is_moved(tensor) for tensor in data):
+    if all(trace.parameter(tensor) is not None or tensor in trace.moved for tensor in data):
         for tensor in outputs:
-            trace.note_moved(tensor)
+            trace.moved.add(tensor)
     if name in _COPIES:
         trace.memory.write(outputs[0], sources[0])
         return
@@ -437,7 +437,7 @@ def _meet_unlabelled(
         if own >= 0 and tensor.shape[own] > 1 and not (bare and _is_constant(tensor, own)):
             fixed.append(axis)
     if fixed:
-        if trace.is_tainted(tensor):
+        if tensor in trace.from_inputs:
             verb = "added to" if name.startswith(("add", "sub")) else "combined with"
             reason = f"{verb} an input of the network"
         else:
@@ -665,7 +665,8 @@ def _axis_of(
         for axis in _coordinates(trace, parameter, tensor, other)
     }
     left = [axis for axis, size in enumerate(parameter.tensor.shape) if size == 1 and axis not in explained]
-    return (left[0], torch.zeros(1, dtype=torch.long)) if left else None
+    # a weight has its rows before its columns
+    return (left[0 if finest else -1], torch.zeros(1, dtype=torch.long)) if left else None
 
 
 def _depend_on(trace: Trace, labels: Tensor, places: Tensor) -> bool:
@@ -811,12 +812,13 @@ def _two_activations(trace: Trace, first: Tensor, second: Tensor) -> Labels:
             # no structure of the one is one of the other: those that vary are followed, over batch entries first
             keep_left = bool(along[0]) and (not along[1] or min(along[0]) < min(along[1]))
             kept, other = (left, right) if keep_left else (right, left)
+            if keep_left:
+                trace.note_heads(kept)
             trace.pin((other, *NONE[1:]), f"one for many structures in {trace.by()}")
             result.append(kept.expand(shape))
             continue
         trace.unite(left, right)
-        found = trace.classes.find(without_constant_axes(left)[0]).unique()
-        trace.noted.heads.update(int(atom) for atom in found if atom)
+        trace.note_heads(left)
         result.append(torch.maximum(*torch.broadcast_tensors(left, right)).expand(shape))
     return tuple(result)
 
@@ -886,7 +888,7 @@ def _dense(
             trace.unite(folded[:1].expand_as(folded), folded)
         trace.noted.reads.append(Read(atoms, lines.clone()))
         _note_reader(trace, parameter, dim, x.shape[1], -1 - (weight.dim() - 2))
-    outer = _axis_of(trace, parameter, weight, out_dim)
+    outer = _axis_of(trace, parameter, weight, out_dim, finest=True)
     if outer is None:
         return None
     rows = trace.line(parameter, outer[0])[outer[1]]
@@ -910,7 +912,7 @@ def _depthwise(
 ) -> Tensor | None:
     """Each filter reads one channel, and goes with it."""
     each = out.shape[1] // groups
-    axis = _axis_of(trace, parameter, weight, 0)
+    axis = _axis_of(trace, parameter, weight, 0, finest=True)
     result: Tensor | None = None
     for labels in here:
         if labels is None:

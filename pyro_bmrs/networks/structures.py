@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +191,7 @@ def traced(
     """
     network.eval()
     # several, so that the first dimension is not taken for another; all, where examples need each other
-    for example in (repeated(example_input, 3), example_input):
+    for example in (*_several(example_input), example_input):
         trace = Trace(network, example)
         try:
             trace.run()
@@ -210,6 +211,12 @@ def traced(
     return Grouping(trace, leave_out)
 
 
+def _several(example_input: Inputs) -> Iterator[Inputs]:
+    """Three examples, of a batch that is repeated, if it can be."""
+    with suppress(Exception):  # what is not a plain tensor may not be taken apart
+        yield repeated(example_input, 3)
+
+
 def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:
     """The group of a noise layer written by hand."""
     advice = "Take the noise layer out, or let pyro_bmrs.insert_noise place it"
@@ -219,11 +226,6 @@ def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:
             raise StructureError(
                 f"noise layers {site!r} and {other!r} are both tied to the same structures. {advice}"
             )
-    for one in labels:
-        if one in grouping.reasons:
-            raise StructureError(
-                f"structures of noise layer {site!r} are {grouping.reasons[one][0]}. {advice}"
-            )
     computed = [
         stays for stays in grouping.groups()[1] if stays.unsupported and "is computed from" in stays.reason
     ]
@@ -231,11 +233,15 @@ def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:
     if computed and not (labels and read):
         raise StructureError(f"structures of noise layer {site!r}: {computed[0].reason}. {advice}")
     missing = "makes" if not all(map(grouping.is_made, labels)) else "behind it reads"
-    if not labels or not all(grouping.is_made(one) and grouping.is_read(one) for one in labels):
+    if not labels or not read:
         raise StructureError(
             f"noise layer {site!r} can't be removed from: no linear or convolution layer {missing} its "
             "structures; put it between two such layers, or behind an InputSelection"
         )
+    for one in labels:
+        reason = grouping.reason(one)
+        if reason:
+            raise StructureError(f"structures of noise layer {site!r} are {reason}. {advice}")
     if len(set(labels)) < len(labels):
         raise StructureError(
             f"structures of noise layer {site!r} are tied to each other: its {len(labels)} form only "

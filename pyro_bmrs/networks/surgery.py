@@ -155,7 +155,7 @@ def check_equal(
         have.setdefault(path, []).extend(tensor.clone() for tensor in tensors_of(output))
 
     readers = [path for path in expected.outputs if path in there]
-    with left_alone(small), _outputs_of(small, readers, keep), _where(small), _precise(small):
+    with left_alone(small), _outputs_of(small, readers, keep), where_it_fails(small), _precise(small):
         have["the network"] = tensors_of(call(small, example_input))
     worst = 0.0
     for name, outputs in expected.outputs.items():
@@ -215,7 +215,7 @@ def _outputs_of(network: nn.Module, paths: Iterable[str], keep: Callable[[str, A
 
 
 @contextmanager
-def _where(network: nn.Module) -> Any:
+def where_it_fails(network: nn.Module) -> Any:
     """Turns an error in the smaller network's forward pass into an EqualityError that names the module."""
     running: list[str] = []
     handles = []

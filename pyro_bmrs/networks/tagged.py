@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-
 # (path of the module, or None; name of the attribute; value)
 Source = tuple[str | None, str, int]
 # Functions that cut a tensor into parts by their number, or by a size that may follow from the tensor's own.

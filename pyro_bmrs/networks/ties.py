@@ -74,12 +74,12 @@ def _make_box(trace: Trace, labels: Tensor, stays: Tensor) -> bool:
 
 def _make_equal(trace: Trace, several: list[Tensor]) -> bool:
     """Unite what stands in the same place of axes whose size is one and the same integer. Each: (size, …)."""
-    lines = []
-    for labels in several:
-        found = trace.classes.find(labels)
-        if not varies(found, 1):
-            lines.append(found[:, 0])
-    return any([trace.classes.unite(lines[0], other) for other in lines[1:]])
+    all_found = [trace.classes.find(labels) for labels in several]
+    lines = [found[:, 0] for found in all_found if not varies(found, 1)]
+    changed = False
+    for other in lines[1:]:
+        changed |= trace.classes.unite(lines[0], other)
+    return changed
 
 
 def _different(labels: Tensor, axis: int) -> int:
@@ -94,6 +94,6 @@ def _tie(trace: Trace, atoms: Tensor, labels: Tensor) -> bool:
     found = trace.classes.find(labels)
     lead = found.dim() - atoms.dim()
     own = [axis + lead for axis in range(atoms.dim()) if atoms.shape[axis] > 1]
-    if not any(varies(found, axis) for axis in own if 0 <= axis):
+    if not any(varies(found, axis) for axis in own if axis >= 0):
         return False
     return trace.classes.unite(atoms, labels)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pyro_bmrs.networks.cost import _no_fused_layers
+from pyro_bmrs.networks.cost import no_fused_layers
 from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, tensors_of
 from pyro_bmrs.networks.labels import (
     NONE,
-    PLANES,
     Classes,
     LabelMemory,
     Labels,
+    Marked,
     varies,
     without_constant_axes,
 )
@@ -131,20 +131,20 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         self._at: dict[int, list[Parameter]] = {}
         for path, module in network.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and tensor.dim() and tensor.is_floating_point():
-                    self._add(Parameter(path, name, tensor))
-                elif tensor is not None and isinstance(module, InputSelection):
+                if (tensor is not None and tensor.dim() and tensor.is_floating_point()) or (
+                    tensor is not None and isinstance(module, InputSelection)
+                ):
                     self._add(Parameter(path, name, tensor))
         # atoms of rows or columns, by name and dimension; of entries, by name
         self.lines: dict[tuple[str, int], Tensor] = {}
         self.entries: dict[str, Tensor] = {}
         # by atom: whether it is an entry's
         self._is_entry = torch.zeros(1, dtype=torch.bool)
-        self.numbers = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+        self.numbers = torch.randn(4099, generator=torch.Generator().manual_seed(0))
         self.stack: list[nn.Module] = []
         self.received: dict[nn.Module, Tensor] = {}
-        self.from_inputs: dict[int, Any] = {}
-        self._moved: dict[int, Any] = {}
+        # memory that holds what follows from inputs, and entries of parameters in other places
+        self.from_inputs, self.moved = Marked(), Marked()
         self._root_mean_squares: dict[nn.Module, RootMeanSquare | None] = {}
         self._silent = 0
 
@@ -187,7 +187,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
 
         self._follow = follow
         for tensor in tensors_of(self.example):
-            self.taint(tensor)
+            self.from_inputs.add(tensor)
         handles = []
         for module in self.network.modules():
             handles.append(module.register_forward_pre_hook(_unfollowed(self._enter), with_kwargs=True))
@@ -195,7 +195,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         self.stack.clear()
         try:
             with (
-                torch.no_grad(), torch.random.fork_rng(), at_one(self.network), _no_fused_layers(),
+                torch.no_grad(), torch.random.fork_rng(), at_one(self.network), no_fused_layers(),
                 sdpa_kernel(SDPBackend.MATH), tagged_integers(self.network), self,
                 SizesSeen(self.note_size, self.note_parts),
             ):  # fmt: skip
@@ -323,7 +323,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
 
     def source(self, tensor: Tensor) -> Parameter | None:
         """The parameter whose entries a tensor holds, as a view or moved to other places."""
-        if not self.is_moved(tensor):
+        if tensor not in self.moved:
             return self.parameter(tensor)
         (labels, *_) = self.memory.read(tensor)
         if labels is None:
@@ -333,14 +333,6 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
             if int(atoms.min()) <= first <= int(atoms.max()):
                 return self.parameters[key]
         return None
-
-    def note_moved(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._moved[storage._cdata] = storage
-
-    def is_moved(self, tensor: Tensor) -> bool:
-        """Whether a tensor holds entries of parameters as they are, in other places."""
-        return tensor.untyped_storage()._cdata in self._moved
 
     def _label_entries(self, parameter: Parameter) -> None:
         atoms = self.classes.new(parameter.tensor.numel())
@@ -410,6 +402,11 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
                 atoms = self.classes.find(without_constant_axes(some)[0]).unique()
                 self.noted.pinned += [(atom, reason, unsupported, here) for atom in atoms.tolist() if atom]
 
+    def note_heads(self, labels: Tensor) -> None:
+        """Remember structures that activations multiplied with one another consist of."""
+        found = self.classes.find(without_constant_axes(labels)[0]).unique()
+        self.noted.heads.update(int(atom) for atom in found if atom)
+
     def note_added(self, labels: Tensor) -> None:
         """Remember that the running module adds a parameter, with these entries, to structures."""
         first = int(labels.max())
@@ -439,13 +436,6 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         """The module that runs, in words."""
         module = self.stack[-1] if self.stack else self.network
         return f"{self.paths[module] or '(itself)'!r}, a {type(module).__name__}"
-
-    def taint(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.from_inputs[storage._cdata] = storage
-
-    def is_tainted(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self.from_inputs
 
     # ------------------------------------------------------------------------------ integers of modules
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.copies import copied, without_values
+from pyro_bmrs.networks.cost import no_fused_layers
+from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.examples import exactly
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of
 from pyro_bmrs.networks.inputs import Inputs, as_double, call, map_tensors
 from pyro_bmrs.networks.nesting import Nesting
-from pyro_bmrs.networks.surgery import OWN_TOLERANCE, TOLERANCE, EqualityError, check_equal, expected, fold
+from pyro_bmrs.networks.surgery import (
+    OWN_TOLERANCE,
+    TOLERANCE,
+    EqualityError,
+    check_equal,
+    expected,
+    fold,
+    where_it_fails,
+)
 
+# By site: the structures that stay.
+type Kept = Mapping[str, Tensor]
 _EXAMPLES = 2
-# The period of random weights: to fill memory with copies is faster than to draw every number.
-_PERIOD = 1_000_003
 
 
 class Trial:
@@ -34,8 +46,6 @@ class Trial:
         self.generator = torch.Generator().manual_seed(0)
         device = next(network.parameters()).device
         given = map_tensors(lambda tensor: tensor.to(device), exactly(network, example, _EXAMPLES))
-        drawn = torch.randn(_PERIOD, generator=self.generator)
-        self._numbers = torch.cat([drawn, drawn]).to(device)
         # the network may not accept all numbers, as a logarithm does not, nor float64, as some kernels do not
         drawn = map_tensors(self._drawn_like, given)
         self._ways = [(True, drawn), (True, given), (False, drawn), (False, given)]
@@ -48,34 +58,74 @@ class Trial:
 
     def failures(self, groups: Sequence[StructureGroup]) -> tuple[list[StructureGroup], dict[str, str]]:
         """(the groups that can be removed, by site of each other one how the function changes)."""
+        error = self._failed(groups, self._tried)
+        if error is None:
+            return list(groups), {}
         good, apart = list(groups), []
         reasons: dict[str, str] = {}
-        while good:
-            error = self.error(good)
-            if error is None:
-                break
-            suspects = _suspects(good, error) or _half(good)
+        while error is not None and good:
+            suspects = self._suspects(good, error)
             reasons |= {group.site: error.reason for group in suspects}
             apart.append(suspects)
             good = [group for group in good if group not in suspects]
+            error = self.error(good) if good else None
         for suspects in apart:
             for again in _second_chances(suspects):
+                if all(group.site not in reasons for group in again):
+                    continue
                 error = self.error([*good, *again])
                 if error is None:
                     good += again
                     for group in again:
                         reasons.pop(group.site, None)
-                else:
-                    reasons |= {group.site: error.reason for group in again if group.site in reasons}
+                elif len(again) == 1:
+                    reasons |= {group.site: error.reason for group in again}
         order = {group.site: number for number, group in enumerate(groups)}
         return sorted(good, key=lambda group: order[group.site]), reasons
 
     def error(self, groups: Sequence[StructureGroup]) -> TrialError | None:
         """What goes wrong when a part of each group is removed; None: nothing."""
+        return self._failed(groups, self._shaped) or self._failed(groups, self._tried)
+
+    def _failed(
+        self,
+        groups: Sequence[StructureGroup],
+        way: Callable[[Sequence[StructureGroup], Cuts, Kept], TrialError | None],
+    ) -> TrialError | None:
+        self.generator.manual_seed(0)
         for kept in self._shares(groups):
-            error = self._tried(groups, kept)
+            error = way(groups, cuts_of(self.network, groups, kept), kept)
             if error is not None:
                 return error
+        return None
+
+    @cached_property
+    def _without_values(self) -> nn.Module | None:
+        """The network on the meta device; None if it can't be called there."""
+        network = without_values(self.network).eval()
+        try:
+            with torch.no_grad(), no_fused_layers():
+                call(network, self._meta_example)
+        except Exception:  # it looks at values
+            return None
+        return network
+
+    @cached_property
+    def _meta_example(self) -> Inputs:
+        return map_tensors(lambda tensor: tensor.to("meta"), self._ways[-1][1])
+
+    @torch.no_grad()
+    def _shaped(self, groups: Sequence[StructureGroup], cuts: Cuts, kept: Kept) -> TrialError | None:
+        """Whether shapes fit. That costs little, so that many groups can be tried one by one."""
+        if self._without_values is None:
+            return None
+        network = copied(self._without_values)
+        try:
+            cuts.cut(network)
+            with where_it_fails(network), no_fused_layers():
+                call(network, self._meta_example)
+        except (EqualityError, ValueError) as error:
+            return TrialError(getattr(error, "path", ""), str(error))
         return None
 
     def _shares(self, groups: Sequence[StructureGroup]) -> Iterator[dict[str, Tensor]]:
@@ -86,22 +136,22 @@ class Trial:
         counts: list[dict[str, int]] = [{}, {}]
         again = False
         for features, some in alike.items():
-            possible = torch.arange(1 if features < 5 else 2, features)
-            if len(possible) > 6:  # a part that is neither most nor next to nothing
-                possible = possible[(possible >= 0.2 * features) & (possible <= 0.8 * features)]
-            for number in range(2):
-                order = possible[torch.randperm(len(possible), generator=self.generator)]
-                for place, group in enumerate(some):
-                    counts[number][group.site] = int(
-                        order[(place + number * (place // len(order))) % len(order)]
-                    )
-            again |= len(some) > 1 and len(possible) < 3
+            # not down to one, which broadcasts; where that leaves few choices some lose nothing in the first round
+            if features < 5:
+                choices = [*range(2, features + 1)] if features > 2 else [1, 2]
+                again |= len(some) > 1
+            else:
+                choices = [n for n in range(2, features) if features < 9 or 0.2 <= n / features <= 0.8]
+            start = int(torch.randint(len(choices), (), generator=self.generator)) if features > 4 else 0
+            for place, group in enumerate(some):
+                for number in range(2):
+                    counts[number][group.site] = choices[(start + place + number) % len(choices)]
         for number in range(1 + again):
             kept = {}
             for group in groups:
                 order = torch.randperm(group.features, generator=self.generator)
-                kept[group.site] = torch.ones(group.features, dtype=torch.bool)
-                kept[group.site][order[counts[number][group.site] :]] = False
+                kept[group.site] = torch.zeros(group.features, dtype=torch.bool)
+                kept[group.site][order[: counts[number][group.site]]] = True
             for inner, outers in Nesting.of(groups).owners.items():
                 for outer, owner in outers.items():
                     # of a structure that stays some part inside must stay, or there is nothing to compare
@@ -109,17 +159,18 @@ class Trial:
             yield kept
 
     @torch.no_grad()
-    def _tried(self, groups: Sequence[StructureGroup], kept: dict[str, Tensor]) -> TrialError | None:
+    def _tried(self, groups: Sequence[StructureGroup], cuts: Cuts, kept: Kept) -> TrialError | None:
         scales = {
             group.site: (0.5 + torch.rand(group.features, generator=self.generator, dtype=torch.float64))
             * kept[group.site]
             for group in groups
         }
-        cuts = cuts_of(self.network, groups, kept)
         while True:
             double, example = self._ways[0]
             try:
-                network = self._varied(example)
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    network = self._varied(example)
                 if double:
                     network, example = network.double(), as_double(example)
                 fold(network, groups, scales)
@@ -142,15 +193,13 @@ class Trial:
     def _varied(self, example: Inputs) -> nn.Module:
         """A copy with random weights, so that every output depends on every structure, and BatchNorm to match."""
         network = copied(self.network)
-        for start, parameter in enumerate(network.parameters()):
-            size = parameter.numel()
-            numbers = self._numbers[7919 * start % _PERIOD :][:_PERIOD]
-            drawn = numbers[:size] if size <= _PERIOD else numbers.repeat(-(-size // _PERIOD))[:size]
-            drawn = drawn.view(parameter.shape)
+        for parameter in network.parameters():
+            # of variance one: to draw them is faster than normal numbers
+            parameter.uniform_(-(3**0.5), 3**0.5)
             if parameter.dim() > 1:
-                parameter.copy_(drawn).mul_(parameter[0].numel() ** -0.5)
+                parameter.mul_(parameter[0].numel() ** -0.5)
             else:
-                parameter.copy_(drawn).mul_(0.5).add_(0.5)
+                parameter.mul_(0.5).add_(0.5)
         normalisations = [module for module in network.modules() if isinstance(module, _BatchNorm)]
         network.eval()
         for module in normalisations:
@@ -162,23 +211,32 @@ class Trial:
             call(network, example)
         return network.eval()
 
+    def _suspects(self, groups: Sequence[StructureGroup], error: TrialError) -> list[StructureGroup]:
+        """The groups that touch the place of an error, or the nearest module around it, and those alike; or half."""
+        place = error.path
+        while place:
+            found = [group for group in groups if any(_is_below(path, place) for path in _paths(group))]
+            if found:
+                kinds = {self._likeness(group) for group in found}
+                alike = [group for group in groups if group in found or self._likeness(group) in kinds]
+                return alike if len(alike) < len(groups) or len(groups) == 1 else found
+            place = place.rpartition(".")[0]
+        return list(groups[len(groups) // 2 :])
+
+    def _likeness(self, group: StructureGroup) -> tuple[Any, ...]:
+        """What blocks of the same kind have in common."""
+        members = {
+            (type(self.network.get_submodule(m.path)), m.path.split(".")[-1], m.name, m.dim)
+            for m in group.members
+        }
+        return group.kind, frozenset(members)
+
 
 class TrialError:
     """How a trial failed: path of the module, and the reason in words."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-
-
-def _suspects(groups: Sequence[StructureGroup], error: TrialError) -> list[StructureGroup]:
-    """The groups that touch the place of an error, or the nearest module around it that some touch."""
-    place = error.path
-    while place:
-        found = [group for group in groups if any(_is_below(path, place) for path in _paths(group))]
-        if found:
-            return found if len(found) < len(groups) or len(groups) == 1 else []
-        place = place.rpartition(".")[0]
-    return []
 
 
 def _paths(group: StructureGroup) -> set[str]:
@@ -190,17 +248,10 @@ def _is_below(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place}.")
 
 
-def _half(groups: list[StructureGroup]) -> list[StructureGroup]:
-    return groups[len(groups) // 2 :]
-
-
 def _second_chances(suspects: list[StructureGroup]) -> Iterator[list[StructureGroup]]:
-    """What to try again of groups that failed together: each half, and one by one; and without the integers changed."""
-    if len(suspects) > 1:
-        if len(suspects) > 4:
-            yield suspects[: len(suspects) // 2]
-        for group in suspects:
-            yield [group]
+    """What to try again of groups that failed together: one by one, and without the integers that they change."""
+    for group in suspects:
+        yield [group]
     for group in suspects:
         if group.counts:
             yield [replace(group, counts=())]

@@ -315,10 +315,17 @@ def test_what_evaluation_never_uses_is_listed(kind, runs):
 
 
 @pytest.mark.parametrize("kind", AUXILIARY)
-def test_what_training_alone_runs_is_an_error(kind):
+def test_what_feeds_a_branch_that_training_alone_runs_stays(kind):
     network, x = WithAuxiliary(AUXILIARY[kind](), "always"), torch.randn(4, 3, 6, 6)
-    with pytest.raises(StructureError, match="run in training alone"):
-        bmrs.structures(network.eval(), x)
+    found = bmrs.structures(network.eval(), x)
+    assert [group.site for group in found] == ["second"]
+    reasons = {refused.path: refused.reason for refused in found.refused}
+    assert reasons.pop("head") == "an output of the network"
+    assert "first" in reasons
+    assert all("runs in training alone" in reason for reason in reasons.values())
+    small = removed(bmrs.insert_noise(network, x), x, {"second": 2})
+    with torch.no_grad():
+        assert len(small.train()(x)) == 2
 
 
 def test_a_layer_whose_weight_other_code_uses_is_used():
