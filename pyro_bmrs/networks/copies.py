@@ -47,6 +47,10 @@ def copied[Network: nn.Module](module: Network) -> Network:
 
     A module has such tensors where it remembers an activation, or computes its weight by a hook.
     """
+    return _copied(module, {})
+
+
+def _copied[Network: nn.Module](module: Network, memo: dict[int, Any]) -> Network:
     computed = [
         tensor
         for part in module.modules()
@@ -55,8 +59,14 @@ def copied[Network: nn.Module](module: Network) -> Network:
         for tensor in tensors_of(value)
         if not tensor.is_leaf
     ]
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    memo |= {id(tensor): tensor.detach().clone() for tensor in computed if id(tensor) not in memo}
     return uncompiled(copy.deepcopy(module, memo))
+
+
+def sharing_parameters[Network: nn.Module](module: Network) -> Network:
+    """A copy, not compiled, with the same parameters: for passes that may change attributes and buffers."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    return _copied(module, memo)
 
 
 def without_values[Network: nn.Module](module: Network) -> Network:

@@ -186,6 +186,12 @@ class Grouping:
             ):
                 self.merged[one] = reason
 
+        # what would leave an axis empty
+        for labels in (*noted.filled, *(read.labels for read in noted.reads)):
+            classes = self.find(labels).unique().tolist()
+            if len(classes) == 1 and classes[0]:
+                self.weak.setdefault(classes[0], (SINGLE, False))
+
     def _producers_of(self, one: int) -> list[_Line]:
         return [line for line in self.lines if line.role == "producer" and line.size_of(one)]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
-from pyro_bmrs.networks.copies import copied, left_alone
+from pyro_bmrs.networks.copies import copied, left_alone, sharing_parameters
 from pyro_bmrs.networks.grouping import Refused
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
@@ -95,7 +95,7 @@ def _found(network: nn.Module, example_input: Inputs, leave_out: str | Sequence[
     if not isinstance(leave_out, str | Sequence):
         raise TypeError(f"leave_out must be a path, a pattern, or a sequence of them: got {leave_out!r}")
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
-    separate = copied(network).eval()
+    separate = sharing_parameters(network).eval()
     example, outputs, unused = _called_once(network, separate, example_input)
     in_training = _in_training(network, example) & unused if unused else unused
     separate_attention(separate)
@@ -146,7 +146,7 @@ def _called_once(
 @torch.no_grad()
 def _in_training(network: nn.Module, example: Inputs) -> set[str]:
     """Paths of the modules with parameters that run in training; none if that fails on these examples."""
-    looked_at = copied(network).train()
+    looked_at = sharing_parameters(network).train()
     with torch.random.fork_rng(), _called(looked_at) as used:
         try:
             call(looked_at, repeated(example, _EXAMPLES))

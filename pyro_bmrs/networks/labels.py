@@ -106,13 +106,15 @@ class Marked:
         self._keys: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            return  # a sparse tensor has no memory of its own
         storage = tensor.untyped_storage()
         if storage._cdata not in self._keys:
             self._keys.add(storage._cdata)
             weakref.finalize(storage, self._keys.discard, storage._cdata)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._keys
+        return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._keys
 
 
 @dataclass
@@ -133,13 +135,19 @@ class LabelMemory:
         self._watched: set[int] = set()
 
     def read(self, tensor: Tensor) -> Labels:
+        if tensor.layout != torch.strided:
+            return NONE
         return tuple(self._read(tensor, plane) for plane in range(PLANES))
 
     def write(self, tensor: Tensor, labels: Labels) -> None:
+        if tensor.layout != torch.strided:
+            return
         for plane, some in enumerate(labels):
             self._write(tensor, plane, some)
 
     def has(self, tensor: Tensor) -> bool:
+        if tensor.layout != torch.strided:
+            return False
         key = tensor.untyped_storage()._cdata
         return any((key, plane) in self._of for plane in range(PLANES))
 

@@ -88,7 +88,7 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
             return decomposition_table[function](*args, **kwargs)
     out = (
         _in_place_of_product(trace, function, args, kwargs)
-        if name in _PRODUCTS
+        if name in _PRODUCTS and all(tensor.layout == torch.strided for tensor in tensors)
         else function(*args, **kwargs)
     )
     if rule is None:
@@ -293,12 +293,10 @@ def _complete(
                 reference = reference.narrow(dim, 0, 1)
             if own[number]:
                 trace.note_added(_any(labels))
-                trace.noted.meetings.append(
-                    Meeting(
-                        without_constant_axes(_any(labels))[0].clone(),
-                        without_constant_axes(reference)[0].clone(),
-                    )
-                )
+                small = without_constant_axes(_any(labels))[0]
+                full = _full_axes(tensor, small, tensor.dim())
+                other = without_constant_axes(reference)[0]
+                trace.noted.meetings.append(Meeting(small.clone(), other.clone(), full))
             else:
                 _meet_unlabelled(trace, name, tensor, reference, tensor.shape, bare=True)
             mine[plane] = reference.expand(tensor.shape)
@@ -366,11 +364,11 @@ def _meet_in_plane(
         return None
     dims = max(tensor.dim() for tensor in tensors)
     shape = _common_shape([tensor.shape for tensor in tensors])
-    parameters = [(t, _wide(some, dims)) for t, some in labelled if trace.are_entries(some)]
+    own = [(t, _wide(some, dims)) for t, some in labelled if trace.are_entries(some)]
     activations = [(t, _wide(some, dims)) for t, some in labelled if not trace.are_entries(some)]
     if not activations:
-        first = parameters[0][1]
-        for _, other in parameters[1:]:
+        first = own[0][1]
+        for _, other in own[1:]:
             trace.unite(first, other)
             first = torch.maximum(*torch.broadcast_tensors(first, other))
         result = first
@@ -392,11 +390,11 @@ def _meet_in_plane(
             if bool(alone.any()):  # what has no label can't be removed with what has
                 trace.pin((alone, *NONE[1:]), f"combined with others that stay in {trace.by()}")
             result = torch.maximum(one, two)
-        for _, own in parameters:
-            small, other = without_constant_axes(own)[0], without_constant_axes(result)[0]
+        for tensor, some in own:
+            small, other = without_constant_axes(some)[0], without_constant_axes(result)[0]
             if name.startswith(("add", "sub", "rsub")):
                 trace.note_added(small)
-            trace.noted.meetings.append(Meeting(small.clone(), other.clone()))
+            trace.noted.meetings.append(Meeting(small.clone(), other.clone(), _full_axes(tensor, small, dims)))
     for tensor, some, planes in zip(tensors, labels, all_planes, strict=True):
         if some is None and activations:
             bare = all(other is None for other in planes)
@@ -443,6 +441,16 @@ def _meet_unlabelled(
         else:
             reason = f"combined with other numbers of its whole width in {trace.by()}"
         trace.merge(labels, fixed, reason)
+
+
+def _full_axes(tensor: Tensor, atoms: Tensor, dims: int) -> frozenset[int]:
+    """The axes, of so many, along which a parameter, or what was made of one, has values of its own."""
+    lead = dims - tensor.dim()
+    return frozenset(
+        lead + axis
+        for axis in range(tensor.dim())
+        if atoms.shape[lead + axis] > 1 or (tensor.shape[axis] > 1 and not _is_constant(tensor, axis))
+    )
 
 
 def _is_constant(tensor: Tensor, axis: int) -> bool:
@@ -698,7 +706,9 @@ def _read(trace: Trace, x: Tensor, parameter: Parameter, weight: Tensor) -> Labe
                 if found is not None and dim in varying:
                     atoms = trace.line(parameter, found[0])[found[1]]
                     trace.noted.meetings.append(
-                        Meeting(_at(atoms, dim, labels.dim()), labels.narrow(-1, 0, 1).clone())
+                        Meeting(
+                            _at(atoms, dim, labels.dim()), labels.narrow(-1, 0, 1).clone(), frozenset({dim})
+                        )
                     )
     made: Tensor | None = None
     if outer is not None:
@@ -920,7 +930,7 @@ def _depthwise(
         result = _channel_lines(trace, labels).repeat_interleave(each, dim=1)
         if axis is not None:
             atoms = trace.line(parameter, axis[0])[axis[1]]
-            trace.noted.meetings.append(Meeting(atoms.view(1, -1), result.clone()))
+            trace.noted.meetings.append(Meeting(atoms.view(1, -1), result.clone(), frozenset({1})))
         if trace.stack and hasattr(trace.stack[-1], "groups"):
             trace.note_count(trace.here, "groups", _channel_lines(trace, labels).T.reshape(groups, -1))
         small = without_constant_axes(labels)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.networks.labels import varies
-from pyro_bmrs.networks.trace import Trace
+from pyro_bmrs.networks.trace import Meeting, Trace
 
 
 def settle(trace: Trace) -> None:
@@ -20,7 +20,7 @@ def settle(trace: Trace) -> None:
         for box in trace.noted.boxes:
             changed |= _make_box(trace, box, stays)
         for meeting in trace.noted.meetings:
-            changed |= _tie(trace, meeting.atoms, meeting.labels)
+            changed |= _tie(trace, meeting)
         for several in trace.noted.counted.values():
             changed |= _make_equal(trace, [labels for labels, whole in several if whole])
         with_lines = _classes_with_lines(trace)
@@ -89,11 +89,9 @@ def _different(labels: Tensor, axis: int) -> int:
     return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1
 
 
-def _tie(trace: Trace, atoms: Tensor, labels: Tensor) -> bool:
+def _tie(trace: Trace, meeting: Meeting) -> bool:
     """A parameter is cut with the labels that it meets, along the axes on which both depend."""
-    found = trace.classes.find(labels)
-    lead = found.dim() - atoms.dim()
-    own = [axis + lead for axis in range(atoms.dim()) if atoms.shape[axis] > 1]
-    if not any(varies(found, axis) for axis in own if axis >= 0):
+    found = trace.classes.find(meeting.labels)
+    if not any(varies(found, axis) for axis in meeting.full):
         return False
-    return trace.classes.unite(atoms, labels)
+    return trace.classes.unite(meeting.atoms, meeting.labels)

@@ -59,10 +59,15 @@ class Read:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A parameter that meets labelled entries one by one: atoms and labels, of shapes that broadcast."""
+    """A parameter that meets labelled entries one by one: atoms and labels, of shapes that broadcast.
+
+    Attributes:
+        full: the axes of the labels along which the parameter's values differ.
+    """
 
     atoms: Tensor
     labels: Tensor
+    full: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Noted:
     in_training: set[str] = field(default_factory=set)
     # (atom, reason) of entries that were united because an operation reads them all at once
     merged: list[tuple[int, str]] = field(default_factory=list)
+    # labels of all entries along an axis that would be empty without them
+    filled: list[Tensor] = field(default_factory=list)
     # (atom, reason, whether that is because something is not supported, path of the module that ran) of what stays
     pinned: list[tuple[int, str, bool, str]] = field(default_factory=list)
     # parameters that some operation used, by id
@@ -273,7 +280,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         for some in labels:
             if some is not None:
                 small, _ = without_constant_axes(some)
-                self.noted.meetings.append(Meeting(own, small.clone()))
+                self.noted.meetings.append(Meeting(own, small.clone(), frozenset({small.dim() - 1})))
                 self.noted.norms.append((norm, small.clone()))
         self.memory.write(output, labels)
 
@@ -304,6 +311,8 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
 
     def parameter(self, tensor: Tensor) -> Parameter | None:
         """The parameter that a tensor is, or is a view of."""
+        if tensor.layout != torch.strided:
+            return None
         found = self._at.get(tensor.untyped_storage()._cdata, ())
         if not found or tensor.dtype != found[0].tensor.dtype:
             return None
@@ -391,6 +400,8 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         shape = [1 if axis in axes else small.shape[axis] for axis in range(labels.dim())]
         back = first.squeeze(-1).reshape([small.shape[axis] for axis in rest] + [1] * len(axes))
         order = [*rest, *axes]
+        if reason and bool(back.all()):
+            self.noted.filled.append(back.flatten().unique())
         merged = back.permute([order.index(axis) for axis in range(labels.dim())]).reshape(shape)
         return merged.expand([1 if axis in axes else labels.shape[axis] for axis in range(labels.dim())])
 
