@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,10 @@ class Grouping:
                     self.reasons[one] = (
                         "left out" if itself else f"tied to {line.parameter.path!r}, which is left out", False
                     )  # fmt: skip
+        for line in self.lines:
+            if line.parameter.path in noted.in_training:
+                for one in line.classes.unique().tolist():
+                    self._stays(one, _IN_TRAINING)
         pinned = torch.tensor([atom for atom, *_ in noted.pinned] or [0], dtype=torch.int32)
         for one, (_, reason, unsupported, path) in zip(
             self.find(pinned).tolist(), noted.pinned, strict=False
@@ -211,7 +216,8 @@ class Grouping:
 
     def groups(self) -> tuple[dict[str, StructureGroup], list[Refused]]:
         """The groups, by site; and what stays."""
-        families: dict[tuple[str, bool, bool], list[int]] = {}
+        # those that touch the same lines: while one of them stays no line is empty
+        families: dict[tuple[Any, ...], list[int]] = {}
         refused: list[tuple[_Line, int, str, bool]] = []
         heads = torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)
         self.heads = set(self.find(heads).tolist()) - {0}
@@ -231,7 +237,7 @@ class Grouping:
                 made = first.parameter
                 whole = made.name == "weight" or made.path in self.trace.noted.selected
                 name = first.made_by if whole else made.key
-                kind = name, one in self.heads, one in self.at_writers
+                kind = name, *self.touched[one], one in self.heads, one in self.at_writers
                 families.setdefault(kind, []).append(one)
         self._join_single(families)
         groups: dict[str, StructureGroup] = {}

@@ -221,7 +221,7 @@ class Numbers(TorchDispatchMode):
         result = function(*arguments, **(options or {}))
         for tensor in tensors_of(result):
             storage = tensor.untyped_storage()
-            if tensor.is_floating_point() and storage._cdata not in self.known:
+            if not tensor.is_meta and tensor.is_floating_point() and storage._cdata not in self.known:
                 size = storage.nbytes() // tensor.element_size()
                 self.known.add(storage._cdata)
                 self.now += size

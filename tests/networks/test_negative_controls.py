@@ -346,8 +346,11 @@ CONTROLS = [
     Control(positions_that_are_centred, {}, {"embedding": "", "head": OUTPUT}),
     Control(positions_the_other_way_round, {"units": 12}, {"head": OUTPUT}),
     Control(one_normalisation_group, {"filters": 6}, {"first": NORMALISED, "head": OUTPUT}),
-    # a group that both convolutions are in is a structure as well
-    Control(normalisation_groups_across_a_concatenation, {"filters": 4 + 3 + 5}, {"head": OUTPUT}),
+    # each of the three groups has channels of other layers, so that it would be the last of its kind
+    Control(
+        normalisation_groups_across_a_concatenation, {"filters": 4 + 5},
+        {"part.left": NORMALISED, "part.right": NORMALISED, "head": OUTPUT},
+    ),
     Control(global_response(0.0), {"units": 10}, {"wide": "", "head": OUTPUT}),
     Control(global_response(0.7), {"units": 10}, {"wide": "", "head": OUTPUT}),
     Control(

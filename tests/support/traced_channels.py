@@ -326,7 +326,7 @@ CHANNELS = [
     Family(
         "C2f as in YOLO (own)", "channels that `split` takes apart, of sizes that the module stores", split_channels,
         # the first: 8 that go on, 6 that a residual branch is added to
-        3, {"filters": 14 + 5 + 10}, {"head": OUTPUT},
+        4, {"filters": 14 + 5 + 10}, {"head": OUTPUT},
     ),
     Family(
         "CSP by `chunk` (own)", "halves that must stay equal: one channel of each is a structure", equal_halves,
