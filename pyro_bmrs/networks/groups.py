@@ -22,11 +22,15 @@ class Member:
         path: of the module that owns the tensor.
         name: of its parameter or buffer, such as "weight".
         dim: dimension of the tensor.
-        role: "producer" (entries of a weight that makes the structures, or of the index of an `InputSelection`),
-            "between" (of all else that is cut along: biases, normalisations, depthwise weights, the index of an
-            `InputSelection` behind layers), "both" (of a weight that makes structures and reads them too), "writer" (of what is added to structures on which θ acts where they are made:
-            biases, position embeddings, tokens), "selection" (numbers of such an `InputSelection`'s inputs, which its index
-            holds) or "consumer" (of a weight that reads the structures).
+        role: one of
+            "producer": entries of a weight that makes the structures, or of the index of an `InputSelection`;
+            "writer": of what is added to structures on which θ acts where they are made: biases, position
+            embeddings, tokens;
+            "between": of all else that is cut along: biases, normalisations, depthwise weights, the index of an
+            `InputSelection` behind layers;
+            "selection": numbers of such an `InputSelection`'s inputs, which its index holds;
+            "both": of a weight that makes structures and reads them too;
+            "consumer": of a weight that reads the structures.
         indices: entries along `dim`.
         units: structure of each of them.
         reader: of a consumer, path of the module whose forward uses the tensor. None: `path` itself.

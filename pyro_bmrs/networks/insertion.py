@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied, left_alone, sharing_parameters
-from pyro_bmrs.networks.grouping import Refused
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -31,6 +30,7 @@ from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import at_one, noise_layers
 from pyro_bmrs.networks.structures import StructureError, Structures, find_structures
 from pyro_bmrs.networks.surgery import difference
+from pyro_bmrs.networks.tracing.grouping import Refused
 from pyro_bmrs.networks.trial import Trial
 
 # So many of the given examples are looked at, if the network can be called with them.

@@ -14,14 +14,14 @@ from torch import nn
 from pyro_bmrs.arguments import on_a_screen
 from pyro_bmrs.networks.computed import computed, has_computed
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.grouping import Grouping, Refused, matches
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
 from pyro_bmrs.networks.inputs import Inputs, repeated
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.networks.ties import settle
-from pyro_bmrs.networks.trace import Trace
+from pyro_bmrs.networks.tracing.grouping import Grouping, Refused, matches
+from pyro_bmrs.networks.tracing.ties import settle
+from pyro_bmrs.networks.tracing.trace import Trace
 
 
 class StructureError(ValueError):

@@ -35,7 +35,8 @@ def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare 
         return None
     if weight.is_meta:
         module, x = copy.deepcopy(module).to_empty(device="cpu"), torch.zeros(0, dtype=x.dtype)
-        weight = module._parameters[name].fill_(0.5)
+        weight = module.get_parameter(name)
+        weight.fill_(0.5)
     numbers = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
     numbers = (numbers * torch.tensor([1.0, 10.0, 0.01]).view(3, 1, 1)).to(x)
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_bmrs.networks.labels import varies
-from pyro_bmrs.networks.trace import Meeting, Trace
+from pyro_bmrs.networks.tracing.labels import varies
+from pyro_bmrs.networks.tracing.noted import Meeting
+from pyro_bmrs.networks.tracing.trace import Trace
 
 
 def settle(trace: Trace) -> None:

@@ -1,7 +1,7 @@
 """Labels: which structure each entry of an activation belongs to.
 
-An atom is a number from 1 on: one row or column of a weight, or one entry of another parameter. A label is an atom; 0 is
-none. Atoms that can only be removed together form a class.
+An atom is a number from 1 on: one row or column of a weight, or one entry of another parameter. A label is an atom; 0
+is none. Atoms that can only be removed together form a class.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Classes:
 
     def unite(self, first: Tensor, second: Tensor) -> bool:
         """Unite the classes of labels that stand in the same place. Returns whether anything changed."""
-        first, second = torch.broadcast_tensors(*_both_without_constant_axes(first, second))
+        first, second = together(without_constant_axes(first)[0], without_constant_axes(second)[0])
         first, second = first.reshape(-1), second.reshape(-1)
         there = (first != 0) & (second != 0)
         first, second = first[there], second[there]
@@ -72,6 +72,17 @@ class Classes:
             first, second = one[apart], other[apart]
             low, high = torch.minimum(first, second), torch.maximum(first, second)
             self._parent.scatter_reduce_(0, high.long(), low, "amin")
+
+
+def distinct(labels: Tensor) -> list[int]:
+    """The labels that occur, in order; 0 among them, if some entry has none."""
+    return labels.flatten().unique().tolist()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, in the shape that they broadcast to."""
+    one, other = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]
+    return one, other
 
 
 def varies(labels: Tensor, axis: int) -> bool:
@@ -93,10 +104,6 @@ def without_constant_axes(labels: Tensor) -> tuple[Tensor, int]:
         else:
             labels = labels.narrow(axis, 0, 1)
     return labels, count
-
-
-def _both_without_constant_axes(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    return without_constant_axes(first)[0], without_constant_axes(second)[0]
 
 
 class Marked:

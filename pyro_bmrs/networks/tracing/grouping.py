@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,9 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 from pyro_bmrs.networks.computed import computed, computed_tensor
 from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.groups import Count, Member, StructureGroup
-from pyro_bmrs.networks.labels import varies
 from pyro_bmrs.networks.selection import InputSelection
-from pyro_bmrs.networks.trace import Parameter, Reader, Trace
+from pyro_bmrs.networks.tracing.labels import distinct, varies
+from pyro_bmrs.networks.tracing.noted import Parameter, Reader
+from pyro_bmrs.networks.tracing.trace import Trace
 
 SINGLE = "a single structure, and one must stay"
 UNREAD = "read by no linear or convolution layer"
@@ -59,12 +61,12 @@ class _Line:
     made_by: str = ""
 
     @cached_property
-    def _sizes(self) -> dict[int, int]:
-        return dict(zip(*(part.tolist() for part in self.classes.unique(return_counts=True)), strict=True))
+    def _sizes(self) -> Counter[int]:
+        return Counter(self.classes.tolist())
 
     def size_of(self, one: int) -> int:
         """Number of entries of a class."""
-        return self._sizes.get(one, 0)
+        return self._sizes[one]
 
     def places_of(self, unit_of: Tensor) -> tuple[Tensor, Tensor]:
         """(entries, structure of each), where unit_of[class] is a structure's number, -1 for none."""
@@ -95,7 +97,7 @@ class Grouping:
         # by class: its lines
         self.touched: dict[int, list[int]] = {}
         for number, line in enumerate(self.lines):
-            for one in line.classes.unique().tolist():
+            for one in distinct(line.classes):
                 if one:
                     self.touched.setdefault(one, []).append(number)
         self.inner = self._inner()
@@ -125,16 +127,16 @@ class Grouping:
             if not makes and not reads:
                 self.lines.append(_Line(parameter, dim, "between", classes))
             if makes and reads:
-                self.at_writers |= set(classes.unique().tolist())
+                self.at_writers |= set(distinct(classes))
             if key in trace.entries and not bool(alone[trace.entries[key]].all()):
-                for one in classes.unique().tolist():
+                for one in distinct(classes):
                     self.weak.setdefault(one, (f"tied to {key!r}, which is used in two ways", True))
         # by class: the modules that divide by its root mean square
         self.norms: dict[int, list[RootMeanSquare]] = {}
         for norm, labels in trace.noted.norms:
             classes = self.find(labels)
             if varies(classes, classes.dim() - 1):
-                for one in classes.unique().tolist():
+                for one in distinct(classes):
                     if norm not in self.norms.setdefault(one, []):
                         self.norms[one].append(norm)
         self.at_writers |= self.norms.keys()
@@ -151,7 +153,7 @@ class Grouping:
                 role = "writer" if key in trace.noted.added else "between"
                 self.lines.append(_Line(trace.parameters[key], axis, role, along))
             else:
-                for one in classes.unique().tolist():
+                for one in distinct(classes):
                     if one:
                         self.weak.setdefault(one, (f"tied to {key!r} as a whole", False))
 
@@ -162,7 +164,7 @@ class Grouping:
         noted = self.trace.noted
         for line in self.lines:
             if matches(line.parameter.key, leave_out):
-                for one in line.classes.unique().tolist():
+                for one in distinct(line.classes):
                     made = min(self._producers_of(one), key=self._place, default=line)
                     itself = made.parameter.path == line.parameter.path
                     self.reasons[one] = (
@@ -170,7 +172,7 @@ class Grouping:
                     )  # fmt: skip
         for line in self.lines:
             if line.parameter.path in noted.in_training:
-                for one in line.classes.unique().tolist():
+                for one in distinct(line.classes):
                     self._stays(one, _IN_TRAINING)
         pinned = torch.tensor([atom for atom, *_ in noted.pinned] or [0], dtype=torch.int32)
         for one, (_, reason, unsupported, path) in zip(
@@ -193,7 +195,7 @@ class Grouping:
 
         # what would leave an axis empty
         for labels in (*noted.filled, *(read.labels for read in noted.reads)):
-            classes = self.find(labels).unique().tolist()
+            classes = distinct(self.find(labels))
             if len(classes) == 1 and classes[0]:
                 self.weak.setdefault(classes[0], (SINGLE, False))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,110 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pyro_bmrs.networks.cost import no_fused_layers
 from pyro_bmrs.networks.cuts import RootMeanSquare
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, tensors_of
-from pyro_bmrs.networks.labels import (
+from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one
+from pyro_bmrs.networks.selection import InputSelection
+from pyro_bmrs.networks.tracing.labels import (
     NONE,
     Classes,
     LabelMemory,
     Labels,
     Marked,
+    distinct,
     varies,
     without_constant_axes,
 )
-from pyro_bmrs.networks.noise import MultiplicativeNoise, at_one
-from pyro_bmrs.networks.root_mean_square import root_mean_square
-from pyro_bmrs.networks.selection import InputSelection
-from pyro_bmrs.networks.tagged import SizesSeen, TaggedInt, tagged_integers
+from pyro_bmrs.networks.tracing.noted import Meeting, Noted, Parameter
+from pyro_bmrs.networks.tracing.root_mean_square import root_mean_square
+from pyro_bmrs.networks.tracing.tagged import SizesSeen, TaggedInt, tagged_integers
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter or buffer of the network, where it lives in memory, and its first name."""
-
-    path: str
-    name: str
-    tensor: Tensor
-
-    @property
-    def key(self) -> str:
-        return f"{self.path}.{self.name}".lstrip(".")
-
-
-@dataclass(frozen=True)
-class Read:
-    """A contraction of labelled entries with a parameter. Later it is seen whether the entries end there.
-
-    Attributes:
-        atoms: of the parameter's entries that are summed over. Shape: (…, k), one line where they are the same in all.
-        labels: of the entries that they meet. Shape: (…, k).
-    """
-
-    atoms: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """A parameter that meets labelled entries one by one: atoms and labels, of shapes that broadcast.
-
-    Attributes:
-        full: the axes of the labels along which the parameter's values differ.
-    """
-
-    atoms: Tensor
-    labels: Tensor
-    full: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How a module reads a parameter's dimension: see `Member`."""
-
-    key: str
-    dim: int
-    path: str
-    name: str
-    reader: str | None
-    input_dim: int | None
-
-
-@dataclass
-class Noted:
-    """What a trace has found, besides the classes."""
-
-    reads: list[Read] = field(default_factory=list)
-    meetings: list[Meeting] = field(default_factory=list)
-    # labels of tensors on more than one axis of which they depend
-    boxes: list[Tensor] = field(default_factory=list)
-    # by module and attribute: labels of an axis, in as many parts as the integer says; and whether it is the whole size
-    counted: dict[tuple[str, str], list[tuple[Tensor, bool]]] = field(default_factory=dict)
-    # by path of a recurrent layer: why it stays
-    recurrent: dict[str, str] = field(default_factory=dict)
-    # paths of modules that run in training alone
-    in_training: set[str] = field(default_factory=set)
-    # (atom, reason) of entries that were united because an operation reads them all at once
-    merged: list[tuple[int, str]] = field(default_factory=list)
-    # labels of all entries along an axis that would be empty without them
-    filled: list[Tensor] = field(default_factory=list)
-    # (atom, reason, whether that is because something is not supported, path of the module that ran) of what stays
-    pinned: list[tuple[int, str, bool, str]] = field(default_factory=list)
-    # parameters that some operation used, by id
-    used: set[int] = field(default_factory=set)
-    heads: set[int] = field(default_factory=set)
-    readers: dict[tuple[str, int, str, str], Reader] = field(default_factory=dict)
-    producers: dict[tuple[str, int], str] = field(default_factory=dict)
-    # by path of an InputSelection: (atoms of what it passes on, labels of these before, labels of its input)
-    selected: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    noise: dict[str, Tensor] = field(default_factory=dict)
-    # by parameter that is added to structures: paths of the modules that use it
-    added: dict[str, set[str]] = field(default_factory=dict)
-    # modules that divide by a root mean square, and the labels of its channels
-    norms: list[tuple[RootMeanSquare, Tensor]] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
-    # paths of modules whose input does not have one entry per example in its first dimension
-    folded: set[str] = field(default_factory=set)
-
-
-class Trace(TorchDispatchMode):  # type: ignore[misc]
+class Trace(TorchDispatchMode):
     """Follows one forward pass.
 
     Args:
@@ -190,7 +102,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
                 handle.remove()
 
     def _call(self) -> Any:
-        from pyro_bmrs.networks.operations import follow
+        from pyro_bmrs.networks.tracing.operations import follow
 
         self._follow = follow
         for tensor in tensors_of(self.example):
@@ -263,6 +175,7 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
             self.noted.noise[path] = self.along(one.expand(x.shape), dim)
             self.memory.write(output, labels)
             return
+        assert isinstance(module, InputSelection)
         shape = [1] * output.dim()
         shape[module.dim] = -1
         atoms = self.line(self.parameters[f"{path}.index".lstrip(".")], 0)
@@ -347,11 +260,10 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         atoms = self.classes.new(parameter.tensor.numel())
         self._note_kind(atoms, entries=True)
         # one for each place in memory, so that any view of the parameter finds its own
-        shaped = torch.zeros(parameter.tensor.shape, dtype=torch.int32)
         shaped = (
             atoms.as_strided(parameter.tensor.shape, parameter.tensor.stride())
             if _is_dense(parameter.tensor)
-            else (atoms.view(parameter.tensor.shape))
+            else atoms.view(parameter.tensor.shape)
         )
         self.entries[parameter.key] = shaped
         self.memory.write(parameter.tensor, (shaped, *NONE[1:]))
@@ -395,13 +307,13 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         lines = small.permute(*rest, *axes).reshape(*[small.shape[axis] for axis in rest], -1)
         first = lines.amax(-1, keepdim=True)
         if self.classes.unite(first, lines) and reason:
-            found = self.classes.find(first[lines.amin(-1, keepdim=True) != first]).unique()
-            self.noted.merged += [(int(atom), reason) for atom in found if atom]
+            changed = first[lines.amin(-1, keepdim=True) != first]
+            self.noted.merged += [(atom, reason) for atom in distinct(self.classes.find(changed)) if atom]
         shape = [1 if axis in axes else small.shape[axis] for axis in range(labels.dim())]
         back = first.squeeze(-1).reshape([small.shape[axis] for axis in rest] + [1] * len(axes))
         order = [*rest, *axes]
         if reason and bool(back.all()):
-            self.noted.filled.append(back.flatten().unique())
+            self.noted.filled.append(torch.tensor(distinct(back), dtype=torch.int32))
         merged = back.permute([order.index(axis) for axis in range(labels.dim())]).reshape(shape)
         return merged.expand([1 if axis in axes else labels.shape[axis] for axis in range(labels.dim())])
 
@@ -410,13 +322,22 @@ class Trace(TorchDispatchMode):  # type: ignore[misc]
         here = self.here if path is None else path
         for some in labels:
             if some is not None:
-                atoms = self.classes.find(without_constant_axes(some)[0]).unique()
-                self.noted.pinned += [(atom, reason, unsupported, here) for atom in atoms.tolist() if atom]
+                atoms = distinct(self.classes.find(without_constant_axes(some)[0]))
+                self.noted.pinned += [(atom, reason, unsupported, here) for atom in atoms if atom]
+
+    def pin_unknown(self, name: str, tensors: list[Tensor]) -> None:
+        """Structures that an operation without a rule reads stay."""
+        for tensor in tensors:
+            self.pin(
+                self.labels(tensor),
+                f"read by {name} in {self.by()}, which can't be followed",
+                unsupported=True,
+            )
 
     def note_heads(self, labels: Tensor) -> None:
         """Remember structures that activations multiplied with one another consist of."""
-        found = self.classes.find(without_constant_axes(labels)[0]).unique()
-        self.noted.heads.update(int(atom) for atom in found if atom)
+        found = distinct(self.classes.find(without_constant_axes(labels)[0]))
+        self.noted.heads.update(atom for atom in found if atom)
 
     def note_added(self, labels: Tensor) -> None:
         """Remember that the running module adds a parameter, with these entries, to structures."""
