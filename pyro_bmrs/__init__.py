@@ -21,7 +21,7 @@ _HOMES = {
         "reduced_posterior", "register_log_evidence_change", "register_reduced_posterior",
     ),
     "networks": (
-        "InputSelection", "MultiplicativeNoise", "export_onnx", "insert_noise", "name_sites", "structures",
+        "InputSelection", "MultiplicativeNoise", "centred", "export_onnx", "insert_noise", "name_sites", "structures",
         "without_noise",
     ),
     "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "predict", "recalibrate"),
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from pyro_bmrs.networks import (
         InputSelection,
         MultiplicativeNoise,
+        centred,
         export_onnx,
         insert_noise,
         name_sites,

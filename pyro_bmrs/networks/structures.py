@@ -183,8 +183,14 @@ def traced(
     example_input: Inputs,
     leave_out: Sequence[str] = (),
     in_training: AbstractSet[str] = frozenset(),
+    *,
+    through_layer_norms: bool = False,
 ) -> Grouping:
     """The classes of a network's rows, columns and entries, from one pass in evaluation mode.
+
+    Args:
+        through_layer_norms: whether the channels that a LayerNorm reads are followed one by one, as if it did not mix
+            them.
 
     Raises:
         StructureError: if an operation fails under the trace.
@@ -192,7 +198,7 @@ def traced(
     network.eval()
     # several, so that the first dimension is not taken for another; all, where examples need each other
     for example in (*_several(example_input), example_input):
-        trace = Trace(network, example)
+        trace = Trace(network, example, through_layer_norms=through_layer_norms)
         try:
             trace.run()
             if in_training:

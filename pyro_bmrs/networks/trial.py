@@ -69,19 +69,32 @@ class Trial:
             apart.append(suspects)
             good = [group for group in good if group not in suspects]
             error = self.error(good) if good else None
-        for suspects in apart:
-            for again in _second_chances(suspects):
-                if all(group.site not in reasons for group in again):
-                    continue
-                error = self.error([*good, *again])
-                if error is None:
-                    good += again
-                    for group in again:
-                        reasons.pop(group.site, None)
-                elif len(again) == 1:
-                    reasons |= {group.site: error.reason for group in again}
+        again = [self._fitting(good, group, reasons) for suspects in apart for group in suspects]
+        chances = [group for group in again if group is not None]
+        # most are right once the others are away: all at once first
+        for some in [chances, *([group] for group in chances)]:
+            if not some or all(group.site not in reasons for group in some):
+                continue
+            error = self._failed([*good, *some], self._tried)
+            if error is None:
+                good += some
+                for group in some:
+                    reasons.pop(group.site)
+            elif len(some) == 1:
+                reasons[some[0].site] = error.reason
         order = {group.site: number for number, group in enumerate(groups)}
         return sorted(good, key=lambda group: order[group.site]), reasons
+
+    def _fitting(
+        self, good: Sequence[StructureGroup], group: StructureGroup, reasons: dict[str, str]
+    ) -> StructureGroup | None:
+        """A group that failed with others, as it is or without the integers it changes; None if no shapes fit."""
+        for some in (group, replace(group, counts=())) if group.counts else (group,):
+            error = self._failed([*good, some], self._shaped)
+            if error is None:
+                return some
+            reasons.setdefault(group.site, error.reason)
+        return None
 
     def error(self, groups: Sequence[StructureGroup]) -> TrialError | None:
         """What goes wrong when a part of each group is removed; None: nothing."""
@@ -246,12 +259,3 @@ def _paths(group: StructureGroup) -> set[str]:
 
 def _is_below(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place}.")
-
-
-def _second_chances(suspects: list[StructureGroup]) -> Iterator[list[StructureGroup]]:
-    """What to try again of groups that failed together: one by one, and without the integers that they change."""
-    for group in suspects:
-        yield [group]
-    for group in suspects:
-        if group.counts:
-            yield [replace(group, counts=())]

@@ -50,7 +50,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """The entries along one dimension of one tensor, and the class of each, 0 for none."""
 
     parameter: Parameter
@@ -86,7 +86,7 @@ class Grouping:
     def __init__(self, trace: Trace, leave_out: Sequence[str] = ()) -> None:
         self.trace, self.find, self.leave_out = trace, trace.classes.find, leave_out
         self.order = {path: number for number, (path, _) in enumerate(trace.network.named_modules())}
-        self.lines: list[_Line] = []
+        self.lines: list[Line] = []
         self.reasons: dict[int, tuple[str, bool]] = {}
         # reasons to be given only where there is no other
         self.weak: dict[int, tuple[str, bool]] = {}
@@ -121,11 +121,11 @@ class Grouping:
             reads = readers.get((key, dim), [])
             if makes:
                 made_by = trace.noted.producers.get((key, dim), parameter.path)
-                self.lines.append(_Line(parameter, dim, "producer", classes, made_by=made_by))
+                self.lines.append(Line(parameter, dim, "producer", classes, made_by=made_by))
             role = "both" if makes else "consumer"
-            self.lines += [_Line(parameter, dim, role, classes, reader) for reader in reads]
+            self.lines += [Line(parameter, dim, role, classes, reader) for reader in reads]
             if not makes and not reads:
-                self.lines.append(_Line(parameter, dim, "between", classes))
+                self.lines.append(Line(parameter, dim, "between", classes))
             if makes and reads:
                 self.at_writers |= set(distinct(classes))
             if key in trace.entries and not bool(alone[trace.entries[key]].all()):
@@ -151,11 +151,15 @@ class Grouping:
             if axis is not None:
                 along = classes.movedim(axis, 0).reshape(classes.shape[axis], -1).amax(1)
                 role = "writer" if key in trace.noted.added else "between"
-                self.lines.append(_Line(trace.parameters[key], axis, role, along))
+                self.lines.append(Line(trace.parameters[key], axis, role, along))
             else:
                 for one in distinct(classes):
                     if one:
                         self.weak.setdefault(one, (f"tied to {key!r} as a whole", False))
+
+    def classes_of_norm(self, path: str) -> list[int]:
+        """The classes of the channels that a module divides by their root mean square; none if it reads no stream."""
+        return [one for one, norms in self.norms.items() if any(norm.path == path for norm in norms)]
 
     def _stays(self, one: int, reason: str, *, unsupported: bool = False) -> None:
         self.reasons.setdefault(one, (reason, unsupported))
@@ -199,10 +203,10 @@ class Grouping:
             if len(classes) == 1 and classes[0]:
                 self.weak.setdefault(classes[0], (SINGLE, False))
 
-    def _producers_of(self, one: int) -> list[_Line]:
+    def _producers_of(self, one: int) -> list[Line]:
         return [line for line in self.lines if line.role == "producer" and line.size_of(one)]
 
-    def _place(self, line: _Line) -> int:
+    def _place(self, line: Line) -> int:
         return self.order[line.made_by or line.parameter.path]
 
     def _inner(self) -> dict[int, list[int]]:
@@ -220,7 +224,7 @@ class Grouping:
         """The groups, by site; and what stays."""
         # those that touch the same lines: while one of them stays no line is empty
         families: dict[tuple[Any, ...], list[int]] = {}
-        refused: list[tuple[_Line, int, str, bool]] = []
+        refused: list[tuple[Line, int, str, bool]] = []
         heads = torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)
         self.heads = set(self.find(heads).tolist()) - {0}
         for one in self.touched:
@@ -273,7 +277,7 @@ class Grouping:
         assert first is not None
         return self._place(first)
 
-    def _first(self, one: int) -> _Line | None:
+    def _first(self, one: int) -> Line | None:
         """The first line of those that make a structure."""
         made = (self.lines[number] for number in self.touched[one])
         return min((line for line in made if line.role == "producer"), key=self._place, default=None)
@@ -347,7 +351,7 @@ class Grouping:
             self._counts(unit_of, kind, name, members), at_writers, tuple(norms),
         )  # fmt: skip
 
-    def _kind(self, made: list[_Line], heads: bool) -> str:
+    def _kind(self, made: list[Line], heads: bool) -> str:
         modules = [self.trace.network.get_submodule(line.parameter.path) for line in made]
         if any(isinstance(module, InputSelection) for module in modules):
             paths = {line.parameter.path for line in made}
@@ -361,7 +365,7 @@ class Grouping:
             return "heads"
         return "filters" if any(isinstance(module, _ConvNd) for module in modules) else "units"
 
-    def _member(self, line: _Line, unit_of: Tensor) -> Member:
+    def _member(self, line: Line, unit_of: Tensor) -> Member:
         places, units = line.places_of(unit_of)
         if line.reader is not None:
             reader = line.reader
@@ -437,7 +441,7 @@ class Grouping:
 
     # ---------------------------------------------------------------------------------------- what stays
 
-    def _refused(self, found: list[tuple[_Line, int, str, bool]]) -> list[Refused]:
+    def _refused(self, found: list[tuple[Line, int, str, bool]]) -> list[Refused]:
         """One row for each layer and reason."""
         totals: dict[tuple[str, str, bool], int] = {}
         for line, count, reason, unsupported in sorted(found, key=lambda item: self._place(item[0])):

@@ -209,7 +209,7 @@ class LabelMemory:
 
 
 def _geometry(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
 def _flat(stored: _Stored) -> Tensor:

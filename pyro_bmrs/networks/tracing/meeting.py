@@ -107,8 +107,8 @@ def _meet_in_plane(
             if name.startswith(("add", "sub", "rsub")):
                 trace.note_added(small)
             trace.noted.meetings.append(Meeting(small.clone(), other.clone(), full_axes(tensor, small, dims)))
-    for tensor, some, planes in zip(tensors, labels, all_planes, strict=True):
-        if some is None and activations:
+    for tensor, own_labels, planes in zip(tensors, labels, all_planes, strict=True):
+        if own_labels is None and activations:
             bare = all(other is None for other in planes)
             meet_unlabelled(trace, name, tensor, result, shape, bare)
     return result.expand(shape) if result.dim() == len(shape) else result

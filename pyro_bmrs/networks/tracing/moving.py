@@ -112,7 +112,8 @@ def _complete(
     sources: list[Labels],
 ) -> list[Labels]:
     """Give parts without labels, that are joined to others, the labels of these, where they have room for them."""
-    dim = int(kwargs.get("dim", args[1] if len(args) > 1 else 0))
+    given: Any = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    dim = int(given)
     completed = list(sources)
     own = [
         any(some is not None for some in labels) and trace.are_entries(any_of(labels)) for labels in sources

@@ -71,7 +71,11 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
     if mutates and tensors:
         swapped = [*before, *tensors[1:]]
         args, kwargs = _replaced((args, kwargs), tensors, swapped)
-    rule(trace, function, args, kwargs, out)
+    try:
+        rule(trace, function, args, kwargs, out)
+    except (RuntimeError, IndexError, ValueError):  # a form of the operation that the rule does not know
+        trace.pin_unknown(name, tensors)
+        _unlabelled(trace, function, args, kwargs, out)
     _taint(trace, tensors, out)
     for tensor in tensors_in(out):
         labels = trace.memory.read(tensor)

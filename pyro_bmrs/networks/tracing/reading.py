@@ -16,8 +16,8 @@ from pyro_bmrs.networks.tracing.trace import Trace
 def _coordinates(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -> dict[int, Tensor]:
     """By dimension of a parameter that varies along dimension `dim` of a view of it: where in it each entry is."""
     if tensor.untyped_storage()._cdata == parameter.tensor.untyped_storage()._cdata:
-        start = tensor.storage_offset() - parameter.tensor.storage_offset()
-        flat = start + torch.arange(tensor.shape[dim]) * tensor.stride(dim)
+        start = int(tensor.storage_offset()) - int(parameter.tensor.storage_offset())
+        flat = torch.arange(tensor.shape[dim]).mul(tensor.stride(dim)).add(start)
     else:  # entries of the parameter in another order
         (labels, *_) = trace.memory.read(tensor)
         assert labels is not None

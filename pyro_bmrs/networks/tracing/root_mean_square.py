@@ -16,6 +16,8 @@ _TOLERANCE = 1e-4
 def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare | None:
     """What a module is that gives y = x / √(mean(x²) + ε) · (shift + weight) over the last dimension; None: another.
 
+    A bias may be added.
+
     >>> root_mean_square(nn.RMSNorm(4, eps=1e-6), torch.randn(2, 4), "norm")
     RootMeanSquare(path='norm', name='weight', shift=0, epsilon='eps')
     >>> root_mean_square(nn.LayerNorm(4), torch.randn(2, 4), "norm") is None
@@ -26,13 +28,14 @@ def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare 
         x: an input of it.
         path: of the module.
     """
-    own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
-    plain = len(own) == 1 and own[0][1].dim() == 1 and next(module.children(), None) is None
+    own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    plain = 0 < len(own) <= 2 and next(module.children(), None) is None
     if not plain or not x.is_floating_point() or not x.dim():
         return None
-    (name, weight), width = own[0], x.shape[-1]
-    if weight.shape[0] != width or width < 2:
+    name, width = next(iter(own)), x.shape[-1]
+    if width < 2 or any(tensor.shape != (width,) for tensor in own.values()):
         return None
+    weight = own[name]
     if weight.is_meta:
         module, x = copy.deepcopy(module).to_empty(device="cpu"), torch.zeros(0, dtype=x.dtype)
         weight = module.get_parameter(name)
@@ -40,11 +43,13 @@ def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare 
     numbers = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0))
     numbers = (numbers * torch.tensor([1.0, 10.0, 0.01]).view(3, 1, 1)).to(x)
     try:
-        found = module.forward(numbers)  # without hooks
+        # forward: without hooks
+        found, bias = module.forward(numbers), module.forward(torch.zeros_like(numbers))
     except Exception:
         return None
     if not isinstance(found, Tensor) or found.shape != numbers.shape:
         return None
+    found = found - bias
     epsilons = [key for key, value in vars(module).items() if isinstance(value, float) and "eps" in key]
     epsilon = float(getattr(module, epsilons[0])) if epsilons else torch.finfo(x.dtype).eps
     expected = numbers * torch.rsqrt(numbers.square().mean(-1, keepdim=True) + epsilon)

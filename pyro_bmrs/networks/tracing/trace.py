@@ -37,9 +37,10 @@ class Trace(TorchDispatchMode):
     Args:
         network: in evaluation mode; not changed.
         example: what it is called with.
+        through_layer_norms: whether channels are followed through LayerNorms as if these did not mix them.
     """
 
-    def __init__(self, network: nn.Module, example: Inputs) -> None:
+    def __init__(self, network: nn.Module, example: Inputs, *, through_layer_norms: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.network, self.example, self.examples = network, example, batch_size(example)
         self.classes, self.memory, self.noted = Classes(), LabelMemory(), Noted()
@@ -65,6 +66,7 @@ class Trace(TorchDispatchMode):
         # memory that holds what follows from inputs, and entries of parameters in other places
         self.from_inputs, self.moved = Marked(), Marked()
         self._root_mean_squares: dict[nn.Module, RootMeanSquare | None] = {}
+        self._through_layer_norms = through_layer_norms
         self._silent = 0
 
     def _add(self, parameter: Parameter) -> None:
@@ -142,9 +144,15 @@ class Trace(TorchDispatchMode):
             return True
         if module not in self._root_mean_squares:
             x = self.received.get(module)
-            self._root_mean_squares[module] = (
-                None if x is None else root_mean_square(module, x, self.paths[module])
-            )
+            path = self.paths[module]
+            found = None if x is None else root_mean_square(module, x, path)
+            if (
+                self._through_layer_norms
+                and isinstance(module, nn.LayerNorm)
+                and len(module.normalized_shape) == 1
+            ):
+                found = RootMeanSquare(path, "weight", 0, "eps") if module.weight is not None else None
+            self._root_mean_squares[module] = found
         return self._root_mean_squares[module] is not None
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -187,13 +195,16 @@ class Trace(TorchDispatchMode):
 
     def _leave_norm(self, norm: RootMeanSquare, labels: Labels, output: Tensor) -> None:
         """A root mean square over channels mixes them, but for those that are 0."""
-        weight = self.parameters[f"{norm.path}.{norm.name}".lstrip(".")]
-        (own, *_) = self.labels(weight.tensor)
-        assert own is not None
+        module = self.network.get_submodule(norm.path)
         for some in labels:
             if some is not None:
                 small, _ = without_constant_axes(some)
-                self.noted.meetings.append(Meeting(own, small.clone(), frozenset({small.dim() - 1})))
+                for tensor in module.parameters(recurse=False):
+                    (own, *_) = self.labels(tensor)
+                    assert own is not None
+                    self.noted.meetings.append(Meeting(own, small.clone(), frozenset({small.dim() - 1})))
+                    if tensor is not module.get_parameter(norm.name):  # a bias: what reads a channel of 0 reads it
+                        self.note_added(own, norm.path)
                 self.noted.norms.append((norm, small.clone()))
         self.memory.write(output, labels)
 
@@ -339,12 +350,12 @@ class Trace(TorchDispatchMode):
         found = distinct(self.classes.find(without_constant_axes(labels)[0]))
         self.noted.heads.update(atom for atom in found if atom)
 
-    def note_added(self, labels: Tensor) -> None:
-        """Remember that the running module adds a parameter, with these entries, to structures."""
+    def note_added(self, labels: Tensor, path: str | None = None) -> None:
+        """Remember that the running module, or that at `path`, adds a parameter, with these entries, to structures."""
         first = int(labels.max())
         for key, atoms in self.entries.items():
             if int(atoms.min()) <= first <= int(atoms.max()):
-                self.noted.added.setdefault(key, set()).add(self.here)
+                self.noted.added.setdefault(key, set()).add(self.here if path is None else path)
 
     def note_box(self, labels: Labels) -> None:
         """Remember labels that depend on several axes: what is removed must leave a box."""
