@@ -97,7 +97,7 @@ def _changed[Network: nn.Module](network: Network, written: list[Line], norms: l
         if line.role == "both":
             _untie(network, line)
     for line in written:
-        if line.role in ("producer", "writer"):
+        if line.role in ("producer", "writer") and line.parameter.path not in norms:
             tensor = tensor_of(network.get_submodule(line.parameter.path), line.parameter.name)
             assert tensor is not None
             tensor.data = tensor.data - tensor.data.mean(dim=line.dim, keepdim=True)
