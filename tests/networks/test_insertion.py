@@ -84,15 +84,15 @@ def test_attention_weights_that_nobody_reads_tie_no_heads():
 
 
 class OwnAttention(nn.Module):
-    """Attention of which the number and the size of heads can be the same."""
+    """Attention whose number of heads has a name that nobody knows, and can be their size too."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, parts):
         super().__init__()
-        self.heads = heads
+        self.parts = parts
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x):
-        shape = (*x.shape[:2], self.heads, -1)
+        shape = (*x.shape[:2], self.parts, -1)
         query, key, value = (
             layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
@@ -102,11 +102,13 @@ class OwnAttention(nn.Module):
 
 @pytest.mark.parametrize("heads", [2, 4, 8])
 def test_heads_are_found_whatever_their_size(heads):
-    net = Calls(lambda s, x: s.head(s.part(x).mean(1)), part=OwnAttention(16, heads), head=nn.Linear(16, 3))
+    net = Calls(
+        lambda s, x: s.head(s.attention(x).mean(1)), attention=OwnAttention(16, heads), head=nn.Linear(16, 3)
+    )
     x = torch.randn(6, 5, 16)
-    assert bmrs.structures(net, x, strict=True).groups["part"].features == heads
+    assert bmrs.structures(net, x, strict=True).groups["attention"].features == heads
     _, _, plan = fitted(net, x)
-    assert plan.apply().part.heads == len(plan.kept["part"])
+    assert plan.apply().attention.parts == len(plan.kept["attention"])
 
 
 def test_a_layer_that_reads_the_input_too_keeps_its_columns():
