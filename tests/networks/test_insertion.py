@@ -5,7 +5,9 @@ import copy
 import pyro
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import pyro_bmrs as bmrs
@@ -420,3 +422,114 @@ def test_a_network_that_noise_at_one_would_change_is_refused(monkeypatch):
     monkeypatch.setattr(HookedNoise, "attach", spoiled)
     with pytest.raises(StructureError, match=r"with every θ at 1 output 0 differs by 0\.01"):
         bmrs.insert_noise(net, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("entry", [0, 29, -1, -2])
+def test_a_channel_that_forward_calls_by_its_number_keeps_all(entry):
+    def forward(s, x):
+        h = relu(s.a(x)).clone()
+        h[:, entry] *= 2
+        return s.b(h)
+
+    net = Calls(forward, a=nn.Linear(4, 30), b=nn.Linear(30, 3))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert not bmrs.structures(net, torch.randn(6, 4)).groups
+
+
+def test_what_is_set_to_0_by_a_slice_keeps_all():
+    def forward(s, x):
+        h = relu(s.a(x))
+        h[:, 2:5] = 0
+        return s.b(h)
+
+    net = Calls(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    assert not bmrs.structures(net, torch.randn(6, 4)).groups
+
+
+def test_patches_that_are_added_up_are_followed_or_listed():
+    net = Calls(
+        lambda s, x: s.b(F.fold(F.unfold(relu(s.a(x)), 3), (6, 6), 3)).mean((2, 3)),
+        a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 3, 1),
+    )  # fmt: skip
+    x = torch.randn(6, 3, 8, 8)
+    found = bmrs.structures(net, x)
+    assert "a" in found.groups or "a" in staying(net, x)
+    if found.groups:
+        fitted(net, x)[2].apply()
+
+
+def tied():
+    """Two layers of one weight that read the same."""
+    net = Calls(
+        lambda s, x: s.head(relu(s.b(h := relu(s.a(x)))) + relu(s.c(h))),
+        a=nn.Linear(4, 8), b=nn.Linear(8, 6), c=nn.Linear(8, 6), head=nn.Linear(6, 3),
+    )  # fmt: skip
+    net.c.weight = net.b.weight
+    return net
+
+
+@pytest.mark.parametrize("leave_out", ["b", "c", "b.weight", "c.weight"])
+def test_a_weight_that_layers_share_is_left_out_under_each_name(leave_out):
+    x = torch.randn(6, 4)
+    assert set(bmrs.structures(tied(), x).groups) == {"a", "b"}
+    assert not bmrs.structures(tied(), x, leave_out=leave_out).groups
+
+
+def test_leave_out_names_a_parameter_of_the_network_itself():
+    net = Calls(lambda s, x: s.b(relu(s.a(x) + s.shift)), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    net.shift = nn.Parameter(torch.randn(8))
+    assert staying(net, torch.randn(2, 4), leave_out="shift")["a"] == "tied to 'shift', which is left out"
+
+
+def test_norms_that_share_a_weight_are_followed():
+    net = Calls(
+        lambda s, x: s.b(s.n(s.a(x))) + s.d(s.m(s.c(x))),
+        a=nn.Linear(4, 8), b=nn.Linear(8, 3), c=nn.Linear(4, 8), d=nn.Linear(8, 3), n=nn.RMSNorm(8, eps=1e-6),
+        m=nn.RMSNorm(8, eps=1e-6),
+    )  # fmt: skip
+    net.m.weight = net.n.weight
+    x = torch.randn(6, 4)
+    assert sum(group.features for group in bmrs.structures(net, x)) == 8
+    fitted(net, x)[2].apply()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2e-2, 1e-3])
+@pytest.mark.parametrize("epsilon", [1e-7, None])
+def test_a_root_mean_square_of_small_numbers_is_removed_from_exactly(epsilon, scale):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16, bias=False), nn.RMSNorm(16, eps=epsilon), nn.Linear(16, 3))
+    with torch.no_grad():
+        net[0].weight.mul_(scale)
+    x = torch.randn(64, 4)
+    model, _, plan = fitted(net, x)
+    small = plan.apply()
+    with torch.no_grad(), fixed_scales(model.net.eval(), plan.theta_mean()):
+        torch.testing.assert_close(model.net(x), small(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_bias_is_not_listed_as_what_can_not_go():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    prune.l1_unstructured(net[0], "bias", amount=0.3)
+    found = bmrs.structures(net, torch.randn(2, 4), strict=True)
+    assert set(found.groups) == {"0"}
+    assert "0" not in {stays.path for stays in found.refused}
+
+
+def test_a_shuffle_in_front_of_a_convolution_in_groups():
+    net = Calls(
+        lambda s, x: s.out(relu(s.part(F.channel_shuffle(relu(s.first(x)), 2)))).mean((2, 3)),
+        first=nn.Conv2d(3, 8, 1), part=nn.Conv2d(8, 8, 1, groups=2), out=nn.Conv2d(8, 3, 1),
+    )  # fmt: skip
+    x = torch.randn(6, 3, 4, 4)
+    groups = bmrs.structures(net, x, strict=True).groups
+    assert {site: group.features for site, group in groups.items()} == {"first": 2, "part": 4}
+    fitted(net, x)[2].apply()
+
+
+def test_streams_that_norms_read_are_fitted_with_the_usual_draws():
+    net = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 3))
+    x, y = torch.randn(32, 4), torch.randint(3, (32,))
+    model, guide, _ = fitted(net, x)
+    result = bmrs.fit(model, guide, (x, y), epochs=1, batch_size=16, progress=False)
+    assert result.history.loss.notna().all()
