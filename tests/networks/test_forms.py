@@ -97,7 +97,7 @@ FORMS = {
     "named tuples": (OfNamedTuple, lambda: Named(x(), x()), lambda out: out.logits, 8),
     "any keywords": (OfAnyKeywords, lambda: {"p": x(), "q": x()}, lambda out: out[0], 8),
     "an optional argument": (OfOptional, lambda: (x(), None), lambda out: out[0], 8),
-    "layers called twice": (Siamese, lambda: (x(), x()), None, 6),
+    "layers called twice": (Siamese, lambda: (x(), x()), None, 11),
     "bfloat16": (lambda: mlp().bfloat16(), lambda: x().bfloat16(), None, 14),
     "frozen": (lambda: mlp().requires_grad_(False), x, None, 14),
     "strides": (with_strides, x, None, 14),

@@ -1,61 +1,37 @@
-"""Networks of users: what they do that the dependency graph does not see, and what must not be touched."""
+"""Networks of users: what a trace does not see of what they do, and what must not be touched."""
 
 import copy
 
 import pyro
 import pytest
 import torch
+from called import Calls, at_one, fitted, relu, staying
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.networks import StructureError, insertion, noise_layers
+from pyro_bmrs.networks import StructureError, noise_layers
 from pyro_bmrs.networks.attention import SeparateAttention
+from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.noise import fixed_scales
 
 
-class Calls(nn.Module):
-    """A network of named layers and a function of them."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.calls = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.calls(self, x)
-
-
-def relu(x):
-    return torch.relu(x)
-
-
-def fitted(net, x, seed=0):
-    """(model, guide, plan that removes half at random) of a network with noise inserted."""
-    torch.manual_seed(seed)
-    model = bmrs.Classifier(bmrs.insert_noise(net, x))
-    guide = bmrs.AutoTruncatedLogNormal(model)
-    with torch.no_grad():
-        guide(x, torch.zeros(len(x), dtype=torch.long))
-    return model, guide, bmrs.reduce(model, guide, bmrs.Random(0.5, seed=seed))
-
-
-def at_one(net, x):
-    ones = {site: torch.ones(layer.features) for site, layer in noise_layers(net).items()}
-    with torch.no_grad(), fixed_scales(net, ones):
-        return net(x)
-
-
-def test_attention_that_two_blocks_share_stays_shared_and_whole():
+def test_attention_that_two_blocks_share_loses_heads_in_both():
     shared = nn.MultiheadAttention(16, 4, batch_first=True)
     net = Calls(
         lambda s, x: s.head((s.second(*[s.first(x, x, x)[0]] * 3)[0]).mean(1)),
         first=shared, second=shared, head=nn.Linear(16, 3), hidden=nn.Linear(16, 3),
     )  # fmt: skip
-    found = bmrs.structures(net, torch.randn(2, 5, 16))
-    assert not found.groups
-    assert any("2 times" in refused.reason for refused in found.refused)
+    x = torch.randn(6, 5, 16)
+    found = bmrs.structures(net, x)
+    assert {site: (group.features, group.kind) for site, group in found.groups.items()} == {
+        "first": (4, "heads")
+    }
+    assert "first.out_proj" in staying(net, x)  # the projections read the input too, which loses nothing
+    _, _, plan = fitted(net, x)
+    small = plan.apply()
+    assert small.first is small.second
+    assert small.first.num_heads == len(plan.kept["first"]) < 4
 
 
 def test_hooks_on_attention_are_not_lost():
@@ -70,13 +46,24 @@ def test_hooks_on_attention_are_not_lost():
     torch.testing.assert_close(at_one(noisy, x), net(x))
 
 
-def test_a_branch_that_runs_in_training_alone_is_named():
+def test_what_feeds_a_branch_that_runs_in_training_alone_stays():
+    def forward(s, x):
+        h = relu(s.a(x))
+        main = s.b(relu(s.mid(h)))
+        return (main, s.auxiliary(h)) if s.training else main
+
     net = Calls(
-        lambda s, x: (s.b(relu(s.a(x))), s.auxiliary(relu(s.a(x)))) if s.training else s.b(relu(s.a(x))),
-        a=nn.Linear(4, 8), b=nn.Linear(8, 2), auxiliary=nn.Linear(8, 2),
+        forward, a=nn.Linear(4, 8), mid=nn.Linear(8, 6), b=nn.Linear(6, 2),
+        auxiliary=nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2)),
     )  # fmt: skip
-    with pytest.raises(StructureError, match=r"'auxiliary' run in training alone"):
-        bmrs.insert_noise(net.eval(), torch.randn(2, 4))
+    x = torch.randn(6, 4)
+    reasons = staying(net.eval(), x, strict=True)
+    assert reasons["a"] == "read by 'auxiliary.0', which runs in training alone"
+    assert "auxiliary.0" in reasons
+    _, _, plan = fitted(net, x)
+    assert set(plan.layers) == {"mid"}
+    small = plan.apply()
+    assert [tuple(out.shape) for out in small.train()(x)] == [(6, 2), (6, 2)]
 
 
 def test_groups_that_must_be_equally_wide_are_found_before_the_fit():
@@ -88,8 +75,17 @@ def test_groups_that_must_be_equally_wide_are_found_before_the_fit():
     net = Calls(
         forward, left=nn.Linear(4, 16), right=nn.Linear(4, 16), out=nn.Linear(16, 2), other=nn.Linear(16, 2)
     )
-    with pytest.raises(StructureError, match="leave_out="):
-        bmrs.insert_noise(net, torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    with pytest.raises(StructureError, match=r"leave_out=\['left', 'right'\]"):
+        bmrs.structures(net, x, strict=True)
+    found = bmrs.structures(net, x)
+    assert not found.groups
+    assert {stays.path for stays in found.refused if stays.unsupported} == {"left", "right"}
+    assert "AssertionError" in staying(net, x)["left"]
+    with pytest.raises(
+        StructureError, match=r"something that can be removed: .*left: the smaller network fails"
+    ):
+        bmrs.insert_noise(net, x)
 
 
 @pytest.mark.parametrize("share", [1e-4, 1.0])
@@ -99,9 +95,10 @@ def test_channels_that_mix_a_little_are_found_before_the_fit(share):
         a=nn.Linear(4, 8),
         b=nn.Linear(8, 2),
     )
-    with pytest.raises(StructureError, match=r"leave_out=\['a'\]"):
-        bmrs.structures(net, torch.randn(2, 4))
-    assert not bmrs.structures(net, torch.randn(2, 4), leave_out="a").groups
+    found = bmrs.structures(net, torch.randn(2, 4), strict=True)
+    assert not found.groups
+    assert staying(net, torch.randn(2, 4))["a"] == "read all at once by '(itself)', a Calls"
+    assert staying(net, torch.randn(2, 4), leave_out="a")["a"] == "left out"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -127,8 +124,13 @@ def test_a_gated_recurrent_unit_is_named():
         lambda s, x: s.out(s.rnn(relu(s.b(relu(s.a(x)))).transpose(1, 2))[0][:, -1]),
         a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 8, 3), rnn=nn.GRU(8, 6, batch_first=True), out=nn.Linear(6, 2),
     )  # fmt: skip
-    with pytest.raises(StructureError, match="leave_out="):
-        bmrs.structures(net, torch.randn(2, 3, 12))
+    x = torch.randn(6, 3, 12)
+    with pytest.raises(StructureError, match=r"rnn: a recurrent GRU, .*leave_out=\['rnn'\]"):
+        bmrs.insert_noise(net, x, strict=True)
+    assert staying(net, x)["b"] == "read by 'rnn', a recurrent GRU, which is not cut"
+    _, _, plan = fitted(net, x)
+    assert plan.apply().a.out_channels == 4
+    assert set(bmrs.structures(net, x, leave_out="rnn", strict=True).groups) == {"a"}
 
 
 def test_one_slope_for_all_channels_ties_none():
@@ -137,13 +139,29 @@ def test_one_slope_for_all_channels_ties_none():
 
 
 @pytest.mark.parametrize("width", [(4, 6), (10, 6), (10, 12)])
-def test_structures_that_nothing_reads_are_not_offered(width):
+def test_a_gate_and_what_it_multiplies_are_one_structure_whatever_the_widths(width):
     hidden, gated = width
     net = nn.Sequential(
         nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, gated), nn.GLU(), nn.Linear(gated // 2, 2)
     )
-    with pytest.raises(StructureError, match="leave_out="):
-        bmrs.structures(net, torch.randn(4, 4))
+    x = torch.randn(4, 4)
+    found = bmrs.structures(net, x, strict=True)
+    assert {site: (group.features, group.channels) for site, group in found.groups.items()} == {
+        "0": (hidden, 1),
+        "2": (gated // 2, 1),
+    }
+    _, _, plan = fitted(net, x)
+    assert plan.apply()[2].out_features == 2 * len(plan.kept["2"])
+
+
+def test_structures_that_nothing_reads_are_not_offered():
+    net = Calls(
+        lambda s, x: s.out(relu(s.a(x))) * s.gate(x).amax(1, keepdim=True),
+        a=nn.Linear(4, 8), gate=nn.Linear(4, 5), out=nn.Linear(8, 2),
+    )  # fmt: skip
+    x = torch.randn(4, 4)
+    assert set(bmrs.structures(net, x, strict=True).groups) == {"a"}
+    assert staying(net, x)["gate"] == "one number for many structures in '(itself)', a Calls"
 
 
 def test_infinities_of_a_mask_are_no_difference():
@@ -285,13 +303,13 @@ def test_several_draws_act_on_their_examples():
 
 def test_a_network_that_noise_at_one_would_change_is_refused(monkeypatch):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    real = insertion._attach
+    real = HookedNoise.attach
 
-    def spoiled(network, groups):
+    def spoiled(self, network):
         with torch.no_grad():
             network[2].bias.add_(1e-2)
-        return real(network, groups)
+        real(self, network)
 
-    monkeypatch.setattr(insertion, "_attach", spoiled)
+    monkeypatch.setattr(HookedNoise, "attach", spoiled)
     with pytest.raises(StructureError, match=r"with every θ at 1 output 0 differs by 0\.01"):
         bmrs.insert_noise(net, torch.randn(5, 4))

@@ -260,7 +260,7 @@ class Branches(nn.Module):
         (
             nn.Sequential(nn.Conv2d(1, 4, 3), MultiplicativeNoise(4), nn.ConvTranspose2d(4, 2, 3, groups=2)),
             (1, 8, 8),
-            "'2', a ConvTranspose2d",
+            r"of noise layer '1' are tied to each other: its 4 form only 2 that can be removed alone",
         ),
     ],
     ids=["addition", "layer-norm", "transposed-in-groups"],

@@ -28,6 +28,7 @@ from PIL import Image
 from pyro.infer.autoguide import AutoNormal
 from small_fits import SmallFit, data
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import read_inputs
@@ -597,6 +598,14 @@ NETWORKS = [
     function(
         "structures", "leave_out is a number", lambda: bmrs.structures(plain(), X, leave_out=3), TypeError,
         r"^leave_out must be a path, a pattern, or a sequence of them: got 3$",
+    ),
+    function(
+        "structures", "strict, and a weight that is computed",
+        lambda: bmrs.structures(nn.Sequential(plain(), spectral_norm(nn.Linear(2, 2))), X, strict=True),
+        StructureError, r"^network has layers that can't be handled: 0\.2: read by a weight that is computed, in '1', "
+        r"a ParametrizedLinear; 1: the weight of '1' is computed from other tensors: call torch\.nn\.utils\."
+        r"parametrize\.remove_parametrizations\(network\.get_submodule\('1'\), 'weight'\) first\. Leave them as they "
+        r"are with leave_out=\['0\.2', '1'\]$",
     ),
     function(
         "insert_noise", "a network that has noise",
