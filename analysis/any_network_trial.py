@@ -25,6 +25,7 @@ from pyro_bmrs.networks.hooked_noise import hooked_noise
 from pyro_bmrs.networks.inputs import Inputs, as_double, call, tensors_of
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import at_one, fixed_scales
+from pyro_bmrs.networks.precision import InDouble
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
 
 Report = Callable[..., None]
@@ -152,11 +153,15 @@ def compared(
     """Status, difference and spread of the two networks on new inputs."""
     torch.manual_seed(2)
     x = cast(inputs(), precision)
-    with torch.no_grad(), fixed_scales(noisy, thetas):
+
+    def exactly() -> contextlib.AbstractContextManager[Any]:
+        return InDouble() if precision == "float64" else contextlib.nullcontext()
+
+    with torch.no_grad(), fixed_scales(noisy, thetas), exactly():
         wanted = call(noisy, x)
     spread = spread_of(wanted)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), exactly():
             found = call(small, x)
     except Exception as error:
         return {"status": "wrong", "spread": spread, "error": _line(error)}

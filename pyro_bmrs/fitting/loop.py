@@ -38,7 +38,7 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.sites import read_sites
 from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.hooked_noise import network_of
+from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.networks.noise import noise_layers
@@ -133,7 +133,8 @@ class Loop:
 
     def _objective(self, held_out: Batches | None) -> Objective:
         settings, (x, y) = self.settings, self.first
-        draws = settings.draws_per_batch
+        one = any(noise.for_the_batch for noise in hooked_noise(self.model).values())
+        draws = 1 if one else settings.draws_per_batch
         with in_mode(self.model, training=False):
             with torch.no_grad():
                 trace = poutine.trace(self.model).get_trace(x, y)

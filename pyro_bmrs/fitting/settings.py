@@ -162,7 +162,8 @@ class Settings(Checked):
     )  # fmt: skip
     draws_per_batch: int | None = Field(
         default=16, ge=1,
-        description="Values of each θ per batch; example i uses draw i mod draws. None: one per example.",
+        description="Values of each θ per batch; example i uses draw i mod draws. None: one per example. One, where θ "
+        "multiplies a weight.",
     )  # fmt: skip
     stratified: bool = Field(
         default=True,

@@ -26,12 +26,9 @@ def has_computed(module: nn.Module) -> bool:
     )
 
 
-def computed_tensor(module: nn.Module) -> str | None:
-    """The name of a module's weight or bias that is computed; None if neither is."""
-    return next(
-        (name for name in ("weight", "bias")
-         if parametrize.is_parametrized(module, name) or isinstance(vars(module).get(name), Tensor)), None,
-    )  # fmt: skip
+def is_computed(module: nn.Module) -> bool:
+    """Whether a module's weight is computed from other tensors."""
+    return parametrize.is_parametrized(module, "weight") or isinstance(vars(module).get("weight"), Tensor)
 
 
 def _advice(module: nn.Module, name: str, path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import getattr_static
 from typing import Any
@@ -61,7 +61,7 @@ class RootMeanSquare:
         path: of the module.
         name: of its weight. Shape: (d,).
         shift: 0, or 1 as in Gemma.
-        epsilon: name of the attribute that holds ε; empty where torch chooses ε.
+        epsilon: name of the attribute that holds ε; None there is torch's choice, the resolution of the precision.
     """
 
     path: str
@@ -126,8 +126,11 @@ class Cuts:
         widths = [tensor.shape[0] for tensor in map(partial(_weight_of, network), self.norms)]
         for tensor, dim, kept in list(self.selections(network)):
             replace_data(tensor, tensor.data.index_select(dim, kept))
+        scaled: set[int] = set()
         for norm, width in zip(self.norms, widths, strict=True):
-            _scale(network, norm, width)
+            weight = _weight_of(network, norm)
+            _scale(network, norm, width, rescaled=id(weight) not in scaled)
+            scaled.add(id(weight))
         for path, kept_inputs in self.widths.items():
             selection = network.get_submodule(path)
             assert isinstance(selection, InputSelection)
@@ -138,6 +141,15 @@ class Cuts:
         for _, module in changed:
             for name, size in _sizes(module, _shapes(module), getattr(module, "groups", 1)).items():
                 setattr(module, name, size)
+
+    def match_precision(self, network: nn.Module, original: nn.Module) -> None:
+        """Set each ε that torch chose by the precision to that of `original`, after cuts in another precision."""
+        for norm in self.norms:
+            before = original.get_submodule(norm.path)
+            if getattr(before, norm.epsilon) is None:
+                weight, left = _weight_of(original, norm), _weight_of(network, norm)
+                epsilon = torch.finfo(weight.dtype).eps * weight.shape[0] / left.shape[0]
+                setattr(network.get_submodule(norm.path), norm.epsilon, epsilon)
 
     def _changed(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(path, module) of each module of which a tensor or number changes."""
@@ -175,8 +187,8 @@ class Cuts:
         self._check_numbers(modules)
         for norm in self.norms:
             weight = tensor_of(modules[norm.path], norm.name) if norm.path in modules else None
-            epsilon = getattr(modules.get(norm.path), norm.epsilon, None) if norm.epsilon else 0.0
-            if weight is None or weight.dim() != 1 or not isinstance(epsilon, float):
+            epsilon = getattr(modules.get(norm.path), norm.epsilon, "")
+            if weight is None or weight.dim() != 1 or not (epsilon is None or isinstance(epsilon, float)):
                 raise ValueError(
                     f"{_WRONG}: {norm.path!r} has no weight {norm.name!r} and number {norm.epsilon!r}"
                 )
@@ -265,7 +277,9 @@ class Cuts:
             start = f"{path}."
             return {k.removeprefix(start)[:-1]: value for k, value in inside.items() if k.startswith(start)}
 
-        return Cuts(local(self.tensors), local(self.widths), local(self.numbers))
+        norms = (norm for norm in self.norms if norm.path.startswith(f"{path}."))
+        inner = tuple(replace(norm, path=norm.path.removeprefix(f"{path}.")) for norm in norms)
+        return Cuts(local(self.tensors), local(self.widths), local(self.numbers), inner)
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary for a JSON file."""
@@ -372,13 +386,14 @@ def _weight_of(network: nn.Module, norm: RootMeanSquare) -> Tensor:
     return weight
 
 
-def _scale(network: nn.Module, norm: RootMeanSquare, width: int) -> None:
-    """Scale weight and ε after a cut of `width` channels."""
+def _scale(network: nn.Module, norm: RootMeanSquare, width: int, *, rescaled: bool) -> None:
+    """Scale ε after a cut of `width` channels, and the weight, unless another module that shares it did."""
     module, weight = network.get_submodule(norm.path), _weight_of(network, norm)
     share = width / weight.shape[0]
-    weight.data = (weight.data + norm.shift) * share**0.5 - norm.shift
-    if norm.epsilon:
-        setattr(module, norm.epsilon, getattr(module, norm.epsilon) * share)
+    given = getattr(module, norm.epsilon)
+    setattr(module, norm.epsilon, (torch.finfo(weight.dtype).eps if given is None else given) * share)
+    if rescaled:
+        weight.data = (weight.data + norm.shift) * share**0.5 - norm.shift
 
 
 def number_of(module: nn.Module, name: str) -> int | None:

@@ -79,6 +79,11 @@ class HookedNoise(nn.Module):
         readers = {key: [path for path, read in self.tensors.items() if key in read] for key in keys}
         self.seen = SeenTensors(readers, self.multiplied)
 
+    @property
+    def for_the_batch(self) -> bool:
+        """Whether some θ multiplies a tensor, of which a batch has one value."""
+        return bool(self.tensors)
+
     def _index_readers(self, network: nn.Module) -> None:
         """For each place where structures are read: of which sites, and which θ for each entry."""
         inputs: dict[str, tuple[int, int, list[tuple[str, Member]]]] = {}

@@ -167,7 +167,9 @@ def find_structures(
         StructureError: if the network can't be traced.
         ValueError: if an entry of `leave_out` matches no module.
     """
-    paths = [path for path, _ in (*network.named_modules(), *network.named_parameters())]
+    paths = [
+        path for path, _ in (*network.named_modules(), *network.named_parameters(remove_duplicate=False))
+    ]
     for pattern in leave_out:
         if not any(matches(path, [pattern]) for path in paths):
             raise ValueError(

@@ -311,6 +311,7 @@ def remove_structures(
     largest = check_equal(small, wanted, example, tolerance=tolerance)
     for name, tensor in _floating(small):
         tensor.data = tensor.data.to(dtypes.get(name, usual))
+    cuts.match_precision(small, network)
     gradients = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(gradients.get(name, True))

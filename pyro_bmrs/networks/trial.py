@@ -30,7 +30,7 @@ from pyro_bmrs.networks.surgery import (
 
 # By site: the structures that stay.
 type Kept = Mapping[str, Tensor]
-_EXAMPLES = 2
+_EXAMPLES, _MORE_EXAMPLES, _SMALL = 2, 8, 100_000
 
 
 class Trial:
@@ -45,7 +45,12 @@ class Trial:
         self.network = network
         self.generator = torch.Generator().manual_seed(0)
         device = next(network.parameters()).device
-        given = map_tensors(lambda tensor: tensor.to(device), exactly(network, example, _EXAMPLES))
+        # behind a ReLU a structure may do nothing for two examples; where more cost little, there are more
+        small = sum(parameter.numel() for parameter in network.parameters()) <= _SMALL
+        given = map_tensors(
+            lambda tensor: tensor.to(device),
+            exactly(network, example, _MORE_EXAMPLES if small else _EXAMPLES),
+        )
         # the network may not accept all numbers, as a logarithm does not, nor float64, as some kernels do not
         drawn = map_tensors(self._drawn_like, given)
         self._ways = [(True, drawn), (True, given), (False, drawn), (False, given)]
@@ -154,7 +159,7 @@ class Trial:
                 choices = [*range(2, features + 1)] if features > 2 else [1, 2]
                 again |= len(some) > 1
             else:
-                choices = [n for n in range(2, features) if features < 9 or 0.2 <= n / features <= 0.8]
+                choices = [n for n in range(2, features - 1) if features < 9 or 0.2 <= n / features <= 0.8]
             start = int(torch.randint(len(choices), (), generator=self.generator)) if features > 4 else 0
             for place, group in enumerate(some):
                 for number in range(2):
@@ -163,6 +168,11 @@ class Trial:
             kept = {}
             for group in groups:
                 order = torch.randperm(group.features, generator=self.generator)
+                if (
+                    group.features > 4
+                ):  # without the first and the last all others stand elsewhere from either end
+                    ends = (order == 0) | (order == group.features - 1)
+                    order = torch.cat([order[~ends], order[ends]])
                 kept[group.site] = torch.zeros(group.features, dtype=torch.bool)
                 kept[group.site][order[: counts[number][group.site]]] = True
             for inner, outers in Nesting.of(groups).owners.items():

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from traced_heads import Attention, OfTokens, Residual, Windows, t5
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.networks import StructureError, noise_layers
+from pyro_bmrs.networks import noise_layers
 from pyro_bmrs.networks.inputs import call, first_examples, tensors_of
 from pyro_bmrs.networks.surgery import remove_structures
 

@@ -63,7 +63,8 @@ def test_what_a_computed_weight_makes_or_reads_stays_and_is_named_with_the_way_b
     assert f"the weight of '{position}' is computed from other tensors" in reasons[str(position)]
     assert WAYS[way][1] in reasons[str(position)]
     if position:
-        assert f"read by a weight that is computed, in '{position}'" in reasons[str(position - 2)]
+        all_reasons = {stays.path: stays.reason for stays in found.refused}
+        assert f"read by a weight that is computed, in '{position}'" in all_reasons[str(position - 2)]
     with pytest.raises(StructureError, match="leave_out=") as error:
         bmrs.insert_noise(net, x, strict=True)
     assert all(f"{path}: {reason}" in str(error.value) for path, reason in reasons.items())

@@ -161,7 +161,7 @@ def test_structures_that_nothing_reads_are_not_offered():
     )  # fmt: skip
     x = torch.randn(4, 4)
     assert set(bmrs.structures(net, x, strict=True).groups) == {"a"}
-    assert staying(net, x)["gate"] == "one number for many structures in '(itself)', a Calls"
+    assert staying(net, x)["gate"] == "read all at once by '(itself)', a Calls"
 
 
 def test_infinities_of_a_mask_are_no_difference():

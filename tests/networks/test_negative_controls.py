@@ -331,7 +331,7 @@ CONTROLS = [
     Control(two_shuffles, {"filters": 5}, {"first.0": "", "head": OUTPUT}, unsupported=True),
     Control(literal_shuffle, {"filters": 5}, {"first.0": "", "head": OUTPUT}, unsupported=True),
     Control(pixels_of_all_channels, {"units": 10}, {"first": "", "head": OUTPUT}),
-    Control(gate_of_the_mean_of_all_channels, {"filters": 6}, {"first.0": "", "head": OUTPUT}),
+    Control(gate_of_the_mean_of_all_channels, {"filters": 6}, {"first.0": "", "part.gate": "", "head": OUTPUT}),
     Control(gate_of_the_norm_of_all_channels, {"units": 18}, {"4": "", "6": OUTPUT}),
     Control(running_sum_over_channels, {"units": 18}, {"4": "", "6": OUTPUT}, unsupported=None),
     Control(sorted_channels, {"units": 18}, {"4": "", "6": OUTPUT}, unsupported=None),

@@ -108,10 +108,11 @@ def _depthwise(
     for labels in here:
         if labels is None:
             continue
-        result = _channel_lines(trace, labels).repeat_interleave(each, dim=1)
         if axis is not None:
             atoms = trace.line(parameter, axis[0])[axis[1]]
-            trace.noted.meetings.append(Meeting(atoms.view(1, -1), result.clone(), frozenset({1})))
+            # a transposed convolution has the outputs of a channel in another dimension
+            met = _channel_lines(trace, labels).repeat_interleave(len(atoms) // groups, dim=1)
+            trace.noted.meetings.append(Meeting(atoms.view(1, -1), met.clone(), frozenset({1})))
         if trace.stack and hasattr(trace.stack[-1], "groups"):
             trace.note_count(trace.here, "groups", _channel_lines(trace, labels).T.reshape(groups, -1))
         small = without_constant_axes(labels)[0]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pyro_bmrs.networks.computed import computed, computed_tensor
-from pyro_bmrs.networks.cuts import RootMeanSquare
+from pyro_bmrs.networks.computed import computed, is_computed
+from pyro_bmrs.networks.cuts import RootMeanSquare, names_by_tensor
 from pyro_bmrs.networks.groups import Count, Member, StructureGroup
 from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.tracing.labels import distinct, varies
@@ -92,6 +92,12 @@ class Grouping:
         self.weak: dict[int, tuple[str, bool]] = {}
         # classes on which θ acts where they are made
         self.at_writers: set[int] = set()
+        # by path: why a layer's weight, which is computed, can't be cut
+        self.computed = {
+            path: wrong
+            for path, module in trace.network.named_modules()
+            if is_computed(module) and (wrong := computed(module, "weight", path))
+        }
         self._collect_lines()
         self._collect_reasons(leave_out)
         # by class: its lines
@@ -166,16 +172,23 @@ class Grouping:
 
     def _collect_reasons(self, leave_out: Sequence[str]) -> None:
         noted = self.trace.noted
+        names = names_by_tensor(self.trace.network)
         for line in self.lines:
-            if matches(line.parameter.key, leave_out):
+            named = {
+                *names[id(line.parameter.tensor)],
+                *((line.reader.path, line.reader.reader or "") if line.reader else ()),
+            }
+            if any(matches(name, leave_out) for name in named if name):
                 for one in distinct(line.classes):
                     made = min(self._producers_of(one), key=self._place, default=line)
                     itself = made.parameter.path == line.parameter.path
+                    where = line.parameter.path or line.parameter.key
                     self.reasons[one] = (
-                        "left out" if itself else f"tied to {line.parameter.path!r}, which is left out", False
-                    )  # fmt: skip
+                        "left out" if itself else f"tied to {where!r}, which is left out",
+                        False,
+                    )
         for line in self.lines:
-            if line.parameter.path in noted.in_training:
+            if line.parameter.path in noted.in_training and line.role == "producer":
                 for one in distinct(line.classes):
                     self._stays(one, _IN_TRAINING)
         pinned = torch.tensor([atom for atom, *_ in noted.pinned] or [0], dtype=torch.int32)
@@ -183,6 +196,8 @@ class Grouping:
             self.find(pinned).tolist(), noted.pinned, strict=False
         ):
             left = unsupported and matches(path, leave_out)
+            # the layer itself is listed
+            unsupported = unsupported and path not in self.computed
             self._stays(
                 one,
                 f"tied to {path!r}, which is left out" if left else reason,
@@ -457,10 +472,8 @@ class Grouping:
         found: list[Refused] = []
         for path, module in trace.network.named_modules():
             own = [p for p in module._parameters.values() if p is not None and p.dim()]
-            name = computed_tensor(module)
-            wrong = name and computed(module, name, path)
-            if wrong:
-                reason, unsupported = wrong, True
+            if path in self.computed:
+                reason, unsupported = self.computed[path], True
             elif path in trace.noted.recurrent:
                 reason, unsupported = trace.noted.recurrent[path], True
             elif own and not trace.noted.used.intersection(map(id, own)):

@@ -90,7 +90,8 @@ def _meet_in_plane(
         for tensor, some in activations:
             others = [other for t, other in activations if t is not tensor]
             if others and _is_broadcast_whole(trace, tensor, some, others, dims):
-                trace.pin((some, *NONE[1:]), f"one number for many structures in {trace.by()}")
+                if not trace.is_pending(some):
+                    trace.pin((some, *NONE[1:]), f"one number for many structures in {trace.by()}")
             else:
                 kept.append((tensor, some))
         activations = kept or activations[:1]

@@ -55,7 +55,10 @@ def reduce(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any],
         else list(dims)
     )
     axes = [axis % max(tensor.dim(), 1) for axis in axes]
-    labels = _merged(trace, tensor, axes, all_at_once(trace))
+    labels = tuple(
+        None if some is None else trace.reduced(some, axes, all_at_once(trace))
+        for some in trace.labels(tensor)
+    )
     for result in tensors_in(out):
         if result.dim() == tensor.dim():
             put(trace, result, labels)

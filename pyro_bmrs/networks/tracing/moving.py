@@ -32,9 +32,15 @@ MOVES = {
 def move(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """Run the operation on the labels."""
     name = function._schema.name.split("::")[-1]
+    if name.startswith("index_put") and (kwargs.get("accumulate") or args[3:4] == (True,)):
+        raise ValueError("entries are added to others, not moved")
     data = _data_of(name, args)
     sources = [trace.labels(tensor) for tensor in data]
     outputs = tensors_in(out)
+    if name.endswith("channel_shuffle"):  # the number of groups stays: each loses the same
+        count = int(args[1])
+        split = (data[0].shape[0], count, -1, *data[0].shape[2:])
+        trace.note_box(tuple(None if some is None else some.reshape(split) for some in sources[0]))
     if name in {"cat", "stack"}:
         sources = _complete(trace, name, args, kwargs, data, sources)
     if all(trace.parameter(tensor) is not None or tensor in trace.moved for tensor in data):

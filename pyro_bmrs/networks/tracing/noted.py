@@ -56,6 +56,23 @@ class Meeting:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A reduction over different structures. It ties them if its result is used.
+
+    Attributes:
+        labels: of what was reduced.
+        axes: over which.
+        reason: in words.
+        result: atoms of the result, one for each line. Shape: that of `labels`, with size 1 along the axes.
+    """
+
+    labels: Tensor
+    axes: tuple[int, ...]
+    reason: str
+    result: Tensor
+
+
+@dataclass(frozen=True)
 class Reader:
     """How a module reads a parameter's dimension: see `Member`."""
 
@@ -73,6 +90,9 @@ class Noted:
 
     reads: list[Read] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
+    # atoms of results that were used
+    results_used: set[int] = field(default_factory=set)
     # labels of tensors on more than one axis of which they depend
     boxes: list[Tensor] = field(default_factory=list)
     # by module and attribute: labels of an axis, in as many parts as the integer says; and whether it is the whole size

@@ -50,11 +50,18 @@ def root_mean_square(module: nn.Module, x: Tensor, path: str) -> RootMeanSquare 
     if not isinstance(found, Tensor) or found.shape != numbers.shape:
         return None
     found = found - bias
-    epsilons = [key for key, value in vars(module).items() if isinstance(value, float) and "eps" in key]
-    epsilon = float(getattr(module, epsilons[0])) if epsilons else torch.finfo(x.dtype).eps
+    epsilons = [
+        key
+        for key, value in vars(module).items()
+        if "eps" in key and (value is None or isinstance(value, float))
+    ]
+    if not epsilons:
+        return None
+    given = getattr(module, epsilons[0])
+    epsilon = torch.finfo(x.dtype).eps if given is None else float(given)
     expected = numbers * torch.rsqrt(numbers.square().mean(-1, keepdim=True) + epsilon)
     for shift in (0, 1):
         gain = weight + shift
         if torch.allclose(found, expected * gain, rtol=_TOLERANCE, atol=_TOLERANCE * float(gain.abs().max())):
-            return RootMeanSquare(path, name, shift, epsilons[0] if epsilons else "")
+            return RootMeanSquare(path, name, shift, epsilons[0])
     return None

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+# Functions that are given the whole shape of what they return.
+_OF_SHAPE = {"view", "reshape", "expand", "repeat", "broadcast_to", "new_zeros", "new_ones", "new_empty"}
 # (path of the module, or None; name of the attribute; value)
 Source = tuple[str | None, str, int]
 # Functions that cut a tensor into parts by their number, or by a size that may follow from the tensor's own.
@@ -122,15 +124,25 @@ class SizesSeen(TorchFunctionMode):
             parts = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
             if len({tuple(part.shape) for part in parts}) == 1 < len(parts):
                 self.note_parts(parts)
-        tags = [leaf for leaf in _integers((args, kwargs)) if isinstance(leaf, TaggedInt)]
-        if tags:
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    for axis, size in enumerate(tensor.shape):
-                        for tag in tags:
-                            if size == tag:
-                                self.note(tensor, axis, tag)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                for axis, tag in _sizes(name, tensor, args, kwargs):
+                    self.note(tensor, axis, tag)
         return out
+
+
+def _sizes(
+    name: str, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[int, TaggedInt]]:
+    """(dimension, integer) of each tagged integer that is a size of what a function returns."""
+    if name in _OF_SHAPE:
+        shape = tree_leaves(args[1:])
+        if len(shape) == out.dim():
+            yield from ((axis, size) for axis, size in enumerate(shape) if isinstance(size, TaggedInt))
+            return
+    for tag in _integers((args, kwargs)):
+        if isinstance(tag, TaggedInt):
+            yield from ((axis, tag) for axis, size in enumerate(out.shape) if size == tag)
 
 
 def _integers(value: Any) -> Iterator[Any]:

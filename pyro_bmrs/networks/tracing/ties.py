@@ -12,6 +12,7 @@ from pyro_bmrs.networks.tracing.trace import Trace
 
 def settle(trace: Trace) -> None:
     """Unite what must go together so that every tensor keeps the shape of a box. Changes the trace's classes."""
+    _reduce_what_is_used(trace)
     changed = True
     while changed:
         changed = False
@@ -30,6 +31,28 @@ def settle(trace: Trace) -> None:
             found = torch.where(with_lines[found], found, 0)
             if bool(found.any()):
                 changed |= _make_box(trace, found, stays)
+
+
+def _reduce_what_is_used(trace: Trace) -> None:
+    """Tie the structures that a reduction reads at once, unless nothing uses its result."""
+    noted, pending = trace.noted, list(trace.noted.pending)
+    used = [labels for read in noted.reads for labels in (read.atoms, read.labels)]
+    used += [labels for meeting in noted.meetings for labels in (meeting.atoms, meeting.labels)]
+    used += [*noted.noise.values(), *(labels for several in noted.selected.values() for labels in several)]
+    used.append(torch.tensor([atom for atom, *_ in noted.pinned] + sorted(noted.results_used) or [0]))
+    while True:
+        find, count = trace.classes.find, trace.classes.count
+        alone = find(torch.arange(count, dtype=torch.int32)).bincount(minlength=count) == 1
+        seen = ~alone
+        for labels in used:
+            seen[find(labels.int())] = True
+        now = [some for some in pending if bool(seen[find(some.result)].any())]
+        if not now:
+            return
+        for some in now:
+            pending.remove(some)
+            trace.unite(some.result, trace.merge(some.labels, list(some.axes), some.reason))
+            used.append(some.labels)
 
 
 def _classes_with_lines(trace: Trace) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from pyro_bmrs.networks.tracing.labels import (
     varies,
     without_constant_axes,
 )
-from pyro_bmrs.networks.tracing.noted import Meeting, Noted, Parameter
+from pyro_bmrs.networks.tracing.noted import Meeting, Noted, Parameter, Pending
 from pyro_bmrs.networks.tracing.root_mean_square import root_mean_square
 from pyro_bmrs.networks.tracing.tagged import SizesSeen, TaggedInt, tagged_integers
 
@@ -203,7 +204,9 @@ class Trace(TorchDispatchMode):
                     (own, *_) = self.labels(tensor)
                     assert own is not None
                     self.noted.meetings.append(Meeting(own, small.clone(), frozenset({small.dim() - 1})))
-                    if tensor is not module.get_parameter(norm.name):  # a bias: what reads a channel of 0 reads it
+                    if tensor is not module.get_parameter(
+                        norm.name
+                    ):  # a bias: what reads a channel of 0 reads it
                         self.note_added(own, norm.path)
                 self.noted.norms.append((norm, small.clone()))
         self.memory.write(output, labels)
@@ -327,6 +330,24 @@ class Trace(TorchDispatchMode):
             self.noted.filled.append(torch.tensor(distinct(back), dtype=torch.int32))
         merged = back.permute([order.index(axis) for axis in range(labels.dim())]).reshape(shape)
         return merged.expand([1 if axis in axes else labels.shape[axis] for axis in range(labels.dim())])
+
+    def reduced(self, labels: Tensor, axes: list[int], reason: str) -> Tensor:
+        """Labels of a reduction over some axes: with size 1 there."""
+        small, _ = without_constant_axes(labels)
+        if self.are_entries(small) or not any(varies(self.classes.find(small), axis) for axis in axes):
+            return self.merge(labels, axes, reason)
+        shape = [1 if axis in axes else size for axis, size in enumerate(small.shape)]
+        result = self.classes.new(prod(shape)).view(shape)
+        self._note_kind(result.flatten(), entries=False)
+        self.noted.pending.append(Pending(small.clone(), tuple(axes), reason, result))
+        return result.expand([1 if axis in axes else size for axis, size in enumerate(labels.shape)])
+
+    def is_pending(self, labels: Tensor) -> bool:
+        """Whether labels are those of reductions that may still be without use. From now on they are used."""
+        atoms = set(distinct(labels)) - {0}
+        results = {atom for pending in self.noted.pending for atom in distinct(pending.result)}
+        self.noted.results_used |= atoms & results
+        return bool(atoms) and atoms <= results
 
     def pin(self, labels: Labels, reason: str, unsupported: bool = False, path: str | None = None) -> None:
         """Structures with these labels stay, because of what runs here, or in the module at `path`."""
