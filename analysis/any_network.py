@@ -34,7 +34,8 @@ checked: the difference that `remove_structures` returns for its own comparison.
 control: the same difference where one removed structure of each group acts again, which must be seen.
 spread: of the outputs over the examples, relative to their size, the largest of the outputs. Below 1e-3 the status
     is "error": nothing could be seen.
-precision: float64 throughout, also where a network asks for float32 within its forward pass; or float32 where the network can't run in float64; then wrong begins at 1e-5.
+precision: float64 throughout, also where a network asks for float32 within its forward pass; or float32 where the
+    network can't run in float64; then wrong begins at 1e-5.
 refused: channels that stay because they can't be followed or cut: entries of `Structures.refused` that are unsupported.
 error: one line.
 """

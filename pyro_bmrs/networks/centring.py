@@ -12,7 +12,7 @@ from pyro_bmrs.networks.inputs import Inputs, as_double, call, first_examples, t
 from pyro_bmrs.networks.precision import InDouble
 from pyro_bmrs.networks.structures import StructureError, traced
 from pyro_bmrs.networks.surgery import TOLERANCE, difference
-from pyro_bmrs.networks.tracing.grouping import Line
+from pyro_bmrs.networks.tracing.findings import Line
 
 _EXAMPLES = 4
 

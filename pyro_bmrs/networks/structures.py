@@ -19,7 +19,8 @@ from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
 from pyro_bmrs.networks.inputs import Inputs, repeated
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
-from pyro_bmrs.networks.tracing.grouping import Grouping, Refused, matches
+from pyro_bmrs.networks.tracing.findings import matches
+from pyro_bmrs.networks.tracing.grouping import Grouping, Refused
 from pyro_bmrs.networks.tracing.ties import settle
 from pyro_bmrs.networks.tracing.trace import Trace
 

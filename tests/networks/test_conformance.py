@@ -446,8 +446,8 @@ def test_indices_shifted_by_one_are_caught(inserted, monkeypatch):
             {(member.path, member.name, member.dim) for member in group.members if member.role in roles}
             for roles in (["producer"], ["consumer", "both"])
         )
-        # of positions fewer than planned may be left where filters go as well; a weight that makes and reads loses both;
-        # a layer that reads some of the structures may lose another number of columns
+        # of positions fewer than planned may be left where filters go as well; a weight that makes and reads loses
+        # both; a layer that reads some of the structures may lose another number of columns
         some = any(len(member.units.unique()) < group.features for member in group.consumers)
         tied = makers & readers or shares_a_weight(inserted.noisy, makers, readers)
         if group.kind == "positions" or some or tied:

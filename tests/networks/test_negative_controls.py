@@ -326,8 +326,8 @@ CONTROLS = [
     Control(one_half_normalised, {"units": 10}, {"both": "", "head": OUTPUT}),
     Control(one_part_normalised, {"units": 5}, {"both": NORMALISED, "head": OUTPUT}),
     Control(parts_of_a_literal_size, {"units": 10}, {"both": "", "head": OUTPUT}, unsupported=True),
-    # i and i + 6 are tied; they are 2 i and 2 i + 1 behind the first shuffle. There p, p + 4 and p + 8 would be tied; but
-    # of the two ways to keep a box the other is tried, which the number of groups does not allow
+    # i and i + 6 are tied; they are 2 i and 2 i + 1 behind the first shuffle. There p, p + 4 and p + 8 would be tied;
+    # but of the two ways to keep a box the other is tried, which the number of groups does not allow
     Control(two_shuffles, {"filters": 5}, {"first.0": "", "head": OUTPUT}, unsupported=True),
     Control(literal_shuffle, {"filters": 5}, {"first.0": "", "head": OUTPUT}, unsupported=True),
     Control(pixels_of_all_channels, {"units": 10}, {"first": "", "head": OUTPUT}),

@@ -5,6 +5,8 @@ python tests/support/network_families.py > docs/networks.md
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from family import EXAMPLES, OUTPUT, Family, Unsupported, images, tokens
@@ -194,6 +196,9 @@ def transformer_encoder() -> tuple[nn.Module, Inputs]:
     return SequenceClassifier(), images(7, 6)
 
 
+# What analysis/any_network.py found on public networks.
+SURVEY = Path(__file__).parents[2] / "analysis" / "results" / "any_network.md"
+
 _SMALL_TRANSFORMER = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50
 )
@@ -328,7 +333,8 @@ FAMILIES = [
         },
     ),
     Family(
-        "Swin transformer (torchvision, small)", "attention in windows that takes the size of a head from the width: not cut",
+        "Swin transformer (torchvision, small)",
+        "attention in windows that takes the size of a head from the width: not cut",
         swin, 2, {"units": 192},
         {
             "features.0.0": "normalised together by 'features.0.2', a LayerNorm",
@@ -361,7 +367,8 @@ FAMILIES = [
         },
     ),
     Family(
-        "Llama (Hugging Face, small)", "gated linear units; two query heads share a key head and are removed together; a stream that RMSNorms read",
+        "Llama (Hugging Face, small)",
+        "gated linear units; two query heads share a key head and are removed together; a stream that RMSNorms read",
         hugging_face_llama, 5, {"heads": 4, "units": 128}, {"lm_head": OUTPUT},
     ),
     Family(
@@ -455,9 +462,10 @@ def networks_page() -> str:
         "What stays in every network:",
         "",
         "- **Outputs of the network.** Removing one would change the result.",
-        "- **Channels that are normalised together**, by a LayerNorm, an RMSNorm, a softmax: without one of them the",
-        "  others come out different. So the residual stream of a transformer stays; its heads and hidden units can be",
-        "  removed. BatchNorm and InstanceNorm treat each channel alone. Of a GroupNorm whole groups can be removed.",
+        "- **Channels that are normalised together**, by a LayerNorm or a softmax: without one of them the others come out",
+        "  different. So a residual stream that LayerNorms read stays, unless it is `centred` first; heads and hidden units",
+        "  can be removed. Streams that RMSNorms read lose channels exactly. BatchNorm and InstanceNorm treat each channel",
+        "  alone. Of a GroupNorm whole groups can be removed.",
         "- **Channels that are added to an input of the network**, and those that nothing reads.",
         "- **The last structure of a group.**",
         "",
@@ -479,7 +487,7 @@ def networks_page() -> str:
         "`Classifier` or `Regressor` undoes it in the network it is given. Compile the smaller network again.",
         "TorchScript, traced graphs and `DataParallel` are refused: pass the network that they were made from.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + SURVEY.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

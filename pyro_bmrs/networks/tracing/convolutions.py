@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from pyro_bmrs.networks.tracing.labels import NONE, PLANES, without_constant_axes
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import is_constant, meet
 from pyro_bmrs.networks.tracing.mixing import all_at_once
 from pyro_bmrs.networks.tracing.noted import Arguments, Meeting, Parameter, Read
 from pyro_bmrs.networks.tracing.reading import at_axis, axis_of, in_planes, note_producer, note_reader
-from pyro_bmrs.networks.tracing.trace import Trace
 
 
-def convolution(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def convolution(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     x, weight, bias, stride, padding, _, transposed, _, groups = args[:9]
     places = list(range(2, x.dim()))
     one = all(size == 1 for size in weight.shape[2:]) and all(s == 1 for s in stride) and not any(padding)
@@ -50,7 +50,7 @@ def convolution(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, 
     trace.memory.write(out, tuple(None if some is None else some.expand(shape) for some in result))
 
 
-def _channel_lines(trace: Trace, labels: Tensor) -> Tensor:
+def _channel_lines(trace: Ledger, labels: Tensor) -> Tensor:
     """Labels of each channel, in each line in which they may differ. Shape: (lines, channels)."""
     small = without_constant_axes(labels)[0].movedim(1, -1)
     lines = small.reshape(-1, small.shape[-1])
@@ -58,7 +58,7 @@ def _channel_lines(trace: Trace, labels: Tensor) -> Tensor:
 
 
 def _dense(
-    trace: Trace, parameter: Parameter, weight: Tensor, here: list[Tensor | None], groups: int, in_dim: int,
+    trace: Ledger, parameter: Parameter, weight: Tensor, here: list[Tensor | None], groups: int, in_dim: int,
     out_dim: int, x: Tensor, out: Tensor, transposed: bool,
 ) -> Tensor | None:  # fmt: skip
     """A convolution that reads several channels: those of the same number in each of its groups go together."""
@@ -93,7 +93,7 @@ def _dense(
 
 
 def _depthwise(
-    trace: Trace,
+    trace: Ledger,
     parameter: Parameter,
     weight: Tensor,
     here: list[Tensor | None],
@@ -126,7 +126,12 @@ def _depthwise(
 
 
 def _convolve_computed(
-    trace: Trace, weight: Tensor, here: list[Tensor | None], groups: int, out_dim: int, shape: tuple[int, ...]
+    trace: Ledger,
+    weight: Tensor,
+    here: list[Tensor | None],
+    groups: int,
+    out_dim: int,
+    shape: tuple[int, ...],
 ) -> Tensor | None:
     """A convolution whose weight is computed, or no parameter."""
     own = trace.labels(weight)[0]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_bmrs.networks.tracing.labels import NONE, PLANES, Labels, together, without_constant_axes
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.noted import Arguments, Meeting, tensors_in
-from pyro_bmrs.networks.tracing.trace import Trace
 
 # Elementwise, though torch does not tag them so.
 POINTWISE = {
@@ -23,7 +23,7 @@ POINTWISE = {
 }  # fmt: skip
 
 
-def pointwise(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def pointwise(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """Labels that meet in an entry are united."""
     name = function._schema.name.split("::")[-1]
     tensors = [tensor for tensor in tree_leaves((tuple(args), kwargs)) if isinstance(tensor, Tensor)]
@@ -48,7 +48,7 @@ def pointwise(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, An
         trace.memory.write(tensor, fits)
 
 
-def meet(trace: Trace, name: str, tensors: list[Tensor], labels: list[Labels]) -> Labels:
+def meet(trace: Ledger, name: str, tensors: list[Tensor], labels: list[Labels]) -> Labels:
     """Unite what meets entry by entry. Returns the labels of the result."""
     # a parameter may lose entries with structures of any plane
     labels = [
@@ -69,7 +69,7 @@ def meet(trace: Trace, name: str, tensors: list[Tensor], labels: list[Labels]) -
 
 
 def _meet_in_plane(
-    trace: Trace, name: str, tensors: list[Tensor], labels: list[Tensor | None], all_planes: list[Labels]
+    trace: Ledger, name: str, tensors: list[Tensor], labels: list[Tensor | None], all_planes: list[Labels]
 ) -> Tensor | None:
     labelled = [(tensor, some) for tensor, some in zip(tensors, labels, strict=True) if some is not None]
     if not labelled:
@@ -127,7 +127,7 @@ def wide(labels: Tensor, dims: int) -> Tensor:
 
 
 def _is_broadcast_whole(
-    trace: Trace, tensor: Tensor, labels: Tensor, others: list[Tensor], dims: int
+    trace: Ledger, tensor: Tensor, labels: Tensor, others: list[Tensor], dims: int
 ) -> bool:
     """Whether labels are those of one class, along a dimension of size 1 that others fill with many."""
     if trace.varying(labels):
@@ -137,7 +137,7 @@ def _is_broadcast_whole(
 
 
 def meet_unlabelled(
-    trace: Trace, name: str, tensor: Tensor, labels: Tensor, shape: Sequence[int], bare: bool
+    trace: Ledger, name: str, tensor: Tensor, labels: Tensor, shape: Sequence[int], bare: bool
 ) -> None:
     """Entries that are no structures': those that they meet one by one must stay together."""
     dims = labels.dim()

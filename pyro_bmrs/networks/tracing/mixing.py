@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from pyro_bmrs.networks.tracing.labels import NONE, Labels
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import meet, pointwise
 from pyro_bmrs.networks.tracing.noted import Arguments, tensors_in
-from pyro_bmrs.networks.tracing.trace import Trace
 
 # Each mixes all that lies in the last dimensions, so many of them.
 OVER_PLACES = {
@@ -31,18 +31,18 @@ OVER_DIM = {
 }  # fmt: skip
 
 
-def _merged(trace: Trace, tensor: Tensor, axes: list[int], reason: str) -> Labels:
+def _merged(trace: Ledger, tensor: Tensor, axes: list[int], reason: str) -> Labels:
     return tuple(None if some is None else trace.merge(some, axes, reason) for some in trace.labels(tensor))
 
 
-def put(trace: Trace, out: Any, labels: Labels) -> None:
+def put(trace: Ledger, out: Any, labels: Labels) -> None:
     for tensor in tensors_in(out):
         trace.memory.write(
             tensor, tuple(None if some is None else some.expand(tensor.shape) for some in labels)
         )
 
 
-def reduce(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def reduce(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     tensor = args[0]
     names = [argument.name for argument in function._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -70,11 +70,11 @@ def reduce(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any],
             ))  # fmt: skip
 
 
-def all_at_once(trace: Trace) -> str:
+def all_at_once(trace: Ledger) -> str:
     return f"read all at once by {trace.by()}"
 
 
-def over_dim(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def over_dim(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     tensor = args[0]
     name = function._schema.name.split("::")[-1]
     position = OVER_DIM[name]
@@ -101,7 +101,7 @@ def over_dim(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any
             ))  # fmt: skip
 
 
-def over_places(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def over_places(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     tensor = args[0]
     count = OVER_PLACES[function._schema.name.split("::")[-1]]
     axes = list(range(tensor.dim() - count, tensor.dim()))
@@ -119,7 +119,7 @@ def over_places(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, 
             put(trace, result, batch)
 
 
-def batch_norm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def batch_norm(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     tensor, *parameters = args[:5]
     result = tensors_in(out)[0]
     labels: Labels = trace.labels(tensor)
@@ -138,7 +138,7 @@ def batch_norm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, A
     trace.memory.write(result, tuple(None if some is None else some.expand(result.shape) for some in met))
 
 
-def layer_norm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def layer_norm(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     tensor, normalized, weight, bias = args[:4]
     axes = list(range(tensor.dim() - len(normalized), tensor.dim()))
     labels = _merged(trace, tensor, axes, f"normalised together by {trace.by()}")
@@ -148,7 +148,7 @@ def layer_norm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, A
     )
 
 
-def group_norm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def group_norm(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     tensor, weight, bias, count, channels, places, groups = args[:7]
     split = [count, groups, channels // groups, places]
     reason = f"normalised together by {trace.by()}"

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_bmrs.networks.tracing.labels import PLANES, Labels, without_constant_axes
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import full_axes, meet_unlabelled
 from pyro_bmrs.networks.tracing.noted import Arguments, Meeting, tensors_in
-from pyro_bmrs.networks.tracing.trace import Trace
 
 # Operations that copy a tensor as it is.
 _COPIES = {"clone", "contiguous", "_to_copy", "lift_fresh_copy"}
@@ -29,7 +29,7 @@ MOVES = {
 }  # fmt: skip
 
 
-def move(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def move(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """Run the operation on the labels."""
     name = function._schema.name.split("::")[-1]
     if name.startswith("index_put") and (kwargs.get("accumulate") or args[3:4] == (True,)):
@@ -110,7 +110,7 @@ def _or_zeros(labels: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _complete(
-    trace: Trace,
+    trace: Ledger,
     name: str,
     args: Arguments,
     kwargs: dict[str, Any],

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bmrs.networks.tracing.convolutions import convolution
 from pyro_bmrs.networks.tracing.labels import NONE
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import POINTWISE, pointwise
 from pyro_bmrs.networks.tracing.mixing import (
     OVER_DIM,
@@ -27,17 +28,16 @@ from pyro_bmrs.networks.tracing.mixing import (
 from pyro_bmrs.networks.tracing.moving import MOVES, move
 from pyro_bmrs.networks.tracing.noted import Arguments, tensors_in
 from pyro_bmrs.networks.tracing.products import embedding, grouped_mm, matrix_product
-from pyro_bmrs.networks.tracing.trace import Trace
 
-Rule = Callable[[Trace, Any, Arguments, dict[str, Any], Any], None]
+Rule = Callable[[Ledger, Any, Arguments, dict[str, Any], Any], None]
 
 
-def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def follow(trace: Ledger, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation, and give its outputs labels."""
     name = function._schema.name.split("::")[-1]
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     trace.note_used(tensors)
-    quiet = trace._silent > 0
+    quiet = trace.silent > 0
     relevant = not quiet and any(
         trace.memory.has(tensor) or trace.parameter(tensor) is not None for tensor in tensors
     )
@@ -58,7 +58,7 @@ def follow(trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str,
     ]
     rule = _rule_of(function, name)
     if rule is None and function in decomposition_table and not mutates:
-        with trace:
+        with trace.again:
             return decomposition_table[function](*args, **kwargs)
     out = (
         _in_place_of_product(trace, function, args, kwargs)
@@ -98,7 +98,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
 
 
 def _in_place_of_product(
-    trace: Trace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    trace: Ledger, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     """Random numbers in the shape of a product, whose values labels don't depend on: products take most of the time."""
     shaped = function(*tree_map(_without_values, args), **tree_map(_without_values, kwargs))
@@ -123,7 +123,7 @@ def _replaced(value: Any, old: list[Tensor], new: list[Tensor]) -> Any:
     return tree_map(lambda leaf: by_id.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _taint(trace: Trace, tensors: list[Tensor], out: Any) -> None:
+def _taint(trace: Ledger, tensors: list[Tensor], out: Any) -> None:
     if any(tensor in trace.from_inputs for tensor in tensors):
         for tensor in tensors_in(out):
             trace.from_inputs.add(tensor)
@@ -145,13 +145,13 @@ def _rule_of(function: Any, name: str) -> Rule | None:
     return None
 
 
-def _unlabelled(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def _unlabelled(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """Outputs that are filled anew, with no labels."""
     for tensor in tensors_in(out):
         trace.memory.write(tensor, NONE)
 
 
-def _like(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def _like(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """A tensor of the shape of another, which loses what that loses."""
     labels = trace.labels(args[0])
     if not any(some is not None and trace.are_entries(some) for some in labels):

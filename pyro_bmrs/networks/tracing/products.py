@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.networks.tracing.labels import NONE, PLANES, Labels, together
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import common_shape, meet, wide
 from pyro_bmrs.networks.tracing.mixing import all_at_once
 from pyro_bmrs.networks.tracing.noted import Arguments, Meeting, Parameter
 from pyro_bmrs.networks.tracing.reading import at_axis, axis_of, in_planes, note_producer, note_read
-from pyro_bmrs.networks.tracing.trace import Trace
 
 
-def matrix_product(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def matrix_product(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     name = function._schema.name.split("::")[-1]
     bias = args[0] if name in {"addmm", "baddbmm", "addmv", "addbmm"} else None
     first, second = args[1:3] if bias is not None else args[:2]
@@ -25,7 +25,7 @@ def matrix_product(trace: Trace, function: Any, args: Arguments, kwargs: dict[st
     trace.memory.write(out, tuple(None if some is None else some.expand(out.shape) for some in result))
 
 
-def _product(trace: Trace, first: Tensor, second: Tensor) -> Labels:
+def _product(trace: Ledger, first: Tensor, second: Tensor) -> Labels:
     """Labels of first (…, n, k) times second (…, k, m)."""
     left, right = trace.source(first), trace.source(second)
     if right is not None:
@@ -36,7 +36,7 @@ def _product(trace: Trace, first: Tensor, second: Tensor) -> Labels:
     return _two_activations(trace, first, second)
 
 
-def _read(trace: Trace, x: Tensor, parameter: Parameter, weight: Tensor) -> Labels:
+def _read(trace: Ledger, x: Tensor, parameter: Parameter, weight: Tensor) -> Labels:
     """Labels of x (…, n, k) times a view (…, k, m) of a parameter: structures end, and new ones begin."""
     shape = (*common_shape([x.shape[:-2], weight.shape[:-2]]), x.shape[-2], weight.shape[-1])
     inner = axis_of(trace, parameter, weight, weight.dim() - 2, trace.labels(x))
@@ -72,7 +72,7 @@ def _read(trace: Trace, x: Tensor, parameter: Parameter, weight: Tensor) -> Labe
     return in_planes(trace, made, passed, shape)
 
 
-def grouped_mm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def grouped_mm(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     """Rows of x (n, k), each times one of many matrices (experts, k, m)."""
     x, weight = args[:2]
     parameter = trace.source(weight)
@@ -83,7 +83,7 @@ def grouped_mm(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, A
     trace.memory.write(out, tuple(None if some is None else some.expand(out.shape) for some in labels))
 
 
-def _two_activations(trace: Trace, first: Tensor, second: Tensor) -> Labels:
+def _two_activations(trace: Ledger, first: Tensor, second: Tensor) -> Labels:
     """Labels of first (…, n, k) times second (…, k, m), neither of them a parameter."""
     shape = (*common_shape([first.shape[:-2], second.shape[:-2]]), first.shape[-2], second.shape[-1])
     result: list[Tensor | None] = []
@@ -124,7 +124,7 @@ def _two_activations(trace: Trace, first: Tensor, second: Tensor) -> Labels:
     return tuple(result)
 
 
-def embedding(trace: Trace, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
+def embedding(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
     weight, index = args[:2]
     parameter = trace.parameter(weight)
     if parameter is None or weight.dim() != 2:

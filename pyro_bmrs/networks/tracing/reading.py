@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.networks.tracing.labels import NONE, PLANES, Labels, distinct, without_constant_axes
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import wide
 from pyro_bmrs.networks.tracing.noted import Parameter, Read, Reader
-from pyro_bmrs.networks.tracing.trace import Trace
 
 
-def _coordinates(trace: Trace, parameter: Parameter, tensor: Tensor, dim: int) -> dict[int, Tensor]:
+def _coordinates(trace: Ledger, parameter: Parameter, tensor: Tensor, dim: int) -> dict[int, Tensor]:
     """By dimension of a parameter that varies along dimension `dim` of a view of it: where in it each entry is."""
     if tensor.untyped_storage()._cdata == parameter.tensor.untyped_storage()._cdata:
         start = int(tensor.storage_offset()) - int(parameter.tensor.storage_offset())
@@ -40,7 +40,7 @@ def _places(tensor: Tensor, flat: Tensor) -> dict[int, Tensor]:
 
 
 def axis_of(
-    trace: Trace, parameter: Parameter, tensor: Tensor, dim: int, met: Labels = NONE, *, finest: bool = False
+    trace: Ledger, parameter: Parameter, tensor: Tensor, dim: int, met: Labels = NONE, *, finest: bool = False
 ) -> tuple[int, Tensor] | None:
     """(dimension of a parameter, place of each entry) along dimension `dim` of a view of it.
 
@@ -68,7 +68,7 @@ def axis_of(
     return (left[0 if finest else -1], torch.zeros(1, dtype=torch.long)) if left else None
 
 
-def _depend_on(trace: Trace, labels: Tensor, places: Tensor) -> bool:
+def _depend_on(trace: Ledger, labels: Tensor, places: Tensor) -> bool:
     """Whether the labels along the last axis differ, and are the same wherever the places are."""
     line = trace.classes.find(labels).reshape(-1, labels.shape[-1])[0]
     first = torch.zeros(int(places.max()) + 1, dtype=line.dtype).scatter(0, places, line)
@@ -79,7 +79,9 @@ def at_axis(atoms: Tensor, dim: int, dims: int) -> Tensor:
     return atoms.view([-1 if axis == dim else 1 for axis in range(dims)])
 
 
-def in_planes(trace: Trace, made: Tensor | None, passed: list[Tensor | None], shape: Sequence[int]) -> Labels:
+def in_planes(
+    trace: Ledger, made: Tensor | None, passed: list[Tensor | None], shape: Sequence[int]
+) -> Labels:
     """New labels in the first plane that is free."""
     result = [None if some is None else wide(some, len(shape)).expand(shape) for some in passed]
     if made is not None:
@@ -94,7 +96,7 @@ def in_planes(trace: Trace, made: Tensor | None, passed: list[Tensor | None], sh
 
 
 def note_read(
-    trace: Trace, parameter: Parameter, inner: tuple[int, Tensor], labels: Tensor, weight: Tensor
+    trace: Ledger, parameter: Parameter, inner: tuple[int, Tensor], labels: Tensor, weight: Tensor
 ) -> None:
     dim, places = inner
     atoms = trace.line(parameter, dim)[places]
@@ -106,14 +108,14 @@ def _last(labels: Tensor) -> int:
     return without_constant_axes(labels)[0].shape[-1]
 
 
-def note_producer(trace: Trace, parameter: Parameter, dim: int) -> None:
+def note_producer(trace: Ledger, parameter: Parameter, dim: int) -> None:
     """Remember through which module a parameter makes structures: a shared one has several owners."""
     module = trace.stack[-1] if trace.stack else trace.network
     here = any(tensor is parameter.tensor for tensor in module._parameters.values())
     trace.noted.producers.setdefault((parameter.key, dim), trace.here if here else parameter.path)
 
 
-def note_reader(trace: Trace, parameter: Parameter, dim: int, size: int, input_dim: int = -1) -> None:
+def note_reader(trace: Ledger, parameter: Parameter, dim: int, size: int, input_dim: int = -1) -> None:
     """Remember through which module a parameter is read, and whether that module's input meets it entry by entry."""
     module = trace.stack[-1] if trace.stack else trace.network
     path, name, reader = parameter.path, parameter.name, trace.here

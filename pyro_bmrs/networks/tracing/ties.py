@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.networks.tracing.labels import varies
+from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.noted import Meeting
-from pyro_bmrs.networks.tracing.trace import Trace
 
 
-def settle(trace: Trace) -> None:
+def settle(trace: Ledger) -> None:
     """Unite what must go together so that every tensor keeps the shape of a box. Changes the trace's classes."""
     _reduce_what_is_used(trace)
     changed = True
@@ -33,7 +33,7 @@ def settle(trace: Trace) -> None:
                 changed |= _make_box(trace, found, stays)
 
 
-def _reduce_what_is_used(trace: Trace) -> None:
+def _reduce_what_is_used(trace: Ledger) -> None:
     """Tie the structures that a reduction reads at once, unless nothing uses its result."""
     noted, pending = trace.noted, list(trace.noted.pending)
     used = [labels for read in noted.reads for labels in (read.atoms, read.labels)]
@@ -55,7 +55,7 @@ def _reduce_what_is_used(trace: Trace) -> None:
             used.append(some.labels)
 
 
-def _classes_with_lines(trace: Trace) -> Tensor:
+def _classes_with_lines(trace: Ledger) -> Tensor:
     """True for the classes of which some layer makes or reads a row or column. Shape: (atoms,)."""
     true = torch.zeros(trace.classes.count, dtype=torch.bool)
     for atoms in trace.lines.values():
@@ -63,7 +63,7 @@ def _classes_with_lines(trace: Trace) -> Tensor:
     return true
 
 
-def _classes_that_stay(trace: Trace) -> Tensor:
+def _classes_that_stay(trace: Ledger) -> Tensor:
     """True for the classes that stay. Shape: (atoms,)."""
     true = torch.zeros(trace.classes.count, dtype=torch.bool)
     true[
@@ -72,7 +72,7 @@ def _classes_that_stay(trace: Trace) -> Tensor:
     return true
 
 
-def _end(trace: Trace, atoms: Tensor, labels: Tensor) -> bool:
+def _end(trace: Ledger, atoms: Tensor, labels: Tensor) -> bool:
     """Each column belongs to the structure that it meets. labels: (lines, columns), or (lines, 1): the same for all."""
     found = trace.classes.find(labels)
     whole = found.shape[1] == 1 or not varies(found, 1)
@@ -84,19 +84,19 @@ def _end(trace: Trace, atoms: Tensor, labels: Tensor) -> bool:
     return trace.classes.unite(atoms.view(1, -1), merged) or changed
 
 
-def _make_box(trace: Trace, labels: Tensor, stays: Tensor) -> bool:
+def _make_box(trace: Ledger, labels: Tensor, stays: Tensor) -> bool:
     """Unite labels until they depend on one axis: the one along which most differ, of those that may go."""
     found = trace.classes.find(labels)
     axes = [axis for axis in range(found.dim()) if varies(found, axis)]
     if len(axes) < 2:
         return False
     free = torch.where(stays[found], 0, found)
-    most = max(axes, key=lambda axis: _different(free, axis))
+    most = max(axes, key=lambda axis: (_different(free, axis), free.shape[axis]))
     lines = found.movedim(most, 0).flatten(1)
     return trace.classes.unite(lines.amax(1, keepdim=True), lines)
 
 
-def _make_equal(trace: Trace, several: list[Tensor]) -> bool:
+def _make_equal(trace: Ledger, several: list[Tensor]) -> bool:
     """Unite what stands in the same place of axes whose size is one and the same integer. Each: (size, …)."""
     all_found = [trace.classes.find(labels) for labels in several]
     lines = [found[:, 0] for found in all_found if not varies(found, 1)]
@@ -113,7 +113,7 @@ def _different(labels: Tensor, axis: int) -> int:
     return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1
 
 
-def _tie(trace: Trace, meeting: Meeting) -> bool:
+def _tie(trace: Ledger, meeting: Meeting) -> bool:
     """A parameter is cut with the labels that it meets, along the axes on which both depend."""
     found = trace.classes.find(meeting.labels)
     if not any(varies(found, axis) for axis in meeting.full):
