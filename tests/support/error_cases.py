@@ -602,10 +602,13 @@ NETWORKS = [
     function(
         "structures", "strict, and a weight that is computed",
         lambda: bmrs.structures(nn.Sequential(plain(), spectral_norm(nn.Linear(2, 2))), X, strict=True),
-        StructureError, r"^network has layers that can't be handled: 0\.2: read by a weight that is computed, in '1', "
-        r"a ParametrizedLinear; 1: the weight of '1' is computed from other tensors: call torch\.nn\.utils\."
-        r"parametrize\.remove_parametrizations\(network\.get_submodule\('1'\), 'weight'\) first\. Leave them as they "
-        r"are with leave_out=\['0\.2', '1'\]$",
+        StructureError, r"^network has layers that can't be handled: 1: the weight of '1' is computed from other "
+        r"tensors: call torch\.nn\.utils\.parametrize\.remove_parametrizations\(network\.get_submodule\('1'\), "
+        r"'weight'\) first\. Leave them as they are with leave_out=\['1'\]$",
+    ),
+    function(
+        "centred", "a network without LayerNorms", lambda: bmrs.centred(plain(), X), StructureError,
+        r"^network must have a stream that LayerNorms read: it has none$",
     ),
     function(
         "insert_noise", "a network that has noise",
