@@ -90,7 +90,7 @@ def main() -> None:
         rows.append({"network": name, **json.loads(done.stdout.splitlines()[-1])})
         print(rows[-1], flush=True)
     if given.out:
-        write_table(pd.DataFrame(rows), given.out)
+        write_table(given.out, pd.DataFrame(rows))
 
 
 if __name__ == "__main__":

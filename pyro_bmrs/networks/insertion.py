@@ -140,7 +140,13 @@ def _called_once(
             "the original, which a function holds that was set as its forward or as a hook. Take modules from "
             "the arguments of hooks, and write forward as a method"
         )
-    return some, outputs, _with_parameters(network).keys() - used
+    # torch's attention uses the weights of its output projection and never calls it
+    inside = {
+        f"{path}.out_proj".lstrip(".")
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    return some, outputs, _with_parameters(network).keys() - used - inside
 
 
 @torch.no_grad()

@@ -526,7 +526,11 @@ def test_what_can_not_be_followed_stays_and_the_rest_is_handled(unsupported):
 @pytest.mark.parametrize(
     "some",
     [
-        pytest.param(some, id=some.build.__name__, marks=[pytest.mark.slow] * (some.build.__name__ in HEAVY))
+        pytest.param(
+            some,
+            id=some.build.__name__,
+            marks=[pytest.mark.slow] * (some.build.__name__ in {*HEAVY, *ONE_MECHANISM}),
+        )
         for some in FAMILIES
     ],
 )
