@@ -66,8 +66,6 @@ class Trial:
         error = self._failed(groups, self._tried)
         if error is None:
             return list(groups), {}
-        if error.for_all:
-            return [], {group.site: error.reason for group in groups}
         good, apart = list(groups), []
         reasons: dict[str, str] = {}
         while error is not None and good:
@@ -258,10 +256,10 @@ class Trial:
 
 
 class TrialError:
-    """How a trial failed: path of the module, the reason in words, and whether nothing can be tried."""
+    """How a trial failed: path of the module and the reason in words."""
 
-    def __init__(self, path: str, reason: str, for_all: bool = False) -> None:
-        self.path, self.reason, self.for_all = path, reason, for_all
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
 
 
 def _paths(group: StructureGroup) -> set[str]:

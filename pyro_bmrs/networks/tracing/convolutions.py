@@ -37,7 +37,7 @@ def convolution(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str,
     if parameter is None:
         made = _convolve_computed(trace, weight, here, groups, out_dim, shape)
     elif groups > 1 and weight.shape[in_dim] * (groups if not transposed else 1) == groups:
-        made = _depthwise(trace, parameter, weight, here, groups, out, x.shape[1])
+        made = _depthwise(trace, parameter, weight, here, groups, out)
     else:
         made = _dense(trace, parameter, weight, here, groups, in_dim, out_dim, x, out, transposed)
     spread = [None if some is None else some.expand(shape) for some in passed]
@@ -99,7 +99,6 @@ def _depthwise(
     here: list[Tensor | None],
     groups: int,
     out: Tensor,
-    channels: int,
 ) -> Tensor | None:
     """Each filter reads one channel, and goes with it."""
     each = out.shape[1] // groups

@@ -92,6 +92,11 @@ def varies(labels: Tensor, axis: int) -> bool:
     return not torch.equal(labels, labels.narrow(axis, 0, 1).expand_as(labels))
 
 
+def or_zeros(labels: Tensor | None, like: Tensor) -> Tensor:
+    """The labels of a tensor, or 0 for each of its entries if there are none."""
+    return torch.zeros((), dtype=torch.int32).expand(like.shape) if labels is None else labels
+
+
 def without_constant_axes(labels: Tensor) -> tuple[Tensor, int]:
     """(labels with size 1 along each axis along which they are constant, number of axes that vary)."""
     count = 0

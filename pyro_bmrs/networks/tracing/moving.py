@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyro_bmrs.networks.tracing.labels import PLANES, Labels, without_constant_axes
+from pyro_bmrs.networks.tracing.labels import PLANES, Labels, or_zeros, without_constant_axes
 from pyro_bmrs.networks.tracing.ledger import Ledger
 from pyro_bmrs.networks.tracing.meeting import full_axes, meet_unlabelled
 from pyro_bmrs.networks.tracing.noted import Arguments, Meeting, tensors_in
@@ -54,7 +54,7 @@ def move(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], 
         if all(labels[plane] is None for labels in sources):
             continue
         by_id = {
-            id(tensor): _or_zeros(labels[plane], tensor).clone(memory_format=torch.contiguous_format)
+            id(tensor): or_zeros(labels[plane], tensor).clone(memory_format=torch.contiguous_format)
             for tensor, labels in zip(data, sources, strict=True)
         }
 
@@ -103,10 +103,6 @@ def _data_of(name: str, args: Arguments) -> list[Tensor]:
     if name == "masked_select":
         return [args[0]]
     return [args[0]]
-
-
-def _or_zeros(labels: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.int32).expand(like.shape) if labels is None else labels
 
 
 def _complete(

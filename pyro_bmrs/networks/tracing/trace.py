@@ -20,6 +20,7 @@ from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.tracing.labels import (
     NONE,
     Labels,
+    or_zeros,
     without_constant_axes,
 )
 from pyro_bmrs.networks.tracing.ledger import Ledger
@@ -158,7 +159,7 @@ class Trace(Ledger, TorchDispatchMode):
         shape = [1] * output.dim()
         shape[module.dim] = -1
         atoms = self.line(self.parameters[f"{path}.index".lstrip(".")], 0)
-        before = self.along(self._or_none(labels[0], x), module.dim)
+        before = self.along(or_zeros(labels[0], x), module.dim)
         # on the meta device values can't be read, but the first ones are known
         index = torch.arange(module.features) if module.index.is_meta else module.index.cpu().long()
         self.noted.selected[path] = (atoms, before[index], before)
@@ -180,9 +181,6 @@ class Trace(Ledger, TorchDispatchMode):
                         self.note_added(own, norm.path)
                 self.noted.norms.append((norm, small.clone()))
         self.memory.write(output, labels)
-
-    def _or_none(self, labels: Tensor | None, like: Tensor) -> Tensor:
-        return torch.zeros((), dtype=torch.int32).expand(like.shape) if labels is None else labels
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
