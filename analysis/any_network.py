@@ -29,7 +29,7 @@ share_removable: Σ (size before − size after) / Σ size before, over the para
     are the outputs of the network, with nothing behind that adds or normalises.
 difference: largest difference of an output in float64, relative to its spread over examples (at least 1 % of its size),
     of the smaller network and the one with noise with θ = 0 for what was removed, on new random inputs. Wrong above
-    1e-10, or above 1e-8 where changing the weights by 2⁻⁵² of themselves changes the outputs by a tenth of it.
+    1e-10, or above 1e-6 where changing the weights by 2⁻⁵² of themselves changes the outputs by a tenth of it.
 checked: the difference that `remove_structures` returns for its own comparison.
 control: the same difference where one removed structure of each group acts again, which must be seen.
 spread: of the outputs over the examples, relative to their size, the largest of the outputs. Below 1e-3 the status

@@ -29,7 +29,7 @@ from pyro_bmrs.networks.precision import InDouble
 from pyro_bmrs.networks.surgery import EqualityError, remove_structures
 
 Report = Callable[..., None]
-TOLERANCE, TOLERANCE_OF_ROUNDING, TOLERANCE_IN_SINGLE = 1e-10, 1e-8, 1e-5
+TOLERANCE, TOLERANCE_OF_ROUNDING, TOLERANCE_IN_SINGLE = 1e-10, 1e-6, 1e-5
 # Smaller networks are in float64 before anything is removed, so that folding θ into weights does not round.
 LARGE = 200_000_000
 LEAST_SPREAD = 1e-3

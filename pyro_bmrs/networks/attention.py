@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import is_parametrized
 
 
@@ -82,8 +83,8 @@ class SeparateAttention(nn.Module):
     def joined(self) -> nn.MultiheadAttention:
         """An equal `nn.MultiheadAttention`, if no head is missing."""
         like = self.out_proj.weight
-        original = nn.MultiheadAttention(
-            self.embed_dim, self.num_heads, self.dropout, bias=self.query.bias is not None,
+        original = skip_init(
+            nn.MultiheadAttention, self.embed_dim, self.num_heads, self.dropout, bias=self.query.bias is not None,
             kdim=self.key.in_features, vdim=self.value.in_features, batch_first=self.batch_first,
             device=like.device, dtype=like.dtype,
         )  # fmt: skip
@@ -189,7 +190,9 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    linear = skip_init(
+        nn.Linear, columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
     _copy(linear, weight, bias)
     return linear
 
@@ -209,11 +212,6 @@ def separate_attention(network: nn.Module) -> None:
     Not those that append a bias or zeros to their keys, nor those with hooks or parametrisations, which would be lost.
     """
     separate: dict[nn.Module, SeparateAttention] = {}
-    with torch.random.fork_rng():  # new layers draw weights that nobody uses
-        _separate(network, separate)
-
-
-def _separate(network: nn.Module, separate: dict[nn.Module, SeparateAttention]) -> None:
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if type(module) is nn.MultiheadAttention and path:
             hooks = (
@@ -231,11 +229,6 @@ def _separate(network: nn.Module, separate: dict[nn.Module, SeparateAttention]) 
 def join_attention(network: nn.Module) -> None:
     """Put torch's own attention back, in place, wherever no head is missing."""
     joined: dict[nn.Module, nn.MultiheadAttention] = {}
-    with torch.random.fork_rng():
-        _join(network, joined)
-
-
-def _join(network: nn.Module, joined: dict[nn.Module, nn.MultiheadAttention]) -> None:
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if isinstance(module, SeparateAttention) and module.is_whole and path:
             if module not in joined:

@@ -1,4 +1,4 @@
-"""Copies of networks, and networks out of what `torch.compile` wraps them in."""
+"""Copies of networks, and networks out of what `torch.compile` wraps them in; tensors filled anew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_bmrs.networks.inputs import tensors_of
 
@@ -95,3 +95,21 @@ def left_alone(module: nn.Module) -> Iterator[None]:
             vars(part).update(attributes)
             part._buffers.clear()
             part._buffers.update(buffers)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's entries fill its memory without gaps, in some order of its dimensions."""
+    size = 1
+    for axis in sorted(range(tensor.dim()), key=tensor.stride):
+        if tensor.shape[axis] > 1:
+            if tensor.stride(axis) != size:
+                return False
+            size *= tensor.shape[axis]
+    return True
+
+
+def fill(tensor: Tensor, numbers: Tensor) -> None:
+    """Fill a dense tensor, in place, with these numbers, again and again. numbers: (count,)."""
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    for start in range(0, len(flat), len(numbers)):
+        flat[start : start + len(numbers)] = numbers[: len(flat) - start]

@@ -55,7 +55,10 @@ def check_finite(name: str, module: nn.Module) -> None:
     bad = [
         path
         for path, parameter in module.named_parameters()
-        if not parameter.is_meta and not bool(torch.isfinite(parameter).all())
+        # a sum is fast, and not finite where one number is not; that of finite ones may overflow
+        if not parameter.is_meta
+        and not bool(torch.isfinite(parameter.detach().sum()))
+        and not bool(torch.isfinite(parameter).all())
     ]
     if bad:
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied, left_alone, sharing_parameters
+from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import (
     Inputs,
@@ -33,8 +34,9 @@ from pyro_bmrs.networks.surgery import difference
 from pyro_bmrs.networks.tracing.grouping import Refused
 from pyro_bmrs.networks.trial import Trial
 
-# So many of the given examples are looked at, if the network can be called with them.
-_EXAMPLES = 2
+# So many of the given examples are looked at, if the network can be called with them; of a large network, whose passes
+# are dear, one.
+_EXAMPLES, _LARGE = 2, 10_000_000
 
 
 def structures(
@@ -117,10 +119,10 @@ def _called_once(
     network: nn.Module, copy: nn.Module, example_input: Inputs
 ) -> tuple[Inputs, list[Tensor], set[str]]:
     """(a few examples, the outputs for them, paths of the modules with parameters that are not called)."""
-    few = example_input
-    if batch_size(example_input) > _EXAMPLES:
+    few, count = example_input, 1 if parameters(network) > _LARGE else _EXAMPLES
+    if batch_size(example_input) > count:
         with suppress(Exception):  # what is not a plain tensor may not be taken apart
-            few = first_examples(example_input, _EXAMPLES)
+            few = first_examples(example_input, count)
     with torch.random.fork_rng(), _called(network) as original, left_alone(copy):
         for some in (few, example_input):
             torch.manual_seed(0)

@@ -215,15 +215,15 @@ def traced(
             ) from error
         break
     if example is example_input:
-        trace.noted.folded |= set(trace.noted.calls)
+        trace.noted.folded |= trace.noted.called
     settle(trace)
     return Grouping(trace, leave_out)
 
 
 def _several(example_input: Inputs) -> Iterator[Inputs]:
-    """Three examples, of a batch that is repeated, if it can be."""
+    """Two examples, of a batch that is repeated, if it can be."""
     with suppress(Exception):  # what is not a plain tensor may not be taken apart
-        yield repeated(example_input, 3)
+        yield repeated(example_input, 2)
 
 
 def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_bmrs.networks.copies import copied, without_values
-from pyro_bmrs.networks.cost import no_fused_layers
+from pyro_bmrs.networks.copies import copied, fill, is_dense, without_values
+from pyro_bmrs.networks.cost import no_fused_layers, parameters
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.examples import exactly
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of
-from pyro_bmrs.networks.inputs import Inputs, as_double, call, map_tensors
+from pyro_bmrs.networks.inputs import Inputs, as_double, batch_size, call, map_tensors, repeated
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.surgery import (
     OWN_TOLERANCE,
@@ -30,7 +30,9 @@ from pyro_bmrs.networks.surgery import (
 
 # By site: the structures that stay.
 type Kept = Mapping[str, Tensor]
-_EXAMPLES, _MORE_EXAMPLES, _SMALL = 2, 8, 100_000
+_EXAMPLES, _SMALL = 8, 100_000
+# A prime, so that rows and columns of a weight differ.
+_DRAWN = 8_209
 
 
 class Trial:
@@ -46,11 +48,8 @@ class Trial:
         self.generator = torch.Generator().manual_seed(0)
         device = next(network.parameters()).device
         # behind a ReLU a structure may do nothing for two examples; where more cost little, there are more
-        small = sum(parameter.numel() for parameter in network.parameters()) <= _SMALL
-        given = map_tensors(
-            lambda tensor: tensor.to(device),
-            exactly(network, example, _MORE_EXAMPLES if small else _EXAMPLES),
-        )
+        some = exactly(network, example, _EXAMPLES) if parameters(network) <= _SMALL else example
+        given = map_tensors(lambda tensor: tensor.to(device), some)
         # the network may not accept all numbers, as a logarithm does not, nor float64, as some kernels do not
         drawn = map_tensors(self._drawn_like, given)
         self._ways = [(True, drawn), (True, given), (False, drawn), (False, given)]
@@ -66,6 +65,8 @@ class Trial:
         error = self._failed(groups, self._tried)
         if error is None:
             return list(groups), {}
+        if error.of_all:
+            return [], {group.site: error.reason for group in groups}
         good, apart = list(groups), []
         reasons: dict[str, str] = {}
         while error is not None and good:
@@ -201,7 +202,7 @@ class Trial:
             except Exception as error:
                 if len(self._ways) == 1:
                     return TrialError(
-                        "", f"can't be tried: with random weights the network fails with {error}"
+                        "", f"can't be tried: with random weights the network fails with {error}", of_all=True
                     )
                 self._ways.pop(0)
             else:
@@ -217,8 +218,12 @@ class Trial:
         """A copy with random weights, so that every output depends on every structure, and BatchNorm to match."""
         network = copied(self.network)
         for parameter in network.parameters():
-            # of variance one: to draw them is faster than normal numbers
-            parameter.uniform_(-(3**0.5), 3**0.5)
+            # of variance one; of a large one a part, again and again: to draw all takes as long as a pass
+            few = parameter.numel() <= _DRAWN or not is_dense(parameter)
+            drawn = parameter if few else parameter.new_empty(_DRAWN)
+            drawn.uniform_(-(3**0.5), 3**0.5)
+            if not few:
+                fill(parameter, drawn)
             if parameter.dim() > 1:
                 parameter.mul_(parameter[0].numel() ** -0.5)
             else:
@@ -231,7 +236,8 @@ class Trial:
                 module.momentum = None
                 module.train()
         if normalisations:
-            call(network, example)
+            # one value per channel has no variance
+            call(network, repeated(example, 2) if batch_size(example) == 1 else example)
         return network.eval()
 
     def _suspects(self, groups: Sequence[StructureGroup], error: TrialError) -> list[StructureGroup]:
@@ -256,10 +262,10 @@ class Trial:
 
 
 class TrialError:
-    """How a trial failed: path of the module and the reason in words."""
+    """How a trial failed: path of the module, the reason in words, and whether it is the same for any groups."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        self.path, self.reason = path, reason
+    def __init__(self, path: str, reason: str, *, of_all: bool = False) -> None:
+        self.path, self.reason, self.of_all = path, reason, of_all
 
 
 def _paths(group: StructureGroup) -> set[str]:

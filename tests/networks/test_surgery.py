@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import pyro_bmrs as bmrs
 from pyro_bmrs import MultiplicativeNoise, name_sites
 from pyro_bmrs.networks import surgery
 from pyro_bmrs.networks.cost import compare_costs, multiply_accumulates, parameters
+from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.groups import Member, StructureGroup
 from pyro_bmrs.networks.hooked_noise import HookedNoise
 from pyro_bmrs.networks.inputs import tensors_of
@@ -381,3 +383,39 @@ def test_outputs_of_own_readers_are_compared_where_their_channels_are_known(righ
             where = "mixing" if kept.all() else "last"
             with pytest.raises(EqualityError, match=f"output 0 of {where} by at most"):
                 remove_structures(net, masks, scales, torch.randn(8, 4), groups=by_site)
+
+
+def deep_sines(depth):
+    """Large weights without normalisation: each layer makes what rounding has left several times larger."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(48, 48) for _ in range(depth)]
+    net = nn.Sequential(*(part for layer in layers for part in (layer, Sine())), nn.Linear(48, 2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(8)
+    return bmrs.insert_noise(net, torch.randn(4, 48))
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize("depth, right", [(6, True), (18, True), (6, False), (18, False)])
+def test_rounding_that_a_network_amplifies_is_told_from_a_mistake(depth, right, monkeypatch):
+    noisy = deep_sines(depth)
+    kept = {site: torch.arange(48) % 3 != 1 for site in noise_layers(noisy)}
+    theta = {site: torch.linspace(0.5, 1.5, 48) for site in kept}
+    if not right:  # as large as rounding is in the deep one
+        cut = Cuts.cut
+
+        def slightly_wrong(cuts, network):
+            cut(cuts, network)
+            network[0].weight.data.mul_(1 + (1e-9 if depth == 6 else 1e-12))
+
+        monkeypatch.setattr(Cuts, "cut", slightly_wrong)
+        with pytest.raises(EqualityError, match="differs from the reduced model"):
+            remove_structures(noisy, kept, theta, torch.randn(4, 48))
+        return
+    found = remove_structures(noisy, kept, theta, torch.randn(4, 48)).difference
+    assert found <= 1e-10 if depth == 6 else 1e-10 < found <= 1e-6

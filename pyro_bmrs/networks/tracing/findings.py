@@ -79,7 +79,10 @@ class Findings:
                 if one:
                     self.touched.setdefault(one, []).append(number)
         self.inner = self._inner()
-        self.heads: set[int] = set()
+        # classes that touch the same lines are alike
+        self._alike: dict[tuple[int, ...], tuple[Line | None, frozenset[str]]] = {}
+        heads = torch.tensor(sorted(trace.noted.heads) or [0], dtype=torch.int32)
+        self.heads = set(self.find(heads).tolist()) - {0}
 
     def _collect_lines(self) -> None:
         trace = self.trace
@@ -212,8 +215,16 @@ class Findings:
 
     def first(self, one: int) -> Line | None:
         """The first line of those that make a structure."""
-        made = (self.lines[number] for number in self.touched[one])
-        return min((line for line in made if line.role == "producer"), key=self.place, default=None)
+        return self._first_and_roles(one)[0]
+
+    def _first_and_roles(self, one: int) -> tuple[Line | None, frozenset[str]]:
+        numbers = tuple(self.touched.get(one, ()))
+        if numbers not in self._alike:
+            lines = [self.lines[number] for number in numbers]
+            made = [line for line in lines if line.role == "producer"]
+            roles = frozenset(line.role for line in lines)
+            self._alike[numbers] = min(made, key=self.place, default=None), roles
+        return self._alike[numbers]
 
     def noises(self) -> Iterator[tuple[str, list[int]]]:
         """(path, class of each structure) of the noise layers that were called."""
@@ -234,13 +245,12 @@ class Findings:
 
     def is_made(self, one: int) -> bool:
         """Whether some layer makes the structure."""
-        return any(self.lines[number].role == "producer" for number in self.touched.get(one, ()))
+        return "producer" in self._first_and_roles(one)[1]
 
     def is_read(self, one: int) -> bool:
         """Whether some layer reads the structure, or what an InputSelection passes on of it."""
-        return any(
-            self.lines[number].role in ("consumer", "both") for number in self.touched.get(one, ())
-        ) or any(map(self.is_read, self.inner.get(one, ())))
+        roles = self._first_and_roles(one)[1]
+        return "consumer" in roles or "both" in roles or any(map(self.is_read, self.inner.get(one, ())))
 
 
 def axis_of(classes: Tensor) -> int | None:

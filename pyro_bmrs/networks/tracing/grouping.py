@@ -49,8 +49,6 @@ class Grouping(Findings):
         # those that touch the same lines: while one of them stays no line is empty
         families: dict[tuple[Any, ...], list[int]] = {}
         refused: list[tuple[Line, int, str, bool]] = []
-        heads = torch.tensor(sorted(self.trace.noted.heads) or [0], dtype=torch.int32)
-        self.heads = set(self.find(heads).tolist()) - {0}
         for one in self.touched:
             first = self.first(one)
             if first is None:
@@ -96,7 +94,7 @@ class Grouping(Findings):
         unit_of = torch.full((self.trace.classes.count,), -1)
         unit_of[torch.tensor(classes)] = torch.arange(len(classes))
         members = [self._member(line, unit_of) for line in lines]
-        members += self._members_inside(classes)
+        members += self._members_inside(unit_of)
         widths = [
             int(m.units.bincount().max()) for line, m in zip(lines, members, strict=False) if line in made
         ]
@@ -148,11 +146,9 @@ class Grouping(Findings):
             line.parameter.path, line.parameter.name, line.dim, line.role, places, units, reader=read_by
         )
 
-    def _members_inside(self, classes: Sequence[int]) -> list[Member]:
+    def _members_inside(self, unit_of: Tensor) -> list[Member]:
         """What an InputSelection passes on of structures goes with them."""
         members: list[Member] = []
-        unit_of = torch.full((self.trace.classes.count,), -1)
-        unit_of[torch.tensor(classes)] = torch.arange(len(classes))
         for path, (atoms, before, width) in self.trace.noted.selected.items():
             units = unit_of[self.find(width)]
             places = torch.nonzero((units >= 0) & (width > 0)).flatten()

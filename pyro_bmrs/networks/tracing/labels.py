@@ -131,7 +131,7 @@ class Marked:
 
 @dataclass
 class _Stored:
-    """Labels of one storage: of the tensor that wrote them, until one of another geometry asks; then of all entries."""
+    """Labels of one storage: of the tensor that wrote or read them last; of all entries, once another one has asked."""
 
     entries: int
     geometry: tuple[Sequence[int], Sequence[int], int] | None = None
@@ -167,11 +167,11 @@ class LabelMemory:
         stored = self._of.get((tensor.untyped_storage()._cdata, plane))
         if stored is None:
             return None
-        if stored.geometry == _geometry(tensor):
+        geometry = _geometry(tensor)
+        if stored.geometry == geometry:
             assert stored.given is not None
             return stored.given.expand(tensor.shape)
         flat = _flat(stored)
-        size, stride, offset = _geometry(tensor)
         entries = tensor.untyped_storage().nbytes() // tensor.element_size()
         if entries != stored.entries:
             # seen as another type: complex numbers are pairs of real ones
@@ -179,7 +179,10 @@ class LabelMemory:
                 flat = flat.repeat_interleave(entries // stored.entries)
             else:
                 flat = flat.view(entries, -1).amax(1)
-        return flat.as_strided(size, stride, offset)
+            return flat.as_strided(*geometry)
+        small, _ = without_constant_axes(flat.as_strided(*geometry))
+        stored.geometry, stored.given = geometry, small
+        return small.expand(tensor.shape)
 
     def _write(self, tensor: Tensor, plane: int, labels: Tensor | None) -> None:
         storage = tensor.untyped_storage()
@@ -206,6 +209,7 @@ class LabelMemory:
             return
         filled = torch.zeros((), dtype=torch.int32) if labels is None else labels
         _flat(stored).as_strided(*geometry).copy_(filled.expand(tensor.shape))
+        stored.geometry = stored.given = None
 
     def _forget(self, key: int) -> None:
         self._watched.discard(key)
@@ -220,10 +224,9 @@ def _geometry(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
 def _flat(stored: _Stored) -> Tensor:
     """A label for each entry of a storage, which is kept from now on."""
     if stored.flat is None:
-        stored.flat = torch.zeros(stored.entries, dtype=torch.int32)
         assert stored.given is not None
         assert stored.geometry is not None
         size, stride, offset = stored.geometry
+        stored.flat = torch.zeros(stored.entries, dtype=torch.int32)
         stored.flat.as_strided(size, stride, offset).copy_(stored.given.expand(size))
-        stored.given = stored.geometry = None
     return stored.flat

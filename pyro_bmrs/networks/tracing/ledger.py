@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pyro_bmrs.networks.copies import is_dense
 from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.networks.tracing.labels import (
     NONE,
@@ -49,9 +50,11 @@ class Ledger:
         # atoms of rows or columns, by name and dimension; of entries, by name
         self.lines: dict[tuple[str, int], Tensor] = {}
         self.entries: dict[str, Tensor] = {}
+        # the first atom of each parameter's entries
+        self._starts: list[tuple[int, Parameter]] = []
         # by atom: whether it is an entry's
         self._is_entry = torch.zeros(1, dtype=torch.bool)
-        self.numbers = torch.randn(4099, generator=torch.Generator().manual_seed(0))
+        self.numbers = torch.randn(8_209, generator=torch.Generator().manual_seed(0))
         self.stack: list[nn.Module] = []
         self.received: dict[nn.Module, Tensor] = {}
         # memory that holds what follows from inputs, and entries of parameters in other places
@@ -105,19 +108,23 @@ class Ledger:
         (labels, *_) = self.memory.read(tensor)
         if labels is None:
             return None
-        first = int(labels.flatten()[0])
-        for key, atoms in self.entries.items():
-            if int(atoms.min()) <= first <= int(atoms.max()):
-                return self.parameters[key]
+        return self._owner(int(labels.flatten()[0]))
+
+    def _owner(self, atom: int) -> Parameter | None:
+        """The parameter of which an atom is an entry."""
+        for start, parameter in self._starts:
+            if start <= atom < start + parameter.tensor.numel():
+                return parameter
         return None
 
     def _label_entries(self, parameter: Parameter) -> None:
+        self._starts.append((self.classes.count, parameter))
         atoms = self.classes.new(parameter.tensor.numel())
         self._note_kind(atoms, entries=True)
         # one for each place in memory, so that any view of the parameter finds its own
         shaped = (
             atoms.as_strided(parameter.tensor.shape, parameter.tensor.stride())
-            if _is_dense(parameter.tensor)
+            if is_dense(parameter.tensor)
             else atoms.view(parameter.tensor.shape)
         )
         self.entries[parameter.key] = shaped
@@ -188,14 +195,14 @@ class Ledger:
         result = self.classes.new(prod(shape)).view(shape)
         self._note_kind(result.flatten(), entries=False)
         self.noted.pending.append(Pending(small.clone(), tuple(axes), reason, result))
+        self.noted.results.update(distinct(result))
         return result.expand([1 if axis in axes else size for axis, size in enumerate(labels.shape)])
 
     def is_pending(self, labels: Tensor) -> bool:
         """Whether labels are those of reductions that may still be without use. From now on they are used."""
         atoms = set(distinct(labels)) - {0}
-        results = {atom for pending in self.noted.pending for atom in distinct(pending.result)}
-        self.noted.results_used |= atoms & results
-        return bool(atoms) and atoms <= results
+        self.noted.results_used |= atoms & self.noted.results
+        return bool(atoms) and atoms <= self.noted.results
 
     def pin(self, labels: Labels, reason: str, unsupported: bool = False, path: str | None = None) -> None:
         """Structures with these labels stay, because of what runs here, or in the module at `path`."""
@@ -221,10 +228,9 @@ class Ledger:
 
     def note_added(self, labels: Tensor, path: str | None = None) -> None:
         """Remember that the running module, or that at `path`, adds a parameter, with these entries, to structures."""
-        first = int(labels.max())
-        for key, atoms in self.entries.items():
-            if int(atoms.min()) <= first <= int(atoms.max()):
-                self.noted.added.setdefault(key, set()).add(self.here if path is None else path)
+        parameter = self._owner(int(labels.max()))
+        if parameter is not None:
+            self.noted.added.setdefault(parameter.key, set()).add(self.here if path is None else path)
 
     def note_box(self, labels: Labels) -> None:
         """Remember labels that depend on several axes: what is removed must leave a box."""
@@ -282,14 +288,3 @@ class Ledger:
         known = self.noted.counted.setdefault((path, name), [])
         if not any(labels.shape == other.shape and torch.equal(labels, other) for other, _ in known):
             known.append((labels.clone(), whole))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's entries fill its memory without gaps, in some order of its dimensions."""
-    size = 1
-    for axis in sorted(range(tensor.dim()), key=tensor.stride):
-        if tensor.shape[axis] > 1:
-            if tensor.stride(axis) != size:
-                return False
-            size *= tensor.shape[axis]
-    return True

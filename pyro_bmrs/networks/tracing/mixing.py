@@ -139,10 +139,10 @@ def batch_norm(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, 
 
 
 def layer_norm(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, Any], out: Any) -> None:
-    tensor, normalized, weight, bias = args[:4]
+    tensor, normalized = args[:2]
     axes = list(range(tensor.dim() - len(normalized), tensor.dim()))
     labels = _merged(trace, tensor, axes, f"normalised together by {trace.by()}")
-    del weight, bias  # what is normalised together is one structure: they lose nothing alone
+    # weight and bias too: what is normalised together is one structure, and loses nothing alone
     trace.memory.write(
         tensors_in(out)[0], tuple(None if some is None else some.expand(tensor.shape) for some in labels)
     )

@@ -17,7 +17,6 @@ from pyro_bmrs.networks.tracing.noted import Arguments, Meeting, tensors_in
 _COPIES = {"clone", "contiguous", "_to_copy", "lift_fresh_copy"}
 
 
-# Operations that only move entries: they are run on the labels themselves.
 MOVES = {
     "cat", "stack", "roll", "repeat", "flip", "gather", "index", "_unsafe_index", "index_select", "constant_pad_nd",
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "im2col", "reflection_pad1d",
@@ -100,8 +99,6 @@ def _data_of(name: str, args: Arguments) -> list[Tensor]:
         return [args[0], args[2]]
     if name in {"index_copy", "index_copy_", "scatter", "scatter_"}:
         return [args[0], *(value for value in args[3:4] if isinstance(value, Tensor))]
-    if name == "masked_select":
-        return [args[0]]
     return [args[0]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +90,8 @@ class Noted:
     reads: list[Read] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
-    # atoms of results that were used
+    # atoms of their results, and those that were used
+    results: set[int] = field(default_factory=set)
     results_used: set[int] = field(default_factory=set)
     # labels of tensors on more than one axis of which they depend
     boxes: list[Tensor] = field(default_factory=list)
@@ -119,7 +119,8 @@ class Noted:
     added: dict[str, set[str]] = field(default_factory=dict)
     # modules that divide by a root mean square, and the labels of its channels
     norms: list[tuple[RootMeanSquare, Tensor]] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
+    # paths of the modules that were called
+    called: set[str] = field(default_factory=set)
     # paths of modules whose input does not have one entry per example in its first dimension
     folded: set[str] = field(default_factory=set)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_bmrs.networks.copies import fill
 from pyro_bmrs.networks.tracing.convolutions import convolution
 from pyro_bmrs.networks.tracing.labels import NONE
 from pyro_bmrs.networks.tracing.ledger import Ledger
@@ -35,7 +36,7 @@ Rule = Callable[[Ledger, Any, Arguments, dict[str, Any], Any], None]
 def follow(trace: Ledger, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation, and give its outputs labels."""
     name = function._schema.name.split("::")[-1]
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = tensors_in((args, kwargs))
     trace.note_used(tensors)
     quiet = trace.silent > 0
     relevant = not quiet and any(
@@ -105,10 +106,7 @@ def _in_place_of_product(
     like = next(tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
     out = torch.empty_strided(shaped.shape, shaped.stride(), dtype=shaped.dtype, device=like.device)
     if not like.is_meta:
-        flat = out.as_strided((out.numel(),), (1,))
-        numbers = trace.numbers.to(out.device, out.dtype)
-        for start in range(0, len(flat), len(numbers)):
-            flat[start : start + len(numbers)] = numbers[: len(flat) - start]
+        fill(out, trace.numbers.to(out.device, out.dtype))
     return out
 
 

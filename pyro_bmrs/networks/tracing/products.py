@@ -49,7 +49,7 @@ def _read(trace: Ledger, x: Tensor, parameter: Parameter, weight: Tensor) -> Lab
         varying = trace.varying(labels)
         ends = labels.dim() - 1 in varying or not varying
         if ends and inner is not None:
-            note_read(trace, parameter, inner, labels, weight)
+            note_read(trace, parameter, inner, labels)
         elif ends and labels.shape[-1] > 1:
             trace.merge(labels, [-1], all_at_once(trace))
         else:

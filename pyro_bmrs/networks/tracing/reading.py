@@ -95,17 +95,14 @@ def in_planes(
     return tuple(result)
 
 
-def note_read(
-    trace: Ledger, parameter: Parameter, inner: tuple[int, Tensor], labels: Tensor, weight: Tensor
-) -> None:
+def note_read(trace: Ledger, parameter: Parameter, inner: tuple[int, Tensor], labels: Tensor) -> None:
+    """Remember that a line of a parameter's entries, each at its place, is summed over with labelled ones."""
     dim, places = inner
-    atoms = trace.line(parameter, dim)[places]
-    trace.noted.reads.append(Read(atoms, without_constant_axes(labels)[0].reshape(-1, _last(labels)).clone()))
+    small, _ = without_constant_axes(labels)
+    trace.noted.reads.append(
+        Read(trace.line(parameter, dim)[places], small.reshape(-1, small.shape[-1]).clone())
+    )
     note_reader(trace, parameter, dim, labels.shape[-1])
-
-
-def _last(labels: Tensor) -> int:
-    return without_constant_axes(labels)[0].shape[-1]
 
 
 def note_producer(trace: Ledger, parameter: Parameter, dim: int) -> None:

@@ -100,7 +100,7 @@ class Trace(Ledger, TorchDispatchMode):
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self.stack.append(module)
-        self.noted.calls[self.paths[module]] += 1
+        self.noted.called.add(self.paths[module])
         given = tensors_of((arguments, keywords))
         if given:
             self.received[module] = given[0]
