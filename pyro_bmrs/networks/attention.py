@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import is_parametrized
 
 
@@ -83,11 +82,11 @@ class SeparateAttention(nn.Module):
     def joined(self) -> nn.MultiheadAttention:
         """An equal `nn.MultiheadAttention`, if no head is missing."""
         like = self.out_proj.weight
-        original = skip_init(
-            nn.MultiheadAttention, self.embed_dim, self.num_heads, self.dropout, bias=self.query.bias is not None,
+        original = nn.MultiheadAttention(
+            self.embed_dim, self.num_heads, self.dropout, bias=self.query.bias is not None,
             kdim=self.key.in_features, vdim=self.value.in_features, batch_first=self.batch_first,
-            device=like.device, dtype=like.dtype,
-        )  # fmt: skip
+            device="meta", dtype=like.dtype,
+        ).to_empty(device=like.device)  # fmt: skip
         layers = (self.query, self.key, self.value)
         if original.in_proj_weight is not None:
             original.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
@@ -190,10 +189,9 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     rows, columns = weight.shape
-    linear = skip_init(
-        nn.Linear, columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype
-    )
-    _copy(linear, weight, bias)
+    # on the meta device nothing is drawn
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=weight.dtype)
+    _copy(linear.to_empty(device=weight.device), weight, bias)
     return linear
 
 

@@ -401,7 +401,7 @@ class Sine(nn.Module):
         return torch.sin(x)
 
 
-@pytest.mark.parametrize("depth, right", [(6, True), (18, True), (6, False), (18, False)])
+@pytest.mark.parametrize(("depth", "right"), [(6, True), (18, True), (6, False), (18, False)])
 def test_rounding_that_a_network_amplifies_is_told_from_a_mistake(depth, right, monkeypatch):
     noisy = deep_sines(depth)
     kept = {site: torch.arange(48) % 3 != 1 for site in noise_layers(noisy)}
