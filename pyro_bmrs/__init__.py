@@ -24,7 +24,9 @@ _HOMES = {
         "InputSelection", "MultiplicativeNoise", "centred", "export_onnx", "insert_noise", "name_sites", "structures",
         "without_noise",
     ),
-    "inference": ("AutoTruncatedLogNormal", "Classifier", "Regressor", "predict", "recalibrate"),
+    "inference": (
+        "AutoKroneckerLaplace", "AutoTruncatedLogNormal", "Classifier", "Regressor", "predict", "recalibrate",
+    ),
     "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "NetworkPlan", "Random", "Rule", "WeightNorm"),
     "programs": (
         "ModelPosterior", "ProgramPlan", "ReducedPosterior", "evidence_curve", "exhaustive_reduction",
@@ -55,7 +57,14 @@ if TYPE_CHECKING:
     )
     from pyro_bmrs.figures import plot_evidence_curve, plot_models, plot_reductions
     from pyro_bmrs.fitting import Fit, Settings, fit, load_posterior, save_posterior
-    from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor, predict, recalibrate
+    from pyro_bmrs.inference import (
+        AutoKroneckerLaplace,
+        AutoTruncatedLogNormal,
+        Classifier,
+        Regressor,
+        predict,
+        recalibrate,
+    )
     from pyro_bmrs.networks import (
         InputSelection,
         MultiplicativeNoise,

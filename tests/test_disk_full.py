@@ -44,6 +44,7 @@ def untroubled(tmp_path_factory):
 
 
 # in the fit, in the diagnosis, in the report
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "draws", "where"),
     [

@@ -431,6 +431,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_is_whole_and_asks_nothing_of_a_network(site):
     other = {*(site / "reports").iterdir(), site / "404.html"}
     pages = {path: Links(path) for path in site.rglob("*.html") if path not in other}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
+from pyro_bmrs.fitting.curvature_pass import curvature_pass
 from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.epochs import HISTORY_COLUMNS
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
@@ -22,6 +24,8 @@ from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.calls import as_module, home_of
+from pyro_bmrs.inference.evaluate import evaluate
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
@@ -147,6 +151,17 @@ def fit(
     model = as_module(model)
     if inspect.ismethod(guide):  # of a module whose parameters it has
         guide = as_module(guide)
+    if isinstance(guide, AutoKroneckerLaplace):
+        check(model is guide.model, "model", "the one that the guide was made for", type(model))
+        return _laplace(
+            guide,
+            train,
+            validation,
+            settings,
+            None if checkpoints is None else Path(checkpoints),
+            device,
+            progress,
+        )
     check_programs(model, guide, settings)
     if guide is not None and not noise_layers(model) and "keep_best" not in settings.model_fields_set:
         # one draw a batch: the epoch with the least loss is one of luck
@@ -171,6 +186,43 @@ def fit(
         interrupted=loop.interrupted,
         stopped_early=loop.stopped_early,
     )
+
+
+def _laplace(
+    guide: AutoKroneckerLaplace, train: Data, validation: Data | None, settings: Settings, checkpoints: Path | None,
+    device: str | torch.device | None, progress: bool,
+) -> Fit:  # fmt: skip
+    """The Laplace posterior, by one pass over the data."""
+    start, model = time.perf_counter(), guide.model
+    home = home_of(model)
+    batches = Batches(train, settings.batch_size, home, "train")
+    held_out = None if validation is None else Batches(validation, 1000, home, "validation")
+    fabric = open_fabric(device, settings.precision, home, None)
+    fabric.launch()
+    model.to(fabric.device)
+    file = None if checkpoints is None else checkpoints / "curvature.safetensors"
+    with _without_tables_of_sites():
+        interrupted = curvature_pass(
+            model, guide, batches, fabric, seed=settings.seed, checkpoint=file, progress=progress
+        )
+        row: dict[str, Any] = dict.fromkeys(HISTORY_COLUMNS, float("nan")) | {
+            "phase": "curvature",
+            "epoch": 1,
+        }
+        if not interrupted:
+            each = guide.log_likelihood / guide.dataset_size
+            row |= {"loss": -each, "log_likelihood": each, "kl_weight": 1.0}
+            if held_out is not None:
+                found = evaluate(model, held_out.shared(fabric.device, 0, 1), guide.mean())
+                row |= {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
+    row |= {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": time.perf_counter() - start,
+    }
+    return Fit(
+        history=pd.DataFrame([row], columns=HISTORY_COLUMNS), removals=pd.DataFrame(columns=LEDGER_COLUMNS),
+        settings=settings, best_epoch=0 if interrupted else 1, interrupted=interrupted,
+    )  # fmt: skip
 
 
 @contextmanager

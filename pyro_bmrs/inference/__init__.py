@@ -2,11 +2,12 @@
 
 from pyro_bmrs.inference.evaluate import Evaluation, evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Classifier, Likelihood, Regressor
 from pyro_bmrs.inference.predict import predict
 from pyro_bmrs.inference.recalibrate import recalibrate
 
 __all__ = [
-    "AutoTruncatedLogNormal", "Classifier", "Evaluation", "Likelihood", "Regressor", "evaluate", "predict",
-    "recalibrate",
+    "AutoKroneckerLaplace", "AutoTruncatedLogNormal", "Classifier", "Evaluation", "Likelihood", "Regressor", "evaluate",
+    "predict", "recalibrate",
 ]  # fmt: skip

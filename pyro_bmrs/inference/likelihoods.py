@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pyro
 import torch
-from pyro.distributions import Categorical, Normal
+from pyro.distributions import Categorical, Independent, Normal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -43,6 +43,8 @@ class Likelihood(nn.Module):
         name_sites(net)
         self.net, self.output, self.dataset_size = net, output, dataset_size
         self.store_name = unique_name(self)
+        # by name of a weight that is a latent of the model: the precision of its prior
+        self.weight_priors: dict[str, float] = {}
 
     def predict(self, x: Any) -> Tensor:
         """The network's output tensor for a batch, such as logits.
@@ -53,8 +55,12 @@ class Likelihood(nn.Module):
         Raises:
             ValueError: if the network fails for x, with the types and shapes of what x holds.
         """
+        weights = {
+            name: pyro.sample(name, _weight_prior(self.net.get_parameter(name), delta))
+            for name, delta in self.weight_priors.items()
+        }
         try:
-            value = call(self.net, x)
+            value = call(self.net, x, weights)
         except (RuntimeError, TypeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -107,6 +113,13 @@ class Likelihood(nn.Module):
         for index, length in enumerate(positions):
             dim = index - len(positions)
             stack.enter_context(pyro.plate(f"position_{index}", length, dim=dim, device=where))
+
+
+def _weight_prior(weight: Tensor, delta: float) -> Independent:
+    """N(0, 1/δ) for each weight."""
+    scale = torch.full((), delta**-0.5, dtype=weight.dtype, device=weight.device)
+    law: Independent = Normal(torch.zeros_like(weight), scale).to_event(weight.dim())
+    return law
 
 
 def _weigh(stack: ExitStack, weights: Tensor | None) -> None:

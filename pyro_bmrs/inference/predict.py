@@ -15,6 +15,7 @@ from pyro_bmrs.distributions import TruncatedLogNormal
 from pyro_bmrs.inference.batches import are_examples, to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.inference.traces import guide_values, latents
@@ -143,7 +144,7 @@ def posterior_point(guide: Callable[..., Any], *arguments: Any, without: Collect
         arguments: what the guide is called with.
         without: latents to leave out, such as those of single examples.
     """
-    if isinstance(guide, AutoTruncatedLogNormal):
+    if isinstance(guide, AutoTruncatedLogNormal | AutoKroneckerLaplace):
         return guide.mean()
     values = {}
     for name, node in latents(guide, *arguments).items():

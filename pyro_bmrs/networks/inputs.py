@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,13 +67,21 @@ def check_finite(name: str, module: nn.Module) -> None:
         )
 
 
-def call(network: nn.Module, inputs: Inputs) -> Any:
-    """`network` called with `inputs`: a tensor, a tuple of arguments, or a mapping of keywords."""
+def call(network: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """`network` called with `inputs`: a tensor, a tuple of arguments, or a mapping of keywords.
+
+    Args:
+        weights: by name, tensors to use in place of parameters.
+    """
+    arguments: tuple[Any, ...] = (inputs,)
+    keywords: dict[str, Any] = {}
     if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):  # a named tuple is one argument
-        return network(*inputs)
-    if takes_keywords(network, inputs):
-        return network(**inputs)
-    return network(inputs)
+        arguments = inputs
+    elif takes_keywords(network, inputs):
+        arguments, keywords = (), dict(inputs)
+    if weights:
+        return functional_call(network, dict(weights), arguments, keywords)
+    return network(*arguments, **keywords)
 
 
 def takes_keywords(network: nn.Module, inputs: Inputs) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_bmrs.arguments import check, is_floor, is_number, is_whole
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence.importance import DRAWS
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.programs.latents import DependentPriors, Latents
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
@@ -26,6 +27,7 @@ from pyro_bmrs.programs.reduction import (
 from pyro_bmrs.programs.second_opinion import choices, second_opinion
 from pyro_bmrs.programs.sites import elementary_law
 from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
+from pyro_bmrs.pruning.laplace_plan import reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.pruning.scoring import Criterion
@@ -121,6 +123,9 @@ def reduce(
     check(round_to is None or is_whole(round_to, 1), "round_to", "a positive integer or None", round_to)
     check(callable(model), "model", "a Pyro model", type(model), TypeError)
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
+    if isinstance(guide, AutoKroneckerLaplace):
+        check(model is guide.model, "model", "the one that the guide was made for", type(model))
+        return reduce_by_laplace(guide, min_kept=min_kept, round_to=round_to)
     good = kl_weight is None or (is_number(kl_weight) and kl_weight >= 0)
     check(good, "kl_weight", "finite and not negative, or None", kl_weight)
     if not isinstance(criterion, Mapping):

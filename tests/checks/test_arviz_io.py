@@ -400,6 +400,7 @@ def test_densities_of_a_program_by_hand(kind):
         torch.testing.assert_close(first_chain(tree.sample_stats.log_q), wanted.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_parameters")
 def test_what_is_drawn_is_of_its_law():
     """300 draws of prior and predictions; means and variances of 16 numbers to 4.5 standard errors."""
@@ -1100,6 +1101,7 @@ def small_network():
     return model, bmrs.AutoTruncatedLogNormal(model)
 
 
+@pytest.mark.slow
 def test_memory_is_what_is_documented():
     """NumPy tells tracemalloc of its arrays; those of torch are one batch and 4 bytes per draw and latent.
 
@@ -1193,6 +1195,7 @@ def errors_of_loo(tree):
     return influence.std(0) / math.sqrt(len(log_r)), float(influence.sum(1).std()) / math.sqrt(len(log_r))
 
 
+@pytest.mark.slow
 def test_a_summary_of_a_regression_has_the_closed_form_means():
     """Ten means and deviations to 4.5 standard errors: a false alarm in 7,000 seeds."""
     tree = regression_tree()
@@ -1252,6 +1255,7 @@ def test_leave_one_out_of_a_posterior_that_is_far_too_narrow():
         bmrs.loo(regression_tree(width=1 / 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "shift"),
     [

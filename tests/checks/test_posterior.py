@@ -832,6 +832,7 @@ def test_what_a_loader_leaves_out_is_not_counted():
     assert checks.elbo.elbo["model"] == pytest.approx(wanted.elbo.elbo["model"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_masked_does_not_count(tmp_path):
     case = SmallFit("plain")
     case.run(tmp_path)

@@ -72,6 +72,7 @@ def test_the_file_has_every_row():
     assert len(NARROW_ROWS) >= 50
 
 
+@pytest.mark.slow
 def test_the_reference_agrees_with_the_file():
     """The independent 150-digit arithmetic gives the file's 25 digits at the file's decimal inputs."""
     for row in ROWS:

@@ -97,6 +97,7 @@ def reduced_changes(**posterior) -> torch.Tensor:
     return torch.cat([t(0.0), torch.tensor(plan.groups.log_evidence_change.to_numpy())])
 
 
+@pytest.mark.slow
 def test_the_full_rank_guide_gives_the_exact_evidence_of_every_subset_of_eight():
     assert float((reduced_changes() - exact_changes()).abs().max()) < 1e-6
 

@@ -135,6 +135,7 @@ def check_against_quadrature(p, reduced, prior, reduced_prior, points=POSTERIORS
     assert_close(change, truth, 1e-10)
 
 
+@pytest.mark.slow
 def test_the_quadrature_agrees_with_the_golden_file():
     for point in POINTS[::7]:
         q = Law(*(point[k] for k in ("loc", "scale", "low", "high")))

@@ -226,6 +226,7 @@ def test_removal_after_each_epoch_is_for_good_and_logged():
     assert result.history.parameters.iloc[-1] == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_what_is_printed_of_a_fit_is_what_reduce_keeps():
     """Without a word about the criterion, which is `reduce`'s own."""
     model, guide, result = fitted(epochs=60, kl_weight=5.0)

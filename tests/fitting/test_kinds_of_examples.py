@@ -314,6 +314,7 @@ def test_scale_by_example_in_a_model_of_ones_own(size):
     assert float(fit.history.loss.iloc[0]) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_in_checks_and_report_tables():
     model, guide, _ = fitted(layers(), (inputs(), (LABELS, OWN)))
     data = inputs(), (LABELS, OWN)

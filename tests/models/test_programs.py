@@ -167,6 +167,7 @@ def test_the_mixture_against_enumeration(fitted_mixture, criterion, changed, tol
     assert plan.sites.log_evidence_change[0] == pytest.approx(truth, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_the_examples_in_the_files_run():
     x, y = regression.diabetes()
     guide = regression.posterior(x, y)

@@ -181,6 +181,7 @@ class Deep(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_depth_has_no_limit():
     found = bmrs.structures(Deep(1500), torch.randn(3, 2, 4))
     assert [group.features for group in found] == [6]

@@ -99,6 +99,7 @@ def test_a_point_under_a_dependent_prior(joint, draws):
             assert row.log_evidence_change == pytest.approx(narrow, abs=0.1)
 
 
+@pytest.mark.slow
 @SIZES
 @pytest.mark.parametrize(
     "joint", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["mean-field", "joint"]
@@ -134,6 +135,7 @@ def coin_guide(y):
     pyro.sample("weights", dist.Normal(torch.tensor([0.3, 0.5]), 0.05).to_event(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_a_discrete_parent_is_noticed(seed):
     """Two draws of it coincide most of the time."""

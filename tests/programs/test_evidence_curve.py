@@ -74,6 +74,7 @@ def test_the_best_log_odds_are_those_of_the_share_that_is_idle():
     assert best == pytest.approx(math.log(0.1 / 0.9), abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("empty_store")
 @pytest.mark.parametrize("mean_field", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prior_scale_by_evidence(mean_field):
@@ -190,6 +191,7 @@ def test_what_is_refused(criterion, given, kind, message):
         evidence_curve(*network(), criterion, **given)
 
 
+@pytest.mark.slow
 def test_the_figure(tmp_path):
     model, guide = network()
     for curve, scale in (

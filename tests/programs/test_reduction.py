@@ -190,6 +190,7 @@ def test_joint_points_include_correlations():
     assert plan.groups.elements.tolist() == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draws", "within"), [(500, 0.25), pytest.param(1500, 0.2, marks=pytest.mark.slow)], ids=["fewer", "many"]
 )

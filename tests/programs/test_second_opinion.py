@@ -93,6 +93,7 @@ KINDS = {
 SLOW = ("AutoNormal", "AutoMultivariateNormal", "AutoLowRank", "AutoDiagonalNormal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kind in KINDS]
 )
@@ -126,6 +127,7 @@ def test_the_error_of_the_second_opinion():
 # --- correlated regressors, in a logistic regression -----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.95, pytest.param(0.99, marks=pytest.mark.slow)])
 def test_correlated_regressors(rho):
     x, y = known.correlated_data(rho)

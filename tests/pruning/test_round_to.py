@@ -81,6 +81,7 @@ def problems(draw):
     return Problem(scores, available, channels, draw(st.integers(1, 6)), draw(st.none() | st.integers(1, 16)))
 
 
+@pytest.mark.slow
 @quick
 @given(problems())
 def test_as_few_more_as_make_a_multiple(problem):

@@ -157,6 +157,7 @@ def test_a_criterion_without_evidence_says_nothing_of_it():
     assert "0.9189385332046727" not in bmrs.reduce(model, guide).summary()
 
 
+@pytest.mark.slow
 def test_a_plan_of_one_layer_of_two_has_a_curve():
     model, guide, (x, y) = idle_and_needed()
     plan = bmrs.reduce(model, guide, {"2": bmrs.TruncatedLogNormal(-20.0, 1e-6)}, x, y)

@@ -168,6 +168,7 @@ def test_predictions_are_as_by_hand(fitted, found):
     assert found.quality.negative_log_likelihood.nunique() == 5
 
 
+@pytest.mark.slow
 def test_by_draws_what_was_removed_is_at_0_and_nothing_is_there_that_was_not_given(fitted, monkeypatch):
     seen = []
 
@@ -323,6 +324,7 @@ def shifted(empty_store):
     return SimpleNamespace(model=model, guide=guide, plan=plan, train=train, test=data(30, 1))
 
 
+@pytest.mark.slow
 def test_other_latents_than_noise_layers(shifted, tmp_path):
     found = diagnose(shifted.model, shifted.guide, shifted.plan, shifted.train, shifted.test, draws=DRAWS)
     assert "predictions and curves: the model has latents beside its noise layers: shift" in found.notes
@@ -335,6 +337,7 @@ def test_other_latents_than_noise_layers(shifted, tmp_path):
     assert "latents beside its noise layers: shift" in page
 
 
+@pytest.mark.slow
 def test_a_regression_has_no_accuracy_and_a_report_all_the_same(empty_store, tmp_path):
     x = torch.randn(40, 4)
     data = x, x[:, :1]
@@ -372,6 +375,7 @@ class Dependent(nn.Module):
         return {first[0]: drawn, second[0]: pyro.sample(second[0], law.to_event(1))}
 
 
+@pytest.mark.slow
 def test_a_guide_that_does_not_show_its_parts(empty_store):
     model, train = Classifier(network()), data(30, 0)
     guide = Dependent(model, train)
@@ -403,6 +407,7 @@ class Broken:
         return {site: torch.full(view.kept.shape, self.value).double() for site, view in layers.items()}
 
 
+@pytest.mark.slow
 def test_a_criterion_that_can_not_score_has_no_curve(fitted):
     found = look(fitted, criteria={"broken": Broken(math.nan), "good": Broken(1.0)}, examples=EXAMPLES)
     assert found.curves.criterion.unique().tolist() == ["BMRS_N (this plan)", "good"]
@@ -489,6 +494,7 @@ class Pairs(Dataset):
         return self.x[index], self.y[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -74,6 +74,7 @@ def thresholds_to_try(plan):
     return np.unique(np.concatenate([score, between, *beside, [-1e9, 0.0, 1e9, math.inf]])).tolist()
 
 
+@pytest.mark.slow
 @quick
 @given(cases())
 @example(Case({"all gone": [math.nan, 1.0]}, {("all gone", 0), ("all gone", 1)}, {}))

@@ -498,6 +498,7 @@ def downloaded(watched, name):
     return pd.read_csv(io.BytesIO(caught.value.path().read_bytes()), dtype={0: str}, keep_default_na=True)
 
 
+@pytest.mark.slow
 def test_csv_has_the_same_numbers(watch, run):
     watched = watch(run.page)
     table, found = run.plan.table, downloaded(watched, "structures")
@@ -632,6 +633,7 @@ def test_every_text_can_be_read(watch, request, name, scheme, medium):
     assert weak == set()
 
 
+@pytest.mark.slow
 def test_on_paper_all_rows_are_there_and_nothing_to_click(watch, run):
     watched = watch(run.page)
     sheet = watched.page.locator(".sheet").last
@@ -679,6 +681,7 @@ def test_a_page_can_be_mailed(watch, tmp_path, layers, structures, marks):
         assert watched.text("#what-if-structures") == f"{left:,} of {structures:,}"
 
 
+@pytest.mark.slow
 def test_a_plan_from_disk_makes_the_same_page(by_hand, tmp_path):
     """A page needs neither the network nor what was in memory."""
     by_hand.plan.save(tmp_path / "plan.json")

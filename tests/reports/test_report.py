@@ -189,6 +189,7 @@ def test_says_the_verdict_and_holds_every_section(page: str) -> None:
     assert "versions.torch" in page
 
 
+@pytest.mark.slow
 def test_leaves_out_what_is_not_given(tmp_path: Path) -> None:
     plan = make_plan()
     page = write(
@@ -414,12 +415,14 @@ def test_kl_weight_is_named_wherever_evidence_is_shown(tmp_path: Path) -> None:
     assert "KL weight" not in plain
 
 
+@pytest.mark.slow
 def test_criterion_without_evidence_names_itself(tmp_path: Path) -> None:
     texts = Page(write(tmp_path / "report.html", make_plan(evidence=False))).texts
     assert any("score (SNR)" in text for text in texts)
     assert not any("from ΔF" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_warns_of_floors_and_narrow_decisions(tmp_path: Path) -> None:
     calm = write(tmp_path / "report.html", make_plan({"conv1": 60, "fc1": 120}))
     assert "<p>None.</p>" in calm
@@ -439,6 +442,7 @@ def test_warns_of_floors_and_narrow_decisions(tmp_path: Path) -> None:
     assert f"2 of {removed} removed structures have a score within 0.1 of the threshold" in text
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
     plan = make_plan(evidence=False)
     plan.table.loc[0, ["loc", "scale", "mean", "snr", "score"]] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
@@ -467,6 +471,7 @@ def test_one_unit_is_enough(tmp_path: Path, score: float) -> None:
     write(tmp_path / "report.html", plan)
 
 
+@pytest.mark.slow
 def test_figures_leave_the_global_state_alone(tmp_path: Path) -> None:
     import matplotlib
 
@@ -498,6 +503,7 @@ def diagnosed(plan: NetworkPlan) -> dict[str, object]:
     return {"fit": None, "curve": None, "diagnosis": make_diagnosis(plan)}
 
 
+@pytest.mark.slow
 def test_a_plan_at_another_threshold_is_described_as_such(tmp_path: Path) -> None:
     scores = {"a": [-310.0, -301.0, -290.0, 5.0], "b": [-300.05, -299.95, 1.0, -500.0]}
     gone = [("a", 3)]
@@ -520,6 +526,7 @@ def test_a_plan_at_another_threshold_is_described_as_such(tmp_path: Path) -> Non
     assert "at least -300" in markdown
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_search_has_a_page(tmp_path: Path) -> None:
     plan = by_hand(random_scores({"a": 6, "b": 5}))
     given = diagnosed(plan)

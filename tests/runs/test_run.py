@@ -132,6 +132,7 @@ def test_another_recipe_is_refused(copied, tmp_path, capsys):
     assert "another recipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(copied, finished, capsys):
     assert call("run", RECIPE, "--out", copied, "--quiet", "--overwrite", "--seed", "5", *NO_DIAGNOSIS) == 0
     assert names(copied) == UNDIAGNOSED
@@ -160,6 +161,7 @@ def test_overwrite_by_the_copy_of_the_recipe_in_the_folder(copied):
     assert set(files(copied / "checkpoints")) == CHECKPOINTS - {"fit/epoch-0002.safetensors"}
 
 
+@pytest.mark.slow
 def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_path):
     folder = tmp_path / "parts"
     assert call("fit", RECIPE, "--out", folder, "--quiet") == 0
@@ -350,6 +352,7 @@ def start(folder, *arguments):
 LONG = ("--epochs", "100000")
 
 
+@pytest.mark.slow
 def test_a_second_process_is_let_into_the_folder_when_the_first_is_killed_and_finishes(tmp_path, capsys):
     folder = tmp_path / "run"
     process = start(folder)

@@ -96,6 +96,7 @@ def elsewhere(made, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_path_of_data_is_kept_whole(made, place, tmp_path, monkeypatch, capsys):
     """Every command on the run then works from everywhere."""
     for kind, where in (("photos", "photos"), ("vectors", "vectors.npz")):
@@ -135,6 +136,7 @@ def test_predict_on_a_folder_of_images_needs_no_data(elsewhere, place, tmp_path)
     pd.testing.assert_frame_equal(pd.read_csv("array.csv"), dogs.drop(columns="file"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_data_that_moved_are_given_by_data(elsewhere, place, capsys):
     for line in (
         ("predict", elsewhere),
@@ -267,6 +269,7 @@ def reported(made, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_new_reduction_says_what_it_removes(reported, capsys):
     (reported / "diagnosis").mkdir()
     capsys.readouterr()

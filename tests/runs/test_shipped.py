@@ -42,6 +42,7 @@ def test_a_run_and_a_study_take_names(tmp_path, monkeypatch, capsys):
     assert [cell.recipe for cell in Study.read("study.yaml").cells] == [MODELS / "mlp.py", Path("mine.py")]
 
 
+@pytest.mark.slow
 def test_the_recipe_to_start_from_runs_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call("new", "mine.py") == 0

@@ -312,6 +312,7 @@ def test_ctrl_c_in_a_terminal_is_one_line(place):
     assert list(results().status) == ["waiting"] * 2
 
 
+@pytest.mark.slow
 def test_a_second_sweep_is_not_let_into_the_folder(place, capsys):
     study = write_study(seeds=0, criteria="SNR")
     assert call("sweep", study, "--quiet") == 0
@@ -363,6 +364,7 @@ def test_a_worker_that_is_told_to_end_is_a_row(place, monkeypatch):
     assert (row["status"], row["error"]) == ("failed", "Interrupted: interrupted in epoch 3")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_a_cell_that_failed_and_no_other_one_is(place):
     """Its neighbour goes on meanwhile, and the others have a new process."""
 

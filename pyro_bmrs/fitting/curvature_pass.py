@@ -1,0 +1,184 @@
+"""The one pass over the data that makes a Laplace posterior: sums over examples, resumable, shared by processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_bmrs.files import read_tensors, write_tensors
+from pyro_bmrs.fitting.generators import seed_of
+from pyro_bmrs.fitting.signals import stop_requests
+from pyro_bmrs.inference.batches import Batches
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.inference.likelihoods import Likelihood
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.curvature import Moments, matrix_layers, moments
+from pyro_bmrs.progress import Progress
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# Seconds between two files of the sums so far.
+_EVERY = 20.0
+
+
+@dataclass
+class Sums:
+    """What a pass has summed so far.
+
+    Attributes:
+        moments: of each layer, by path.
+        batches, examples: how many it has seen.
+        log_likelihood: Σ log p(y | x, ŵ) over these, with the labels of the data, in nats.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    batches: int = 0
+    examples: int = 0
+    log_likelihood: float = 0.0
+
+    def save(self, path: Path, identity: Mapping[str, Any]) -> None:
+        tensors = {
+            f"{name}.{layer}": getattr(some, name)
+            for layer, some in self.moments.items()
+            for name in ("inputs", "gradients", "positions")
+            if getattr(some, name) is not None
+        }
+        numbers = {
+            "batches": self.batches, "examples": self.examples, "log_likelihood": self.log_likelihood,
+            "rows": {layer: some.rows for layer, some in self.moments.items()},
+        }  # fmt: skip
+        write_tensors(
+            path, {name: tensor.cpu() for name, tensor in tensors.items()}, {**numbers, "of": dict(identity)}
+        )
+
+    @classmethod
+    def load(cls, path: Path, identity: Mapping[str, Any], device: torch.device) -> Sums:
+        """What `save` wrote; nothing summed yet, if there is no file, or one of another pass."""
+        try:
+            header, tensors = read_tensors(path)
+            if header["of"] != dict(identity):
+                return cls()
+            found = {
+                layer: Moments(
+                    tensors[f"inputs.{layer}"].to(device),
+                    tensors[f"gradients.{layer}"].to(device),
+                    rows,
+                    tensors[f"positions.{layer}"].to(device) if f"positions.{layer}" in tensors else None,
+                )
+                for layer, rows in header["rows"].items()
+            }
+            return cls(found, header["batches"], header["examples"], header["log_likelihood"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+
+def curvature_pass(
+    model: Likelihood,
+    guide: AutoKroneckerLaplace,
+    batches: Batches,
+    fabric: Fabric,
+    *,
+    seed: int,
+    checkpoint: Path | None,
+    progress: bool,
+) -> bool:
+    """Sum over the data, and give the guide its posterior.
+
+    Returns:
+        Whether Ctrl-C or SIGTERM ended the pass early. The guide is then as it was.
+    """
+    batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
+    model.weight_priors = {}
+    layers = matrix_layers(model.net)
+    size = batches.size
+    wanted = min(guide.examples, size)
+    identity = {
+        "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size, "world": fabric.world_size,
+        "widest": guide.widest,
+    }  # fmt: skip
+    sums = Sums()
+    if checkpoint is not None:
+        checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{fabric.global_rank}{checkpoint.suffix}")
+        sums = Sums.load(checkpoint, identity, fabric.device)
+    own = -(-wanted // fabric.world_size)
+    generator = torch.Generator().manual_seed(seed)
+    saved = time.monotonic()
+    with (
+        stop_requests() as stop, untouched(model, seed=seed, gradients=True),
+        Progress("curvature", own, shown=progress) as bar,
+    ):  # fmt: skip
+        bar.resume(sums.examples)
+        for x, y, _, share in batches.epoch(generator, start=sums.batches):
+            # a last batch that is too small to be shared would count for each process
+            if sums.examples >= own or stop.asked or share < 1:
+                break
+            if guide.shown is None:
+                guide.shown = x, y
+            torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
+            _add(sums, model, layers, guide.widest, batches, x, y)
+            bar.advance(min(sums.examples, own) - bar.done)
+            if checkpoint is not None and time.monotonic() - saved > _EVERY:
+                sums.save(checkpoint, identity)
+                saved = time.monotonic()
+    interrupted = stop.asked and sums.examples < own
+    if checkpoint is not None and sums.batches:
+        sums.save(checkpoint, identity)
+    if interrupted:
+        return True
+    together, examples, log_likelihood = _all(fabric, sums)
+    guide.set_moments(together, examples, size, size * log_likelihood)
+    return False
+
+
+def _add(
+    sums: Sums, model: Likelihood, layers: dict[str, Any], widest: int, batches: Batches, x: Any, y: Any
+) -> None:
+    """Add a batch, with labels that are drawn from the model."""
+
+    def drawn() -> Tensor:
+        sites = poutine.trace(model).get_trace(x).nodes
+        labels = sites["y"]
+        # the labels are data: a draw of a normal would follow its mean
+        found: Tensor = labels["fn"].log_prob(labels["value"].detach()).sum()
+        return found
+
+    for path, some in moments(layers, drawn, widest).items():
+        if path in sums.moments:
+            sums.moments[path].add(some)
+        else:
+            sums.moments[path] = some
+    with torch.no_grad():
+        if not sums.batches:
+            batches.count.settle(x, y, poutine.trace(model).get_trace(x, y))
+        sums.log_likelihood += float(model.log_likelihood(x, y))
+    sums.examples += batches.count(x, y)
+    sums.batches += 1
+
+
+def _all(fabric: Fabric, sums: Sums) -> tuple[dict[str, Moments], int, float]:
+    """The sums of all processes: moments, examples, and log-likelihood of each example on average."""
+
+    def total(value: Tensor) -> Tensor:
+        found = fabric.all_reduce(value.to(fabric.device), reduce_op="sum")
+        assert isinstance(found, Tensor)
+        return found
+
+    counts = total(torch.tensor([sums.examples, sums.log_likelihood], dtype=torch.float64))
+    together = {
+        path: Moments(
+            total(some.inputs),
+            total(some.gradients),
+            int(total(torch.tensor(some.rows, dtype=torch.float64))),
+            None if some.positions is None else total(some.positions),
+        )
+        for path, some in sums.moments.items()
+    }
+    return together, int(counts[0]), float(counts[1] / counts[0])

@@ -1,0 +1,111 @@
+"""Curvature of a network's layers: second moments of their inputs, and of the gradients at their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.networks.inputs import tensors_of
+from pyro_bmrs.networks.matrices import apart, input_rows, is_matrix, output_rows, positions_of, second_moment
+
+
+@dataclass
+class Moments:
+    """Sums over examples of one layer, in float64.
+
+    Attributes:
+        inputs: Σ x xᵀ over examples and positions. Shape: (groups, inputs, inputs); of an embedding (1, entries). Of a
+            wide convolution over channels alone, the mean over positions in the kernel.
+        gradients: Σ g gᵀ, g the gradient of −log p(y | x) at the layer's output. Shape: (groups, outputs, outputs).
+        rows: number of examples times positions.
+        positions: of a wide convolution, Σ x xᵀ over positions in the kernel, the mean over channels; else None.
+            Shape: (groups, positions, positions).
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    rows: int = 0
+    positions: Tensor | None = None
+
+    def add(self, other: Moments) -> None:
+        self.inputs = self.inputs + other.inputs
+        self.gradients = self.gradients + other.gradients
+        self.rows += other.rows
+        if self.positions is not None and other.positions is not None:
+            self.positions = self.positions + other.positions
+
+
+def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a network that are products with a matrix, by path, each once."""
+    return {path: module for path, module in network.named_modules() if is_matrix(module)}
+
+
+def moments(
+    layers: dict[str, nn.Module], log_likelihood: Callable[[], Tensor], widest: int
+) -> dict[str, Moments]:
+    """The moments of layers on one batch.
+
+    Args:
+        layers: by path.
+        log_likelihood: runs the network, and returns Σ log p(y | x) over the batch, with labels drawn from the model.
+        widest: of a convolution with more inputs, channels and positions are taken apart.
+
+    Returns:
+        By path; nothing for a layer that does not run, or that nothing of the likelihood depends on.
+    """
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    with torch.enable_grad(), _kept(layers, seen):
+        value = log_likelihood()
+    outputs = [(path, x, y) for path, calls in seen.items() for x, y in calls if y.requires_grad]
+    gradients = torch.autograd.grad(-value, [y for _, _, y in outputs], allow_unused=True)
+    found: dict[str, Moments] = {}
+    for (path, x, _), gradient in zip(outputs, gradients, strict=True):
+        if gradient is None:
+            continue
+        rows = input_rows(layers[path], x)
+        g = output_rows(layers[path], gradient)
+        module, size = layers[path], (g.mT @ g).double()
+        if rows.dim() == 3 and rows.shape[-1] > widest and positions_of(module) > 1:
+            split = apart(module, rows)  # (groups, rows, positions, channels)
+            channels, positions = split.flatten(1, 2), split.mT.flatten(1, 2)
+            one = Moments(
+                (channels.mT @ channels).double() / split.shape[-2], size, rows.shape[1],
+                (positions.mT @ positions).double() / split.shape[-1],
+            )  # fmt: skip
+        else:
+            one = Moments(second_moment(module, rows), size, rows.shape[1])
+        if path in found:
+            found[path].add(one)
+        else:
+            found[path] = one
+    return found
+
+
+@contextmanager
+def _kept(layers: dict[str, nn.Module], seen: dict[str, list[tuple[Tensor, Tensor]]]) -> Iterator[None]:
+    """Keeps the input and output of each call of each layer. All outputs have gradients inside."""
+
+    def hook(path: str) -> Any:
+        def keep(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> Tensor:
+            x = tensors_of((arguments, keywords))[0]
+            seen.setdefault(path, []).append((x.detach(), y))
+            return y.clone()  # what follows may change it in place
+
+        return keep
+
+    frozen = [p for module in layers.values() for p in module.parameters() if not p.requires_grad]
+    handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in layers.items()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,133 @@
+"""Layers as matrix products: their inputs as rows that a matrix of weights multiplies, and their outputs."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from pyro_bmrs.networks.cuts import tensor_of
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a layer is a product with one matrix of its own weights: linear, convolution, embedding.
+
+    Not transposed convolutions, and not layers whose weight is computed from other tensors.
+    """
+    weight = tensor_of(module, "weight")
+    if not isinstance(weight, nn.Parameter):
+        return False
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None
+    if isinstance(module, nn.Linear):
+        return True
+    return (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)) or _is_transposed(
+        module
+    )
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is linear with its weight the other way round, (inputs, outputs), as in GPT-2."""
+    weight = tensor_of(module, "weight")
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
+
+
+def groups_of(module: nn.Module) -> int:
+    """Number of matrices: of a convolution in groups there are several, each with its own inputs and outputs."""
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of a layer, or a tensor like it, as matrices. Shape: (groups, outputs, inputs)."""
+    if isinstance(module, nn.Embedding) or _is_transposed(module):
+        return weight.mT.unsqueeze(0)
+    groups = groups_of(module)
+    return weight.reshape(groups, weight.shape[0] // groups, prod(weight.shape[1:]))
+
+
+def as_weight(module: nn.Module, matrix: Tensor) -> Tensor:
+    """Matrices in the shape of a layer's weight, with as many outputs and inputs as they have."""
+    if isinstance(module, nn.Embedding) or _is_transposed(module):
+        return matrix.squeeze(0).mT
+    weight = tensor_of(module, "weight")
+    assert weight is not None
+    kernel = weight.shape[2:]
+    return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *kernel) if kernel else matrix.squeeze(0)
+
+
+def positions_of(module: nn.Module) -> int:
+    """Number of positions in the kernel of a convolution; 1 for other layers."""
+    return prod(module.kernel_size) if isinstance(module, _ConvNd) else 1
+
+
+def apart(module: nn.Module, matrix: Tensor) -> Tensor:
+    """Rows or weights of a convolution, (…, channels · positions), as (…, positions, channels)."""
+    return matrix.view(*matrix.shape[:-1], -1, positions_of(module)).mT
+
+
+def together(matrix: Tensor) -> Tensor:
+    """What `apart` took apart."""
+    return matrix.mT.flatten(-2)
+
+
+def columns_of(module: nn.Module, channels: Tensor) -> Tensor:
+    """The columns of a layer's matrix that read channels of its input, those of the same number in each group.
+
+    Shape: (channels, columns of each).
+    """
+    each = positions_of(module)
+    return channels.unsqueeze(-1) * each + torch.arange(each, device=channels.device)
+
+
+def input_dim(module: nn.Module) -> int:
+    """The dimension of a layer's weight that counts what it reads."""
+    return 0 if isinstance(module, nn.Embedding) or _is_transposed(module) else 1
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer's matrix multiplies, one row for each example and position. Shape: (groups, rows, inputs).
+
+    Of an embedding: the numbers of the entries that are read. Shape: (1, rows).
+    """
+    if isinstance(module, nn.Embedding):
+        return x.reshape(1, -1)
+    if not isinstance(module, _ConvNd):
+        return x.reshape(1, -1, x.shape[-1])
+    patches = _patches(module, x)
+    rows = patches.reshape(-1, module.groups, patches.shape[-1] // module.groups)
+    return rows.transpose(0, 1)
+
+
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """A layer's output, or a tensor like it, in the order of `input_rows`. Shape: (groups, rows, outputs)."""
+    if not isinstance(module, _ConvNd):
+        return y.reshape(1, -1, y.shape[-1])
+    channels = -1 - len(module.kernel_size)
+    last = y.movedim(channels, -1)
+    return last.reshape(-1, module.groups, y.shape[channels] // module.groups).transpose(0, 1)
+
+
+def _patches(module: _ConvNd, x: Tensor) -> Tensor:
+    """What each filter of a convolution sees. Shape: (…, positions…, channels · kernel)."""
+    dims = len(module.kernel_size)
+    if x.dim() == dims + 1:
+        x = x.unsqueeze(0)
+    mode: Any = module.padding_mode if module.padding_mode != "zeros" else "constant"
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for axis in range(dims):
+        size, dilation = module.kernel_size[axis], module.dilation[axis]
+        x = x.unfold(2 + axis, (size - 1) * dilation + 1, module.stride[axis])[..., ::dilation]
+    # (batch, channels, positions…, kernel…)
+    positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+    return x.permute(0, *positions, 1, *kernel).flatten(1 + dims)
+
+
+def second_moment(module: nn.Module, rows: Tensor) -> Tensor:
+    """Σ x xᵀ over rows, in float64. Shape: (groups, inputs, inputs); of an embedding the counts, (1, entries)."""
+    if isinstance(module, nn.Embedding):
+        return rows.flatten().bincount(minlength=module.num_embeddings).double().unsqueeze(0)
+    return (rows.mT @ rows).double()

@@ -1,0 +1,200 @@
+"""Weights of a smaller network in closed form: each layer is fitted to what the full network has in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_bmrs.networks.cuts import Cuts, joined
+from pyro_bmrs.networks.inputs import Inputs, batch_size, call, taken, tensors_of
+from pyro_bmrs.networks.matrices import (
+    as_matrix,
+    as_weight,
+    groups_of,
+    input_dim,
+    input_rows,
+    is_matrix,
+    output_rows,
+)
+from pyro_bmrs.networks.modes import in_mode
+
+# The share of the mean of the Gram matrix's diagonal that pulls towards the weights before.
+RIDGE = 1e-3
+# Examples in a pass of the full network; rows of a layer, all examples together.
+_CHUNK, _ROWS = 250, 100_000
+
+
+@dataclass
+class _Target:
+    """What the full network has at a layer.
+
+    Attributes:
+        places: which rows, of all examples and positions.
+        outputs: what it has there, of the outputs that stay. Shape: (groups, rows, outputs).
+        rows: how many rows there are in all.
+    """
+
+    places: Tensor
+    outputs: Tensor
+    rows: int
+
+
+@torch.no_grad()
+def refit(
+    small: nn.Module,
+    full: nn.Module,
+    cuts: Cuts,
+    inputs: Inputs,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit each layer of `small`, in place and in the order of its forward pass, to what `full` has there.
+
+    Of a layer with inputs X as `small` makes them, where those before are refitted, and with Y as `full` has at its
+    output, [W b] minimises ‖X Wᵀ + b − Y‖² + λ ‖[W b] − [W₀ b₀]‖², λ a thousandth of the mean of the Gram matrix's
+    diagonal, W₀ the weights before. Statistics of BatchNorm are those of its inputs in `small`.
+
+    Args:
+        small: the smaller network; it is left in evaluation mode.
+        full: the network it was cut from, without noise; not changed.
+        cuts: that made it.
+        inputs: examples, all of which go through `small` at once.
+        advance: called after each layer.
+    """
+    small.eval()
+    layers = {
+        path: module for path, module in small.named_modules() if is_matrix(module) and not _looks_up(module)
+    }
+    targets = _targets(full, list(layers), cuts, inputs)
+
+    def solve(path: str, module: nn.Module, x: Tensor) -> None:
+        target = targets.get(path)
+        rows = input_rows(module, x)
+        if target is not None and rows.shape[1] == target.rows:
+            _solve(module, rows[:, target.places], target.outputs)
+            del targets[path]
+        advance()
+
+    with _before_each(small, layers, solve):
+        call(small, inputs)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _targets(full: nn.Module, paths: list[str], cuts: Cuts, inputs: Inputs) -> dict[str, _Target]:
+    """By path: what the full network has at the outputs of layers that are called once in a pass."""
+    count = batch_size(inputs)
+    kept: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+    generator = torch.Generator().manual_seed(0)
+    calls: dict[str, int] = {}
+
+    def keep(path: str, module: nn.Module, y: Tensor, examples: int) -> None:
+        calls[path] = calls.get(path, 0) + 1
+        rows = output_rows(module, y)
+        most = max(1, _ROWS * examples // count)
+        places = torch.arange(rows.shape[1])
+        if len(places) > most:
+            places = torch.randperm(len(places), generator=generator)[:most].sort().values
+        left = cuts.tensors.get(joined(path, "weight"), {}).get(1 - input_dim(module))
+        if left is not None:
+            rows = _left(module, rows, left)
+        kept.setdefault(path, []).append((places, rows[:, places.to(y.device)].clone(), rows.shape[1]))
+
+    chunks = 0
+    for start in range(0, count, _CHUNK):
+        some = taken(inputs, slice(start, start + _CHUNK), count)
+        chunks += 1
+
+        def hook(path: str, examples: int = batch_size(some)) -> Any:
+            return lambda module, _, y: keep(path, module, y, examples)
+
+        handles = [full.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+        try:
+            with in_mode(full, training=False):
+                call(full, some)
+        finally:
+            for handle in handles:
+                handle.remove()
+    found = {}
+    for path, parts in kept.items():
+        if calls[path] == chunks:  # not several times in a pass
+            starts = torch.tensor([0, *(rows for _, _, rows in parts)]).cumsum(0)
+            places = torch.cat([own + start for (own, _, _), start in zip(parts, starts[:-1], strict=True)])
+            found[path] = _Target(places, torch.cat([y for _, y, _ in parts], dim=1), int(starts[-1]))
+    return found
+
+
+def _left(module: nn.Module, rows: Tensor, left: list[int]) -> Tensor:
+    """The outputs that stay, of a full layer's: those of each group, of which some may have none."""
+    groups = groups_of(module)
+    each = rows.shape[-1]
+    chosen = torch.tensor(left, device=rows.device)
+    per_group = [chosen[chosen // each == group] % each for group in range(groups)]
+    return torch.stack([rows[group][:, own] for group, own in enumerate(per_group) if len(own)])
+
+
+def _solve(module: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Ridge regression of y (groups, rows, outputs) on x (groups, rows, inputs)."""
+    weight = module.get_parameter("weight")
+    before = as_matrix(module, weight.detach()).double()
+    bias = module._parameters.get("bias")
+    x = x.double()
+    y = y.double()
+    if bias is not None:
+        ones = torch.ones((*x.shape[:2], 1), dtype=x.dtype, device=x.device)
+        x = torch.cat([x, ones], dim=-1)
+        before = torch.cat([before, bias.detach().double().view(*before.shape[:2], 1)], dim=-1)
+    gram = x.mT @ x
+    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    found = torch.linalg.solve(gram + ridge * eye, x.mT @ y + ridge * before.mT).mT
+    if not bool(torch.isfinite(found).all()):
+        return
+    if bias is not None:
+        bias.copy_(found[..., -1].flatten())
+        found = found[..., :-1]
+    weight.copy_(as_weight(module, found))
+
+
+@contextmanager
+def _before_each(
+    small: nn.Module, layers: Mapping[str, nn.Module], solve: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Calls `solve` before each layer, once; and gives BatchNorm the statistics of its input."""
+
+    def fit(path: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            solve(path, module, tensors_of((arguments, keywords))[0])
+
+        return hook
+
+    def normalise(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(module, _BatchNorm)
+        x = arguments[0]
+        if module.running_mean is not None and module.running_var is not None:
+            over = [dim for dim in range(x.dim()) if dim != 1]
+            variance, mean = torch.var_mean(x, dim=over)
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
+
+    handles = [
+        module.register_forward_pre_hook(fit(path), with_kwargs=True) for path, module in layers.items()
+    ]
+    handles += [
+        module.register_forward_pre_hook(normalise)
+        for module in small.modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

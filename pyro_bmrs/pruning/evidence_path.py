@@ -1,0 +1,174 @@
+"""The evidence along a path of removals, with the rise of the loss as it is measured at some of its places."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pyro_bmrs.evidence.kronecker import KroneckerCurvature, occam_factor
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.attention import separate_attention
+from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.cuts import Cuts, joined
+from pyro_bmrs.networks.inputs import Inputs, batch_size
+from pyro_bmrs.networks.matrices import apart, as_matrix, as_weight, input_dim, together
+from pyro_bmrs.pruning.removal_path import Step, Touched, reduced_weights
+
+if TYPE_CHECKING:
+    from pyro_bmrs.pruning.network_plan import NetworkPlan
+
+PATH_COLUMNS = [
+    "layer", "unit", "loss_rise", "parameters", "total_loss_rise", "measured_loss_rise", "total_evidence_change",
+]  # fmt: skip
+# Places of a path where the evidence is computed: so many at most, and multiplications for all; and shares of the
+# parameters at which the loss is measured.
+_PLACES, _WORK = 100, 5e10
+_MEASURED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
+
+
+class _State:
+    """What is away, layer by layer, along a path."""
+
+    def __init__(self, curvatures: Mapping[str, KroneckerCurvature]) -> None:
+        def none(one: KroneckerCurvature, shape: Any) -> Tensor:
+            return torch.zeros(shape, dtype=torch.bool, device=one.weights.device)
+
+        self.inputs = {path: none(one, one.shape[2]) for path, one in curvatures.items()}
+        self.outputs = {path: none(one, one.shape[:2]) for path, one in curvatures.items()}
+
+    def remove(self, parts: Touched, structure: int) -> set[str]:
+        """Take a structure away. Returns the layers that have changed."""
+        for part in parts.reads:
+            self.inputs[part.path][part.places[structure]] = True
+        for part in parts.brings:
+            self.outputs[part.path].view(-1)[part.places[structure]] = True
+        return {part.path for part in (*parts.reads, *parts.brings)}
+
+
+@torch.no_grad()
+def evidence_path(
+    plan: NetworkPlan,
+    guide: AutoKroneckerLaplace,
+    steps: Sequence[Step],
+    parts: Mapping[str, Touched],
+    shown: tuple[Inputs, Any],
+) -> pd.DataFrame:
+    """The path as a table: see `LaplacePlan`.
+
+    ΔF is the difference of two Laplace approximations of log p(data), of the smaller network and of the full one, each
+    at its own weights, with the curvature of the full one. The rise of the loss is the predicted one, times what the
+    measured one is of it at the nearest places where that is known: second order and layers apart are not all that
+    happens where much is removed.
+    """
+    before = sum(parameter.numel() for parameter in guide.model.net.parameters())
+    table = pd.DataFrame(
+        {
+            "layer": [step.site for step in steps],
+            "unit": [step.structure for step in steps],
+            "loss_rise": [step.loss for step in steps],
+            "parameters": before - np.cumsum([step.freed for step in steps]),
+            "total_loss_rise": np.cumsum([step.loss for step in steps]),
+        },
+        columns=PATH_COLUMNS,
+    )
+    if not steps:
+        return table
+    numbers = table.parameters.to_numpy()
+    looked_at = {
+        1 + int(np.argmax(numbers <= (1 - share) * before))
+        for share in _MEASURED
+        if numbers[-1] <= (1 - share) * before
+    }
+    work = sum(
+        blocks * (inputs**3 + outputs**3)
+        for blocks, outputs, inputs in (one.shape for one in guide.curvatures.values())
+    )
+    count = min(max(int(_WORK // work), 1), _PLACES, len(steps))
+    places = {*np.linspace(1, len(steps), count).round().astype(int).tolist(), *looked_at}
+    state, changed = _State(guide.curvatures), set[str]()
+    occam, size = dict.fromkeys(guide.curvatures, 0.0), dict.fromkeys(guide.curvatures, 0.0)
+    rest = np.full(len(steps), np.nan)
+    measured = np.full(len(steps), np.nan)
+    full = _loss(guide, guide.model.net, shown)
+    for number, step in enumerate(steps, 1):
+        changed |= state.remove(parts[step.site], step.structure)
+        if number in places:
+            for path in changed:
+                one, delta = guide.curvatures[path], guide.deltas[path]
+                inputs, outputs = state.inputs[path], state.outputs[path]
+                occam[path] = occam_factor(one, delta, inputs, outputs)
+                left = reduced_weights(one, inputs).square().flatten(2).sum(-1)[~outputs].sum()
+                size[path] = 0.5 * delta * float(one.weights.square().sum() - left)
+            changed.clear()
+            rest[number - 1] = sum(occam.values()) + sum(size.values())
+        if number in looked_at:
+            measured[number - 1] = (
+                _loss(guide, _smaller(plan, guide, number), shown) - full
+            ) * guide.dataset_size
+    table["measured_loss_rise"] = measured
+    table["total_evidence_change"] = rest - table.total_loss_rise * _times(
+        table.total_loss_rise.to_numpy(), measured
+    )
+    return table
+
+
+def _times(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """What the measured rise is of the predicted one, at least 1, between places where it is known by interpolation."""
+    known = np.flatnonzero(~np.isnan(measured))
+    if not len(known):
+        return np.ones_like(predicted)
+    ratio = np.maximum(measured[known] / np.maximum(predicted[known], 1e-12), 1.0)
+    between: np.ndarray = np.interp(np.arange(len(predicted)), known, np.log(ratio))
+    return np.exp(between)
+
+
+def _smaller(plan: NetworkPlan, guide: AutoKroneckerLaplace, steps: int) -> nn.Module:
+    """The network after so many steps, with the weights of the reduced posterior."""
+    cuts = plan.at(-float(steps)).cuts
+    assert cuts is not None
+    small = copied(guide.model.net)
+    separate_attention(small)
+    cuts.cut(small)
+    take_over(small, guide, cuts)
+    return small
+
+
+def _loss(guide: AutoKroneckerLaplace, network: nn.Module, shown: tuple[Inputs, Any]) -> float:
+    """−log p(y | x) of each example on average, in nats, with another network in the model."""
+    model = copy.copy(guide.model)
+    model._modules = {**model._modules, "net": network}
+    model.weight_priors = {}
+    x, y = shown
+    with untouched(network):
+        return -float(model.log_likelihood(x, y)) / batch_size(x)
+
+
+@torch.no_grad()
+def take_over(small: nn.Module, guide: AutoKroneckerLaplace, cuts: Cuts) -> None:
+    """Give the layers of a smaller network that read structures the means of the reduced posterior, in place."""
+    for path, curvature in guide.curvatures.items():
+        module = guide.layer(path)
+        dims = cuts.tensors.get(joined(path, "weight"), {})
+        left = dims.get(input_dim(module))
+        if left is None:
+            continue
+        marks = torch.zeros_like(module.get_parameter("weight").detach())
+        marks.index_fill_(input_dim(module), torch.tensor(left, device=marks.device), 1.0)
+        away = as_matrix(module, marks) == 0
+        if curvature.positions is None:
+            weight = reduced_weights(curvature, away[0, 0].to(curvature.weights.device))
+        else:
+            channels = apart(module, away)[0, 0, 0].to(curvature.weights.device)
+            weight = together(reduced_weights(curvature, channels))
+        weight = as_weight(module, weight)
+        for dim, kept in dims.items():
+            weight = weight.index_select(dim, torch.tensor(kept, device=weight.device))
+        target = small.get_submodule(path).get_parameter("weight")
+        target.copy_(weight)

@@ -1,0 +1,176 @@
+"""Evidence of parts of a layer: exact for a linear layer with normal noise, and against dense matrices."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyro_bmrs.evidence.kronecker import (
+    KroneckerCurvature,
+    evidence_of_inputs,
+    evidence_of_outputs,
+    evidence_without,
+    log_marginal_likelihood,
+    occam_factor,
+    prior_precision,
+)
+
+F64 = torch.float64
+NONE = torch.zeros(1, 2, dtype=torch.bool)
+
+
+def regression(inputs=10, outputs=2, examples=60, noise=0.7, delta=1.3):
+    """A linear layer with known noise: (curvature, δ, log marginal likelihood of a subset of inputs)."""
+    torch.manual_seed(1)
+    x = torch.randn(examples, inputs, dtype=F64)
+    y = x @ (0.3 * torch.randn(inputs, outputs, dtype=F64)) + noise * torch.randn(
+        examples, outputs, dtype=F64
+    )
+    precision = x.T @ x / noise**2 + delta * torch.eye(inputs, dtype=F64)
+    weights = torch.linalg.solve(precision, x.T @ y / noise**2).T
+    curvature = KroneckerCurvature(
+        (x.T @ x / examples)[None], (torch.eye(outputs, dtype=F64) / noise**2)[None], weights[None], examples
+    )
+
+    def log_marginal(kept):
+        covariance = noise**2 * torch.eye(examples, dtype=F64) + x[:, kept] @ x[:, kept].T / delta
+        law = torch.distributions.MultivariateNormal(torch.zeros(examples, dtype=F64), covariance)
+        return float(law.log_prob(y.T).sum())
+
+    return curvature, delta, log_marginal, x, y
+
+
+def test_all_subsets_of_ten_inputs_have_the_exact_change_of_evidence():
+    curvature, delta, log_marginal, *_ = regression()
+    full = log_marginal(torch.ones(10, dtype=torch.bool))
+    worst = 0.0
+    for size in range(10):
+        for chosen in itertools.combinations(range(10), size):
+            away = torch.zeros(10, dtype=torch.bool)
+            away[list(chosen)] = True
+            found = evidence_without(curvature, delta, away, NONE)
+            worst = max(worst, abs(found - (log_marginal(~away) - full)))
+    assert worst < 1e-9
+
+
+def dense(curvature, delta):
+    """(precision matrix, mean) of all weights of a single block, outputs first."""
+    a = curvature.inputs[0] if curvature.inputs.dim() == 3 else curvature.inputs[0].diag()
+    if curvature.positions is not None:
+        a = torch.kron(curvature.positions[0], a)
+    whole = curvature.examples * torch.kron(curvature.gradients[0], a)
+    return whole + delta * torch.eye(len(whole), dtype=F64), curvature.weights.flatten()
+
+
+def random_curvature(outputs, inputs, positions=None, diagonal=False, seed=0):
+    torch.manual_seed(seed)
+
+    def moment(size):
+        root = torch.randn(size, size + 2, dtype=F64)
+        return (root @ root.T / size)[None]
+
+    shape = (1, outputs, inputs) if positions is None else (1, outputs, positions, inputs)
+    a = moment(inputs).diagonal(dim1=1, dim2=2) if diagonal else moment(inputs)
+    return KroneckerCurvature(
+        a,
+        moment(outputs),
+        0.3 * torch.randn(shape, dtype=F64),
+        7,
+        None if positions is None else moment(positions),
+    )
+
+
+def by_hand(curvature, delta, inputs, outputs):
+    """ΔF of dropping outputs nothing reads and then reducing inputs to 0, from dense matrices."""
+    precision, mean = dense(curvature, delta)
+    rows = torch.zeros(curvature.weights.shape[1:], dtype=torch.bool)
+    rows[outputs[0]] = True
+    columns = torch.zeros_like(rows)
+    columns[..., inputs] = True
+    gone, rest = rows.flatten(), ~rows.flatten()
+    found = 0.5 * delta * mean[gone].square().sum() - 0.5 * int(gone.sum()) * math.log(delta)
+    found += 0.5 * (torch.logdet(precision) - torch.logdet(precision[rest][:, rest]))
+    zero = columns.flatten()[rest]
+    if bool(zero.any()):
+        covariance = torch.linalg.inv(precision[rest][:, rest])[zero][:, zero]
+        own = mean[rest][zero]
+        found -= 0.5 * own @ torch.linalg.solve(covariance, own) + 0.5 * torch.logdet(covariance)
+        found -= 0.5 * int(zero.sum()) * math.log(delta)
+    return float(found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([(3, 4, None, False), (2, 3, 4, False), (3, 4, None, True), (4, 1, None, False)]),
+    st.integers(0, 2**32 - 1), st.floats(0.01, 30.0),
+)  # fmt: skip
+def test_inputs_and_outputs_away_together(shape, seed, delta):
+    curvature = random_curvature(*shape, seed=seed % 1000)
+    torch.manual_seed(seed)
+    inputs = torch.rand(shape[1]) < 0.5
+    outputs = torch.rand(1, shape[0]) < 0.4
+    found = evidence_without(curvature, delta, inputs, outputs)
+    assert found == pytest.approx(by_hand(curvature, delta, inputs, outputs), rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("positions", [None, 3])
+def test_each_alone_is_that_of_one_taken_away(positions):
+    curvature = random_curvature(3, 6, positions)
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    for sets in (torch.arange(6).view(6, 1), torch.arange(6).view(3, 2)):
+        found = evidence_of_inputs(curvature, 0.4, sets)
+        for one, own in zip(found, sets, strict=True):
+            away = torch.zeros(6, dtype=torch.bool)
+            away[own] = True
+            assert float(one) == pytest.approx(evidence_without(curvature, 0.4, away, none), rel=1e-9)
+    found = evidence_of_outputs(curvature, 0.4)
+    for number in range(3):
+        away = torch.arange(3)[None] == number
+        expected = evidence_without(curvature, 0.4, torch.zeros(6, dtype=torch.bool), away)
+        assert float(found[0, number]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_blocks_add_up():
+    one, two = random_curvature(3, 4, seed=1), random_curvature(3, 4, seed=2)
+    both = KroneckerCurvature(
+        *(torch.cat([getattr(c, name) for c in (one, two)]) for name in ("inputs", "gradients", "weights")), 7
+    )
+    inputs = torch.tensor([True, False, False, True])
+    outputs = torch.tensor([[True, False, False], [True, True, True]])
+    parts = [evidence_without(c, 0.5, inputs, outputs[[n]]) for n, c in enumerate((one, two))]
+    assert evidence_without(both, 0.5, inputs, outputs) == pytest.approx(sum(parts), rel=1e-10)
+    parts = [log_marginal_likelihood(c, 0.5) for c in (one, two)]
+    assert log_marginal_likelihood(both, 0.5) == pytest.approx(sum(parts), rel=1e-10)
+
+
+def test_the_occam_factor_is_the_evidence_where_all_weights_are_zero():
+    curvature = random_curvature(3, 4)
+    zero = KroneckerCurvature(curvature.inputs, curvature.gradients, 0 * curvature.weights, 7)
+    inputs, outputs = torch.tensor([True, False, True, False]), torch.tensor([[False, True, False]])
+    assert occam_factor(curvature, 2.0, inputs, outputs) == pytest.approx(
+        evidence_without(zero, 2.0, inputs, outputs), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_delta_has_the_largest_marginal_likelihood(shared):
+    curvatures = [random_curvature(5, 6, seed=number) for number in range(1 + shared)]
+    delta = prior_precision(curvatures)
+
+    def at(value):
+        return sum(log_marginal_likelihood(one, value) for one in curvatures)
+
+    grid = delta * torch.logspace(-3, 3, 301, dtype=F64)
+    values = torch.tensor([at(float(value)) for value in grid], dtype=F64)
+    assert int(values.argmax()) == 150
+    assert at(delta * 1.001) < at(delta) > at(delta / 1.001)
+
+
+def test_delta_of_a_layer_without_curvature_is_finite():
+    nothing = KroneckerCurvature(
+        torch.zeros(1, 2, 2, dtype=F64), torch.eye(2, dtype=F64)[None], torch.ones(1, 2, 2, dtype=F64), 5
+    )
+    assert 0 < prior_precision([nothing]) < 1

@@ -1,0 +1,199 @@
+"""Layers as matrix products, and their curvature against brute force."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pyro_bmrs.networks.curvature import matrix_layers, moments
+from pyro_bmrs.networks.matrices import (
+    apart,
+    as_matrix,
+    as_weight,
+    columns_of,
+    input_rows,
+    is_matrix,
+    output_rows,
+    together,
+)
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight the other way round, as in GPT-2."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 3), (4, 5)),
+    "linear over tokens": (lambda: nn.Linear(5, 3), (4, 7, 5)),
+    "the other way round": (lambda: Conv1D(5, 3), (4, 7, 5)),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), (2, 3, 8, 9)),
+    "stride and padding": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 8, 9)),
+    "dilation": (lambda: nn.Conv2d(3, 4, (3, 2), dilation=(2, 3), padding=(0, 2)), (2, 3, 9, 10)),
+    "same": (lambda: nn.Conv2d(3, 4, 4, padding="same"), (2, 3, 8, 9)),
+    "reflected": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 8, 9)),
+    "in groups": (lambda: nn.Conv2d(6, 4, 3, groups=2, padding=1), (2, 6, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(6, 12, 3, groups=6), (2, 6, 5, 5)),
+    "one dimension": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2), (2, 3, 9)),
+    "three dimensions": (lambda: nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1)), (2, 2, 3, 5, 6)),
+    "without a batch": (lambda: nn.Conv2d(3, 4, 3), (3, 8, 9)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_times_the_matrix_are_the_outputs(name):
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    layer = make().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    assert is_matrix(layer)
+    rows, matrix = input_rows(layer, x), as_matrix(layer, layer.weight)
+    with torch.no_grad():
+        outputs = output_rows(layer, layer(x))
+        bias = layer.bias.view(matrix.shape[0], 1, -1)
+        torch.testing.assert_close(rows @ matrix.mT + bias, outputs)
+    assert torch.equal(as_weight(layer, matrix), layer.weight)
+    assert torch.equal(together(apart(layer, matrix)), matrix)
+    channels = torch.tensor([1, 0])
+    if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.shape[1] > 1:
+        for channel, columns in zip(channels, columns_of(layer, channels), strict=True):
+            kept = torch.zeros_like(layer.weight)
+            kept[:, channel] = layer.weight[:, channel].detach()
+            expected = torch.zeros_like(matrix)
+            expected[:, :, columns] = matrix[:, :, columns].detach()
+            assert torch.equal(as_matrix(layer, kept), expected)
+
+
+def test_what_is_no_product_with_one_matrix():
+    computed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    for layer in (
+        nn.BatchNorm2d(3),
+        nn.ConvTranspose2d(2, 3, 3),
+        nn.LSTM(2, 3),
+        computed,
+        nn.Embedding(4, 3, max_norm=1.0),
+    ):
+        assert not is_matrix(layer)
+    assert is_matrix(nn.Embedding(4, 3))
+    shared = nn.Linear(3, 3)
+    assert list(matrix_layers(nn.Sequential(shared, nn.ReLU(), shared))) == ["0"]
+
+
+def fisher(network, layer, x):
+    """Σ over classes p(y | x) g gᵀ of one example, g of −log p(y | x) at a layer's weights, flattened."""
+    found = 0.0
+    probabilities = network(x).softmax(1)[0].detach()
+    for label, probability in enumerate(probabilities):
+        (gradient,) = torch.autograd.grad(cross_entropy(network(x), torch.tensor([label])), layer.weight)
+        found = found + probability * gradient.flatten().outer(gradient.flatten())
+    return found
+
+
+def expected_moments(network, x):
+    """The moments of one example with labels of each class by their probability, in place of drawn ones."""
+    layers, total = matrix_layers(network), {}
+    probabilities = network(x).softmax(1)[0].detach()
+    for label, probability in enumerate(probabilities):
+        found = moments(layers, lambda label=label: -cross_entropy(network(x), torch.tensor([label])), 10_000)
+        for path, one in found.items():
+            g = probability * one.gradients
+            total[path] = one.inputs, total[path][1] + g if path in total else g
+    return layers, total
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convolutions"])
+def test_one_example_has_the_exact_fisher_blocks(kind):
+    torch.manual_seed(0)
+    if kind == "mlp":
+        network, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(1, 4)
+    else:  # one position each: then the product is exact for convolutions too
+        network = nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 3)
+        )
+        x = torch.randn(1, 2, 3, 3)
+    network, x = network.double(), x.double()
+    layers, found = expected_moments(network, x)
+    for path, (inputs, gradients) in found.items():
+        expected = fisher(network, layers[path], x)
+        torch.testing.assert_close(
+            torch.kron(gradients[0], inputs[0]), expected.detach(), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_a_linear_network_has_the_exact_fisher_block_over_many_examples():
+    """Of y = W x with normal noise G is the same for all examples, so that the product of the means is exact."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(50, 4, dtype=torch.float64)
+    noise = torch.randn(50, 3, dtype=torch.float64)
+    noise = torch.linalg.qr(noise)[0] * 50**0.5  # the second moment of the labels is exact too
+
+    def log_likelihood():
+        mean = layer(x)
+        return torch.distributions.Normal(mean, 1.0).log_prob(mean.detach() + noise).sum()
+
+    (found,) = moments({"layer": layer}, log_likelihood, 10_000).values()
+    product = torch.kron(found.gradients[0] / 50, found.inputs[0] / 50)
+    torch.testing.assert_close(product, torch.kron(torch.eye(3, dtype=torch.float64), x.T @ x / 50))
+
+
+def test_channels_and_positions_are_exact_where_patches_are_products():
+    """x[c, k] = u[c] v[k] in every patch: then A is the product of both moments."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(3, 2, 4, stride=4).double()
+    u, v = torch.randn(1, 3, 1, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    x = (u * v.repeat(5)).expand(1, 3, 20)
+    whole, split = (moments({"": layer}, lambda: layer(x).sum(), widest)[""] for widest in (100, 2))
+    positions = split.positions / split.positions.diagonal(dim1=1, dim2=2).mean()
+    product = torch.kron(split.inputs[0], positions[0])
+    torch.testing.assert_close(product, whole.inputs[0])
+    assert whole.positions is None
+
+
+def test_nothing_of_the_network_is_changed_and_frozen_weights_have_curvature_too():
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    network[0].requires_grad_(False)
+    x = torch.randn(6, 4)
+    found = moments(matrix_layers(network), lambda: network(x).log_softmax(1)[:, 0].sum(), 100)
+    assert list(found) == ["0", "2"]
+    assert not network[0].weight.requires_grad
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_moments_agree_with_laplace_torchs():
+    """G from 2,000 examples with drawn labels, and laplace-torch's from all labels: within 5 standard errors."""
+    laplace = pytest.importorskip("laplace")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(2000, 4)
+    y = network(x).argmax(1)
+    draws = 40
+    layers = matrix_layers(network)
+    found = []
+    for _ in range(draws):
+        labels = torch.distributions.Categorical(logits=network(x)).sample()
+        found.append(
+            moments(layers, lambda labels=labels: -cross_entropy(network(x), labels, reduction="sum"), 100)
+        )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=500)
+    reference = laplace.Laplace(
+        network, "classification", "all", hessian_structure="kron", backend=laplace.curvature.CurvlinopsGGN
+    )
+    reference.fit(loader)
+    kron = reference.H_facs.kfacs
+    for path, weight in (("0", 0), ("2", 2)):
+        their_g, their_a = kron[weight]
+        g = torch.stack([one[path].gradients[0] for one in found])
+        a = found[0][path].inputs[0]
+        product = torch.kron(their_g, their_a).double()
+        ours = torch.kron(g.mean(0), a / 2000)
+        error = torch.kron(g.std(0) / draws**0.5, (a / 2000).abs())
+        assert float(((ours - product).abs() / (error + 1e-6 * product.abs().max())).max()) < 5

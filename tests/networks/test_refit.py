@@ -1,0 +1,98 @@
+"""The closed-form refit of a smaller network."""
+
+import copy
+
+import torch
+from torch import nn
+
+from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.refit import refit
+
+
+def twins():
+    """A network whose hidden units come in pairs that are equal, and the cuts that leave one of each."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 3),
+    ).eval()  # fmt: skip
+    net[1].momentum = None
+    with torch.no_grad():
+        net.train()(torch.randn(2000, 2, 6, 6))  # statistics of the inputs that the tests have
+        net.eval()
+        for tensor in (*net[0].parameters(), *net[1].parameters(), net[1].running_mean, net[1].running_var):
+            tensor[1::2] = tensor[::2]
+        for tensor in net[5].parameters():
+            tensor[1::2] = tensor[::2]
+    columns = [4 * channel + place for channel in (0, 2, 4) for place in range(4)]
+    pairs, units = [0, 2, 4], [0, 2, 4, 6]
+    cuts = Cuts(
+        {
+            **{f"0.{name}": {0: pairs} for name in ("weight", "bias")},
+            **{f"1.{name}": {0: pairs} for name in ("weight", "bias", "running_mean", "running_var")},
+            "5.weight": {0: units, 1: columns}, "5.bias": {0: units}, "7.weight": {1: units},
+        }
+    )  # fmt: skip
+    small = copy.deepcopy(net)
+    cuts.cut(small)
+    return net, small, cuts
+
+
+def test_what_twins_did_is_taken_over():
+    """The columns of twins are added, though nobody said that they are twins."""
+    net, small, cuts = twins()
+    x = torch.randn(2000, 2, 6, 6)
+    with torch.no_grad():
+        wanted = net(x)
+        apart = (small(x) - wanted).abs().max()
+        refit(small, net, cuts, x)
+        near = (small(x) - wanted).abs().max()
+    assert apart > 0.1
+    assert near < 0.1 * apart
+    # the ridge is a thousandth of the mean: what can't be told apart stays near its weights
+    assert (small[0].weight - net[0].weight[::2]).abs().max() < 1e-3
+
+
+def test_batch_norm_has_the_statistics_of_its_inputs():
+    net, small, cuts = twins()
+    x = 3 + 2 * torch.randn(500, 2, 6, 6)
+    refit(small, net, cuts, x)
+    with torch.no_grad():
+        inside = small[0](x)
+    variance, mean = torch.var_mean(inside, dim=(0, 2, 3))
+    torch.testing.assert_close(small[1].running_mean, mean)
+    torch.testing.assert_close(small[1].running_var, variance)
+
+
+def test_the_full_network_stays_and_the_smaller_is_in_evaluation():
+    net, small, cuts = twins()
+    before = copy.deepcopy(net.state_dict())
+    layers = []
+    refit(small.train(), net.train(), cuts, torch.randn(40, 2, 6, 6), advance=lambda: layers.append(1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net.training
+    assert not small.training
+    assert len(layers) == 3
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in (*net.modules(), *small.modules())
+    )
+
+
+def test_a_layer_that_is_called_twice_is_left_as_it_is():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+    torch.manual_seed(0)
+    net = Twice()
+    small = copy.deepcopy(net)
+    with torch.no_grad():
+        small.last.weight += 0.1
+    before = small.inner.weight.clone()
+    refit(small, net, Cuts(), torch.randn(300, 4))
+    assert torch.equal(small.inner.weight, before)
+    assert (small.last.weight - net.last.weight).abs().max() < 0.03
