@@ -684,6 +684,25 @@ NETWORKS = [
         RuntimeError, r"^guide has no parameters yet: call it once on a batch, or fit it$",
     ),
     function(
+        "AutoKroneckerLaplace", "a network with noise",
+        lambda: bmrs.AutoKroneckerLaplace(bmrs.Classifier(plain(bmrs.MultiplicativeNoise(8)))), ValueError,
+        r"^model must have a network without noise layers: this guide is for the weights of a trained one$",
+    ),
+    function(
+        "AutoKroneckerLaplace", "model is a network", lambda: bmrs.AutoKroneckerLaplace(plain()), TypeError,
+        r"^model must be a Classifier or a Regressor around a network: got Sequential$",
+    ),
+    function(
+        "AutoKroneckerLaplace", "examples is 0",
+        lambda: bmrs.AutoKroneckerLaplace(bmrs.Classifier(plain()), examples=0), ValueError,
+        r"^examples must be a positive integer: got 0$",
+    ),
+    function(
+        "AutoKroneckerLaplace", "posterior() before the fit",
+        lambda: bmrs.AutoKroneckerLaplace(bmrs.Classifier(plain())).posterior(), RuntimeError,
+        r"^guide has no posterior yet: call fit\(model, guide, train\)$",
+    ),
+    function(
         "recalibrate", "a network with noise",
         lambda: bmrs.recalibrate(plain(bmrs.MultiplicativeNoise(8)), (X, Y)), ValueError,
         r"^network must have no noise layers: apply the reduction first$",
