@@ -27,7 +27,10 @@ _HOMES = {
     "inference": (
         "AutoKroneckerLaplace", "AutoTruncatedLogNormal", "Classifier", "Regressor", "predict", "recalibrate",
     ),
-    "pruning": ("BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "NetworkPlan", "Random", "Rule", "WeightNorm"),
+    "pruning": (
+        "BMRS_N", "BMRS_U", "SNR", "ExpectedScale", "LaplacePlan", "NetworkPlan", "Random", "RemovalOrder", "Rule",
+        "WeightNorm",
+    ),
     "programs": (
         "ModelPosterior", "ProgramPlan", "ReducedPosterior", "evidence_curve", "exhaustive_reduction",
         "greedy_reduction", "reduce",
@@ -84,7 +87,18 @@ if TYPE_CHECKING:
         greedy_reduction,
         reduce,
     )
-    from pyro_bmrs.pruning import BMRS_N, BMRS_U, SNR, ExpectedScale, NetworkPlan, Random, Rule, WeightNorm
+    from pyro_bmrs.pruning import (
+        BMRS_N,
+        BMRS_U,
+        SNR,
+        ExpectedScale,
+        LaplacePlan,
+        NetworkPlan,
+        Random,
+        RemovalOrder,
+        Rule,
+        WeightNorm,
+    )
     from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
     from pyro_bmrs.reports.report import report
 

@@ -19,7 +19,7 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.curvature import Moments, matrix_layers, moments
+from pyro_bmrs.networks.curvature import Moments, moments
 from pyro_bmrs.progress import Progress
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def curvature_pass(
     """
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
     model.weight_priors = {}
-    layers = matrix_layers(model.net)
+    layers = {path: guide.layer(path) for path in guide.paths}
     size = batches.size
     wanted = min(guide.examples, size)
     identity = {

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
@@ -47,7 +49,14 @@ def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
 
     Returns:
         The path.
+
+    Raises:
+        TypeError: for a Laplace posterior, which `fit` makes again in one pass.
     """
+    good = not isinstance(guide, AutoKroneckerLaplace)
+    check(
+        good, "guide", "one with parameters; one pass makes a Laplace posterior again", type(guide), TypeError
+    )
     header = {"format": FORMAT, "version": VERSION, "kl_weight": guide.kl_weight}
     return write_tensors(path, state_of(model, guide), header)
 

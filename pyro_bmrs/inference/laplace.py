@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.distributions.kronecker_normal import KroneckerNormal
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, log_marginal_likelihood, prior_precision
 from pyro_bmrs.inference.calls import unique_name
@@ -17,7 +18,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.curvature import Moments, matrix_layers
 from pyro_bmrs.networks.inputs import Inputs
-from pyro_bmrs.networks.matrices import apart, as_matrix, input_dim
+from pyro_bmrs.networks.matrices import apart, as_matrix, groups_of, input_dim, positions_of
 from pyro_bmrs.networks.noise import noise_layers
 
 
@@ -51,13 +52,21 @@ class AutoKroneckerLaplace(nn.Module):
         shared_prior: whether all layers have one δ. False: each its own.
         widest: of a convolution with more inputs (channels times positions in the kernel) A is taken as a product of
             channels and positions, so that it needs less time and memory.
+        memory: GiB for the matrices of all layers. The largest layers for which it is too little get no curvature,
+            with a warning; what they read stays.
 
     Raises:
         TypeError, ValueError: for another model, or one without layers that are products with a matrix.
     """
 
     def __init__(
-        self, model: Likelihood, *, examples: int = 4000, shared_prior: bool = False, widest: int = 1200
+        self,
+        model: Likelihood,
+        *,
+        examples: int = 4000,
+        shared_prior: bool = False,
+        widest: int = 1200,
+        memory: float = 4.0,
     ) -> None:
         super().__init__()
         good = isinstance(model, Likelihood)
@@ -67,6 +76,7 @@ class AutoKroneckerLaplace(nn.Module):
                 "model must have a network without noise layers: this guide is for the weights of a trained one"
             )
         check(is_whole(widest, 1), "widest", "a positive integer", widest)
+        check(is_number(memory) and memory > 0, "memory", "a positive number of GiB", memory)
         check(is_whole(examples, 1), "examples", "a positive integer", examples)
         check(isinstance(shared_prior, bool), "shared_prior", "True or False", shared_prior, TypeError)
         separate_attention(model.net)
@@ -78,7 +88,14 @@ class AutoKroneckerLaplace(nn.Module):
         self.examples, self.shared_prior, self.widest = examples, shared_prior, widest
         self.store_name = unique_name(self)
         self._model = [model]  # no submodule: its parameters are not the guide's
-        self.paths = tuple(layers)
+        self.paths = _within(layers, widest, memory)
+        if len(self.paths) < len(layers):
+            left = ", ".join(repr(path) for path in layers if path not in self.paths)
+            warnings.warn(
+                f"no curvature of {left}: all of them would need more than memory={memory:g} GiB, and what they read "
+                "stays",
+                stacklevel=2,
+            )
         self.curvatures: dict[str, KroneckerCurvature] = {}
         self.deltas: dict[str, float] = {}
         self.log_likelihood = float("nan")
@@ -177,3 +194,28 @@ class AutoKroneckerLaplace(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> dict[str, Tensor]:
         return {name: pyro.sample(name, law) for name, law in self.posterior().items()}
+
+
+# A and G, their eigenvectors, an inverse and a moment of the weights, in float64.
+_MATRICES, _BYTES = 4, 8
+
+
+def _within(layers: Mapping[str, nn.Module], widest: int, memory: float) -> tuple[str, ...]:
+    """The layers whose matrices fit into so many GiB, the smallest first; in the order of the network."""
+
+    def need(module: nn.Module) -> int:
+        matrix = as_matrix(module, module.get_parameter("weight"))
+        _, outputs, inputs = matrix.shape
+        if isinstance(module, nn.Embedding):
+            inputs = 1  # only counts
+        elif inputs > widest:
+            inputs //= positions_of(module)
+        return _MATRICES * _BYTES * groups_of(module) * (inputs**2 + outputs**2)
+
+    left, chosen = memory * 2**30, set()
+    for path in sorted(layers, key=lambda path: need(layers[path])):
+        left -= need(layers[path])
+        if left < 0:
+            break
+        chosen.add(path)
+    return tuple(path for path in layers if path in chosen)

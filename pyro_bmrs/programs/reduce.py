@@ -30,13 +30,14 @@ from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
 from pyro_bmrs.pruning.laplace_plan import reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
+from pyro_bmrs.pruning.removal_path import RemovalOrder
 from pyro_bmrs.pruning.scoring import Criterion
 
 
 def reduce(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    criterion: Criterion | Mapping[str, Any] = BMRS_N(),  # noqa: B008 it is frozen
+    criterion: Criterion | Mapping[str, Any] | RemovalOrder | None = None,
     *model_args: Any,
     min_kept: float = 1,
     round_to: int | None = None,
@@ -84,12 +85,15 @@ def reduce(
     it is estimated from draws of the guide, with a standard error and k̂. The model itself gives a second opinion
     (`checked`), and a warning where the guide is wrong: see docs/evidence.md.
 
+    With an `AutoKroneckerLaplace` of a trained network the plan is a `LaplacePlan`: a path of removals, and the place
+    on it where the evidence is largest.
+
     Args:
         model: a Pyro model with noise layers; with a mapping any Pyro model.
         guide: its mean-field guide; with a mapping also one with a joint normal, such as AutoMultivariateNormal.
-        criterion: `BMRS_N()`, `BMRS_U()`, `SNR()`, …, or any function from layers to scores. Or a mapping from sites
-            of the model to their reduced priors: distributions that broadcast to the site, or numbers and
-            tensors, which are points.
+        criterion: `BMRS_N()` (the default), `BMRS_U()`, `SNR()`, …, or any function from layers to scores. Or a
+            mapping from sites of the model to their reduced priors: distributions that broadcast to the site, or
+            numbers and tensors, which are points. With an `AutoKroneckerLaplace` a `RemovalOrder`.
         model_args: what model and guide are called with. An `AutoTruncatedLogNormal` remembers its first batch, and
             needs none.
         min_kept: structures that every layer of a network keeps, at least 1; or, as a float between 0 and 1, the share
@@ -125,7 +129,15 @@ def reduce(
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     if isinstance(guide, AutoKroneckerLaplace):
         check(model is guide.model, "model", "the one that the guide was made for", type(model))
-        return reduce_by_laplace(guide, min_kept=min_kept, round_to=round_to)
+        order = RemovalOrder() if criterion is None else criterion
+        good = isinstance(order, RemovalOrder)
+        check(good, "criterion", "a RemovalOrder for this guide, or None", order, TypeError)
+        assert isinstance(order, RemovalOrder)
+        return reduce_by_laplace(guide, order, min_kept=min_kept, round_to=round_to)
+    criterion = BMRS_N() if criterion is None else criterion
+    good = not isinstance(criterion, RemovalOrder)
+    check(good, "guide", "an AutoKroneckerLaplace for a RemovalOrder", type(guide), TypeError)
+    assert not isinstance(criterion, RemovalOrder)
     good = kl_weight is None or (is_number(kl_weight) and kl_weight >= 0)
     check(good, "kl_weight", "finite and not negative, or None", kl_weight)
     if not isinstance(criterion, Mapping):

@@ -9,13 +9,15 @@ from pyro_bmrs.pruning.criteria import (
     Random,
     WeightNorm,
 )
+from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.reduce import NonFiniteScoreError
+from pyro_bmrs.pruning.removal_path import RemovalOrder
 from pyro_bmrs.pruning.rule import Rule
 from pyro_bmrs.pruning.scoring import Criterion, CriterionError
 
 __all__ = [
-    "BMRS_N", "BMRS_U", "SNR", "Criterion", "CriterionError", "EvidenceCriterion", "ExpectedScale", "NetworkPlan",
-    "NonFiniteScoreError", "Plan", "Random", "Rule", "WeightNorm",
+    "BMRS_N", "BMRS_U", "SNR", "Criterion", "CriterionError", "EvidenceCriterion", "ExpectedScale", "LaplacePlan",
+    "NetworkPlan",    "NonFiniteScoreError", "Plan", "Random", "RemovalOrder", "Rule", "WeightNorm",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, occam_factor
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from pyro_bmrs.pruning.network_plan import NetworkPlan
 
 PATH_COLUMNS = [
-    "layer", "unit", "loss_rise", "parameters", "total_loss_rise", "measured_loss_rise", "total_evidence_change",
+    "layer", "unit", "outgoing", "incoming", "loss_rise", "freed", "parameters", "total_loss_rise",
+    "measured_loss_rise", "total_evidence_change",
 ]  # fmt: skip
 # Places of a path where the evidence is computed: so many at most, and multiplications for all; and shares of the
 # parameters at which the loss is measured.
@@ -73,6 +75,7 @@ def evidence_path(
             "layer": [step.site for step in steps],
             "unit": [step.structure for step in steps],
             "loss_rise": [step.loss for step in steps],
+            "freed": [step.freed for step in steps],
             "parameters": before - np.cumsum([step.freed for step in steps]),
             "total_loss_rise": np.cumsum([step.loss for step in steps]),
         },
@@ -96,7 +99,7 @@ def evidence_path(
     occam, size = dict.fromkeys(guide.curvatures, 0.0), dict.fromkeys(guide.curvatures, 0.0)
     rest = np.full(len(steps), np.nan)
     measured = np.full(len(steps), np.nan)
-    full = _loss(guide, guide.model.net, shown)
+    full = _loss(reduced_model(Cuts(), guide), shown)
     for number, step in enumerate(steps, 1):
         changed |= state.remove(parts[step.site], step.structure)
         if number in places:
@@ -109,9 +112,8 @@ def evidence_path(
             changed.clear()
             rest[number - 1] = sum(occam.values()) + sum(size.values())
         if number in looked_at:
-            measured[number - 1] = (
-                _loss(guide, _smaller(plan, guide, number), shown) - full
-            ) * guide.dataset_size
+            smaller = reduced_model(plan.at(-float(number)).cuts, guide)
+            measured[number - 1] = (_loss(smaller, shown) - full) * guide.dataset_size
     table["measured_loss_rise"] = measured
     table["total_evidence_change"] = rest - table.total_loss_rise * _times(
         table.total_loss_rise.to_numpy(), measured
@@ -129,24 +131,23 @@ def _times(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     return np.exp(between)
 
 
-def _smaller(plan: NetworkPlan, guide: AutoKroneckerLaplace, steps: int) -> nn.Module:
-    """The network after so many steps, with the weights of the reduced posterior."""
-    cuts = plan.at(-float(steps)).cuts
+def reduced_model(cuts: Cuts | None, guide: AutoKroneckerLaplace) -> Likelihood:
+    """The model with the smaller network in it, with the weights of the reduced posterior."""
     assert cuts is not None
     small = copied(guide.model.net)
     separate_attention(small)
     cuts.cut(small)
     take_over(small, guide, cuts)
-    return small
-
-
-def _loss(guide: AutoKroneckerLaplace, network: nn.Module, shown: tuple[Inputs, Any]) -> float:
-    """−log p(y | x) of each example on average, in nats, with another network in the model."""
     model = copy.copy(guide.model)
-    model._modules = {**model._modules, "net": network}
+    model._modules = {**model._modules, "net": small.eval()}
     model.weight_priors = {}
+    return model
+
+
+def _loss(model: Likelihood, shown: tuple[Inputs, Any]) -> float:
+    """−log p(y | x) of each example on average, in nats."""
     x, y = shown
-    with untouched(network):
+    with untouched(model):
         return -float(model.log_likelihood(x, y)) / batch_size(x)
 
 

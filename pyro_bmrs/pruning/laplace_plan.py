@@ -14,21 +14,23 @@ from torch import Tensor, nn
 from pyro_bmrs.evidence.kronecker import evidence_of_inputs, evidence_of_outputs
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.attention import join_attention, separate_attention
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.groups import StructureGroup
-from pyro_bmrs.networks.inputs import Inputs, batch_size, map_tensors, taken
+from pyro_bmrs.networks.inputs import Inputs, batch_size, taken
 from pyro_bmrs.networks.insertion import insert_noise
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.refit import refit as refit_layers
 from pyro_bmrs.networks.surgery import TOLERANCE
 from pyro_bmrs.pruning.binding import Binding
-from pyro_bmrs.pruning.evidence_path import PATH_COLUMNS, evidence_path, take_over
+from pyro_bmrs.pruning.evidence_path import PATH_COLUMNS, evidence_path, reduced_model, take_over
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import COLUMNS
 from pyro_bmrs.pruning.removal_path import (
     NoCurvatureError,
+    RemovalOrder,
     Step,
     Touched,
     removal_path,
@@ -36,6 +38,8 @@ from pyro_bmrs.pruning.removal_path import (
 )
 from pyro_bmrs.pruning.rule import Rule
 
+# A prediction of the rise of the loss that is off by more than this is told of.
+_BELIEVED = 2.0
 # Of the data that a refit is given, so many examples are used.
 REFIT_EXAMPLES = 4000
 
@@ -48,18 +52,20 @@ class LaplacePlan(NetworkPlan):
     stands where the total evidence is largest.
 
     Attributes:
-        path: a row for each structure in the order of removal: layer, unit, loss_rise (predicted, of the whole data
-            set, nats), parameters (left after it), total_loss_rise, measured_loss_rise (the same, on some examples of
-            the fit), total_evidence_change (ΔF of all so far, nats). NaN between the places where it was looked at.
-        alone: by layer, the two parts of ΔF of each structure alone, (structures, 2): outgoing and incoming.
+        path: a row for each structure in the order of removal: layer, unit, outgoing and incoming (the parts of its ΔF
+            alone, in nats: what it costs where it is read, and what its own weights cost), loss_rise (predicted, of the
+            whole data set, nats), freed (parameters), parameters (left after it), total_loss_rise, measured_loss_rise
+            (the same, on some examples of the fit), total_evidence_change (ΔF of all so far, nats). The last two are
+            NaN between the places where they were looked at.
         kept_back: by layer that the path can't touch: why.
+        taken_apart: layers whose curvature is a product of channels and positions, since they are wide.
     """
 
-    kind = "laplace"
+    kind = "trained network"
 
     path: pd.DataFrame = field(default_factory=pd.DataFrame)
-    alone: Mapping[str, Tensor] = field(default_factory=dict)
     kept_back: Mapping[str, str] = field(default_factory=dict)
+    taken_apart: tuple[str, ...] = ()
     _guide: AutoKroneckerLaplace | None = field(default=None, metadata={"live": True})
 
     def apply(
@@ -97,6 +103,16 @@ class LaplacePlan(NetworkPlan):
         join_attention(small)
         return small
 
+    def reduced_model(self) -> Likelihood:
+        """The model with the smaller network in it, without refit and proof.
+
+        Raises:
+            ValueError: for a plan that was loaded.
+        """
+        if self._guide is None:
+            raise ValueError("plan must know its guide: this one was loaded from disk")
+        return reduced_model(self.cuts, self._guide)
+
     def _details(self) -> list[str]:
         lines = super()._details()
         if len(self.path) and self.rule.threshold is not None:
@@ -107,23 +123,30 @@ class LaplacePlan(NetworkPlan):
                 if last.total_evidence_change == last.total_evidence_change:
                     told += f"; ΔF {last.total_evidence_change:+.4g} nats"
                 lines.append(told)
+                off = _largest_error(self.path.iloc[:steps])
+                if off > _BELIEVED:
+                    lines.append(f"up to here the loss rises by up to {off:.2g} times what is predicted")
         lines += [f"{layer} stays: {reason}" for layer, reason in self.kept_back.items()]
+        if self.taken_apart:
+            lines.append(f"channels and positions taken apart: {', '.join(self.taken_apart)}")
         return lines
 
     def _document(self) -> dict[str, Any]:
-        records = self.path.replace({np.nan: None}).to_dict("records")
-        alone = {layer: parts.tolist() for layer, parts in self.alone.items()}
-        return {**super()._document(), "path": records, "alone": alone, "kept_back": dict(self.kept_back)}
+        records = self.path.astype(object).where(self.path.notna(), None).to_dict("records")
+        own = {"path": records, "kept_back": dict(self.kept_back), "taken_apart": list(self.taken_apart)}
+        return {**super()._document(), **own}
 
     @classmethod
     def _parts(cls, document: Mapping[str, Any]) -> dict[str, Any]:
         path = pd.DataFrame(document["path"], columns=PATH_COLUMNS)
         numbers = path.columns.drop("layer")
         path[numbers] = path[numbers].astype(float)
-        alone = {
-            layer: torch.tensor(parts, dtype=torch.float64) for layer, parts in document["alone"].items()
+        own = {
+            "path": path,
+            "kept_back": document["kept_back"],
+            "taken_apart": tuple(document["taken_apart"]),
         }
-        return {**super()._parts(document), "path": path, "alone": alone, "kept_back": document["kept_back"]}
+        return {**super()._parts(document), **own}
 
 
 def _inputs_of(data: Data, network: nn.Module) -> Inputs:
@@ -132,12 +155,16 @@ def _inputs_of(data: Data, network: nn.Module) -> Inputs:
     batches = Batches(data, REFIT_EXAMPLES, device, "refit")
     x, _ = batches.first()
     size = batch_size(x)
-    return taken(x, slice(0, REFIT_EXAMPLES), size) if size > REFIT_EXAMPLES else map_tensors(lambda t: t, x)
+    return taken(x, slice(0, REFIT_EXAMPLES), size) if size > REFIT_EXAMPLES else x
 
 
 @torch.no_grad()
 def reduce_by_laplace(
-    guide: AutoKroneckerLaplace, *, min_kept: float = 1, round_to: int | None = None
+    guide: AutoKroneckerLaplace,
+    order: RemovalOrder = RemovalOrder(),  # noqa: B008 it is frozen
+    *,
+    min_kept: float = 1,
+    round_to: int | None = None,
 ) -> LaplacePlan:
     """The plan of a trained network: see `pyro_bmrs.reduce`."""
     guide._check_ready()
@@ -156,22 +183,38 @@ def reduce_by_laplace(
             parts[group.site] = touched(noisy, group, guide.curvatures)
         except NoCurvatureError as error:
             kept_back[group.site] = str(error)
+    each = "_per_parameter" if order.per_parameter else ""
     rule = Rule(
-        criterion="KroneckerLaplace", prior_log_odds=None, min_kept=min_kept, round_to=round_to, kl_weight=1.0
+        criterion=f"laplace_{order.by}{each}",
+        prior_log_odds=None,
+        min_kept=min_kept,
+        round_to=round_to,
+        kl_weight=1.0,
     )
     floors = {group.site: rule.floor(group.features) for group in groups}
-    steps = removal_path(noisy, groups, parts, guide.curvatures, floors)
     alone = {group.site: _alone(guide, group, parts.get(group.site)) for group in groups}
+    brought = {site: both[:, 1] for site, both in alone.items()}
+    steps = removal_path(noisy, groups, parts, guide.curvatures, floors, order, guide.deltas, brought)
     plan = LaplacePlan(
         table=_table(groups, steps, alone), rule=rule,
         channels={site: layer.channels for site, layer in noise_layers(noisy).items() if layer.channels > 1},
         nesting=nesting.spread({group.site: torch.ones(group.features, dtype=torch.bool) for group in groups}),
-        alone=alone, kept_back=kept_back, _binding=binding, _guide=guide,
+        kept_back=kept_back, _binding=binding, _guide=guide,
+        taken_apart=tuple(path for path, one in guide.curvatures.items() if one.positions is not None),
     )  # fmt: skip
-    plan = replace(plan, path=evidence_path(plan, guide, steps, parts, (example, labels)))
+    path = evidence_path(plan, guide, steps, parts, (example, labels))
+    rows = [alone[step.site][step.structure].tolist() for step in steps]
+    path[["outgoing", "incoming"]] = np.array(rows).reshape(-1, 2)
+    plan = replace(plan, path=path)
     evidence = plan.path.total_evidence_change.to_numpy()
     best = int(np.nanargmax(evidence)) + 1 if len(evidence) and np.nanmax(evidence) > 0 else 0
     return plan.at(-float(best) if best else float("inf"))
+
+
+def _largest_error(path: pd.DataFrame) -> float:
+    """The largest factor between the measured and the predicted rise of the loss, where it was measured."""
+    known = path[path.measured_loss_rise.notna() & (path.total_loss_rise > 0)]
+    return float((known.measured_loss_rise / known.total_loss_rise).max()) if len(known) else 1.0
 
 
 def _table(

@@ -52,7 +52,7 @@ def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points
         ValueError: if points < 2, or the plan was loaded from disk and holds no network.
     """
     from pyro_bmrs.inference.evaluate import evaluate
-    from pyro_bmrs.pruning import NetworkPlan
+    from pyro_bmrs.pruning import LaplacePlan, NetworkPlan
 
     check(isinstance(plan, NetworkPlan), "plan", "a NetworkPlan", type(plan), TypeError)
     check(is_whole(points, 2), "points", "at least 2", points)
@@ -76,8 +76,11 @@ def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points
     rows = []
     left_of = plan.parameters_of([variant for _, variant in variants])
     for (threshold, variant), left in zip(variants, left_of, strict=True):
-        means = {site: mean.to(device).float() for site, mean in variant.theta_mean().items()}
-        result = evaluate(model, data, means)
+        if isinstance(variant, LaplacePlan):
+            result = evaluate(variant.reduced_model(), data)
+        else:
+            means = {site: mean.to(device).float() for site, mean in variant.theta_mean().items()}
+            result = evaluate(model, data, means)
         rows.append(
             {
                 "parameters_removed": 1 - left / full,

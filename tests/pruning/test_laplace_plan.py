@@ -10,11 +10,11 @@ from network_families import FAMILIES
 from torch import nn
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.evidence.kronecker import KroneckerCurvature
+from pyro_bmrs.evidence.kronecker import KroneckerCurvature, evidence_without
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
-from pyro_bmrs.pruning.removal_path import LayerLoss, reduced_weights
+from pyro_bmrs.pruning.removal_path import LayerEvidence, LayerLoss, reduced_weights
 
 F64 = torch.float64
 
@@ -57,7 +57,7 @@ def test_most_of_a_network_that_is_too_large_leaves_and_nothing_is_lost(trained)
 
 
 def test_the_path_is_part_of_the_plan(trained):
-    _, _, plan = trained
+    model, _, plan = trained
     path = plan.path
     assert len(path) == 68  # one of each layer stays
     assert (path.parameters.diff().dropna() < 0).all()
@@ -70,9 +70,11 @@ def test_the_path_is_part_of_the_plan(trained):
     assert path.total_evidence_change.max() > 0
     assert "predicted rise of the loss" in str(plan)
     # each structure alone: what it costs where it is read is offset by what its own weights cost
-    assert plan.table.log_evidence_change.to_numpy() == pytest.approx(
-        torch.cat([plan.alone[layer].sum(1) for layer in plan.layers]).numpy()
-    )
+    alone = path.set_index(["layer", "unit"])[["outgoing", "incoming"]].sum(axis=1)
+    table = plan.table.set_index(["layer", "unit"]).log_evidence_change
+    assert table[alone.index].to_numpy() == pytest.approx(alone.to_numpy())
+    assert (path.incoming > 0).all()
+    assert (path.freed == -path.parameters.diff().fillna(path.parameters[0] - parameters(model.net))).all()
 
 
 def test_the_order_is_by_loss_per_parameter(trained):
@@ -107,6 +109,89 @@ def test_the_rise_of_the_loss_is_that_of_the_best_weights():
         assert total == pytest.approx(float(expected), rel=0.02)
 
 
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_by_evidence_the_best_alone_leaves_first(trained, per_parameter):
+    model, guide, plan = trained
+    own = bmrs.reduce(model, guide, bmrs.RemovalOrder(by="evidence", per_parameter=per_parameter))
+    assert own.rule.criterion == "laplace_evidence" + "_per_parameter" * per_parameter
+    gain = own.path.outgoing + own.path.incoming
+    if per_parameter:
+        gain /= own.path.layer.map({"0": 37, "2": 44})
+    # several outputs share a matrix where it is taken anew
+    assert gain[0] == pytest.approx(gain.max(), rel=0.05)
+    assert len(own.path) == len(plan.path)
+    assert accuracy(own.apply(refit=blobs())) > accuracy(model.net) - 0.02
+
+
+def test_evidence_taken_anew_adds_up_to_that_of_all():
+    """With one output no matrix is shared: the sum over steps is ΔF of all inputs that left."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 7, dtype=F64)
+    one = KroneckerCurvature(
+        (x.T @ x / 50)[None], torch.full((1, 1, 1), 1.7, dtype=F64), torch.randn(1, 1, 7, dtype=F64), 50
+    )
+    state, total, away = LayerEvidence(one, 0.6), 0.0, torch.zeros(7, dtype=torch.bool)
+    for inputs in ([2], [5, 0], [1], [3], [6]):
+        total -= float(state.of_sets(torch.tensor([inputs])))
+        state.remove_inputs(torch.tensor(inputs))
+        away[inputs] = True
+        found = evidence_without(one, 0.6, away, torch.zeros(1, 1, dtype=torch.bool))
+        assert total == pytest.approx(found, rel=1e-8)
+
+
+def test_wrong_orders_are_refused(trained):
+    model, guide, _ = trained
+    with pytest.raises(ValueError, match='by must be "loss" or "evidence": got \'size\''):
+        bmrs.RemovalOrder(by="size")
+    with pytest.raises(TypeError, match="criterion must be a RemovalOrder for this guide, or None: got SNR"):
+        bmrs.reduce(model, guide, bmrs.SNR())
+    noisy = bmrs.Classifier(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), bmrs.MultiplicativeNoise(8), nn.Linear(8, 2))
+    )
+    other = bmrs.AutoTruncatedLogNormal(noisy)
+    with pytest.raises(TypeError, match="guide must be an AutoKroneckerLaplace for a RemovalOrder: got"):
+        bmrs.reduce(noisy, other, bmrs.RemovalOrder())
+
+
+def test_layers_that_do_not_fit_into_memory_stay_and_are_told_of():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 10), nn.ReLU(), nn.Linear(10, 3))
+    model = bmrs.Classifier(net)
+    with pytest.warns(
+        UserWarning, match=r"no curvature of '0', '2': all of them would need more than memory=0.0005 GiB"
+    ):
+        guide = bmrs.AutoKroneckerLaplace(model, memory=0.0005)
+    bmrs.fit(model, guide, blobs(), progress=False)
+    plan = bmrs.reduce(model, guide)
+    assert plan.kept_back == {"0": "read by '2', which has no curvature"}
+    assert set(plan.path.layer) == {"2"}
+
+
+def test_wide_convolutions_are_taken_apart_and_told_of():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 10, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(40, 3),
+    )  # fmt: skip
+    x, y = torch.randn(300, 1, 6, 6), torch.randint(3, (300,))
+    x[torch.arange(300), 0, y, y] += 3
+    model = bmrs.Classifier(net)
+    bmrs.fit(model, None, (x, y), epochs=5, batch_size=50, learning_rate=1e-2, progress=False)
+    kept = []
+    for widest in (50, 1000):
+        guide = bmrs.AutoKroneckerLaplace(model, widest=widest)
+        bmrs.fit(model, guide, (x, y), progress=False)
+        plan = bmrs.reduce(model, guide)
+        assert ("channels and positions taken apart: 2" in str(plan)) == (widest == 50)
+        small = plan.at(-10).apply(refit=(x, y))
+        with torch.no_grad():
+            assert float((small(x).argmax(1) == y).float().mean()) > 0.85
+        # draws of the posterior have the shape of the weights, either way
+        assert guide()["2.weight"].shape == (10, 12, 3, 3)
+        kept.append(guide.posterior()["2.weight"].variance.mean())
+    assert 0.5 < float(kept[0] / kept[1]) < 2
+
+
 def test_a_plan_is_saved_and_loaded_and_cuts_a_fresh_network(trained, tmp_path):
     model, _, plan = trained
     again = LaplacePlan.load(plan.save(tmp_path / "plan.json"))
@@ -119,6 +204,23 @@ def test_a_plan_is_saved_and_loaded_and_cuts_a_fresh_network(trained, tmp_path):
     assert parameters(small) == plan.parameters_left()
     with pytest.raises(ValueError, match="refit needs the full network: this plan was loaded from disk"):
         again.apply(bmrs.insert_noise(model.net, blobs()[0][:2]), blobs()[0][:8], refit=blobs())
+
+
+def test_a_curve_along_the_path(trained):
+    model, _, plan = trained
+    curve = bmrs.compression_curve(model, plan, blobs(2000, seed=1), points=4)
+    assert curve.accuracy[0] == pytest.approx(accuracy(model.net))
+    own = curve[curve.is_plan].iloc[0]
+    assert own.accuracy == pytest.approx(accuracy(plan.apply()))
+    assert curve.accuracy.iloc[-1] < 0.7
+
+
+def test_a_posterior_that_one_pass_makes_is_not_saved(trained, tmp_path):
+    model, guide, _ = trained
+    with pytest.raises(
+        TypeError, match="guide must be one with parameters; one pass makes a Laplace posterior again"
+    ):
+        bmrs.save_posterior(tmp_path / "posterior.safetensors", model, guide)
 
 
 def test_floors(trained):

@@ -1060,6 +1060,14 @@ REDUCTIONS = [
         r"^curve lacks the columns 'log_evidence_change', 'reduced', 'chosen', 'mixture'; it needs .* and has bits$",
     ),
     function(
+        "RemovalOrder", "by is size", lambda: bmrs.RemovalOrder(by="size"), ValueError,
+        r'^by must be "loss" or "evidence": got \'size\'$',
+    ),
+    function(
+        "LaplacePlan.load", "no such file", lambda: bmrs.LaplacePlan.load("missing.json"), ValueError,
+        r"^path must be a plan written by save: missing\.json can't be read (?P<system>.*)$",
+    ),
+    function(
         "NetworkPlan.apply", "another network", lambda: fitted().plan.apply(wide(), X), ValueError,
         r"^network must have the noise layers of the plan, \{'2': 12, '5': 8\}: got \{'2': 9\}$",
     ),
