@@ -89,7 +89,7 @@ class Study:
         settings = self.settings.changed(seed=seed)
         if not weights.exists():
             save_weights(peers.trained(self.recipe, settings, self.data, self.given.train), weights)
-        network = peers.trained(self.recipe, settings, self.data, 0)
+        network = bmrs.without_noise(self.recipe.network(self.data, settings.network or {}, seed))
         network.load_state_dict(load_weights(weights))
         return network.eval()
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # of a plan: a row per structure, one per layer, and one per cost
 TABLE_COLUMNS = ("layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "removed")
 WIDTH_COLUMNS = ("layer", "before", "after")
+PATH_COLUMNS = ("parameters", "total_loss_rise", "measured_loss_rise", "total_evidence_change")
 COST_COLUMNS = ("before", "after")
 # of a fit: a row per epoch, and one per structure that it or the plan removed
 HISTORY_COLUMNS = (

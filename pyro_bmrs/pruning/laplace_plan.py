@@ -103,6 +103,12 @@ class LaplacePlan(NetworkPlan):
         join_attention(small)
         return small
 
+    @property
+    def steps(self) -> int:
+        """How many structures of the path the plan removes."""
+        threshold = self.rule.threshold
+        return 0 if threshold is None else int(min(max(-threshold, 0), len(self.path)))
+
     def reduced_model(self) -> Likelihood:
         """The model with the smaller network in it, without refit and proof.
 
@@ -115,8 +121,8 @@ class LaplacePlan(NetworkPlan):
 
     def _details(self) -> list[str]:
         lines = super()._details()
-        if len(self.path) and self.rule.threshold is not None:
-            steps = min(max(int(-self.rule.threshold), 0), len(self.path))
+        if len(self.path):
+            steps = self.steps
             if steps:
                 last = self.path.iloc[steps - 1]
                 told = f"predicted rise of the loss: {last.total_loss_rise:.4g} nats over the data set"
@@ -224,7 +230,7 @@ def _table(
     place = {(step.site, step.structure): number for number, step in enumerate(steps, 1)}
     rows = [
         {
-            "layer": group.site, "unit": unit, "loc": 0.0, "scale": 0.0, "mean": 1.0, "snr": np.nan,
+            "layer": group.site, "unit": unit, "loc": np.nan, "scale": np.nan, "mean": 1.0, "snr": np.nan,
             "score": -float(place.get((group.site, unit), np.inf)),
             "log_evidence_change": float(alone[group.site][unit].sum()), "kl_weight": 1.0, "removed": False,
             "removed_in_fit": False, "present": True,

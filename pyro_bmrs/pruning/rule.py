@@ -69,6 +69,11 @@ class Rule:
         """Whether scores are changes of evidence."""
         return self.prior_log_odds is not None
 
+    @property
+    def is_path(self) -> bool:
+        """Whether scores are places on the path of removals of a trained network, so that −n removes the first n."""
+        return self.criterion.startswith("laplace_")
+
     def floor(self, structures: int) -> int:
         """Of so many structures that a layer had originally, so many stay at least.
 

@@ -24,6 +24,7 @@ from pyro_bmrs.figures import (
     plot_forest,
     plot_history,
     plot_reliability,
+    plot_removal_path,
     plot_risk_coverage,
     plot_scores,
     plot_structures,
@@ -214,6 +215,10 @@ def _figures(
         "forest": (plot_forest, plan if np.isfinite(plan.table["loc"].astype(float)).any() else None),
         # a regression has losses, and no accuracy to draw
         "curve": (draw_curve, curves if curves is not None and curves["accuracy"].notna().any() else None),
+        "path": (
+            lambda found: plot_removal_path(found.path, found.steps),
+            plan if len(getattr(plan, "path", ())) else None,
+        ),
         "history": (lambda table: plot_history(table, _removals(fit, plan)), history),
         "reliability": (plot_reliability, _chosen(found.reliability)),
         "risk": (plot_risk_coverage, _chosen(found.risk_coverage)),

@@ -79,6 +79,16 @@ def decision(rule: Rule) -> str:
     """
     if rule.threshold is None:
         return f"A search decided about all structures together: {rule.criterion}"
+    if rule.is_path:
+        by = (
+            "least predicted rise of the loss"
+            if "_loss" in rule.criterion
+            else "largest change of the evidence"
+        )
+        each = " for each parameter that they free" if rule.criterion.endswith("_per_parameter") else ""
+        return (
+            f"Structures were removed in the order of the {by}{each}, the first {max(-rule.threshold, 0):.0f}"
+        )
     odds = (
         "" if rule.prior_log_odds is None else f" plus the prior log-odds of {rule.prior_log_odds:.4g} nats"
     )
@@ -100,6 +110,12 @@ def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping
         first += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
     first += f" with the KL divergence weighted by {rule.kl_weight:g}"
     first += f", seed {known['seed']}." if "seed" in known else "."
+    if rule.is_path:
+        first = (
+            "The posterior of the weights of the trained network was a Laplace approximation with Kronecker-factored "
+            "curvature (Ritter et al., 2018), with the prior's precision at the largest marginal likelihood (MacKay, "
+            "1992) (pyro_bmrs on Pyro and PyTorch)."
+        )
     text = [first]
     if rule.has_evidence and rule.kl_weight not in (0, 1):
         text.append(
@@ -119,7 +135,12 @@ def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping
     text.append(
         f"Of {len(table):,} structures {int((~table['removed'].astype(bool)).sum()):,} were kept ("
         + ", ".join(f"{row.after} of {row.before} in {row.layer}" for row in plan.widths().itertuples())
-        + "); the others were cut out of the network, with θ = E[θ] folded into the weights that read what was kept."
+        + "); the others were cut out of the network, "
+        + (
+            "and the weights that stayed took over what they could (Hassibi and Stork, 1993)."
+            if rule.is_path
+            else "with θ = E[θ] folded into the weights that read what was kept."
+        )
     )
     if "fine-tune" in epochs:
         text.append(
@@ -195,6 +216,8 @@ def warnings_of(plan: Plan) -> list[str]:
                 f"Layer {row.layer} keeps {held:,} of its {row.after:,} structures only because of its floor or "
                 "of rounding: their score is above the threshold."
             )
+    if rule.is_path:  # its scores are places
+        return found
     narrow = int((removed & ((table["score"] - threshold).abs() <= NARROW)).sum())
     if narrow:
         found.append(

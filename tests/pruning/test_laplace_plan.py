@@ -223,6 +223,22 @@ def test_a_posterior_that_one_pass_makes_is_not_saved(trained, tmp_path):
         bmrs.save_posterior(tmp_path / "posterior.safetensors", model, guide)
 
 
+def test_the_page_of_a_trained_network_says_what_was_done(trained, tmp_path):
+    _, _, plan = trained
+    page = bmrs.report(None, plan, tmp_path / "report.html").read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for said in (
+        f"least predicted rise of the loss for each parameter that they free, the first {plan.steps}",
+        "Laplace approximation with Kronecker-factored curvature",
+        "the weights that stayed took over what they could",
+    ):
+        assert said in page
+        assert said in text
+    assert "total ΔF (nats)" in page
+    for wrong in ("latent θ", "E[θ] folded", "within 0.1 of the threshold"):
+        assert wrong not in text
+
+
 def test_floors(trained):
     model, guide, _ = trained
     plan = bmrs.reduce(model, guide, min_kept=0.5)

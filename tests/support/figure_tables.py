@@ -15,6 +15,7 @@ from pyro_bmrs.figures import (
     plot_forest,
     plot_history,
     plot_reliability,
+    plot_removal_path,
     plot_risk_coverage,
     plot_runs,
     plot_scores,
@@ -26,6 +27,7 @@ from pyro_bmrs.tables import (
     CURVE_COLUMNS,
     ENTROPY_COLUMNS,
     HISTORY_COLUMNS,
+    PATH_COLUMNS,
     RELIABILITY_COLUMNS,
     REMOVAL_COLUMNS,
     RISK_COLUMNS,
@@ -144,6 +146,15 @@ def same_layers(names):
     return units(dict.fromkeys(names, 7))
 
 
+def paths() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "parameters": [90, 70, 40, 20], "total_loss_rise": [1.0, 5.0, 30.0, 400.0],
+            "measured_loss_rise": [math.nan, 6.0, math.nan, 900.0], "total_evidence_change": [20.0, 60.0, 10.0, -500.0],
+        }
+    )  # fmt: skip
+
+
 # Of each figure: how it is drawn from a table, what it calls the table, the columns it needs, and a table in
 # which the user's texts are as told.
 FIGURES: dict[str, tuple[Callable, str, tuple[str, ...], Callable]] = {
@@ -154,6 +165,7 @@ FIGURES: dict[str, tuple[Callable, str, tuple[str, ...], Callable]] = {
         plot_reliability, "reliability", RELIABILITY_COLUMNS,
         lambda names: bins(names[:3], [names[-1], "draws"]),
     ),
+    "removal path": (lambda table: plot_removal_path(table, 2), "plan.path", PATH_COLUMNS, lambda names: paths()),
     "widths": (
         plot_widths, "widths", WIDTH_COLUMNS,
         lambda names: pd.DataFrame({"layer": names, "before": 20, "after": np.arange(len(names))}),
