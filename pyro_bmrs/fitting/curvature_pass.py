@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,19 +97,20 @@ def curvature_pass(
         Whether Ctrl-C or SIGTERM ended the pass early. The guide is then as it was.
     """
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
-    model.weight_priors = {}
+    priors, model.weight_priors = model.weight_priors, {}
     layers = {path: guide.layer(path) for path in guide.paths}
     size = batches.size
     wanted = min(guide.examples, size)
     identity = {
         "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size, "world": fabric.world_size,
-        "widest": guide.widest,
+        "widest": guide.widest, "weights": _hash(model),
     }  # fmt: skip
     sums = Sums()
     if checkpoint is not None:
         checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{fabric.global_rank}{checkpoint.suffix}")
         sums = Sums.load(checkpoint, identity, fabric.device)
     own = -(-wanted // fabric.world_size)
+    first = next(iter(batches.epoch(torch.Generator().manual_seed(seed))))
     generator = torch.Generator().manual_seed(seed)
     saved = time.monotonic()
     with (
@@ -120,8 +122,6 @@ def curvature_pass(
             # a last batch that is too small to be shared would count for each process
             if sums.examples >= own or stop.asked or share < 1:
                 break
-            if guide.shown is None:
-                guide.shown = x, y
             torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
             _add(sums, model, layers, guide.widest, batches, x, y)
             bar.advance(min(sums.examples, own) - bar.done)
@@ -132,7 +132,9 @@ def curvature_pass(
     if checkpoint is not None and sums.batches:
         sums.save(checkpoint, identity)
     if interrupted:
+        model.weight_priors = priors
         return True
+    guide.shown = first.x, first.y
     together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
@@ -142,12 +144,18 @@ def _add(
     sums: Sums, model: Likelihood, layers: dict[str, Any], widest: int, batches: Batches, x: Any, y: Any
 ) -> None:
     """Add a batch, with labels that are drawn from the model."""
+    given, weights = model.observed(y)
+    counted = torch.ones((), device=given.device) if weights is None else weights.sqrt()
+    if not given.is_floating_point():
+        counted = counted * (given != getattr(model, "ignore_index", -100))
 
     def drawn() -> Tensor:
         sites = poutine.trace(model).get_trace(x).nodes
         labels = sites["y"]
         # the labels are data: a draw of a normal would follow its mean
-        found: Tensor = labels["fn"].log_prob(labels["value"].detach()).sum()
+        each = labels["fn"].log_prob(labels["value"].detach())
+        # g gᵀ of √w log p is w times that of log p, as the curvature of w log p is
+        found: Tensor = (each * counted.to(each.dtype)).sum()
         return found
 
     for path, some in moments(layers, drawn, widest).items():
@@ -161,6 +169,14 @@ def _add(
         sums.log_likelihood += float(model.log_likelihood(x, y))
     sums.examples += batches.count(x, y)
     sums.batches += 1
+
+
+def _hash(model: Likelihood) -> str:
+    """A text that differs for other weights."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _all(fabric: Fabric, sums: Sums) -> tuple[dict[str, Moments], int, float]:

@@ -26,6 +26,7 @@ from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.calls import as_module, home_of
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
@@ -159,9 +160,12 @@ def fit(
             validation,
             settings,
             None if checkpoints is None else Path(checkpoints),
+            overwrite,
             device,
             progress,
         )
+    if guide is None and isinstance(model, Likelihood):
+        model.weight_priors = {}  # training changes the weights that a Laplace posterior was of
     check_programs(model, guide, settings)
     if guide is not None and not noise_layers(model) and "keep_best" not in settings.model_fields_set:
         # one draw a batch: the epoch with the least loss is one of luck
@@ -190,7 +194,7 @@ def fit(
 
 def _laplace(
     guide: AutoKroneckerLaplace, train: Data, validation: Data | None, settings: Settings, checkpoints: Path | None,
-    device: str | torch.device | None, progress: bool,
+    overwrite: bool, device: str | torch.device | None, progress: bool,
 ) -> Fit:  # fmt: skip
     """The Laplace posterior, by one pass over the data."""
     start, model = time.perf_counter(), guide.model
@@ -201,6 +205,9 @@ def _laplace(
     fabric.launch()
     model.to(fabric.device)
     file = None if checkpoints is None else checkpoints / "curvature.safetensors"
+    if file is not None and overwrite:
+        for old in file.parent.glob(f"{file.stem}-*{file.suffix}"):
+            old.unlink()
     with _without_tables_of_sites():
         interrupted = curvature_pass(
             model, guide, batches, fabric, seed=settings.seed, checkpoint=file, progress=progress

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.calls import home_of
 from pyro_bmrs.inference.elbo import observed_log_prob
-from pyro_bmrs.inference.likelihoods import parts_of
+from pyro_bmrs.inference.likelihoods import own_weights, parts_of
 from pyro_bmrs.inference.sites import Sites, plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
@@ -35,13 +35,14 @@ def evaluate(
         data: (x, y) tensors, a data set or a loader.
         theta: θ by site, such as `guide.mean()`. Other sites are drawn from their prior, with a warning.
     """
+    theta = {**own_weights(model), **(theta or {})}
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, home_of(model), "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
-    if set(noise_layers(model)) - set(theta or {}):
+    if set(noise_layers(model)) - set(theta):
         warnings.warn(FROM_PRIOR, stacklevel=2)
     with untouched(model):
         for x, y in batches:
-            with FixedScales(theta or {}):
+            with FixedScales(theta):
                 trace = poutine.trace(model).get_trace(x, y)
             if not examples:
                 batches.count.settle(x, y, trace)

@@ -14,7 +14,7 @@ from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.distributions.kronecker_normal import KroneckerNormal
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, log_marginal_likelihood, prior_precision
 from pyro_bmrs.inference.calls import unique_name
-from pyro_bmrs.inference.likelihoods import Likelihood
+from pyro_bmrs.inference.likelihoods import Likelihood, own_weights
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.curvature import Moments, matrix_layers
 from pyro_bmrs.networks.inputs import Inputs
@@ -186,7 +186,8 @@ class AutoKroneckerLaplace(nn.Module):
 
     def mean(self) -> dict[str, Tensor]:
         """The mean of each latent: the network's own weights."""
-        return {name: law.mean for name, law in self.posterior().items()}
+        self._check_ready()
+        return own_weights(self.model)
 
     def median(self, *_: Any) -> dict[str, Tensor]:
         """The median of each latent, which is its mean."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pyro
 import torch
 from pyro.distributions import Categorical, Independent, Normal
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -55,9 +56,10 @@ class Likelihood(nn.Module):
         Raises:
             ValueError: if the network fails for x, with the types and shapes of what x holds.
         """
+        # outside of Pyro the weights are those of the network
         weights = {
             name: pyro.sample(name, _weight_prior(self.net.get_parameter(name), delta))
-            for name, delta in self.weight_priors.items()
+            for name, delta in (self.weight_priors.items() if am_i_wrapped() else ())
         }
         try:
             value = call(self.net, x, weights)
@@ -129,6 +131,13 @@ def _weigh(stack: ExitStack, weights: Tensor | None) -> None:
     counted = weights > 0
     stack.enter_context(pyro.poutine.mask(mask=counted))
     stack.enter_context(pyro.poutine.scale(scale=torch.where(counted, weights, 1.0)))
+
+
+def own_weights(model: object) -> dict[str, Tensor]:
+    """The values in the network of weights that are latents of a model: their means."""
+    if not isinstance(model, Likelihood):
+        return {}
+    return {name: model.net.get_parameter(name).detach() for name in model.weight_priors}
 
 
 def parts_of(model: object, y: Any) -> tuple[Any, Any]:

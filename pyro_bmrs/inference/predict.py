@@ -16,7 +16,7 @@ from pyro_bmrs.inference.batches import are_examples, to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
-from pyro_bmrs.inference.likelihoods import Likelihood
+from pyro_bmrs.inference.likelihoods import Likelihood, own_weights
 from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.inference.traces import guide_values, latents
 from pyro_bmrs.inference.untouched import untouched
@@ -165,7 +165,7 @@ def _values(
                 f"guide must be given for a model with noise layers {list(layers)}: without it, θ would be drawn from "
                 "its prior"
             )
-        return [{}]
+        return [own_weights(model)]
     check_ready(guide)
     remembered = guide.example_arguments if isinstance(guide, AutoTruncatedLogNormal) else ()
     arguments = remembered or without_observations(guide, x)

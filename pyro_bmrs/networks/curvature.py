@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,8 +42,18 @@ class Moments:
 
 
 def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a network that are products with a matrix, by path, each once."""
-    return {path: module for path, module in network.named_modules() if is_matrix(module)}
+    """The layers of a network that are products with a matrix of their own, by path, each once.
+
+    Not those that share their weight with another layer: its curvature is of both.
+    """
+    owners = Counter(
+        id(p) for module in network.modules() for p in module._parameters.values() if p is not None
+    )
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if is_matrix(module) and owners[id(module.get_parameter("weight"))] == 1
+    }
 
 
 def moments(
@@ -67,8 +78,8 @@ def moments(
     for (path, x, _), gradient in zip(outputs, gradients, strict=True):
         if gradient is None:
             continue
-        rows = input_rows(layers[path], x)
-        g = output_rows(layers[path], gradient)
+        rows = _at_least_single(input_rows(layers[path], x))
+        g = _at_least_single(output_rows(layers[path], gradient))
         module, size = layers[path], (g.mT @ g).double()
         if rows.dim() == 3 and rows.shape[-1] > widest and positions_of(module) > 1:
             split = apart(module, rows)  # (groups, rows, positions, channels)
@@ -84,6 +95,11 @@ def moments(
         else:
             found[path] = one
     return found
+
+
+def _at_least_single(rows: Tensor) -> Tensor:
+    """In float32 at least: products in half precision are no second moments. Numbers of entries stay."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) if rows.is_floating_point() else rows
 
 
 @contextmanager

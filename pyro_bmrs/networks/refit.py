@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_bmrs.networks.curvature import matrix_layers
 from pyro_bmrs.networks.cuts import Cuts, joined
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, taken, tensors_of
 from pyro_bmrs.networks.matrices import (
@@ -19,7 +20,6 @@ from pyro_bmrs.networks.matrices import (
     groups_of,
     input_dim,
     input_rows,
-    is_matrix,
     output_rows,
 )
 from pyro_bmrs.networks.modes import in_mode
@@ -69,34 +69,34 @@ def refit(
     """
     small.eval()
     layers = {
-        path: module for path, module in small.named_modules() if is_matrix(module) and not _looks_up(module)
+        path: module for path, module in matrix_layers(small).items() if not isinstance(module, nn.Embedding)
     }
     targets = _targets(full, list(layers), cuts, inputs)
 
     def solve(path: str, module: nn.Module, x: Tensor) -> None:
-        target = targets.get(path)
-        rows = input_rows(module, x)
-        if target is not None and rows.shape[1] == target.rows:
-            _solve(module, rows[:, target.places], target.outputs)
-            del targets[path]
+        target = targets.pop(path, None)
+        if target is not None:
+            _solve(module, x, target)
         advance()
 
     with _before_each(small, layers, solve):
         call(small, inputs)
 
 
-def _looks_up(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
-
-
-def _targets(full: nn.Module, paths: list[str], cuts: Cuts, inputs: Inputs) -> dict[str, _Target]:
+def _targets(
+    full: nn.Module, paths: list[str], cuts: Cuts, inputs: Inputs, chunk: int = _CHUNK
+) -> dict[str, _Target]:
     """By path: what the full network has at the outputs of layers that are called once in a pass."""
     count = batch_size(inputs)
+    in_order = True
     kept: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     generator = torch.Generator().manual_seed(0)
     calls: dict[str, int] = {}
 
     def keep(path: str, module: nn.Module, y: Tensor, examples: int) -> None:
+        nonlocal in_order
+        # examples may stand in another dimension, such as behind time
+        in_order = in_order and y.shape[0] % examples == 0
         calls[path] = calls.get(path, 0) + 1
         rows = output_rows(module, y)
         most = max(1, _ROWS * examples // count)
@@ -109,8 +109,8 @@ def _targets(full: nn.Module, paths: list[str], cuts: Cuts, inputs: Inputs) -> d
         kept.setdefault(path, []).append((places, rows[:, places.to(y.device)].clone(), rows.shape[1]))
 
     chunks = 0
-    for start in range(0, count, _CHUNK):
-        some = taken(inputs, slice(start, start + _CHUNK), count)
+    for start in range(0, count, chunk):
+        some = taken(inputs, slice(start, start + chunk), count)
         chunks += 1
 
         def hook(path: str, examples: int = batch_size(some)) -> Any:
@@ -123,6 +123,8 @@ def _targets(full: nn.Module, paths: list[str], cuts: Cuts, inputs: Inputs) -> d
         finally:
             for handle in handles:
                 handle.remove()
+        if not in_order and chunk < count:
+            return _targets(full, paths, cuts, inputs, count)
     found = {}
     for path, parts in kept.items():
         if calls[path] == chunks:  # not several times in a pass
@@ -141,21 +143,33 @@ def _left(module: nn.Module, rows: Tensor, left: list[int]) -> Tensor:
     return torch.stack([rows[group][:, own] for group, own in enumerate(per_group) if len(own)])
 
 
-def _solve(module: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Ridge regression of y (groups, rows, outputs) on x (groups, rows, inputs)."""
+def _solve(module: nn.Module, x: Tensor, target: _Target) -> None:
+    """Ridge regression of what the full network has on the inputs of a layer."""
     weight = module.get_parameter("weight")
     before = as_matrix(module, weight.detach()).double()
     bias = module._parameters.get("bias")
-    x = x.double()
-    y = y.double()
     if bias is not None:
-        ones = torch.ones((*x.shape[:2], 1), dtype=x.dtype, device=x.device)
-        x = torch.cat([x, ones], dim=-1)
         before = torch.cat([before, bias.detach().double().view(*before.shape[:2], 1)], dim=-1)
-    gram = x.mT @ x
+    gram = torch.zeros(
+        before.shape[0], before.shape[2], before.shape[2], dtype=before.dtype, device=before.device
+    )
+    shared, seen = torch.zeros_like(before), 0
+    # patches of all examples at once would take much memory
+    for some in torch.split(x, _CHUNK):
+        rows = input_rows(module, some)
+        here = (target.places >= seen) & (target.places < seen + rows.shape[1])
+        chosen = rows[:, (target.places[here] - seen).to(rows.device)].double()
+        if bias is not None:
+            ones = torch.ones((*chosen.shape[:2], 1), dtype=chosen.dtype, device=chosen.device)
+            chosen = torch.cat([chosen, ones], dim=-1)
+        gram += chosen.mT @ chosen
+        shared += target.outputs[:, here.to(target.outputs.device)].double().mT @ chosen
+        seen += rows.shape[1]
+    if seen != target.rows:  # not the same examples and positions
+        return
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    found = torch.linalg.solve(gram + ridge * eye, x.mT @ y + ridge * before.mT).mT
+    found = torch.linalg.solve(gram + ridge * eye, shared.mT + ridge * before.mT).mT
     if not bool(torch.isfinite(found).all()):
         return
     if bias is not None:
@@ -176,10 +190,12 @@ def _before_each(
 
         return hook
 
-    def normalise(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def normalise(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         assert isinstance(module, _BatchNorm)
-        x = arguments[0]
-        if module.running_mean is not None and module.running_var is not None:
+        x = tensors_of((arguments, keywords))[0]
+        # one value per channel has no variance
+        several = x.numel() > 2 * x.shape[1]
+        if several and module.running_mean is not None and module.running_var is not None:
             over = [dim for dim in range(x.dim()) if dim != 1]
             variance, mean = torch.var_mean(x, dim=over)
             module.running_mean.copy_(mean)
@@ -189,7 +205,7 @@ def _before_each(
         module.register_forward_pre_hook(fit(path), with_kwargs=True) for path, module in layers.items()
     ]
     handles += [
-        module.register_forward_pre_hook(normalise)
+        module.register_forward_pre_hook(normalise, with_kwargs=True)
         for module in small.modules()
         if isinstance(module, _BatchNorm)
     ]

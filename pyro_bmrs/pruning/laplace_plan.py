@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pyro_bmrs.evidence.kronecker import evidence_of_inputs, evidence_of_outputs
 from pyro_bmrs.inference.batches import Batches, Data
@@ -18,6 +19,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.attention import join_attention, separate_attention
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.groups import StructureGroup
+from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, batch_size, taken
 from pyro_bmrs.networks.insertion import insert_noise
 from pyro_bmrs.networks.nesting import Nesting
@@ -98,7 +100,8 @@ class LaplacePlan(NetworkPlan):
         separate_attention(small)
         take_over(small, guide, cuts)
         if refit is not None:
-            full = copied(guide.model.net).eval()
+            full = without_noise(copied(self._bound(network, example_input).network)).eval()
+            separate_attention(full)
             refit_layers(small, full, cuts, _inputs_of(refit, small))
         join_attention(small)
         return small
@@ -108,6 +111,10 @@ class LaplacePlan(NetworkPlan):
         """How many structures of the path the plan removes."""
         threshold = self.rule.threshold
         return 0 if threshold is None else int(min(max(-threshold, 0), len(self.path)))
+
+    def at(self, threshold: float) -> Self:
+        # structures that are not on the path stay
+        return super().at(max(threshold, -float(len(self.path))))
 
     def reduced_model(self) -> Likelihood:
         """The model with the smaller network in it, without refit and proof.
@@ -129,6 +136,8 @@ class LaplacePlan(NetworkPlan):
                 if last.total_evidence_change == last.total_evidence_change:
                     told += f"; ΔF {last.total_evidence_change:+.4g} nats"
                 lines.append(told)
+                if self.rule.round_to is not None:
+                    lines.append("these are before widths are rounded")
                 off = _largest_error(self.path.iloc[:steps])
                 if off > _BELIEVED:
                     lines.append(f"up to here the loss rises by up to {off:.2g} times what is predicted")
@@ -147,6 +156,7 @@ class LaplacePlan(NetworkPlan):
         path = pd.DataFrame(document["path"], columns=PATH_COLUMNS)
         numbers = path.columns.drop("layer")
         path[numbers] = path[numbers].astype(float)
+        path = path.astype({"unit": int, "freed": int, "parameters": int})
         own = {
             "path": path,
             "kept_back": document["kept_back"],
@@ -158,10 +168,15 @@ class LaplacePlan(NetworkPlan):
 def _inputs_of(data: Data, network: nn.Module) -> Inputs:
     """The inputs of some examples, in one batch on the network's device."""
     device = next(network.parameters()).device
-    batches = Batches(data, REFIT_EXAMPLES, device, "refit")
-    x, _ = batches.first()
-    size = batch_size(x)
-    return taken(x, slice(0, REFIT_EXAMPLES), size) if size > REFIT_EXAMPLES else x
+    batches, parts, count = Batches(data, REFIT_EXAMPLES, device, "refit"), [], 0
+    # in any order: data may be sorted by class
+    for batch in batches.epoch(torch.Generator().manual_seed(0)):
+        parts.append(batch.x)
+        count += batch_size(batch.x)
+        if count >= REFIT_EXAMPLES:
+            break
+    x = tree_map(lambda *tensors: torch.cat(tensors), *parts)
+    return taken(x, slice(0, REFIT_EXAMPLES), count) if count > REFIT_EXAMPLES else x
 
 
 @torch.no_grad()

@@ -120,3 +120,74 @@ def test_two_processes_share_a_pass(tmp_path):
         torch.testing.assert_close(first[path][0], inputs, rtol=1e-5, atol=1e-6)
         # other labels are drawn
         assert 0.5 < float(first[path][1].sum() / gradients.sum()) < 2
+
+
+def test_sums_of_other_weights_are_not_taken_and_the_examples_are_there_either_way(tmp_path):
+    model, guide = made()
+    bmrs.fit(model, guide, data(), batch_size=20, progress=False, checkpoints=tmp_path)
+    before = guide.log_likelihood
+    again = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, again, data(), batch_size=20, progress=False, checkpoints=tmp_path)
+    assert_equal(numbers(again), numbers(guide))
+    assert len(bmrs.reduce(model, again).path)  # it has examples to look at, though none was summed
+    bmrs.fit(model, None, data(), epochs=5, learning_rate=1e-2, progress=False)
+    later = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, later, data(), batch_size=20, progress=False, checkpoints=tmp_path)
+    assert later.log_likelihood > before + 10
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["curvature-0.safetensors"]
+
+
+def test_outside_of_pyro_the_model_predicts_with_its_own_weights():
+    model, guide = made()
+    x, y = data()
+    model.eval()
+    with torch.no_grad():
+        wanted = model.net(x)
+    bmrs.fit(model, guide, (x, y), progress=False)
+    assert torch.equal(model(x), wanted)
+    torch.testing.assert_close(bmrs.predict(model, None, x), wanted.softmax(1))
+    # training goes on without a guide, and the posterior of the old weights is no part of the model any more
+    bmrs.fit(model, None, (x, y), epochs=1, progress=False)
+    assert pyro.poutine.trace(model).get_trace(x, y).stochastic_nodes == ["data"]
+
+
+def per_token(positions, ignored, weights=None):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = bmrs.Classifier(net, class_dim=-1, weights=weights)
+    x, y = torch.randn(400, positions, 4), torch.randint(3, (400, positions))
+    x[:, 0], y[:, 0] = torch.randn(400, 4, generator=torch.Generator().manual_seed(1)), 0
+    if ignored:
+        y[:, 1:] = -100
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, (x, y), progress=False)
+    return float(guide.curvatures["2"].gradients[0].trace()), guide.log_likelihood
+
+
+def test_what_does_not_count_has_no_curvature():
+    alone, ignored, all_of_them = (
+        per_token(1, ignored=False),
+        per_token(10, ignored=True),
+        per_token(10, ignored=False),
+    )
+    assert ignored[0] == pytest.approx(alone[0], rel=0.1)  # other labels are drawn
+    assert all_of_them[0] > 7 * alone[0]
+    weighed = per_token(10, ignored=False, weights=torch.full((3,), 0.01))
+    assert weighed[0] == pytest.approx(0.01 * all_of_them[0], rel=0.1)
+    assert weighed[1] == pytest.approx(0.01 * all_of_them[1], rel=1e-4)
+
+
+def test_half_precision_has_the_moments_of_single():
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2)).to(dtype)
+        model = bmrs.Classifier(net)
+        x = torch.randn(300, 30, generator=torch.Generator().manual_seed(1)).to(dtype)
+        guide = bmrs.AutoKroneckerLaplace(model)
+        bmrs.fit(model, guide, (x, (x[:, 0] > 0).long()), progress=False)
+        a = guide.curvatures["2"].inputs[0]
+        assert float(torch.linalg.eigvalsh(a).min()) > -1e-6 * float(a.trace())
+        found.append(a)
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.01)

@@ -96,3 +96,56 @@ def test_a_layer_that_is_called_twice_is_left_as_it_is():
     refit(small, net, Cuts(), torch.randn(300, 4))
     assert torch.equal(small.inner.weight, before)
     assert (small.last.weight - net.last.weight).abs().max() < 0.03
+
+
+class TimeFirst(nn.Module):
+    """Examples stand behind time inside, as in torch's own transformer layers by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 24), nn.Linear(24, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.second(torch.relu(self.first(x.transpose(0, 1))))).mean(0))
+
+
+def test_examples_in_another_dimension_are_not_confused():
+    torch.manual_seed(0)
+    net, x = TimeFirst(), torch.randn(600, 5, 6)
+    small = copy.deepcopy(net)
+    refit(small, net, Cuts(), x)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_weight_that_layers_share_stays():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner = nn.Embedding(20, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.inner(self.embedding(tokens))))
+
+    torch.manual_seed(0)
+    net = Tied()
+    small = copy.deepcopy(net)
+    with torch.no_grad():
+        small.inner.weight += 0.1
+    refit(small, net, Cuts(), torch.randint(20, (400, 6)))
+    assert torch.equal(small.embedding.weight, net.embedding.weight)
+    assert (small.inner.weight - net.inner.weight).abs().max() < 0.05
+
+
+def test_one_value_per_channel_and_batch_norm_by_keyword():
+    class Keyword(nn.Sequential):
+        def forward(self, x):
+            return self[2](torch.relu(self[1](input=self[0](x))))
+
+    torch.manual_seed(0)
+    for net in (Keyword(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),):
+        for count in (1, 50):
+            small, x = copy.deepcopy(net), torch.randn(count, 4)
+            refit(small, net.eval(), Cuts(), x)
+            assert bool(small(x).isfinite().all())

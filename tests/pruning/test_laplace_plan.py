@@ -344,3 +344,31 @@ def test_what_has_no_trained_network_is_refused():
         bmrs.reduce(plain, guide)
     with pytest.raises(ValueError, match="model must be the one that the guide was made for"):
         bmrs.fit(bmrs.Classifier(nn.Linear(4, 2)), guide, blobs())
+
+
+def test_a_refit_takes_data_in_any_form_and_order(trained):
+    _, _, plan = trained
+    x, y = blobs()
+    order = y.argsort()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[order], y[order]), batch_size=8)
+    at = plan.at(-55)
+    whole, loaded = (accuracy(at.apply(refit=data)) for data in ((x, y), loader))
+    assert loaded == pytest.approx(whole, abs=0.01)
+
+
+def test_a_plan_stays_that_of_the_network_it_was_made_from(trained):
+    model, _, plan = trained
+    before = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
+    wanted = plan.apply(refit=blobs())(blobs()[0])
+    try:
+        with torch.no_grad():
+            for parameter in model.net.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        torch.testing.assert_close(plan.apply(refit=blobs())(blobs()[0]), wanted)
+    finally:
+        model.net.load_state_dict(before)
+
+
+def test_layers_off_the_path_stay_whatever_the_threshold(trained):
+    _, _, plan = trained
+    assert plan.at(-np.inf).table.removed.sum() == len(plan.path)
