@@ -89,7 +89,8 @@ class LaplacePlan(NetworkPlan):
                 network has there, on the smaller network's own inputs, and BatchNorm gets new statistics.
 
         Raises:
-            As `NetworkPlan.apply`. Also ValueError, for `refit` of a plan that was loaded.
+            ValueError: as `NetworkPlan.apply`; also for `refit` of a plan that was loaded.
+            EqualityError: as `NetworkPlan.apply`.
         """
         small = super().apply(network, example_input, tolerance=tolerance)
         guide, cuts = self._guide, self.cuts
