@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,6 @@ def curvature_pass(
         Whether Ctrl-C or SIGTERM ended the pass early. The guide is then as it was.
     """
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
-    priors, model.weight_priors = model.weight_priors, {}
     layers = {path: guide.layer(path) for path in guide.paths}
     size = batches.size
     wanted = min(guide.examples, size)
@@ -114,7 +114,7 @@ def curvature_pass(
     generator = torch.Generator().manual_seed(seed)
     saved = time.monotonic()
     with (
-        stop_requests() as stop, untouched(model, seed=seed, gradients=True),
+        stop_requests() as stop, untouched(model, seed=seed, gradients=True), _without_priors(model),
         Progress("curvature", own, shown=progress) as bar,
     ):  # fmt: skip
         bar.resume(sums.examples)
@@ -132,12 +132,21 @@ def curvature_pass(
     if checkpoint is not None and sums.batches:
         sums.save(checkpoint, identity)
     if interrupted:
-        model.weight_priors = priors
         return True
     guide.shown = first.x, first.y
     together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
+
+
+@contextmanager
+def _without_priors(model: Likelihood) -> Iterator[None]:
+    """A context in which the weights of the model are those of its network."""
+    priors, model.weight_priors = model.weight_priors, {}
+    try:
+        yield
+    finally:
+        model.weight_priors = priors
 
 
 def _add(

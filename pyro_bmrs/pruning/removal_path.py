@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from pyro_bmrs.evidence.kronecker import KroneckerCurvature
 from pyro_bmrs.networks.groups import Member, StructureGroup
 from pyro_bmrs.networks.matrices import columns_of, input_dim, is_matrix
 from pyro_bmrs.progress import Progress
+from pyro_bmrs.pruning.sizes import Sizes
 
 # The share of the mean of A's diagonal that is added to it, so that it has an inverse.
 RIDGE = 1e-3
@@ -225,55 +226,6 @@ def _levels(values: Tensor) -> list[tuple[float, Tensor]]:
     )
     rows = (torch.nonzero(place == level).flatten() for level in range(_LEVELS))
     return [(float(logs[some].mean().exp()), some) for some in rows if len(some)]
-
-
-@dataclass
-class Sizes:
-    """How many parameters each structure of some groups frees, as tensors get smaller."""
-
-    network: nn.Module
-    groups: Sequence[StructureGroup]
-    shapes: dict[int, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        parameters = {id(parameter) for parameter in self.network.parameters()}
-        self._counts: dict[str, dict[int, dict[int, Tensor]]] = {}
-        self.sharing: dict[int, list[str]] = {}
-        for group in self.groups:
-            mine = self._counts.setdefault(group.site, {})
-            for member in group.members:
-                if member.role == "selection":
-                    continue
-                tensor = member.tensor(self.network)
-                if id(tensor) not in parameters:
-                    continue
-                self.shapes.setdefault(id(tensor), list(tensor.shape))
-                counts = member.units.bincount(minlength=group.features)
-                dims = mine.setdefault(id(tensor), {})
-                # the same entries, read in several places, are freed once
-                dims[member.dim] = torch.maximum(dims[member.dim], counts) if member.dim in dims else counts
-                if group.site not in self.sharing.setdefault(id(tensor), []):
-                    self.sharing[id(tensor)].append(group.site)
-
-    def freed(self, site: str) -> Tensor:
-        """Parameters that each structure of a group would free now. Shape: (structures,)."""
-        total: Tensor | float = 0.0
-        for tensor, dims in self._counts[site].items():
-            before, after = 1.0, torch.ones(())
-            for dim, size in enumerate(self.shapes[tensor]):
-                before *= size
-                after = after * (size - dims[dim] if dim in dims else size)
-            total = total + before - after
-        return torch.as_tensor(total).double()
-
-    def remove(self, site: str, structure: int) -> set[str]:
-        """Take a structure away. Returns the groups whose numbers change."""
-        changed: set[str] = set()
-        for tensor, dims in self._counts[site].items():
-            for dim, counts in dims.items():
-                self.shapes[tensor][dim] -= int(counts[structure])
-            changed.update(self.sharing[tensor])
-        return changed
 
 
 @dataclass(frozen=True)
