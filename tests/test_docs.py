@@ -453,6 +453,7 @@ def test_the_site_is_whole_and_asks_nothing_of_a_network(site):
             assert (site / folder / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_every_public_name_has_its_place_in_the_api(site):
     for home, names in _HOMES.items():
         found = Links(site / "api" / f"{home}.html").names

@@ -83,6 +83,7 @@ def draws_of(blocks, count):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draws", "within"),
     [(1000, 0.045), pytest.param(4000, 0.03, marks=pytest.mark.slow)],

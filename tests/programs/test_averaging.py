@@ -58,6 +58,7 @@ def nested_truth(guide, joint, log_reduced, columns):
 FEWER_OR_MANY = pytest.mark.parametrize("draws", [1000, pytest.param(3000, marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @FEWER_OR_MANY
 @pytest.mark.parametrize(
     "joint", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["joint", "mean-field"]
@@ -84,6 +85,7 @@ def test_dependent_priors_are_averaged(joint, reduced, draws):
         assert abs(found.log_evidence_change[0] - truth) < 4.5 * found.standard_error[0] + 0.02
 
 
+@pytest.mark.slow
 @FEWER_OR_MANY
 @pytest.mark.parametrize(
     "joint", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["mean-field", "joint"]

@@ -103,6 +103,7 @@ def test_a_prior_scale_by_evidence(mean_field):
         assert curve.log_evidence_change[4] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_joint_normals_are_summed_over_all_combinations():
     """Of two sites that know of each other: against exhaustive_reduction at each value."""
 

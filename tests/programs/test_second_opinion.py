@@ -232,6 +232,7 @@ def test_searches_ask_too():
 # --- no false alarms ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_exact_posteriors_raise_no_alarm(count):
     """Regressions of simulated data, ΔF of each weight and of all: none in 200 data sets of 4 reductions."""

@@ -18,6 +18,8 @@ from pyro_bmrs.runs import outcomes, report_stage
 from pyro_bmrs.runs.folder import FIT_FILES, RunFolder
 from pyro_bmrs.runs.outcomes import compare_runs, report_runs, show_runs
 
+pytestmark = pytest.mark.slow
+
 MARKUP = "[red]x[/red]"
 ATTACK = "<script>alert(1)|"
 

@@ -30,6 +30,8 @@ from pyro_bmrs.runs.study import Study
 from pyro_bmrs.runs.sweep import run_study
 from pyro_bmrs.runs.workplace import Interrupted
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 BASE = {
     "out": "out",
