@@ -114,8 +114,8 @@ class LaplacePlan(NetworkPlan):
         return 0 if threshold is None else int(min(max(-threshold, 0), len(self.path)))
 
     def at(self, threshold: float) -> Self:
-        # structures that are not on the path stay
-        return super().at(max(threshold, -float(len(self.path))))
+        # structures that are not on the path stay, whose score is −∞
+        return super().at(max(threshold, -float(len(self.table))))
 
     def reduced_model(self) -> Likelihood:
         """The model with the smaller network in it, without refit and proof.

@@ -57,7 +57,7 @@ def test_most_of_a_network_that_is_too_large_leaves_and_nothing_is_lost(trained)
 
 
 def test_the_path_is_part_of_the_plan(trained):
-    model, _, plan = trained
+    model, guide, plan = trained
     path = plan.path
     assert len(path) == 68  # one of each layer stays
     assert (path.parameters.diff().dropna() < 0).all()
@@ -69,6 +69,19 @@ def test_the_path_is_part_of_the_plan(trained):
     assert path.total_evidence_change.idxmax() == best - 1
     assert path.total_evidence_change.max() > 0
     assert "predicted rise of the loss" in str(plan)
+    # at some places the loss was measured, with what had left there
+    known = path[path.measured_loss_rise.notna()]
+    assert len(known) >= 8
+    for row in (known.iloc[0], known.iloc[-1]):
+        steps = int(row.name) + 1
+        x, y = guide.shown
+        with torch.no_grad():
+            losses = [
+                nn.functional.cross_entropy(one(x), y)
+                for one in (plan.at(-steps).reduced_model().net, model.net)
+            ]
+        assert row.measured_loss_rise == pytest.approx(600 * float(losses[0] - losses[1]), rel=1e-3, abs=1e-2)
+    assert known.measured_loss_rise.iloc[-1] > 10
     # each structure alone: what it costs where it is read is offset by what its own weights cost
     alone = path.set_index(["layer", "unit"])[["outgoing", "incoming"]].sum(axis=1)
     table = plan.table.set_index(["layer", "unit"]).log_evidence_change
