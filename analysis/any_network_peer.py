@@ -19,7 +19,6 @@ removed: share of the parameters. seconds: of the processor, for graph and pruni
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from public_networks import PublicNetwork
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
 
@@ -58,7 +58,7 @@ def pruned(network: PublicNetwork, report: Report, budget: Budget) -> None:
     net.requires_grad_(True)
     with torch.enable_grad():
         last = output_layers(net, call(net, example), through_sums=True)
-    original = copy.deepcopy(net)
+    original = copied(net)
     zeroed = Zeroed(original)
     try:
         with budget.spent():

@@ -21,7 +21,7 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.curvature import Moments, moments
+from pyro_bmrs.networks.curvature import Moments, add_to, moments
 from pyro_bmrs.progress import Progress
 
 if TYPE_CHECKING:
@@ -110,8 +110,11 @@ def curvature_pass(
         checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{fabric.global_rank}{checkpoint.suffix}")
         sums = Sums.load(checkpoint, identity, fabric.device)
     own = -(-wanted // fabric.world_size)
-    first = next(iter(batches.epoch(torch.Generator().manual_seed(seed))))
     generator = torch.Generator().manual_seed(seed)
+    shown: tuple[Any, Any] | None = None
+    if sums.batches:  # the first batch was seen by the process before
+        again = next(iter(batches.epoch(torch.Generator().manual_seed(seed))))
+        shown = again.x, again.y
     saved = time.monotonic()
     with (
         stop_requests() as stop, untouched(model, seed=seed, gradients=True), _without_priors(model),
@@ -122,6 +125,7 @@ def curvature_pass(
             # a last batch that is too small to be shared would count for each process
             if sums.examples >= own or stop.asked or share < 1:
                 break
+            shown = (x, y) if shown is None else shown
             torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
             _add(sums, model, layers, guide.widest, batches, x, y)
             bar.advance(min(sums.examples, own) - bar.done)
@@ -133,7 +137,7 @@ def curvature_pass(
         sums.save(checkpoint, identity)
     if interrupted:
         return True
-    guide.shown = first.x, first.y
+    guide.shown = shown
     together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
@@ -168,10 +172,7 @@ def _add(
         return found
 
     for path, some in moments(layers, drawn, widest).items():
-        if path in sums.moments:
-            sums.moments[path].add(some)
-        else:
-            sums.moments[path] = some
+        add_to(sums.moments, path, some)
     with torch.no_grad():
         if not sums.batches:
             batches.count.settle(x, y, poutine.trace(model).get_trace(x, y))

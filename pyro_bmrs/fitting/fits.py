@@ -27,6 +27,7 @@ from pyro_bmrs.inference.calls import as_module, home_of
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
+from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.noise import noise_layers
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _laplace(
                 found = evaluate(model, held_out.shared(fabric.device, 0, 1), guide.mean())
                 row |= {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
     row |= {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters(model),
         "seconds": time.perf_counter() - start,
     }
     return Fit(

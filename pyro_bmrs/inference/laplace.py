@@ -147,11 +147,12 @@ class AutoKroneckerLaplace(nn.Module):
 
     def log_marginal_likelihood(self) -> float:
         """log p(data) of the network by Laplace's approximation, with flat priors of biases left out, in nats."""
-        self._check_ready()
+        self.check_ready()
         layers = (log_marginal_likelihood(one, self.deltas[path]) for path, one in self.curvatures.items())
         return self.log_likelihood + sum(layers)
 
-    def _check_ready(self) -> None:
+    def check_ready(self) -> None:
+        """Raise RuntimeError before the fit."""
         if not self.curvatures:
             raise RuntimeError("guide has no posterior yet: call fit(model, guide, train)")
 
@@ -162,7 +163,7 @@ class AutoKroneckerLaplace(nn.Module):
         Raises:
             RuntimeError: before the fit.
         """
-        self._check_ready()
+        self.check_ready()
         return {f"{path}.weight".lstrip("."): self._law(path) for path in self.curvatures}
 
     def _law(self, path: str) -> KroneckerNormal:
@@ -186,7 +187,7 @@ class AutoKroneckerLaplace(nn.Module):
 
     def mean(self) -> dict[str, Tensor]:
         """The mean of each latent: the network's own weights."""
-        self._check_ready()
+        self.check_ready()
         return own_weights(self.model)
 
     def median(self, *_: Any) -> dict[str, Tensor]:

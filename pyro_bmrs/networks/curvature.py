@@ -90,11 +90,16 @@ def moments(
             )  # fmt: skip
         else:
             one = Moments(second_moment(module, rows), size, rows.shape[1])
-        if path in found:
-            found[path].add(one)
-        else:
-            found[path] = one
+        add_to(found, path, one)
     return found
+
+
+def add_to(sums: dict[str, Moments], path: str, one: Moments) -> None:
+    """Add the moments of a layer to what there is of it."""
+    if path in sums:
+        sums[path].add(one)
+    else:
+        sums[path] = one
 
 
 def _at_least_single(rows: Tensor) -> Tensor:

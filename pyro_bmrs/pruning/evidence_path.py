@@ -17,9 +17,10 @@ from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.cuts import Cuts, joined
 from pyro_bmrs.networks.inputs import Inputs, batch_size
-from pyro_bmrs.networks.matrices import apart, as_matrix, as_weight, input_dim, together
+from pyro_bmrs.networks.matrices import as_weight, input_dim, positions_of, together
 from pyro_bmrs.pruning.removal_path import Step, Touched, reduced_weights
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ def evidence_path(
     guide: AutoKroneckerLaplace,
     steps: Sequence[Step],
     parts: Mapping[str, Touched],
-    shown: tuple[Inputs, Any],
 ) -> pd.DataFrame:
     """The path as a table: see `LaplacePlan`.
 
@@ -69,7 +69,8 @@ def evidence_path(
     measured one is of it at the nearest places where that is known: second order and layers apart are not all that
     happens where much is removed.
     """
-    before = sum(parameter.numel() for parameter in guide.model.net.parameters())
+    assert guide.shown is not None
+    shown, before = guide.shown, parameters(guide.model.net)
     table = pd.DataFrame(
         {
             "layer": [step.site for step in steps],
@@ -160,14 +161,13 @@ def take_over(small: nn.Module, guide: AutoKroneckerLaplace, cuts: Cuts) -> None
         left = dims.get(input_dim(module))
         if left is None:
             continue
-        marks = torch.zeros_like(module.get_parameter("weight").detach())
-        marks.index_fill_(input_dim(module), torch.tensor(left, device=marks.device), 1.0)
-        away = as_matrix(module, marks) == 0
+        channels = torch.ones(module.get_parameter("weight").shape[input_dim(module)], dtype=torch.bool)
+        channels[left] = False
+        away = channels.to(curvature.weights.device)
         if curvature.positions is None:
-            weight = reduced_weights(curvature, away[0, 0].to(curvature.weights.device))
+            weight = reduced_weights(curvature, away.repeat_interleave(positions_of(module)))
         else:
-            channels = apart(module, away)[0, 0, 0].to(curvature.weights.device)
-            weight = together(reduced_weights(curvature, channels))
+            weight = together(reduced_weights(curvature, away))
         weight = as_weight(module, weight)
         for dim, kept in dims.items():
             weight = weight.index_select(dim, torch.tensor(kept, device=weight.device))

@@ -129,19 +129,17 @@ class LaplacePlan(NetworkPlan):
 
     def _details(self) -> list[str]:
         lines = super()._details()
-        if len(self.path):
-            steps = self.steps
-            if steps:
-                last = self.path.iloc[steps - 1]
-                told = f"predicted rise of the loss: {last.total_loss_rise:.4g} nats over the data set"
-                if last.total_evidence_change == last.total_evidence_change:
-                    told += f"; ΔF {last.total_evidence_change:+.4g} nats"
-                lines.append(told)
-                if self.rule.round_to is not None:
-                    lines.append("these are before widths are rounded")
-                off = _largest_error(self.path.iloc[:steps])
-                if off > _BELIEVED:
-                    lines.append(f"up to here the loss rises by up to {off:.2g} times what is predicted")
+        if self.steps:
+            last = self.path.iloc[self.steps - 1]
+            told = f"predicted rise of the loss: {last.total_loss_rise:.4g} nats over the data set"
+            if last.total_evidence_change == last.total_evidence_change:
+                told += f"; ΔF {last.total_evidence_change:+.4g} nats"
+            lines.append(told)
+            if self.rule.round_to is not None:
+                lines.append("these are before widths are rounded")
+            off = _largest_error(self.path.iloc[: self.steps])
+            if off > _BELIEVED:
+                lines.append(f"up to here the loss rises by up to {off:.2g} times what is predicted")
         lines += [f"{layer} stays: {reason}" for layer, reason in self.kept_back.items()]
         if self.taken_apart:
             lines.append(f"channels and positions taken apart: {', '.join(self.taken_apart)}")
@@ -189,9 +187,9 @@ def reduce_by_laplace(
     round_to: int | None = None,
 ) -> LaplacePlan:
     """The plan of a trained network: see `pyro_bmrs.reduce`."""
-    guide._check_ready()
+    guide.check_ready()
     assert guide.shown is not None
-    example, labels = guide.shown
+    example, _ = guide.shown
     noisy = insert_noise(guide.model.net, example)
     binding = Binding(noisy, lambda: example)
     groups = list(binding.groups.values())
@@ -224,7 +222,7 @@ def reduce_by_laplace(
         kept_back=kept_back, _binding=binding, _guide=guide,
         taken_apart=tuple(path for path, one in guide.curvatures.items() if one.positions is not None),
     )  # fmt: skip
-    path = evidence_path(plan, guide, steps, parts, (example, labels))
+    path = evidence_path(plan, guide, steps, parts)
     rows = [alone[step.site][step.structure].tolist() for step in steps]
     path[["outgoing", "incoming"]] = np.array(rows).reshape(-1, 2)
     plan = replace(plan, path=path)

@@ -181,14 +181,10 @@ class LayerLoss(_LayerState):
     """
 
     def __init__(self, curvature: KroneckerCurvature) -> None:
-        a = curvature.inputs
-        scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         curved = [
             curvature.examples * (weights.mT * values) @ weights for values, weights in curvature.rotated
         ]
-        # an input that is always 0 would leave no inverse
-        super().__init__(torch.linalg.inv(a + RIDGE * scale.clamp(min=1e-30) * eye), torch.stack(curved))
+        super().__init__(torch.linalg.inv(_with_ridge(curvature.inputs)), torch.stack(curved))
 
     def of_sets(self, sets: Tensor) -> Tensor:
         return 0.5 * self.quadratic(sets)[0].sum(0)
@@ -327,6 +323,12 @@ def removal_path(
     return steps
 
 
+def _with_ridge(a: Tensor) -> Tensor:
+    """A with a small multiple of the identity: an input that is always 0 would leave no inverse."""
+    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-30)
+    return a + RIDGE * scale * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+
+
 def reduced_weights(curvature: KroneckerCurvature, inputs: Tensor) -> Tensor:
     """The weights of a layer when these inputs are away: the others take over what they can.
 
@@ -340,12 +342,9 @@ def reduced_weights(curvature: KroneckerCurvature, inputs: Tensor) -> Tensor:
     """
     if not bool(inputs.any()):
         return curvature.weights
-    a = curvature.inputs
-    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-30)
     stays = ~inputs
-    own = a[:, stays][:, :, stays]
-    own = own + RIDGE * scale * torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
-    shared = a[:, inputs][:, :, stays]
+    own = _with_ridge(curvature.inputs)[:, stays][:, :, stays]
+    shared = curvature.inputs[:, inputs][:, :, stays]
     before = curvature.weights.flatten(1, -2)
     weights = torch.zeros_like(before)
     moved = torch.linalg.solve(own, (before[:, :, inputs] @ shared).mT).mT
