@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch_pruning
+from fisher_peers import fisher_masks, posterior_damage, squared_gradients
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -32,6 +33,7 @@ from pyro_bmrs.runs.settings import RunSettings
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "magnitude": torch_pruning.importance.GroupMagnitudeImportance,
     "taylor": torch_pruning.importance.GroupTaylorImportance,
+    "hessian": torch_pruning.importance.GroupHessianImportance,
     "random": torch_pruning.importance.RandomImportance,
 }
 # Examples whose gradients Taylor's importance adds up.
@@ -44,7 +46,13 @@ METHODS = {
     "magnitude": ("magnitude", 1),
     "taylor": ("taylor", 1),
     "taylor in steps": ("taylor", 100),
+    "hessian": ("hessian", 1),
     "random": ("random", 1),
+}
+# Ways of others that torch-pruning does not have; see fisher_peers.
+OTHERS: dict[str, Callable[[nn.Module, int, Dataset, int], nn.Module]] = {
+    "posterior damage": posterior_damage,
+    "fisher masks": fisher_masks,
 }
 
 
@@ -74,6 +82,8 @@ def tune(net: nn.Module, settings: RunSettings, data: Dataset, epochs: int) -> N
 
 def pruned(net: nn.Module, method: str, target: int, data: Dataset, seed: int) -> nn.Module:
     """A copy of the network with about `target` parameters: of all sizes that the method passes, the nearest."""
+    if method in OTHERS:
+        return OTHERS[method](net, target, data, seed)
     importance, steps = METHODS[method]
     candidates = (
         _at_once(net, importance, data, seed) if steps == 1 else _in_steps(net, importance, steps, data, seed)
@@ -119,10 +129,14 @@ def _in_steps(net: nn.Module, importance: str, steps: int, data: Dataset, seed: 
 
 
 def _set_gradients(net: nn.Module, importance: str, data: Dataset) -> None:
+    x, y = data.train[:GRADIENT_EXAMPLES]
     if importance == "taylor":
-        x, y = data.train[:GRADIENT_EXAMPLES]
         net.zero_grad()
         cross_entropy(net(x), y).backward()
+    if importance == "hessian":
+        # torch-pruning 1.6.1 reads mean squared gradients from .grad, but its own sum keeps the last example's only
+        for name, square in squared_gradients(net, x, y).items():
+            net.get_parameter(name).grad = square
 
 
 def _pruner(net: nn.Module, importance: str, ratio: float, steps: int, data: Dataset, seed: int) -> Any:

@@ -1,14 +1,16 @@
 """What a trained network loses when it gets smaller without a fit, beside torch-pruning at the same sizes.
 
     OMP_NUM_THREADS=1 python analysis/trained_networks.py models/lenet5.py fashion-mnist --out FOLDER
-        [--seeds 0 1 2] [--train 16] [--tune 0 1 3 6] [--removed 0.5 0.7 0.8 0.9] [--data-root DIR]
+        [--seeds 0 1 2] [--train 16] [--tune 0 1 3 6] [--removed 0.5 0.7 0.8 0.9] [--peers magnitude taylor …]
+        [--data-root DIR]
     python analysis/trained_networks.py --figure FOLDER/results.csv
 
 The recipe's network without noise is trained with --train epochs and decay 0.05 of the weights (`peers.trained`), once
 a seed. Then the Laplace posterior of its weights is taken, `reduce` decides, and `apply(refit=…)` gives the smaller
-network, at the size of the largest evidence and at those of --removed. The peers of `peers.METHODS` prune the same
-network to as many parameters. Every smaller network is tuned from there for each number of epochs in --tune, with the
-same settings (`peers.tune`). Rows that FOLDER/results.csv has are passed over, so the command can be called again.
+network, at the size of the largest evidence and at those of --removed. The peers, all of `peers.METHODS` and
+`peers.OTHERS` but for random, prune the same network to as many parameters. Every smaller network is tuned from there
+for each number of epochs in --tune, with the same settings (`peers.tune`). Rows that FOLDER/results.csv has are passed
+over, so the command can be called again.
 
 Columns: data, seed, method, size (asked for: a share that leaves, or "evidence"), parameters, removed (share), epochs
 (of tuning), accuracy, negative_log_likelihood (test), predicted (rise of the loss by plan.path at that size, nats per
@@ -40,6 +42,7 @@ from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
 
 DECAY = 0.05
+PEERS = [name for name in (*peers.METHODS, *peers.OTHERS) if name != "random"]
 KEY = ["data", "seed", "method", "size", "epochs"]
 COLUMNS = [
     *KEY, "parameters", "removed", "accuracy", "negative_log_likelihood", "predicted", "evidence", "seconds",
@@ -101,7 +104,7 @@ class Study:
             if not self.has(*key):
                 self.add(key, network, full)
             sizes = self.by_evidence(network, seed, full)
-            for method in peers.METHODS:
+            for method in self.given.peers:
                 for size, target in sizes.items():
                     made = partial(self.by_peer, network, method, target, seed)
                     self.tuned((self.given.data, seed, method, size), full, made)
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=16)
     parser.add_argument("--tune", type=int, nargs="+", default=[0, 1, 3, 6])
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
+    parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--figure", type=Path, help="draw this CSV beside it, and do nothing else")
     given = parser.parse_args()

@@ -80,12 +80,10 @@ def _new_run(context: typer.Context) -> Run:
         device=options["device"], logger=options["logger"], progress=not options["quiet"],
         overwrite=options["overwrite"],
     )  # fmt: skip
-    weight = current.settings.kl_weight
-    print(
-        f"{recipe.name} on {current.dataset}; seed {current.settings.seed}, KL weight {weight:g}"
-        + ("" if weight == 1 else " (1 is the ELBO)"),
-        flush=True,
-    )
+    settings = current.settings
+    note = "" if settings.weights or settings.kl_weight == 1 else " (1 is the ELBO)"
+    told = f"{recipe.name} on {current.dataset}; seed {settings.seed}, {settings.posterior_text}{note}"
+    print(told, flush=True)
     return current
 
 

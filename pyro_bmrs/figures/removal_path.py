@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_bmrs.figures.style import BLACK, BLUE, ORANGE, finite_rows, floats, legend, styled_figure
+from pyro_bmrs.figures.style import BLACK, BLUE, ORANGE, finite_rows, floats, legend, plain, styled_figure
 from pyro_bmrs.tables import PATH_COLUMNS
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def plot_removal_path(path: pd.DataFrame, chosen: int | None = None) -> Figure:
             linestyle="none",
         )
         below.set_yscale("symlog", linthresh=max(float(np.abs(evidence).max()) * 1e-3, 1e-9))
+        below.yaxis.set_major_formatter(plain)
         handles, names = [line, predicted, seen], ["ΔF", "predicted", "measured"]
         if chosen is not None and 0 < chosen <= len(path):
             place = float(path["parameters"].iloc[chosen - 1])

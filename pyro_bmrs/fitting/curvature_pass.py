@@ -27,6 +27,8 @@ from pyro_bmrs.progress import Progress
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+# Examples on which the loss of smaller networks is measured.
+SHOWN = 500
 # Seconds between two files of the sums so far.
 _EVERY = 20.0
 
@@ -111,10 +113,6 @@ def curvature_pass(
         sums = Sums.load(checkpoint, identity, fabric.device)
     own = -(-wanted // fabric.world_size)
     generator = torch.Generator().manual_seed(seed)
-    shown: tuple[Any, Any] | None = None
-    if sums.batches:  # the first batch was seen by the process before
-        again = next(iter(batches.epoch(torch.Generator().manual_seed(seed))))
-        shown = again.x, again.y
     saved = time.monotonic()
     with (
         stop_requests() as stop, untouched(model, seed=seed, gradients=True), _without_priors(model),
@@ -125,7 +123,6 @@ def curvature_pass(
             # a last batch that is too small to be shared would count for each process
             if sums.examples >= own or stop.asked or share < 1:
                 break
-            shown = (x, y) if shown is None else shown
             torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
             _add(sums, model, layers, guide.widest, batches, x, y)
             bar.advance(min(sums.examples, own) - bar.done)
@@ -137,7 +134,7 @@ def curvature_pass(
         sums.save(checkpoint, identity)
     if interrupted:
         return True
-    guide.shown = shown
+    guide.shown = batches.some(SHOWN, seed)
     together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False

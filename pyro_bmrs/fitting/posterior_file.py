@@ -10,21 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check
 from pyro_bmrs.files import read_tensors, refuse_newer, write_tensors
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.networks.curvature import Moments
 from pyro_bmrs.networks.noise import MultiplicativeNoise
 from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
+# Of a Laplace posterior: what the file holds of each layer, and how their names begin.
+_PARTS, _CURVATURE = ("inputs", "gradients", "positions"), "curvature."
 
 
-def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> Path:
+def save_posterior(
+    path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal | AutoKroneckerLaplace
+) -> Path:
     """Write a model's weights and its posterior to a safetensors file.
 
-    The file holds all tensors of both and the KL weight of the fit, and no code. A write that fails leaves no file.
+    The file holds all tensors of both and the KL weight of the fit, of a Laplace posterior its curvature, and no code.
+    A write that fails leaves no file.
 
     >>> import tempfile, torch
     >>> from torch import nn
@@ -51,33 +56,42 @@ def save_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
         The path.
 
     Raises:
-        TypeError: for a Laplace posterior, which `fit` makes again in one pass.
+        RuntimeError: for a Laplace posterior before its fit.
     """
-    good = not isinstance(guide, AutoKroneckerLaplace)
-    check(
-        good, "guide", "one with parameters; one pass makes a Laplace posterior again", type(guide), TypeError
-    )
     header = {"format": FORMAT, "version": VERSION, "kl_weight": guide.kl_weight}
-    return write_tensors(path, state_of(model, guide), header)
+    tensors = state_of(model, guide)
+    if isinstance(guide, AutoKroneckerLaplace):
+        guide.check_ready()
+        header |= {"dataset_size": guide.dataset_size, "log_likelihood": guide.log_likelihood}
+        tensors |= {
+            f"{_CURVATURE}{part}.{layer}": tensor
+            for layer, one in guide.curvatures.items()
+            for part in _PARTS
+            if (tensor := getattr(one, part)) is not None
+        }
+    return write_tensors(path, tensors, header)
 
 
-def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal) -> None:
+def load_posterior(
+    path: Path | str, model: nn.Module, guide: AutoTruncatedLogNormal | AutoKroneckerLaplace
+) -> None:
     """Load what `save_posterior` wrote into a model and a guide, in place.
 
-    If the fit removed structures from the saved network, the model loses them too.
+    If the fit removed structures from the saved network, the model loses them too. A Laplace posterior does not hold
+    the examples on which `reduce` measures losses: put some into `guide.shown` before.
 
     >>> bmrs.load_posterior("posterior.safetensors", model, guide)  # doctest: +SKIP
 
     Args:
         path: of a file that `save_posterior` wrote.
         model: made as the saved one was made.
-        guide: its guide, called once on a batch, so that it has parameters.
+        guide: its guide; one with parameters has to be called once on a batch, so that it has them.
 
     Raises:
-        RuntimeError: if the guide has not been called yet.
+        RuntimeError: if a guide with parameters has not been called yet.
         ValueError: if the file is no posterior, is damaged, or belongs to another network or version.
     """
-    if guide.prototype_trace is None:
+    if isinstance(guide, AutoTruncatedLogNormal) and guide.prototype_trace is None:
         raise RuntimeError("guide has no parameters to load into yet: call it once on a batch, guide(x, y)")
     try:
         header, tensors = read_tensors(path)
@@ -93,11 +107,43 @@ def load_posterior(path: Path | str, model: nn.Module, guide: AutoTruncatedLogNo
         raise ValueError(
             f"path must be a posterior written by save_posterior: {path} has kl_weight {weight!r}"
         )
+    is_laplace = isinstance(guide, AutoKroneckerLaplace)
+    if is_laplace != ("dataset_size" in header):
+        kinds = "AutoTruncatedLogNormal", "AutoKroneckerLaplace"
+        raise ValueError(
+            f"guide must be an {kinds[not is_laplace]}, as {path} has it: got {kinds[is_laplace]}"
+        )
     try:
         restore(model, guide, tensors)
+        if isinstance(guide, AutoKroneckerLaplace):
+            _restore_curvature(guide, header, tensors)
     except ValueError as error:
         raise ValueError(f"{path} belongs to another network: {error}") from None
     guide.kl_weight = weight
+
+
+def _restore_curvature(
+    guide: AutoKroneckerLaplace, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give the guide its posterior; raises ValueError if it does not belong to its layers."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_CURVATURE):
+            part, _, layer = name.removeprefix(_CURVATURE).partition(".")
+            found.setdefault(layer, {})[part] = tensor
+    if not set(found) <= set(guide.paths):
+        raise ValueError(
+            f"it has curvature of {sorted(set(found) - set(guide.paths))}, which are no layers here"
+        )
+    moments = {}
+    for layer, parts in found.items():
+        device = guide.layer(layer).get_parameter("weight").device
+        own = {part: tensor.to(device) for part, tensor in parts.items()}
+        try:
+            moments[layer] = Moments(own["inputs"], own["gradients"], 1, own.get("positions"))
+        except KeyError as error:
+            raise ValueError(f"it has no {error} of layer {layer!r}") from None
+    guide.set_moments(moments, 1, int(header["dataset_size"]), float(header["log_likelihood"]))
 
 
 def state_of(model: nn.Module, guide: Callable[..., Any] | None) -> dict[str, Tensor]:

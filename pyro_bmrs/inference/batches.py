@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sized
 from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
@@ -123,6 +124,25 @@ class Batches:
         """The first batch, in the order of the data."""
         return next(iter(self))
 
+    def some(self, count: int, seed: int) -> tuple[Any, Any]:
+        """About `count` examples or more, or all if there are fewer: batches of one shape, in an order by `seed`.
+
+        Where something else than examples comes first in a tensor, such as time, one batch.
+        """
+        parts: list[tuple[Any, Any]] = []
+        found = 0
+        for x, y, _, _ in self.epoch(torch.Generator().manual_seed(seed)):
+            # a loader may pad each batch to its own length
+            if parts and _shapes((x, y)) != _shapes(parts[0]):
+                continue
+            parts.append((x, y))
+            size = self.count(x, y)
+            found += size
+            if found >= count or any(tensor.shape[:1] != (size,) for tensor in tensors_of((x, y))):
+                break
+        together: tuple[Any, Any] = tree_map(lambda *tensors: torch.cat(tensors), *parts)
+        return together
+
     def epoch(self, generator: torch.Generator | None, *, start: int = 0) -> Iterator[Batch]:
         """One pass, shuffled by `generator` where there is one, from its batch `start` on.
 
@@ -184,6 +204,10 @@ class Batches:
                 # it makes lists of tuples, and stacks examples: this is a tuple of inputs
                 x = tuple(x) if isinstance(x, list) else x
             yield to_device(x, self.device), to_device(y, self.device)
+
+
+def _shapes(batch: object) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in tensors_of(batch)]
 
 
 def _examples_of_tensors(data: tuple[Any, ...], name: str) -> int:

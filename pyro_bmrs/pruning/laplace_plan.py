@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from pyro_bmrs.evidence.kronecker import evidence_of_inputs, evidence_of_outputs
 from pyro_bmrs.inference.batches import Batches, Data
@@ -18,6 +17,7 @@ from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.attention import join_attention, separate_attention
 from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.curvature import matrix_layers
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, batch_size, taken
@@ -26,6 +26,7 @@ from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.refit import refit as refit_layers
 from pyro_bmrs.networks.surgery import TOLERANCE
+from pyro_bmrs.progress import Progress
 from pyro_bmrs.pruning.binding import Binding
 from pyro_bmrs.pruning.evidence_path import PATH_COLUMNS, evidence_path, reduced_model, take_over
 from pyro_bmrs.pruning.network_plan import NetworkPlan
@@ -76,6 +77,7 @@ class LaplacePlan(NetworkPlan):
         example_input: Inputs | None = None,
         *,
         refit: Data | None = None,
+        progress: bool = True,
         tolerance: float = TOLERANCE,
     ) -> nn.Module:
         """The smaller network, with the weights of the reduced posterior.
@@ -87,6 +89,7 @@ class LaplacePlan(NetworkPlan):
             network, example_input, tolerance: as in `NetworkPlan.apply`.
             refit: data (x, y), of which the inputs are used. Each layer is then fitted in closed form to what the full
                 network has there, on the smaller network's own inputs, and BatchNorm gets new statistics.
+            progress: show a bar of the refit, on a terminal.
 
         Raises:
             ValueError: as `NetworkPlan.apply`; also for `refit` of a plan that was loaded.
@@ -103,7 +106,8 @@ class LaplacePlan(NetworkPlan):
         if refit is not None:
             full = without_noise(copied(self._bound(network, example_input).network)).eval()
             separate_attention(full)
-            refit_layers(small, full, cuts, _inputs_of(refit, small))
+            with Progress("refit", len(matrix_layers(small)), shown=progress) as bar:
+                refit_layers(small, full, cuts, _inputs_of(refit, small), advance=bar.advance)
         join_attention(small)
         return small
 
@@ -116,6 +120,14 @@ class LaplacePlan(NetworkPlan):
     def at(self, threshold: float) -> Self:
         # structures that are not on the path stay, whose score is −∞
         return super().at(max(threshold, -float(len(self.table))))
+
+    def with_posterior(self, guide: AutoKroneckerLaplace) -> Self:
+        """This plan, with the posterior it was made from, and its network: what a plan that was loaded lacks.
+
+        Raises:
+            RuntimeError: if the guide has no posterior or no examples.
+        """
+        return replace(self, _guide=guide, _binding=_binding(guide))
 
     def reduced_model(self) -> Likelihood:
         """The model with the smaller network in it, without refit and proof.
@@ -137,12 +149,19 @@ class LaplacePlan(NetworkPlan):
             lines.append(told)
             if self.rule.round_to is not None:
                 lines.append("these are before widths are rounded")
-            off = _largest_error(self.path.iloc[: self.steps])
-            if off > _BELIEVED:
-                lines.append(f"up to here the loss rises by up to {off:.2g} times what is predicted")
-        lines += [f"{layer} stays: {reason}" for layer, reason in self.kept_back.items()]
         if self.taken_apart:
             lines.append(f"channels and positions taken apart: {', '.join(self.taken_apart)}")
+        return lines
+
+    def cautions(self) -> list[str]:
+        lines = super().cautions()
+        off = _largest_error(self.path.iloc[: self.steps])
+        if off > _BELIEVED:
+            lines.append(
+                f"Up to here the loss rises by up to {off:.2g} times what is predicted, as measured before any refit; "
+                "ΔF along the path is of what was measured."
+            )
+        lines += [f"Layer {layer} stays: {reason}." for layer, reason in self.kept_back.items()]
         return lines
 
     def _document(self) -> dict[str, Any]:
@@ -167,14 +186,9 @@ class LaplacePlan(NetworkPlan):
 def _inputs_of(data: Data, network: nn.Module) -> Inputs:
     """The inputs of some examples, in one batch on the network's device."""
     device = next(network.parameters()).device
-    batches, parts, count = Batches(data, REFIT_EXAMPLES, device, "refit"), [], 0
     # in any order: data may be sorted by class
-    for batch in batches.epoch(torch.Generator().manual_seed(0)):
-        parts.append(batch.x)
-        count += batch_size(batch.x)
-        if count >= REFIT_EXAMPLES:
-            break
-    x = tree_map(lambda *tensors: torch.cat(tensors), *parts)
+    x, _ = Batches(data, REFIT_EXAMPLES, device, "refit").some(REFIT_EXAMPLES, seed=0)
+    count = batch_size(x)
     return taken(x, slice(0, REFIT_EXAMPLES), count) if count > REFIT_EXAMPLES else x
 
 
@@ -185,14 +199,11 @@ def reduce_by_laplace(
     *,
     min_kept: float = 1,
     round_to: int | None = None,
+    progress: bool = True,
 ) -> LaplacePlan:
     """The plan of a trained network: see `pyro_bmrs.reduce`."""
-    guide.check_ready()
-    assert guide.shown is not None
-    example, _ = guide.shown
-    noisy = insert_noise(guide.model.net, example)
-    binding = Binding(noisy, lambda: example)
-    groups = list(binding.groups.values())
+    binding = _binding(guide)
+    noisy, groups = binding.network, list(binding.groups.values())
     nesting = Nesting.of(groups)
     parts: dict[str, Touched] = {}
     kept_back: dict[str, str] = {}
@@ -214,7 +225,9 @@ def reduce_by_laplace(
     floors = {group.site: rule.floor(group.features) for group in groups}
     alone = {group.site: _alone(guide, group, parts.get(group.site)) for group in groups}
     brought = {site: both[:, 1] for site, both in alone.items()}
-    steps = removal_path(noisy, groups, parts, guide.curvatures, floors, order, guide.deltas, brought)
+    steps = removal_path(
+        noisy, groups, parts, guide.curvatures, floors, order, guide.deltas, brought, progress=progress
+    )
     plan = LaplacePlan(
         table=_table(groups, steps, alone), rule=rule,
         channels={site: layer.channels for site, layer in noise_layers(noisy).items() if layer.channels > 1},
@@ -229,6 +242,17 @@ def reduce_by_laplace(
     evidence = plan.path.total_evidence_change.to_numpy()
     best = int(np.nanargmax(evidence)) + 1 if len(evidence) and np.nanmax(evidence) > 0 else 0
     return plan.at(-float(best) if best else float("inf"))
+
+
+def _binding(guide: AutoKroneckerLaplace) -> Binding:
+    """The network of a guide with noise, and what it is called with."""
+    guide.check_ready()
+    if guide.shown is None:
+        raise RuntimeError(
+            "guide must have examples to measure losses on: put some, (x, y), into guide.shown"
+        )
+    example, _ = guide.shown
+    return Binding(insert_noise(guide.model.net, example), lambda: example)
 
 
 def _largest_error(path: pd.DataFrame) -> float:

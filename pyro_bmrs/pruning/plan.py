@@ -90,13 +90,17 @@ class Plan:
         widths = self.widths()
         lines = [f"{self.rule} keeps {int(widths.after.sum())} of {int(widths.before.sum())} {self._counted}"]
         lines += [f"  {row.layer}: {row.before} → {row.after}" for row in widths.itertuples()]
-        return "\n".join([*lines, *(f"  {line}" for line in (*self._details(), *self.rule.cautions()))])
+        return "\n".join([*lines, *(f"  {line}" for line in (*self._details(), *self.cautions()))])
 
     _counted: ClassVar[str] = "structures"
 
     def _details(self) -> list[str]:
         """Lines of the summary that only one kind of plan has."""
         return []
+
+    def cautions(self) -> list[str]:
+        """Sentences on what to keep in mind about what the plan says."""
+        return self.rule.cautions()
 
     def __str__(self) -> str:
         return self.summary()

@@ -249,6 +249,8 @@ def removal_path(
     order: RemovalOrder,
     deltas: Mapping[str, float],
     brought: Mapping[str, Tensor],
+    *,
+    progress: bool = True,
 ) -> list[Step]:
     """Remove one structure after the other, until each group is at its floor.
 
@@ -259,6 +261,7 @@ def removal_path(
         order: which is the next one.
         deltas: by path of a layer, δ.
         brought: by site, the incoming part of ΔF of each structure.
+        progress: show a bar, on a terminal.
     """
     groups = [group for group in groups if group.site in parts]
     paths = dict.fromkeys(part.path for group in groups for part in parts[group.site].reads)
@@ -295,7 +298,8 @@ def removal_path(
             cost(group.site, number)
         measure(group.site)
     steps: list[Step] = []
-    with Progress("removal", sum(group.features - floors[group.site] for group in groups)) as bar:
+    count = sum(group.features - floors[group.site] for group in groups)
+    with Progress("removal", count, shown=progress) as bar:
         while groups:
             site = min(scores, key=lambda name: float(scores[name].min()))
             structure = int(scores[site].argmin())

@@ -141,7 +141,8 @@ def report(
         if table is not None:
             require_columns(name, table, columns)
 
-    history = None if fit is None or fit.history.empty else fit.history
+    history = None if fit is None else fit.history[fit.history["phase"] != "curvature"]
+    history = None if history is None or history.empty else history
     if diagnosis is None:
         diagnosis = Diagnosis()
     settings = settings or {}
@@ -170,7 +171,7 @@ def report(
         structures=structures.to_dict("records"),
         structure_columns=_structure_columns(plan.rule, contraction="contraction" in structures),
         structures_total=len(plan.table),
-        methods=methods(fit, plan, diagnosis, settings),
+        methods=methods(fit, plan, diagnosis, settings, evaluation),
         settings=_settings(fit, plan, settings, diagnosis),
         notes=diagnosis.notes,
     )
@@ -267,14 +268,17 @@ def _posterior(diagnosis: Diagnosis) -> dict[str, Any] | None:
 
 
 def _structure_columns(rule: Rule, *, contraction: bool) -> list[tuple[str, str, str]]:
-    return [
-        ("layer", "layer", "text"),
-        ("unit", "structure", ".0f"),
-        ("decision", "decision", "text"),
+    of_theta = [
         ("loc", "loc of log θ", ".4g"),
         ("scale", "scale of log θ", ".4g"),
         ("mean", "E[θ]", ".4g"),
         ("snr", "SNR", ".4g"),
+    ]
+    return [
+        ("layer", "layer", "text"),
+        ("unit", "structure", ".0f"),
+        ("decision", "decision", "text"),
+        *([] if rule.is_path else of_theta),  # a path is of weights
         *([("contraction", "contraction (nats)", ".4g")] if contraction else []),
         ("score", score_label(rule), ".4g"),
         ("log_evidence_change", evidence_label(rule.kl_weight), ".4g"),

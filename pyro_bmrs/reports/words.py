@@ -96,7 +96,13 @@ def decision(rule: Rule) -> str:
     return f"Structures were removed where {what}{odds} was at least {rule.threshold:.4g}"
 
 
-def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping[str, Any]) -> str:
+def methods(
+    fit: Fit | None,
+    plan: Plan,
+    diagnosis: Diagnosis,
+    settings: Mapping[str, Any],
+    evaluation: pd.DataFrame | None = None,
+) -> str:
     """A paragraph for a paper, of nothing but what was done."""
     known = {**({} if fit is None else dict(fit.settings)), **settings}
     table, rule = plan.table, plan.rule
@@ -142,6 +148,11 @@ def methods(fit: Fit | None, plan: Plan, diagnosis: Diagnosis, settings: Mapping
             else "with θ = E[θ] folded into the weights that read what was kept."
         )
     )
+    if evaluation is not None and (evaluation["network"] == "refitted").any():
+        text.append(
+            "Then, layer by layer, the weights were fitted by ridge regression to what the full network has in their "
+            "place, on the inputs that the smaller network gives them."
+        )
     if "fine-tune" in epochs:
         text.append(
             f"The smaller network was then fine-tuned for {epochs['fine-tune']} epochs by maximum likelihood."
@@ -202,7 +213,7 @@ def verdict(
 def warnings_of(plan: Plan) -> list[str]:
     """What to keep in mind about a plan: its KL weight, floors, narrow decisions, unknown scores."""
     rule, table = plan.rule, plan.table
-    found = rule.cautions()
+    found = plan.cautions()
     removed = table["removed"].astype(bool)
     # where a search decided, no threshold says what it wanted
     threshold = math.inf if rule.threshold is None else rule.threshold

@@ -13,26 +13,29 @@ from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.fitting import Fit, fit
 from pyro_bmrs.fitting.posterior_file import save_posterior
 from pyro_bmrs.networks.inputs import check_finite
+from pyro_bmrs.networks.insertion import insert_noise
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.pruning.binding import check_examples
 from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
 from pyro_bmrs.runs.recipe import blamed
+from pyro_bmrs.runs.weights import load_into
 from pyro_bmrs.runs.workplace import Interrupted, Workplace
 
 
 def fit_posterior(run: Workplace) -> Fit:
     """Fit the posterior and write it. The folder keeps what it holds until the fit is done."""
+    if run.settings.weights is not None:
+        load_into(run.network, run.settings.weights)
     _check_recipe(run)
+    checkpoints = run.folder / "checkpoints" / "fit"
     result = fit(
         run.model, run.guide, run.dataset.train, run.dataset.validation, run.settings,
-        checkpoints=run.folder / "checkpoints" / "fit", overwrite=run.overwrite, label=_name(run),
+        checkpoints=checkpoints, overwrite=run.overwrite, label=_name(run),
         device=run.device, logger=run.logger_of("fit"), progress=run.progress,
     )  # fmt: skip
     if result.interrupted:
-        raise Interrupted(
-            f"interrupted in epoch {len(result.history) + 1}; the same command goes on from there"
-        )
+        raise Interrupted(f"interrupted in {_where(run, result)}; the same command goes on from there")
     run.fitted_with = run.settings.of_fit()
     # The posterior marks a folder that holds a fit: it is removed first and written last.
     run.clear("posterior.safetensors")
@@ -44,8 +47,15 @@ def fit_posterior(run: Workplace) -> Fit:
     write_table(run.folder / "history.csv", result.history)
     write_table(run.folder / "removals.csv", result.removals.assign(phase="fit")[REMOVAL_COLUMNS])
     save_posterior(run.folder / "posterior.safetensors", run.model, run.guide)
+    if run.settings.weights is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # the sums are in the posterior
+    run.show_examples()
     run.overwrite = False
     return result
+
+
+def _where(run: Workplace, result: Fit) -> str:
+    return f"epoch {len(result.history) + 1}" if run.settings.weights is None else "the pass over the data"
 
 
 def _check_recipe(run: Workplace) -> None:
@@ -54,6 +64,10 @@ def _check_recipe(run: Workplace) -> None:
     check_finite(f"{recipe}: network", run.network)
     with blamed(f"{recipe}: its model"):
         run.traced(copy.deepcopy(run.model)).compute_log_prob()
+    if run.settings.weights is not None:
+        with blamed(f"{recipe}: finding structures of its network"):
+            insert_noise(run.network, example)
+        return
     layers = noise_layers(run.network)
     if not layers:
         raise ValueError(f"{recipe}: network must have MultiplicativeNoise layers")

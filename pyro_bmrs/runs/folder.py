@@ -13,6 +13,7 @@ from pyro_bmrs.data.arrays import one_line
 from pyro_bmrs.data.preparation import Preparation
 from pyro_bmrs.files import clear_unfinished, read_table, read_text, refuse_newer
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
+from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs.settings import RunSettings
@@ -125,7 +126,8 @@ class RunFolder:
     def plan(self) -> NetworkPlan:
         """The folder's plan."""
         self.need("plan.json")
-        return NetworkPlan.load(self.folder / "plan.json")
+        kind = NetworkPlan if self.needed_settings()["settings"].weights is None else LaplacePlan
+        return kind.load(self.folder / "plan.json")
 
     def clear(self, *names: str) -> None:
         """Remove these files."""

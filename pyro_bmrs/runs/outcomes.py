@@ -82,8 +82,8 @@ def compare_runs(folders: Sequence[Path | str]) -> pd.DataFrame:
 
     Returns:
         Columns run (the shortest end of the folder's path that tells it from the others), recipe, data, seed,
-        kl_weight, criterion, parameters_before, parameters, removed (0 to 1), accuracy (0 to 1) and
-        negative_log_likelihood (nats per example) of the final network on the test examples; and, where the run has a
+        kl_weight (NaN: trained weights), criterion, parameters_before, parameters, removed (0 to 1), accuracy (0 to 1)
+        and negative_log_likelihood (nats per example) of the final network on the test examples; and, if the run has a
         diagnosis, of the final network brier and expected_calibration_error, and khat, the worst of any part of the
         posterior (NaN: no diagnosis).
 
@@ -118,7 +118,8 @@ def _row(name: str, run: RunFolder) -> dict[str, Any]:
     final = evaluation.iloc[-1]
     row = dict(
         run=name, recipe=stored["recipe"], data=settings.data_name, seed=settings.seed,
-        kl_weight=settings.kl_weight, criterion=settings.criterion,
+        kl_weight=settings.kl_weight if settings.weights is None else float("nan"),
+        criterion=settings.criterion if settings.weights is None else run.plan().rule.criterion,
         parameters_before=int(evaluation.parameters.iloc[0]), parameters=int(final.parameters),
         removed=run.outcome()["removed"], accuracy=float(final.accuracy),
         negative_log_likelihood=float(final.negative_log_likelihood),
@@ -169,9 +170,7 @@ def _show_run(run: RunFolder, console: Console) -> None:
     evaluation, plan, diagnosis = run.evaluation(), run.plan(), run.diagnosis()
     settings, widths = stored["settings"], plan.widths()
     console.print(Text(verdict(None, plan, None, evaluation.assign(split="test"), run.costs()), style="bold"))
-    told = (
-        f"{stored['recipe']} on {settings.data_name}, seed {settings.seed}, KL weight {settings.kl_weight:g}"
-    )
+    told = f"{stored['recipe']} on {settings.data_name}, seed {settings.seed}, {settings.posterior_text}"
     console.print(Text(f"{told}, {plan.rule}"))
     console.print(table_of(NETWORKS, evaluation.to_dict("records")))
     layers = widths.assign(removed=1 - widths.after / widths.before)

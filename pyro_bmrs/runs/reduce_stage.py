@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -12,8 +13,10 @@ from torch import nn
 from pyro_bmrs.files import write_table
 from pyro_bmrs.fitting import fit
 from pyro_bmrs.inference import evaluate, recalibrate
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_program, save_weights
+from pyro_bmrs.pruning.laplace_plan import LaplacePlan, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
@@ -23,19 +26,21 @@ from pyro_bmrs.runs.workplace import Interrupted, Workplace
 def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     """The plan and the small network, both also written to the folder."""
     settings, data = run.settings, run.dataset
-    plan = reduce_structures(
-        run.model, run.guide, settings.made_criterion(),
-        min_kept=settings.min_kept, round_to=settings.round_to,
-    ).bound_to(run.network, run.example)  # fmt: skip
+    plan = _plan(run)
     small = plan.apply()
-    costs = plan.costs(small)
-    if settings.recalibrate:
+    rows = _full_network(run)
+    if isinstance(plan, LaplacePlan):
+        rows.append(("reduced", *evaluate(run.model_of(small), data.test), parameters(small)))
+        small = plan.apply(refit=data.train, progress=run.progress)
+    elif settings.recalibrate:
         recalibrate(small, data.train, batch_size=settings.batch_size, seed=settings.seed)
+    costs = plan.costs(small)
     model = run.model_of(small)
     history = run.read_table("history.csv", "phase", "epoch")
-    history = history[history.phase == "fit"]
+    history = history[history.phase != "fine-tune"]
     removals = _removals(run, plan, len(history))
-    rows = [*_full_network(run), ("reduced", *evaluate(model, data.test), parameters(small))]
+    name = "refitted" if isinstance(plan, LaplacePlan) else "reduced"
+    rows.append((name, *evaluate(model, data.test), parameters(small)))
     tuning = run.folder / "checkpoints" / f"fine-tune-{_name(run)}"
     if settings.fine_tune:
         tuned = fit(
@@ -68,9 +73,20 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     return plan, small
 
 
+def _plan(run: Workplace) -> NetworkPlan:
+    """What the posterior and the settings say."""
+    settings, guide = run.settings, run.guide
+    floors: dict[str, Any] = {"min_kept": settings.min_kept, "round_to": settings.round_to}
+    if isinstance(guide, AutoKroneckerLaplace):
+        return reduce_by_laplace(guide, **floors, progress=run.progress)
+    return run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
+
+
 def _full_network(run: Workplace) -> list[tuple[str, float, float, int]]:
     """Rows of the evaluation for the network before the reduction."""
     fitted, left = evaluate(run.model, run.dataset.test, run.guide.mean()), parameters(run.network)
+    if run.settings.weights is not None:
+        return [("full", *fitted, left)]
     if left == run.parameters_before:
         return [("full, E[θ]", *fitted, left)]
     # The fit removed structures, so the full network was never fitted to its end.

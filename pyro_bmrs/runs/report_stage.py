@@ -37,6 +37,10 @@ class ReportStage:
 
     def __init__(self, run: Workplace, draws: int | None, foreign: str | None) -> None:
         self.run, self.draws, self.foreign = run, draws, None if foreign is None else located(foreign)
+        if run.settings.weights is not None:
+            for name, asked in (("draws", draws), ("foreign", foreign)):
+                # a plan of a path has no diagnosis
+                check(not asked, name, "left out for a run of trained weights, which has no diagnosis", asked)
         enough = draws is None or draws == 0 or draws >= LEAST_DRAWS
         check(enough, "draws", f"at least {LEAST_DRAWS}, or 0 for no diagnosis", draws)
         check(self.foreign != run.settings.data, "foreign", "another data set than the run's own", foreign)
@@ -55,19 +59,21 @@ class ReportStage:
         history = run.read_table("history.csv", "phase", "epoch")
         removals = run.read_table("removals.csv", *REMOVAL_COLUMNS)
         evaluation = run.read_table("evaluation.csv", "network", "parameters", "accuracy")
-        plan = run.plan().bound_to(run.network, run.example)
+        plan = run.bound(run.plan())
         if run.has("curve.csv"):
             curve = run.read_table("curve.csv")
         else:
             curve = compression_curve(run.model, plan, run.dataset.validation)
             write_table(run.folder / "curve.csv", curve)
+        trained = run.settings.weights is not None
         epochs = int((history.phase == "fit").sum())
-        # A page is given to others: it names the data, not where they lie on this machine.
-        shown = run.settings.model_copy(update={"data": run.settings.data_name})
+        # A page is given to others: it names data and weights, not where they lie on this machine.
+        names = {"data": run.settings.data_name, "weights": run.settings.weights_name}
+        shown = run.settings.model_copy(update=names)
         return report(
             Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan,
             run.folder / "report.html", costs=run.costs(), curve=curve, evaluation=evaluation,
-            diagnosis=None if self.draws == 0 else self._diagnosis(plan),
+            diagnosis=None if self.draws == 0 or trained else self._diagnosis(plan),
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
         )  # fmt: skip
 

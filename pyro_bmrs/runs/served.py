@@ -14,6 +14,7 @@ from pyro_bmrs.files import check_file
 from pyro_bmrs.inference import Classifier
 from pyro_bmrs.inference.predict import predict
 from pyro_bmrs.networks.export import export_onnx, export_program
+from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.runs.folder import RunFolder
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
@@ -40,8 +41,9 @@ class Served(RunFolder):
         self.recipe = Recipe.read(self.folder / "recipe.py", stored["recipe"])
 
     def original_network(self) -> nn.Module:
-        """The recipe's network as it was before the fit, with all its structures."""
-        return self.recipe.network(self.preparation, self.settings.network or {}, self.settings.seed)
+        """The recipe's network as it was before the fit, with all its structures; for trained weights without noise."""
+        network = self.recipe.network(self.preparation, self.settings.network or {}, self.settings.seed)
+        return network if self.settings.weights is None else without_noise(network)
 
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""

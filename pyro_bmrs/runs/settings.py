@@ -21,12 +21,23 @@ OF_REDUCTION = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibr
 _NOT_OF_TUNING = {
     "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
 }  # fmt: skip
+# Settings of a variational fit, and of what follows from it alone.
+_OF_VARIATIONAL = {
+    "epochs", "posterior_learning_rate", "kl_weight", "warm_up", "draws_per_batch", "stratified", "patience",
+    "criterion", "prior_log_odds", "removal", "freeze_weights", "elbo", "recalibrate",
+}  # fmt: skip
 
 
 def _located(data: str) -> str:
     from pyro_bmrs.data.sources import located  # slow to import, and help has no need of it
 
     return located(data)
+
+
+def _located_weights(weights: str | None) -> str | None:
+    from pyro_bmrs.runs.weights import located_weights
+
+    return None if weights is None else located_weights(weights)
 
 
 def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -62,6 +73,10 @@ class RunSettings(Settings):
     network: Annotated[dict[str, Any] | None, AfterValidator(_as_json)] = Field(
         default=None, description="Arguments of the recipe's network by name; on the command line as JSON."
     )
+    weights: Annotated[str | None, AfterValidator(_located_weights)] = Field(
+        default=None,
+        description="State dict of the trained network, .safetensors or .pt: nothing is fitted; its curvature decides.",
+    )
     validation_fraction: float = Field(
         default=0.2,
         gt=0,
@@ -79,6 +94,25 @@ class RunSettings(Settings):
     def data_name(self) -> str:
         """The name of the data set to show; of a path its last part."""
         return Path(self.data).name if Path(self.data).is_absolute() else self.data
+
+    @property
+    def weights_name(self) -> str | None:
+        """The name of the file of weights to show, without its folder."""
+        return None if self.weights is None else Path(self.weights).name
+
+    @property
+    def posterior_text(self) -> str:
+        """What made the posterior: weights, or a fit at a KL weight."""
+        return f"KL weight {self.kl_weight:g}" if self.weights is None else f"weights {self.weights_name}"
+
+    def changed(self, **changes: Any) -> Self:
+        found = super().changed(**changes)
+        useless = sorted(_OF_VARIATIONAL & changes.keys())
+        if found.weights is not None and useless:
+            raise ValueError(
+                f"{useless[0]} must be left out where weights are given: it is for a variational fit, and there is none"
+            )
+        return found
 
     @classmethod
     def of(cls, recipe: Recipe, data: str, changes: Mapping[str, Any]) -> Self:
@@ -101,11 +135,20 @@ class RunSettings(Settings):
         return cls(**recipe.settings(data), data=data).changed(**changes)
 
     def of_fit(self) -> dict[str, Any]:
-        """The part that a fitted posterior depends on, as JSON has it."""
+        """The part that a fitted posterior depends on, as JSON has it; of a file of weights what tells its content.
+
+        Raises:
+            ValueError: if there is no such file.
+        """
         left_out = set(OF_REDUCTION)
         if self.removal != "end":  # the criterion then shapes the fit, too
             left_out -= {"criterion", "prior_log_odds", "min_kept"}
-        return self.model_dump(mode="json", exclude=left_out)
+        found = self.model_dump(mode="json", exclude=left_out)
+        if self.weights is not None:
+            from pyro_bmrs.runs.weights import digest_of
+
+            found["weights"] = digest_of(self.weights)
+        return found
 
     def of_fine_tuning(self) -> Settings:
         """The settings of the fit that tunes the small network."""

@@ -22,11 +22,16 @@ from pyro_bmrs.data import DataError, Dataset, load_data
 from pyro_bmrs.data.sources import KNOWN_SETS
 from pyro_bmrs.files import held, write_atomically
 from pyro_bmrs.fitting.checkpoints import changes_between
+from pyro_bmrs.fitting.curvature_pass import SHOWN
 from pyro_bmrs.fitting.posterior_file import load_posterior
+from pyro_bmrs.inference import AutoTruncatedLogNormal
+from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.pruning.laplace_plan import LaplacePlan
+from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.runs.folder import FORMAT, VERSION, RunFolder
-from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.recipe import Recipe, blamed
 from pyro_bmrs.runs.served import Served
 from pyro_bmrs.runs.settings import RunSettings
 
@@ -117,7 +122,12 @@ class Workplace(Served):
         self.network = self.original_network().to(self.device)
         self.parameters_before = parameters(self.network)
         self.model = recipe.model(self.network).to(self.device)
-        self.guide = recipe.guide(self.model)
+        self.guide = recipe.guide(self.model) if settings.weights is None else self._laplace()
+
+    def _laplace(self) -> AutoKroneckerLaplace:
+        """The guide of a trained network."""
+        with blamed(f"recipe {self.recipe.path}: AutoKroneckerLaplace(model)"):
+            return AutoKroneckerLaplace(self.model)  # type: ignore[arg-type]  # it says what it takes
 
     def _check_same_fit(self, before: dict[str, Any], recipe: Recipe, settings: RunSettings) -> None:
         if not {before.get("data"), settings.data} & {
@@ -161,9 +171,24 @@ class Workplace(Served):
     def load_posterior(self) -> None:
         """Put the folder's posterior into model and guide."""
         self.need("posterior.safetensors")
-        self.traced(self.guide)
+        if isinstance(self.guide, AutoTruncatedLogNormal):
+            self.traced(self.guide)
         self.guide.to(self.device)
         load_posterior(self.folder / "posterior.safetensors", self.model, self.guide)
+        self.show_examples()
+
+    def show_examples(self) -> None:
+        """Say on which examples a Laplace plan measures losses: the same in a later process."""
+        if isinstance(self.guide, AutoKroneckerLaplace):
+            x, y = self.dataset.train[:SHOWN]
+            self.guide.shown = x.to(self.device), y.to(self.device)
+
+    def bound(self, plan: NetworkPlan) -> NetworkPlan:
+        """A plan of the folder, with the network it is for."""
+        if isinstance(plan, LaplacePlan):
+            assert isinstance(self.guide, AutoKroneckerLaplace)
+            return plan.with_posterior(self.guide)
+        return plan.bound_to(self.network, self.example)
 
     def model_of(self, small: nn.Module) -> nn.Module:
         """The Pyro model of the small network, with what the fit learned outside the network."""

@@ -228,14 +228,6 @@ def test_a_curve_along_the_path(trained):
     assert curve.accuracy.iloc[-1] < 0.7
 
 
-def test_a_posterior_that_one_pass_makes_is_not_saved(trained, tmp_path):
-    model, guide, _ = trained
-    with pytest.raises(
-        TypeError, match="guide must be one with parameters; one pass makes a Laplace posterior again"
-    ):
-        bmrs.save_posterior(tmp_path / "posterior.safetensors", model, guide)
-
-
 def test_the_page_of_a_trained_network_says_what_was_done(trained, tmp_path):
     _, _, plan = trained
     page = bmrs.report(None, plan, tmp_path / "report.html").read_text(encoding="utf-8")

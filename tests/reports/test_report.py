@@ -73,15 +73,12 @@ def make_plan(
         after = (groups.size() - groups.sum()).to_numpy()
         return pd.DataFrame({"layer": list(layers), "before": list(layers.values()), "after": after})
 
-    return SimpleNamespace(
-        table=table,
-        rule=Rule(
-            criterion="BMRS_N" if evidence else "SNR",
-            prior_log_odds=0.919 if evidence else None,
-            kl_weight=kl_weight,
-        ),
-        widths=widths,
+    rule = Rule(
+        criterion="BMRS_N" if evidence else "SNR",
+        prior_log_odds=0.919 if evidence else None,
+        kl_weight=kl_weight,
     )
+    return SimpleNamespace(table=table, rule=rule, widths=widths, cautions=rule.cautions)
 
 
 def make_costs() -> pd.DataFrame:

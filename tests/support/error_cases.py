@@ -1607,6 +1607,18 @@ COMMANDS = [
     ),
     run("--foreign digits", "data of another form", r"foreign 'digits' can't be used: .*\(6,\)"),
     run(
+        "--weights gone.pt", "no such file of weights",
+        r"weights must be a file that can be read: (?P<library>.*gone\.pt \(No such file or directory\))$",
+    ),
+    run(
+        "--weights own.npz", "another kind of file",
+        r"weights must be a file that ends in \.safetensors, \.pt, \.pth: got 'own\.npz'$",
+    ),
+    run(
+        "--weights gone.pt --kl-weight 3", "a setting of a variational fit",
+        r"kl_weight must be left out where weights are given: it is for a variational fit, and there is none$",
+    ),
+    run(
         "--require-accuracy 98", "percent, not a share",
         r"--require-accuracy must be a share from 0 to 1: got 98$",
     ),
