@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python analysis/trained_networks.py models/lenet5.py fashion-mnist --out FOLDER
         [--seeds 0 1 2] [--train 16] [--tune 0 1 3 6] [--removed 0.5 0.7 0.8 0.9] [--peers magnitude taylor …]
-        [--data-root DIR]
+        [--batch-size 128] [--data-root DIR]
     python analysis/trained_networks.py --figure FOLDER/results.csv
 
 The recipe's network without noise is trained with --train epochs and decay 0.05 of the weights (`peers.trained`), once
@@ -55,7 +55,8 @@ class Study:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.file = given, given.out / "results.csv"
         self.recipe = Recipe.read(given.recipe)
-        self.settings = RunSettings.of(self.recipe, given.data, {"weight_decay": DECAY})
+        changes = {"weight_decay": DECAY} | ({"batch_size": given.batch_size} if given.batch_size else {})
+        self.settings = RunSettings.of(self.recipe, given.data, changes)
         self.data = bmrs.load_data(
             given.data, image_size=self.settings.image_size, seed=0, data_root=given.data_root
         )
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, nargs="+", default=[0, 1, 3, 6])
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--peers", nargs="+", default=PEERS)
+    parser.add_argument("--batch-size", type=int, help="of training and tuning; default: the recipe's")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--figure", type=Path, help="draw this CSV beside it, and do nothing else")
     given = parser.parse_args()
