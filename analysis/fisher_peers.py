@@ -120,22 +120,20 @@ def posterior_damage(network: nn.Module, target: int, data: Dataset, seed: int) 
 
 def squared_gradients(net: nn.Module, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
     """By parameter: the mean over examples of the squared gradient of −log p(y | x); y drawn from the model if None."""
-    weights = {name: weight.detach() for name, weight in net.named_parameters()}
-    state = dict(net.named_buffers())
-
-    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        out = torch.func.functional_call(net, (values, state), (x.unsqueeze(0),))
-        return cross_entropy(out, y.unsqueeze(0))
-
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    total = {name: torch.zeros_like(weight) for name, weight in net.named_parameters()}
     with in_mode(net, training=False):
         if y is None:
             with torch.no_grad():
-                y = torch.multinomial(net(x).softmax(-1), 1).flatten()
-        for some, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
-            for name, gradient in each(weights, some, labels).items():
-                total[name] += gradient.square().sum(0) / len(x)
+                y = torch.cat(
+                    [torch.multinomial(net(some).softmax(-1), 1).flatten() for some in x.split(AT_ONCE)]
+                )
+        for one, label in zip(x.split(1), y.split(1), strict=True):
+            net.zero_grad()
+            cross_entropy(net(one), label).backward()
+            for name, weight in net.named_parameters():
+                if weight.grad is not None:
+                    total[name] += weight.grad.square() / len(x)
+    net.zero_grad()
     return total
 
 

@@ -8,9 +8,9 @@
 The recipe's network without noise is trained with --train epochs and decay 0.05 of the weights (`peers.trained`), once
 a seed. Then the Laplace posterior of its weights is taken, `reduce` decides, and `apply(refit=…)` gives the smaller
 network, at the size of the largest evidence and at those of --removed. The peers, all of `peers.METHODS` and
-`peers.OTHERS` but for random, prune the same network to as many parameters. Every smaller network is tuned from there
-for each number of epochs in --tune, with the same settings (`peers.tune`). Rows that FOLDER/results.csv has are passed
-over, so the command can be called again.
+`peers.OTHERS` but for random, prune the same network to as many parameters, and BatchNorm gets new statistics. Every
+smaller network is tuned from there for each number of epochs in --tune, with the same settings (`peers.tune`). Rows
+that FOLDER/results.csv has are passed over, so the command can be called again.
 
 Columns: data, seed, method, size (asked for: a share that leaves, or "evidence"), parameters, removed (share), epochs
 (of tuning), accuracy, negative_log_likelihood (test), predicted (rise of the loss by plan.path at that size, nats per
@@ -147,6 +147,7 @@ class Study:
     ) -> tuple[nn.Module, dict[str, float]]:
         start = time.process_time()
         small = peers.pruned(network, method, target, self.data, seed)
+        bmrs.recalibrate(small, self.data.train)  # as the refit does
         return small, {"seconds": time.process_time() - start}
 
     def tuned(self, key: tuple[Any, ...], full: int, make: Any) -> None:
