@@ -76,7 +76,7 @@ def paragraphs() -> dict[str, list[str]]:
 
 def by_magnitude(network: nn.Module, share: float, example: tuple[Tensor, Tensor]) -> nn.Module:
     noisy = bmrs.insert_noise(network, example)
-    groups = bmrs.structures(network, example).groups
+    groups = bmrs.structures(network, example)
     kept = {}
     for group in groups:
         norms = weight_norm(noisy, group)

@@ -52,8 +52,8 @@ class AutoKroneckerLaplace(nn.Module):
         shared_prior: whether all layers have one δ. False: each its own.
         widest: of a convolution with more inputs (channels times positions in the kernel) A is taken as a product of
             channels and positions, so that it needs less time and memory.
-        memory: GiB for the matrices of all layers. The largest layers for which it is too little get no curvature,
-            with a warning; what they read stays.
+        memory: GiB for the matrices of all layers, and then for a refit, which takes as many examples as fit. The
+            largest layers for which it is too little get no curvature, with a warning; what they read stays.
 
     Raises:
         TypeError, ValueError: for another model, or one without layers that are products with a matrix.
@@ -85,7 +85,7 @@ class AutoKroneckerLaplace(nn.Module):
             raise ValueError(
                 "model must have linear layers, convolutions or embeddings: its network has none"
             )
-        self.examples, self.shared_prior, self.widest = examples, shared_prior, widest
+        self.examples, self.shared_prior, self.widest, self.memory = examples, shared_prior, widest, memory
         self.store_name = unique_name(self)
         self._model = [model]  # no submodule: its parameters are not the guide's
         self.paths = _within(layers, widest, memory)

@@ -88,18 +88,29 @@ def input_dim(module: nn.Module) -> int:
     return 0 if isinstance(module, nn.Embedding) or _is_transposed(module) else 1
 
 
-def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+def input_rows(module: nn.Module, x: Tensor, places: Tensor | None = None) -> Tensor:
     """What a layer's matrix multiplies, one row for each example and position. Shape: (groups, rows, inputs).
 
     Of an embedding: the numbers of the entries that are read. Shape: (1, rows).
+
+    Args:
+        places: numbers of rows; None: all. No others are made.
     """
-    if isinstance(module, nn.Embedding):
-        return x.reshape(1, -1)
     if not isinstance(module, _ConvNd):
-        return x.reshape(1, -1, x.shape[-1])
-    patches = _patches(module, x)
-    rows = patches.reshape(-1, module.groups, patches.shape[-1] // module.groups)
-    return rows.transpose(0, 1)
+        rows = x.reshape(1, -1) if isinstance(module, nn.Embedding) else x.reshape(1, -1, x.shape[-1])
+        return rows if places is None else rows[:, places]
+    patches, dims = _patches(module, x), len(module.kernel_size)
+    if places is not None:
+        patches = patches[torch.unravel_index(places, patches.shape[: 1 + dims])]
+    own = patches.shape[-1 - dims :].numel()
+    return patches.reshape(-1, module.groups, own // module.groups).transpose(0, 1)
+
+
+def row_count(module: nn.Module, x: Tensor) -> int:
+    """How many rows `input_rows` gives."""
+    if isinstance(module, _ConvNd):
+        return _patches(module, x).shape[: 1 + len(module.kernel_size)].numel()
+    return x.numel() if isinstance(module, nn.Embedding) else x.shape[:-1].numel()
 
 
 def output_rows(module: nn.Module, y: Tensor) -> Tensor:
@@ -112,7 +123,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
 
 
 def _patches(module: _ConvNd, x: Tensor) -> Tensor:
-    """What each filter of a convolution sees. Shape: (…, positions…, channels · kernel)."""
+    """What each filter of a convolution sees. Shape: (batch, positions…, channels, kernel…); a view of the padded x."""
     dims = len(module.kernel_size)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)
@@ -123,7 +134,7 @@ def _patches(module: _ConvNd, x: Tensor) -> Tensor:
         x = x.unfold(2 + axis, (size - 1) * dilation + 1, module.stride[axis])[..., ::dilation]
     # (batch, channels, positions…, kernel…)
     positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
-    return x.permute(0, *positions, 1, *kernel).flatten(1 + dims)
+    return x.permute(0, *positions, 1, *kernel)
 
 
 def second_moment(module: nn.Module, rows: Tensor) -> Tensor:

@@ -21,13 +21,17 @@ from pyro_bmrs.networks.matrices import (
     input_dim,
     input_rows,
     output_rows,
+    row_count,
 )
 from pyro_bmrs.networks.modes import in_mode
+from pyro_bmrs.networks.residuals import Beside, added, kept_beside
 
 # The share of the mean of the Gram matrix's diagonal that pulls towards the weights before.
 RIDGE = 1e-3
-# Examples in a pass of the full network; rows of a layer, all examples together.
-_CHUNK, _ROWS = 250, 100_000
+# Rows of a layer at most, all examples together.
+_ROWS = 100_000
+# Shares of the memory: activations of the smaller network, those of the full one, what is kept of its outputs, patches.
+_SMALL, _FULL, _KEPT, _PATCHES = 0.4, 0.2, 0.25, 0.1
 
 
 @dataclass
@@ -38,11 +42,14 @@ class _Target:
         places: which rows, of all examples and positions.
         outputs: what it has there, of the outputs that stay. Shape: (groups, rows, outputs).
         rows: how many rows there are in all.
+        beside: what is added to the layer's output. `outputs` then holds that too, and the smaller network's is to be
+            taken from it: so the layer makes up for what the sum lacks.
     """
 
     places: Tensor
     outputs: Tensor
     rows: int
+    beside: Beside | None = None
 
 
 @torch.no_grad()
@@ -52,46 +59,97 @@ def refit(
     cuts: Cuts,
     inputs: Inputs,
     *,
+    memory: float = 4.0,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Fit each layer of `small`, in place and in the order of its forward pass, to what `full` has there.
 
     Of a layer with inputs X as `small` makes them, where those before are refitted, and with Y as `full` has at its
     output, [W b] minimises ‖X Wᵀ + b − Y‖² + λ ‖[W b] − [W₀ b₀]‖², λ a thousandth of the mean of the Gram matrix's
-    diagonal, W₀ the weights before. Statistics of BatchNorm are those of its inputs in `small`.
+    diagonal, W₀ the weights before. Where a stream is added to the output, Y is what makes the sum that of `full`: the
+    layer makes up for what the stream lacks. Statistics of BatchNorm are those of its inputs in `small`.
 
     Args:
         small: the smaller network; it is left in evaluation mode.
         full: the network it was cut from, without noise; not changed.
         cuts: that made it.
-        inputs: examples, all of which go through `small` at once.
+        inputs: examples, all of which go through `small` at once: `examples_within` says how many can.
+        memory: GiB that it may need beside both networks.
         advance: called after each layer.
     """
     small.eval()
     layers = {
         path: module for path, module in matrix_layers(small).items() if not isinstance(module, nn.Embedding)
     }
-    targets = _targets(full, list(layers), cuts, inputs)
+    chunk = min(batch_size(inputs), examples_within(full, inputs, memory, _FULL))
+    width = sum(layer.get_parameter("weight").shape[1 - input_dim(layer)] for layer in layers.values())
+    most = int(min(_ROWS, max(_KEPT * memory * 2**30 / (4 * width), 1)))
+    besides = added(full, layers, inputs)
+    targets = _targets(full, list(layers), besides, cuts, inputs, chunk, most)
+    with kept_beside(small, besides) as kept:
 
-    def solve(path: str, module: nn.Module, x: Tensor) -> None:
-        target = targets.pop(path, None)
-        if target is not None:
-            _solve(module, x, target)
-        advance()
+        def solve(path: str, module: nn.Module, x: Tensor) -> None:
+            target = targets.pop(path, None)
+            if target is not None:
+                if target.beside is not None:
+                    rows = output_rows(module, kept[target.beside.path, target.beside.is_output])
+                    target.outputs -= rows[:, target.places.to(rows.device)]
+                _solve(module, x, target, _PATCHES * memory * 2**30)
+            advance()
 
-    with _before_each(small, layers, solve):
-        call(small, inputs)
+        with _before_each(small, layers, solve):
+            call(small, inputs)
+
+
+@torch.no_grad()
+def examples_within(network: nn.Module, inputs: Inputs, memory: float, share: float = _SMALL) -> int:
+    """How many examples can go through a network at once in a share of so many GiB, at least 1.
+
+    Inputs and outputs of a module are there at the same time, and as much as one of them is kept for later or made on
+    the way.
+    """
+    count = batch_size(inputs)
+    some, largest = taken(inputs, slice(0, 2), count), 1
+
+    def look(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        nonlocal largest
+        sizes = [
+            sum(tensor.nbytes for tensor in tensors_of(part)) for part in ((arguments, keywords), output)
+        ]
+        largest = max(largest, sum(sizes) + max(sizes))
+
+    leaves = [module for module in network.modules() if not [*module.children()]]
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in leaves]
+    try:
+        with in_mode(network, training=False):
+            call(network, some)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(int(share * memory * 2**30 * batch_size(some) / largest), 1)
 
 
 def _targets(
-    full: nn.Module, paths: list[str], cuts: Cuts, inputs: Inputs, chunk: int = _CHUNK
+    full: nn.Module,
+    paths: list[str],
+    besides: Mapping[str, Beside],
+    cuts: Cuts,
+    inputs: Inputs,
+    chunk: int,
+    all_rows: int,
 ) -> dict[str, _Target]:
-    """By path: what the full network has at the outputs of layers that are called once in a pass."""
+    """By path: what the full network has at the outputs of layers that are called once in a pass.
+
+    Args:
+        chunk: examples at a time.
+        all_rows: of a layer, at most.
+    """
     count = batch_size(inputs)
     in_order = True
     kept: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     generator = torch.Generator().manual_seed(0)
     calls: dict[str, int] = {}
+    there: dict[tuple[str, bool], Tensor] = {}
 
     def keep(path: str, module: nn.Module, y: Tensor, examples: int) -> None:
         nonlocal in_order
@@ -99,11 +157,14 @@ def _targets(
         in_order = in_order and y.shape[0] % examples == 0
         calls[path] = calls.get(path, 0) + 1
         rows = output_rows(module, y)
-        most = max(1, _ROWS * examples // count)
+        most = max(1, all_rows * examples // count)
         places = torch.arange(rows.shape[1])
         if len(places) > most:
             places = torch.randperm(len(places), generator=generator)[:most].sort().values
         left = cuts.tensors.get(joined(path, "weight"), {}).get(1 - input_dim(module))
+        beside = besides.get(path)
+        if beside is not None:
+            rows = rows + output_rows(module, there[beside.path, beside.is_output])
         if left is not None:
             rows = _left(module, rows, left)
         kept.setdefault(path, []).append((places, rows[:, places.to(y.device)].clone(), rows.shape[1]))
@@ -118,19 +179,20 @@ def _targets(
 
         handles = [full.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
         try:
-            with in_mode(full, training=False):
+            with in_mode(full, training=False), kept_beside(full, besides) as there:
                 call(full, some)
         finally:
             for handle in handles:
                 handle.remove()
         if not in_order and chunk < count:
-            return _targets(full, paths, cuts, inputs, count)
+            return _targets(full, paths, besides, cuts, inputs, count, all_rows)
     found = {}
     for path, parts in kept.items():
         if calls[path] == chunks:  # not several times in a pass
             starts = torch.tensor([0, *(rows for _, _, rows in parts)]).cumsum(0)
             places = torch.cat([own + start for (own, _, _), start in zip(parts, starts[:-1], strict=True)])
-            found[path] = _Target(places, torch.cat([y for _, y, _ in parts], dim=1), int(starts[-1]))
+            outputs, rows = torch.cat([y for _, y, _ in parts], dim=1), int(starts[-1])
+            found[path] = _Target(places, outputs, rows, besides.get(path))
     return found
 
 
@@ -143,30 +205,29 @@ def _left(module: nn.Module, rows: Tensor, left: list[int]) -> Tensor:
     return torch.stack([rows[group][:, own] for group, own in enumerate(per_group) if len(own)])
 
 
-def _solve(module: nn.Module, x: Tensor, target: _Target) -> None:
-    """Ridge regression of what the full network has on the inputs of a layer."""
+def _solve(module: nn.Module, x: Tensor, target: _Target, memory: float) -> None:
+    """Ridge regression of what the full network has on the inputs of a layer.
+
+    Args:
+        memory: bytes for patches.
+    """
     weight = module.get_parameter("weight")
     before = as_matrix(module, weight.detach()).double()
     bias = module._parameters.get("bias")
     if bias is not None:
         before = torch.cat([before, bias.detach().double().view(*before.shape[:2], 1)], dim=-1)
-    gram = torch.zeros(
-        before.shape[0], before.shape[2], before.shape[2], dtype=before.dtype, device=before.device
-    )
-    shared, seen = torch.zeros_like(before), 0
-    # patches of all examples at once would take much memory
-    for some in torch.split(x, _CHUNK):
-        rows = input_rows(module, some)
-        here = (target.places >= seen) & (target.places < seen + rows.shape[1])
-        chosen = rows[:, (target.places[here] - seen).to(rows.device)].double()
-        if bias is not None:
-            ones = torch.ones((*chosen.shape[:2], 1), dtype=chosen.dtype, device=chosen.device)
-            chosen = torch.cat([chosen, ones], dim=-1)
-        gram += chosen.mT @ chosen
-        shared += target.outputs[:, here.to(target.outputs.device)].double().mT @ chosen
-        seen += rows.shape[1]
-    if seen != target.rows:  # not the same examples and positions
+    if row_count(module, x) != target.rows:  # not the same examples and positions
         return
+    gram = before.new_zeros(before.shape[0], before.shape[2], before.shape[2])
+    shared = torch.zeros_like(before)
+    # patches of all places at once would take much memory
+    each = before.shape[0] * before.shape[2] * (x.element_size() + before.element_size())
+    for some in torch.split(torch.arange(len(target.places)), max(int(memory / each), 1)):
+        chosen = input_rows(module, x, target.places[some].to(x.device)).double()
+        if bias is not None:
+            chosen = torch.cat([chosen, chosen.new_ones(*chosen.shape[:2], 1)], dim=-1)
+        gram += chosen.mT @ chosen
+        shared += target.outputs[:, some.to(target.outputs.device)].double().mT @ chosen
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     found = torch.linalg.solve(gram + ridge * eye, shared.mT + ridge * before.mT).mT

@@ -32,7 +32,7 @@ PATH_COLUMNS = [
 ]  # fmt: skip
 # Places of a path where the evidence is computed: so many at most, and multiplications for all; and shares of the
 # parameters at which the loss is measured.
-_PLACES, _WORK = 100, 5e10
+_PLACES, _WORK = 100, 2.5e10
 _MEASURED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
 
 

@@ -24,6 +24,7 @@ from pyro_bmrs.networks.inputs import Inputs, batch_size, taken
 from pyro_bmrs.networks.insertion import insert_noise
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.refit import examples_within
 from pyro_bmrs.networks.refit import refit as refit_layers
 from pyro_bmrs.networks.surgery import TOLERANCE
 from pyro_bmrs.progress import Progress
@@ -43,7 +44,7 @@ from pyro_bmrs.pruning.rule import Rule
 
 # A prediction of the rise of the loss that is off by more than this is told of.
 _BELIEVED = 2.0
-# Of the data that a refit is given, so many examples are used.
+# Of the data that a refit is given, so many examples are used at most.
 REFIT_EXAMPLES = 4000
 
 
@@ -107,7 +108,8 @@ class LaplacePlan(NetworkPlan):
             full = without_noise(copied(self._bound(network, example_input).network)).eval()
             separate_attention(full)
             with Progress("refit", len(matrix_layers(small)), shown=progress) as bar:
-                refit_layers(small, full, cuts, _inputs_of(refit, small), advance=bar.advance)
+                inputs = _inputs_of(refit, full, guide.memory)
+                refit_layers(small, full, cuts, inputs, memory=guide.memory, advance=bar.advance)
         join_attention(small)
         return small
 
@@ -183,13 +185,15 @@ class LaplacePlan(NetworkPlan):
         return {**super()._parts(document), **own}
 
 
-def _inputs_of(data: Data, network: nn.Module) -> Inputs:
-    """The inputs of some examples, in one batch on the network's device."""
+def _inputs_of(data: Data, network: nn.Module, memory: float) -> Inputs:
+    """The inputs of some examples, in one batch on the network's device: as many as fit into so many GiB."""
     device = next(network.parameters()).device
+    few, _ = Batches(data, 2, device, "refit").some(2, seed=0)
+    wanted = min(REFIT_EXAMPLES, examples_within(network, few, memory))
     # in any order: data may be sorted by class
-    x, _ = Batches(data, REFIT_EXAMPLES, device, "refit").some(REFIT_EXAMPLES, seed=0)
+    x, _ = Batches(data, wanted, device, "refit").some(wanted, seed=0)
     count = batch_size(x)
-    return taken(x, slice(0, REFIT_EXAMPLES), count) if count > REFIT_EXAMPLES else x
+    return taken(x, slice(0, wanted), count) if count > wanted else x
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from pyro_bmrs.pruning.sizes import Sizes
 RIDGE = 1e-3
 # Matrices get smaller when fewer than this share of their inputs is left.
 _DENSE = 0.75
+# Of a layer with many structures some are removed together: one of so many that are left.
+_TOGETHER = 32
 # Outputs of a layer have at most so many different curvatures where evidence is taken anew at each step.
 _LEVELS = 8
 
@@ -150,6 +153,14 @@ class _LayerState:
         solved: Tensor = torch.linalg.solve(inverse, curved)
         return solved.diagonal(dim1=-2, dim2=-1).sum(-1), torch.linalg.slogdet(inverse).logabsdet
 
+    def part(self, inputs: Tensor) -> Self:
+        """The same for these inputs alone, numbered from 0: what removals among them cost needs no others."""
+        part, places = copy.copy(self), self.place[inputs]
+        part.inverse, part.curved = (some[:, places][:, :, places] for some in (self.inverse, self.curved))
+        part.left = torch.ones_like(inputs, dtype=torch.bool)
+        part.place = torch.arange(len(inputs), device=inputs.device)
+        return part
+
     def remove_inputs(self, inputs: Tensor) -> None:
         """Set the weights of these inputs to 0; the others take over."""
         self.left[inputs] = False
@@ -266,65 +277,140 @@ def removal_path(
     groups = [group for group in groups if group.site in parts]
     paths = dict.fromkeys(part.path for group in groups for part in parts[group.site].reads)
     losses = {path: LayerLoss(curvatures[path]) for path in paths}
-    states: dict[str, _LayerState] = dict(losses)
+    evidences = None
     if order.by == "evidence":
-        states = {path: LayerEvidence(curvatures[path], deltas[path]) for path in paths}
-    readers: dict[str, list[str]] = {}
-    for group in groups:
-        for part in parts[group.site].reads:
-            readers.setdefault(part.path, []).append(group.site)
-    sizes = Sizes(network, groups)
-    left = {group.site: torch.ones(group.features, dtype=torch.bool) for group in groups}
-    costs: dict[tuple[str, int], Tensor] = {}
-    scores: dict[str, Tensor] = {}
-
-    def measure(site: str) -> None:
-        total = sum((costs[site, n] for n in range(len(parts[site].reads))), start=torch.zeros(())).double()
-        if order.by == "evidence":
-            total = total - brought[site]
-        frees[site] = sizes.freed(site)
-        score = total / frees[site].clamp(min=1) if order.per_parameter else total
-        score = score.masked_fill(~left[site], torch.inf)
-        scores[site] = score.fill_(torch.inf) if int(left[site].sum()) <= floors[site] else score
-
-    def cost(site: str, number: int) -> None:
-        part, there = parts[site].reads[number], left[site]
-        found = states[part.path].of_sets(part.places[there]).cpu().double()
-        costs[site, number] = torch.zeros(len(there), dtype=torch.float64).masked_scatter(there, found)
-
-    frees: dict[str, Tensor] = {}
-    for group in groups:
-        for number in range(len(parts[group.site].reads)):
-            cost(group.site, number)
-        measure(group.site)
+        evidences = {path: LayerEvidence(curvatures[path], deltas[path]) for path in paths}
+    left = _Left(Sizes(network, groups), groups, parts, floors, order, brought, losses, evidences)
     steps: list[Step] = []
-    count = sum(group.features - floors[group.site] for group in groups)
-    with Progress("removal", count, shown=progress) as bar:
-        while groups:
-            site = min(scores, key=lambda name: float(scores[name].min()))
-            structure = int(scores[site].argmin())
-            if not float(scores[site][structure]) < torch.inf:
-                break
-            rise = sum(
-                float(losses[part.path].of_sets(part.places[structure][None])) for part in parts[site].reads
-            )
-            steps.append(Step(site, structure, rise, int(frees[site][structure])))
-            left[site][structure] = False
-            changed = sizes.remove(site, structure)
-            mine = dict.fromkeys(part.path for part in parts[site].reads)
-            for part in parts[site].reads:
-                for state in {id(one): one for one in (losses[part.path], states[part.path])}.values():
-                    state.remove_inputs(part.places[structure])
-            for path in mine:
-                for other in dict.fromkeys(readers[path]):
-                    for number, part in enumerate(parts[other].reads):
-                        if part.path == path:
-                            cost(other, number)
-                    changed.add(other)
-            for other in changed:
-                measure(other)
-            bar.advance()
+    with Progress(
+        "removal", sum(group.features - floors[group.site] for group in groups), shown=progress
+    ) as bar:
+        while (site := left.next_site()) is not None:
+            steps += left.remove_some(site)
+            bar.advance(len(steps) - bar.done)
     return steps
+
+
+class _Left:
+    """What is left of the groups along a path, and which structures go next.
+
+    Args:
+        sizes: what they free.
+        losses: by path of a layer that reads structures, what its loss rises by.
+        evidences: what decides in place of it; None: nothing else.
+        others: as of `removal_path`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        groups: Sequence[StructureGroup],
+        parts: Mapping[str, Touched],
+        floors: Mapping[str, int],
+        order: RemovalOrder,
+        brought: Mapping[str, Tensor],
+        losses: Mapping[str, LayerLoss],
+        evidences: Mapping[str, LayerEvidence] | None,
+    ) -> None:
+        self.sizes, self.floors, self.order, self.brought = sizes, floors, order, brought
+        self.reads = {group.site: parts[group.site].reads for group in groups}
+        self.losses, self.evidences = losses, evidences
+        self.left = {group.site: torch.ones(group.features, dtype=torch.bool) for group in groups}
+        self.readers: dict[str, dict[str, None]] = {}
+        for site, reads in self.reads.items():
+            for part in reads:
+                self.readers.setdefault(part.path, {})[site] = None
+        # of each read of a group: what its structures cost there
+        self.costs = {site: [self._cost(site, part) for part in reads] for site, reads in self.reads.items()}
+        self.scores: dict[str, Tensor] = {}
+        for site in self.reads:
+            self._score(site)
+
+    def next_site(self) -> str | None:
+        """The group of the next structure; None at the end."""
+        site = min(self.scores, key=lambda name: float(self.scores[name].min()), default=None)
+        return None if site is None or not float(self.scores[site].min()) < torch.inf else site
+
+    def remove_some(self, site: str) -> list[Step]:
+        """Remove the next structures, of a group: those that go before one of another group does.
+
+        They are among the cheapest few. What each removal changes is taken into account among these at once, exactly,
+        and in all else afterwards.
+        """
+        score, reads, left = self.scores[site], self.reads[site], self.left[site]
+        most = min(1 + int(left.sum()) // _TOGETHER, int(left.sum()) - self.floors[site])
+        nearest = score.argsort(stable=True)[: most + 1]
+        few, bound = nearest[:most], min(float(score[nearest].max()), self._least_of_others(site))
+        places = [torch.arange(part.places[few].numel()).view(len(few), -1) for part in reads]
+        losses = [self.losses[part.path].part(part.places[few].flatten()) for part in reads]
+        deciding: Sequence[_LayerState] = losses
+        if self.evidences is not None:
+            deciding = [self.evidences[part.path].part(part.places[few].flatten()) for part in reads]
+        there, steps, changed = torch.ones(len(few), dtype=torch.bool), list[Step](), set[str]()
+        while bool(there.any()):
+            some = torch.nonzero(there).flatten()
+            costs = [state.of_sets(own[some]) for state, own in zip(deciding, places, strict=True)]
+            now = self._scored(site, costs, few[some])
+            if steps and float(now.min()) > bound:
+                break
+            number = int(some[now.argmin()])
+            structure = int(few[number])
+            rise = sum(
+                float(state.of_sets(own[number, None])) for state, own in zip(losses, places, strict=True)
+            )
+            steps.append(
+                Step(site, structure, rise, int(self.sizes.freed(site).expand(len(left))[structure]))
+            )
+            for states in {id(losses): losses, id(deciding): deciding}.values():
+                for state, own in zip(states, places, strict=True):
+                    state.remove_inputs(own[number])
+            there[number] = left[structure] = False
+            changed |= self.sizes.remove(site, structure)
+        self._remove(site, [step.structure for step in steps], changed)
+        return steps
+
+    def _least_of_others(self, site: str) -> float:
+        return min(
+            (float(score.min()) for name, score in self.scores.items() if name != site), default=math.inf
+        )
+
+    def _remove(self, site: str, structures: list[int], changed: set[str]) -> None:
+        """Take structures out of the layers that read them; score anew what changes with that, or has changed."""
+        for part in self.reads[site]:
+            for states in filter(None, (self.losses, self.evidences)):
+                states[part.path].remove_inputs(part.places[structures].flatten())
+        paths = {part.path for part in self.reads[site]}
+        for other in {other: None for path in paths for other in self.readers[path]}:
+            for number, part in enumerate(self.reads[other]):
+                if part.path in paths:
+                    self.costs[other][number] = self._cost(other, part)
+            changed.add(other)
+        for other in changed:
+            self._score(other)
+
+    def _cost(self, site: str, part: Part) -> Tensor:
+        """What each structure that is left costs in one layer; 0 of the others."""
+        left = self.left[site]
+        states = self.losses if self.evidences is None else self.evidences
+        found = states[part.path].of_sets(part.places[left]).cpu().double()
+        return torch.zeros(len(left), dtype=torch.float64).masked_scatter(left, found)
+
+    def _score(self, site: str) -> None:
+        left = self.left[site]
+        score = self._scored(site, self.costs[site], torch.arange(len(left)))
+        above = int(left.sum()) > self.floors[site]
+        self.scores[site] = (
+            score.masked_fill(~left, torch.inf) if above else torch.full_like(score, torch.inf)
+        )
+
+    def _scored(self, site: str, costs: Sequence[Tensor], which: Tensor) -> Tensor:
+        """What decides: of some structures of a group, of which these are the costs in each layer that reads them."""
+        total = torch.stack([cost.cpu().double() for cost in costs]).sum(0)
+        if self.order.by == "evidence":
+            total = total - self.brought[site][which]
+        if not self.order.per_parameter:
+            return total
+        return total / self.sizes.freed(site).expand(len(self.left[site]))[which].clamp(min=1)
 
 
 def _with_ridge(a: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""What is added to a layer's output, such as the stream that goes round a block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyro_bmrs.networks.inputs import Inputs, batch_size, call, taken, tensors_of
+from pyro_bmrs.networks.modes import in_mode
+
+_ADDS = {
+    torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__,
+}  # fmt: skip
+# Functions that a tensor may meet before it is added: they ask for its shape, or give it back.
+_HARMLESS = {"__get__", "size", "dim", "dropout"}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is added to a layer's output, known when the layer is called.
+
+    Attributes:
+        path: of a module whose input or output it is.
+        is_output: which of both.
+    """
+
+    path: str
+    is_output: bool
+
+
+class _Adds(TorchFunctionMode):
+    """Follows the outputs of layers to the first sum that they are part of.
+
+    Attributes:
+        waiting: by id of a layer's output: the layer.
+        called: by layer: how many were called before it.
+        seen: by id of a tensor: the modules whose input or output it was, and the calls of layers before that.
+        last: the id of the last input or output of a module.
+        found: by path of a layer.
+        kept: all these tensors, so that none gets the id of another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[int, str] = {}
+        self.seen: dict[int, list[tuple[str, bool, int]]] = {}
+        self.last: dict[tuple[str, bool], int] = {}
+        self.found: dict[str, Beside] = {}
+        self.called: dict[str, int] = {}
+        self.kept: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = tensors_of(args)
+        if func in _ADDS and len(given) == 2 and not kwargs and given[0].shape == given[1].shape:
+            # the later of two layers knows what the earlier one has made
+            mine = sorted(
+                (self._called(one), number) for number, one in enumerate(given) if id(one) in self.waiting
+            )
+            for _, number in mine[-1:]:
+                self._add(given[number], given[1 - number])
+        elif getattr(func, "__name__", "") not in _HARMLESS:
+            for tensor in given:
+                self.waiting.pop(id(tensor), None)
+        return func(*args, **kwargs)
+
+    def _called(self, tensor: Tensor) -> int:
+        return self.called[self.waiting[id(tensor)]]
+
+    def _add(self, mine: Tensor, other: Tensor) -> None:
+        path = self.waiting.pop(id(mine))
+        for source, is_output, before in self.seen.get(id(other), []):
+            # modules may be called again, and hold another tensor then
+            if before <= self.called[path] and self.last[source, is_output] == id(other):
+                self.found[path] = Beside(source, is_output)
+                break
+
+    def see(self, path: str, is_output: bool, tensor: Tensor) -> None:
+        self.kept.append(tensor)
+        self.seen.setdefault(id(tensor), []).append((path, is_output, len(self.called)))
+        self.last[path, is_output] = id(tensor)
+
+
+@torch.no_grad()
+def added(network: nn.Module, paths: Collection[str], inputs: Inputs) -> dict[str, Beside]:
+    """What is added to the outputs of layers, by path, where a sum is all that they are used for.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+    ...     def forward(self, x):
+    ...         return x + self.down(self.up(x).relu())
+    >>> added(Block(), ["up", "down"], torch.zeros(2, 4))
+    {'down': Beside(path='up', is_output=False)}
+    """
+    some, adds = taken(inputs, slice(0, 2), batch_size(inputs)), _Adds()
+
+    def before(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for tensor in tensors_of((args, kwargs))[:1]:
+            adds.see(path, False, tensor)
+
+    def after(path: str, module: nn.Module, _: Any, y: Any) -> None:
+        if isinstance(y, Tensor):
+            if path in paths:
+                adds.called[path] = len(adds.called)
+                adds.waiting[id(y)] = path
+            adds.see(path, True, y)
+
+    def hooks(path: str) -> tuple[Any, Any]:
+        return (
+            lambda module, args, kwargs: before(path, module, args, kwargs),
+            lambda module, args, y: after(path, module, args, y),
+        )
+
+    handles = []
+    for path, module in network.named_modules():
+        if path and not [*module.children()]:
+            first, last = hooks(path)
+            handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
+            handles.append(module.register_forward_hook(last))
+    try:
+        with in_mode(network, training=False), adds:
+            call(network, some)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return adds.found
+
+
+@contextmanager
+def kept_beside(
+    network: nn.Module, besides: Mapping[str, Beside]
+) -> Iterator[dict[tuple[str, bool], Tensor]]:
+    """While the network runs: the last input or output of each of these modules, by (path, is_output)."""
+    kept: dict[tuple[str, bool], Tensor] = {}
+
+    def keep(path: str, is_output: bool) -> Any:
+        if is_output:
+            return lambda module, _, y: kept.__setitem__((path, True), y)
+        return lambda module, args, kwargs: kept.__setitem__((path, False), tensors_of((args, kwargs))[0])
+
+    handles = []
+    for path, is_output in dict.fromkeys((one.path, one.is_output) for one in besides.values()):
+        module = network.get_submodule(path)
+        if is_output:
+            handles.append(module.register_forward_hook(keep(path, True)))
+        else:
+            handles.append(module.register_forward_pre_hook(keep(path, False), with_kwargs=True))
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
