@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.networks.inputs import tensors_of
-from pyro_bmrs.networks.matrices import apart, input_rows, is_matrix, output_rows, positions_of, second_moment
+from pyro_bmrs.networks.matrices import (
+    apart,
+    input_rows,
+    is_matrix,
+    output_rows,
+    positions_of,
+    row_count,
+    second_moment,
+)
+
+# Of a layer with more positions an example, A is taken at so many of them, on average.
+_POSITIONS = 256
 
 
 @dataclass
@@ -20,10 +31,10 @@ class Moments:
     """Sums over examples of one layer, in float64.
 
     Attributes:
-        inputs: Σ x xᵀ over examples and positions. Shape: (groups, inputs, inputs); of an embedding (1, entries). Of a
-            wide convolution over channels alone, the mean over positions in the kernel.
+        inputs: Σ x xᵀ over examples and positions, or some of these. Shape: (groups, inputs, inputs); of an embedding
+            (1, entries). Of a wide convolution over channels alone, the mean over positions in the kernel.
         gradients: Σ g gᵀ, g the gradient of −log p(y | x) at the layer's output. Shape: (groups, outputs, outputs).
-        rows: number of examples times positions.
+        rows: number of examples times positions that `inputs` are from.
         positions: of a wide convolution, Σ x xᵀ over positions in the kernel, the mean over channels; else None.
             Shape: (groups, positions, positions).
     """
@@ -78,7 +89,7 @@ def moments(
     for (path, x, _), gradient in zip(outputs, gradients, strict=True):
         if gradient is None:
             continue
-        rows = _at_least_single(input_rows(layers[path], x))
+        rows = _at_least_single(input_rows(layers[path], x, _some_places(layers[path], x)))
         g = _at_least_single(output_rows(layers[path], gradient))
         module, size = layers[path], (g.mT @ g).double()
         if rows.dim() == 3 and rows.shape[-1] > widest and positions_of(module) > 1:
@@ -92,6 +103,14 @@ def moments(
             one = Moments(second_moment(module, rows), size, rows.shape[1])
         add_to(found, path, one)
     return found
+
+
+def _some_places(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Rows of a layer's input to look at, drawn at random; None: all. A is their mean."""
+    if isinstance(module, nn.Embedding):
+        return None
+    count, most = row_count(module, x), _POSITIONS * x.shape[0]
+    return torch.randint(count, (most,), device=x.device) if count > most else None
 
 
 def add_to(sums: dict[str, Moments], path: str, one: Moments) -> None:

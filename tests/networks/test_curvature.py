@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pyro_bmrs.networks import curvature
 from pyro_bmrs.networks.curvature import matrix_layers, moments
 from pyro_bmrs.networks.matrices import (
     apart,
@@ -197,3 +198,24 @@ def test_the_moments_agree_with_laplace_torchs():
         ours = torch.kron(g.mean(0), a / 2000)
         error = torch.kron(g.std(0) / draws**0.5, (a / 2000).abs())
         assert float(((ours - product).abs() / (error + 1e-6 * product.abs().max())).max()) < 5
+
+
+def test_of_many_positions_some_are_looked_at_and_the_mean_stays():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    x = torch.randn(40, 2, 32, 32).cumsum(-1) / 10  # 1,024 positions an example
+
+    def found(positions):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(curvature, "_POSITIONS", positions)
+            return moments({"0": layer}, lambda: layer(x).square().sum(), 1000)["0"]
+
+    some, whole = found(256), found(1024)
+    assert (some.rows, whole.rows) == (40 * 256, 40 * 1024)
+    assert torch.equal(some.gradients, whole.gradients)
+    near, exact = some.inputs / some.rows, whole.inputs / whole.rows
+    # entries are means of 10,240 products: five standard errors
+    rows = input_rows(layer, x)[0].detach().double()
+    deviation = (rows.square().mT @ rows.square() / len(rows) - exact[0].square()).clamp(min=0).sqrt()
+    assert bool(((near - exact)[0].abs() <= 5 * deviation / 10_240**0.5 + 1e-6).all())
+    assert not torch.equal(near, exact)

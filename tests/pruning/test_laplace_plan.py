@@ -13,6 +13,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, evidence_without
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
+from pyro_bmrs.pruning import removal_path
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.removal_path import LayerEvidence, LayerLoss, reduced_weights
 
@@ -120,6 +121,31 @@ def test_the_rise_of_the_loss_is_that_of_the_best_weights():
         expected = 0.5 * 200 * torch.trace(one.gradients[0] @ change @ one.inputs[0] @ change.T)
         # but for the ridge
         assert total == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("by", ["loss", "evidence"])
+def test_several_of_a_layer_at_once_are_as_one_after_the_other(by, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 150), nn.ReLU(), nn.Linear(150, 90), nn.Tanh(), nn.Linear(90, 3))
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, blobs(), progress=False)
+    together = bmrs.reduce(model, guide, bmrs.RemovalOrder(by=by)).path
+    monkeypatch.setattr(removal_path, "_TOGETHER", 10**9)
+    alone = bmrs.reduce(model, guide, bmrs.RemovalOrder(by=by)).path
+    place = {pair: number for number, pair in enumerate(zip(alone.layer, alone.unit, strict=True))}
+    shifts = [
+        abs(place[pair] - number)
+        for number, pair in enumerate(zip(together.layer, together.unit, strict=True))
+    ]
+    assert np.mean(shifts) < 0.02 * len(alone)
+    for steps in (20, 100, 200, len(alone)):
+        totals = [path.total_loss_rise[steps - 1] for path in (together, alone)]
+        assert totals[0] == pytest.approx(totals[1], rel=0.02, abs=1e-3)
+    # all of one layer: the rises of single steps add up to that of all at once
+    only = together[together.layer == "2"]
+    whole = LayerLoss(guide.curvatures["4"]).of_sets(torch.tensor([only.unit.tolist()]))
+    assert only.loss_rise.sum() == pytest.approx(float(whole), rel=1e-6)
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
