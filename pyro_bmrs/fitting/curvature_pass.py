@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_bmrs.files import read_tensors, write_tensors
 from pyro_bmrs.fitting.generators import seed_of
@@ -21,14 +21,17 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.cost import multiply_accumulates
 from pyro_bmrs.networks.curvature import Moments, add_to, moments
+from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.progress import Progress
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# Examples on which the loss of smaller networks is measured.
-SHOWN = 500
+# Examples on which the loss of smaller networks is measured: at most, at least, and by the work that they make.
+_SHOWN, _FEW, _WORK = 500, 50, 1e11
 # Seconds between two files of the sums so far.
 _EVERY = 20.0
 
@@ -134,10 +137,21 @@ def curvature_pass(
         sums.save(checkpoint, identity)
     if interrupted:
         return True
-    guide.shown = batches.some(SHOWN, seed)
+    guide.shown = batches.some(shown_examples(model.net, batches.some(1, seed)[0]), seed)
     together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
+
+
+def shown_examples(network: nn.Module, x: Inputs) -> int:
+    """On how many examples the loss of smaller networks is measured: fewer of a network that takes long.
+
+    Args:
+        x: some examples.
+    """
+    with in_mode(network, training=False):
+        each = multiply_accumulates(network, x)
+    return int(min(max(_WORK / max(each, 1), _FEW), _SHOWN))
 
 
 @contextmanager

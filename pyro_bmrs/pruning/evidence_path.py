@@ -31,7 +31,7 @@ PATH_COLUMNS = [
     "measured_loss_rise", "total_evidence_change",
 ]  # fmt: skip
 # Places of a path where the evidence is computed: so many at most, and multiplications for all; and shares of the
-# parameters at which the loss is measured.
+# parameters at which the loss is measured, every other one of large networks.
 _PLACES, _WORK = 100, 2.5e10
 _MEASURED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
 
@@ -85,15 +85,15 @@ def evidence_path(
     if not steps:
         return table
     numbers = table.parameters.to_numpy()
-    looked_at = {
-        1 + int(np.argmax(numbers <= (1 - share) * before))
-        for share in _MEASURED
-        if numbers[-1] <= (1 - share) * before
-    }
     work = sum(
         blocks * (inputs**3 + outputs**3)
         for blocks, outputs, inputs in (one.shape for one in guide.curvatures.values())
     )
+    looked_at = {
+        1 + int(np.argmax(numbers <= (1 - share) * before))
+        for share in (_MEASURED if work < _WORK else _MEASURED[1::2])
+        if numbers[-1] <= (1 - share) * before
+    }
     count = min(max(int(_WORK // work), 1), _PLACES, len(steps))
     places = {*np.linspace(1, len(steps), count).round().astype(int).tolist(), *looked_at}
     state, changed = _State(guide.curvatures), set[str]()

@@ -22,7 +22,7 @@ from pyro_bmrs.data import DataError, Dataset, load_data
 from pyro_bmrs.data.sources import KNOWN_SETS
 from pyro_bmrs.files import held, write_atomically
 from pyro_bmrs.fitting.checkpoints import changes_between
-from pyro_bmrs.fitting.curvature_pass import SHOWN
+from pyro_bmrs.fitting.curvature_pass import shown_examples
 from pyro_bmrs.fitting.posterior_file import load_posterior
 from pyro_bmrs.inference import AutoTruncatedLogNormal
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
@@ -180,7 +180,7 @@ class Workplace(Served):
     def show_examples(self) -> None:
         """Say on which examples a Laplace plan measures losses: the same in a later process."""
         if isinstance(self.guide, AutoKroneckerLaplace):
-            x, y = self.dataset.train[:SHOWN]
+            x, y = self.dataset.train[: shown_examples(self.network, self.example())]
             self.guide.shown = x.to(self.device), y.to(self.device)
 
     def bound(self, plan: NetworkPlan) -> NetworkPlan:

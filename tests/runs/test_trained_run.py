@@ -99,6 +99,7 @@ def test_a_pt_file_gives_the_same_plan(finished, weights, tmp_path):
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_a_later_reduction_is_that_of_a_new_run_and_needs_the_file_no_more(weights, copied, tmp_path):
     moved = shutil.copy(weights, tmp_path / "moved.safetensors")
     first = tmp_path / "first"
@@ -115,6 +116,7 @@ def test_a_later_reduction_is_that_of_a_new_run_and_needs_the_file_no_more(weigh
     assert all(torch.allclose(small[0][name], small[1][name], atol=1e-5) for name in small[0])
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_reduction_it_goes_on_without_another_pass(weights, tmp_path, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
