@@ -169,6 +169,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     columns = [0, *epochs[-1:]]
     figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.6), sharey=True, squeeze=False)
     full = table[table.method == "full"].accuracy.mean()
+    methods = [*dict.fromkeys(table.method)]
     for axis, number in zip(axes[0], columns, strict=True):
         for method, rows in table[
             (table.method != "full") & (table.epochs == number) & (table["size"] != "evidence")
@@ -178,6 +179,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
                 100 * means.removed,
                 100 * means.accuracy,
                 "o-",
+                color=f"C{methods.index(method)}",
                 label=f"{method}",
                 lw=2 if method == "evidence" else 1,
             )
@@ -190,7 +192,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
         )
         axis.set_ylim(bottom=max(0.0, 100 * full - 25))
     axes[0, 0].set_ylabel("test accuracy (%)")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path)
 
@@ -207,10 +209,11 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--batch-size", type=int, help="of training and tuning; default: the recipe's")
     parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--figure", type=Path, help="draw this CSV beside it, and do nothing else")
+    parser.add_argument("--figure", type=Path, help="draw this CSV, a figure for each data set beside it")
     given = parser.parse_args()
     if given.figure:
-        figure(pd.read_csv(given.figure, dtype={"size": str}), given.figure.with_suffix(".svg"))
+        for data, rows in pd.read_csv(given.figure, dtype={"size": str}).groupby("data"):
+            figure(rows, given.figure.with_name(f"{data}.svg"))
         return
     if not (given.recipe and given.data and given.out):
         parser.error("recipe, data and --out are needed")
