@@ -21,7 +21,8 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.cuts import Cuts, joined
 from pyro_bmrs.networks.inputs import Inputs, batch_size
 from pyro_bmrs.networks.matrices import as_weight, input_dim, positions_of, together
-from pyro_bmrs.pruning.removal_path import Step, Touched, reduced_weights
+from pyro_bmrs.pruning.layer_states import reduced_weights
+from pyro_bmrs.pruning.removal_path import Step, Touched
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning.network_plan import NetworkPlan

@@ -15,7 +15,7 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
 from pyro_bmrs.pruning import removal_path
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
-from pyro_bmrs.pruning.removal_path import LayerEvidence, LayerLoss, reduced_weights
+from pyro_bmrs.pruning.layer_states import LayerEvidence, LayerLoss, reduced_weights
 
 F64 = torch.float64
 
