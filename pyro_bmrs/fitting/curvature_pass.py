@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import multiply_accumulates
 from pyro_bmrs.networks.curvature import Moments, add_to, moments
-from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.inputs import Inputs, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.progress import Progress
 
@@ -95,6 +95,7 @@ def curvature_pass(
     *,
     seed: int,
     checkpoint: Path | None,
+    label: str,
     progress: bool,
 ) -> bool:
     """Sum over the data, and give the guide its posterior.
@@ -108,7 +109,8 @@ def curvature_pass(
     wanted = min(guide.examples, size)
     identity = {
         "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size, "world": fabric.world_size,
-        "widest": guide.widest, "weights": _hash(model),
+        "widest": guide.widest, "layers": list(guide.paths), "label": label,
+        "weights": _hash(model.state_dict().values()), "data": _hash(tensors_of(batches.some(1, seed))),
     }  # fmt: skip
     sums = Sums()
     if checkpoint is not None:
@@ -192,10 +194,10 @@ def _add(
     sums.batches += 1
 
 
-def _hash(model: Likelihood) -> str:
-    """A text that differs for other weights."""
+def _hash(tensors: Iterable[Tensor]) -> str:
+    """A text that differs for other tensors."""
     found = hashlib.blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
+    for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 

@@ -162,6 +162,7 @@ def fit(
             settings,
             None if checkpoints is None else Path(checkpoints),
             overwrite,
+            label,
             device,
             progress,
         )
@@ -195,7 +196,7 @@ def fit(
 
 def _laplace(
     guide: AutoKroneckerLaplace, train: Data, validation: Data | None, settings: Settings, checkpoints: Path | None,
-    overwrite: bool, device: str | torch.device | None, progress: bool,
+    overwrite: bool, label: str, device: str | torch.device | None, progress: bool,
 ) -> Fit:  # fmt: skip
     """The Laplace posterior, by one pass over the data."""
     start, model = time.perf_counter(), guide.model
@@ -211,7 +212,7 @@ def _laplace(
             old.unlink()
     with _without_tables_of_sites():
         interrupted = curvature_pass(
-            model, guide, batches, fabric, seed=settings.seed, checkpoint=file, progress=progress
+            model, guide, batches, fabric, seed=settings.seed, checkpoint=file, label=label, progress=progress
         )
         row: dict[str, Any] = dict.fromkeys(HISTORY_COLUMNS, float("nan")) | {
             "phase": "curvature",

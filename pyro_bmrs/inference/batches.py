@@ -131,17 +131,25 @@ class Batches:
         """
         parts: list[tuple[Any, Any]] = []
         found = 0
-        for x, y, _, _ in self.epoch(torch.Generator().manual_seed(seed)):
-            # a loader may pad each batch to its own length
-            if parts and _shapes((x, y)) != _shapes(parts[0]):
-                continue
-            parts.append((x, y))
-            size = self.count(x, y)
-            found += size
-            if found >= count or any(tensor.shape[:1] != (size,) for tensor in tensors_of((x, y))):
-                break
-        together: tuple[Any, Any] = tree_map(lambda *tensors: torch.cat(tensors), *parts)
-        return together
+        # a loader draws its order from the global generator
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for x, y, _, _ in self.epoch(torch.Generator().manual_seed(seed)):
+                # a loader may pad each batch to its own length
+                if parts and _shapes((x, y)) != _shapes(parts[0]):
+                    continue
+                parts.append((x, y))
+                size = self.count(x, y)
+                found += size
+                other = any(tensor.shape[:1] != (size,) for tensor in tensors_of((x, y)))
+                if found >= count or other or isinstance(x, list):
+                    break
+
+        def together(*values: Any) -> Any:
+            return torch.cat(values) if isinstance(values[0], torch.Tensor) else values[0]
+
+        whole: tuple[Any, Any] = parts[0] if len(parts) == 1 else tree_map(together, *parts)
+        return whole
 
     def epoch(self, generator: torch.Generator | None, *, start: int = 0) -> Iterator[Batch]:
         """One pass, shuffled by `generator` where there is one, from its batch `start` on.

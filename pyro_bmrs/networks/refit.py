@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_bmrs.networks.cost import peak_bytes
 from pyro_bmrs.networks.curvature import matrix_layers
 from pyro_bmrs.networks.cuts import Cuts, joined
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, taken, tensors_of
@@ -31,7 +33,7 @@ RIDGE = 1e-3
 # Rows of a layer at most, all examples together.
 _ROWS = 100_000
 # Shares of the memory: activations of the smaller network, those of the full one, what is kept of its outputs, patches.
-_SMALL, _FULL, _KEPT, _PATCHES = 0.4, 0.2, 0.25, 0.1
+_SMALL, _FULL, _KEPT, _PATCHES = 0.35, 0.2, 0.2, 0.1
 
 
 @dataclass
@@ -103,30 +105,13 @@ def refit(
 
 @torch.no_grad()
 def examples_within(network: nn.Module, inputs: Inputs, memory: float, share: float = _SMALL) -> int:
-    """How many examples can go through a network at once in a share of so many GiB, at least 1.
-
-    Inputs and outputs of a module are there at the same time, and as much as one of them is kept for later or made on
-    the way.
-    """
+    """How many examples can go through a network at once in a share of so many GiB, at least 1."""
     count = batch_size(inputs)
-    some, largest = taken(inputs, slice(0, 2), count), 1
-
-    def look(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        nonlocal largest
-        sizes = [
-            sum(tensor.nbytes for tensor in tensors_of(part)) for part in ((arguments, keywords), output)
-        ]
-        largest = max(largest, sum(sizes) + max(sizes))
-
-    leaves = [module for module in network.modules() if not [*module.children()]]
-    handles = [module.register_forward_hook(look, with_kwargs=True) for module in leaves]
-    try:
-        with in_mode(network, training=False):
-            call(network, some)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return max(int(share * memory * 2**30 * batch_size(some) / largest), 1)
+    if count == 1:
+        return 1
+    with in_mode(network, training=False):
+        one, two = (peak_bytes(network, taken(inputs, slice(0, some), count)) for some in (1, 2))
+    return max(int(share * memory * 2**30 / max(two - one, 1)), 1)
 
 
 def _targets(
@@ -145,16 +130,16 @@ def _targets(
         all_rows: of a layer, at most.
     """
     count = batch_size(inputs)
-    in_order = True
+    # by layer: rows of its output for each example. Examples may stand in another dimension, such as behind time, and
+    # then these differ between chunks of different sizes
+    shares: dict[str, set[float]] = {}
     kept: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     generator = torch.Generator().manual_seed(0)
     calls: dict[str, int] = {}
     there: dict[tuple[str, bool], Tensor] = {}
 
     def keep(path: str, module: nn.Module, y: Tensor, examples: int) -> None:
-        nonlocal in_order
-        # examples may stand in another dimension, such as behind time
-        in_order = in_order and y.shape[0] % examples == 0
+        shares.setdefault(path, set()).add(y.shape[0] / examples)
         calls[path] = calls.get(path, 0) + 1
         rows = output_rows(module, y)
         most = max(1, all_rows * examples // count)
@@ -170,8 +155,10 @@ def _targets(
         kept.setdefault(path, []).append((places, rows[:, places.to(y.device)].clone(), rows.shape[1]))
 
     chunks = 0
-    for start in range(0, count, chunk):
-        some = taken(inputs, slice(start, start + chunk), count)
+    chunk = max(chunk, 2)
+    bounds = [0, *range(chunk - 1, count, chunk), count] if chunk < count else [0, count]
+    for start, end in itertools.pairwise(bounds):
+        some = taken(inputs, slice(start, end), count)
         chunks += 1
 
         def hook(path: str, examples: int = batch_size(some)) -> Any:
@@ -184,7 +171,7 @@ def _targets(
         finally:
             for handle in handles:
                 handle.remove()
-        if not in_order and chunk < count:
+        if chunks > 1 and any(len(found) > 1 for found in shares.values()):
             return _targets(full, paths, besides, cuts, inputs, count, all_rows)
     found = {}
     for path, parts in kept.items():

@@ -42,6 +42,8 @@ class _Adds(TorchFunctionMode):
         called: by layer: how many were called before it.
         seen: by id of a tensor: the modules whose input or output it was, and the calls of layers before that.
         last: the id of the last input or output of a module.
+        versions: by layer: by id of a tensor, how often it had been changed in place when the layer was called.
+        summed: by id of a layer's output that has met its sum: the layer.
         found: by path of a layer.
         kept: all these tensors, so that none gets the id of another.
     """
@@ -51,6 +53,8 @@ class _Adds(TorchFunctionMode):
         self.waiting: dict[int, str] = {}
         self.seen: dict[int, list[tuple[str, bool, int]]] = {}
         self.last: dict[tuple[str, bool], int] = {}
+        self.versions: dict[str, dict[int, int]] = {}
+        self.summed: dict[int, str] = {}
         self.found: dict[str, Beside] = {}
         self.called: dict[str, int] = {}
         self.kept: list[Tensor] = []
@@ -63,11 +67,14 @@ class _Adds(TorchFunctionMode):
             mine = sorted(
                 (self._called(one), number) for number, one in enumerate(given) if id(one) in self.waiting
             )
+            for tensor in given:
+                self.found.pop(self.summed.pop(id(tensor), ""), None)
             for _, number in mine[-1:]:
                 self._add(given[number], given[1 - number])
         elif getattr(func, "__name__", "") not in _HARMLESS:
             for tensor in given:
                 self.waiting.pop(id(tensor), None)
+                self.found.pop(self.summed.pop(id(tensor), ""), None)  # it is used elsewhere too
         return func(*args, **kwargs)
 
     def _called(self, tensor: Tensor) -> int:
@@ -77,8 +84,10 @@ class _Adds(TorchFunctionMode):
         path = self.waiting.pop(id(mine))
         for source, is_output, before in self.seen.get(id(other), []):
             # modules may be called again, and hold another tensor then
-            if before <= self.called[path] and self.last[source, is_output] == id(other):
+            same = self.versions[path].get(id(other)) == other._version  # not changed in place since
+            if before <= self.called[path] and self.last[source, is_output] == id(other) and same:
                 self.found[path] = Beside(source, is_output)
+                self.summed[id(mine)] = path
                 break
 
     def see(self, path: str, is_output: bool, tensor: Tensor) -> None:
@@ -111,6 +120,7 @@ def added(network: nn.Module, paths: Collection[str], inputs: Inputs) -> dict[st
             if path in paths:
                 adds.called[path] = len(adds.called)
                 adds.waiting[id(y)] = path
+                adds.versions[path] = {id(tensor): tensor._version for tensor in adds.kept}
             adds.see(path, True, y)
 
     def hooks(path: str) -> tuple[Any, Any]:

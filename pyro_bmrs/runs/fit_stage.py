@@ -25,6 +25,7 @@ from pyro_bmrs.runs.workplace import Interrupted, Workplace
 
 def fit_posterior(run: Workplace) -> Fit:
     """Fit the posterior and write it. The folder keeps what it holds until the fit is done."""
+    settings = run.settings.of_fit()  # before a file of weights may change
     if run.settings.weights is not None:
         load_into(run.network, run.settings.weights)
     _check_recipe(run)
@@ -36,7 +37,7 @@ def fit_posterior(run: Workplace) -> Fit:
     )  # fmt: skip
     if result.interrupted:
         raise Interrupted(f"interrupted in {_where(run, result)}; the same command goes on from there")
-    run.fitted_with = run.settings.of_fit()
+    run.fitted_with = settings
     # The posterior marks a folder that holds a fit: it is removed first and written last.
     run.clear("posterior.safetensors")
     run.clear_reduction()

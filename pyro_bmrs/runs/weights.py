@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_bmrs.networks.export import load_weights
@@ -54,16 +53,24 @@ def _read(path: str) -> Mapping[str, Tensor]:
         if path.endswith(".safetensors"):
             return load_weights(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"weights {path} can't be read: {' '.join(str(error).split())}") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise ValueError(
+                f"weights {path} can't be read: it is damaged, or no file of torch.save"
+            ) from None
         raise ValueError(
             f"weights {path} must hold tensors alone, as torch.save(network.state_dict(), path) writes them: it holds "
             "other objects, which might run code"
         ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    # a damaged pickle may raise anything
+    except Exception as error:
+        raise ValueError(f"weights {path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and not value.is_complex()
+        for name, value in state.items()
+    ):
         held = f"a {type(state).__name__}"
         if isinstance(state, Mapping):
             held += f" of {', '.join(map(repr, [*state][:5]))}"
-        raise ValueError(f"weights {path} must hold a state_dict, tensors by name: it holds {held}")
+        raise ValueError(f"weights {path} must hold a state_dict, real tensors by name: it holds {held}")
     return state

@@ -191,3 +191,40 @@ def test_half_precision_has_the_moments_of_single():
         assert float(torch.linalg.eigvalsh(a).min()) > -1e-6 * float(a.trace())
         found.append(a)
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.01)
+
+
+def test_sums_of_other_data_are_no_part_of_a_pass(tmp_path):
+    x, y = data()
+    model, guide = made()
+    bmrs.fit(model, guide, (x, y), checkpoints=tmp_path, progress=False)
+    model, other = made()
+    bmrs.fit(model, other, (3 * x, y), checkpoints=tmp_path, progress=False)
+    ratio = other.curvatures["0"].inputs.diagonal(dim1=-2, dim2=-1) / guide.curvatures["0"].inputs.diagonal(
+        dim1=-2, dim2=-1
+    )
+    assert torch.allclose(ratio, torch.full_like(ratio, 9.0), rtol=1e-5)
+
+
+def test_a_loader_of_more_than_tensors_is_fine_and_random_numbers_go_on_as_they_would():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 2)
+
+        def forward(self, x, name):
+            return self.down(self.up(x).tanh())
+
+    x, y = data(100)
+
+    def collate(batch):
+        inputs, labels = (torch.stack(part) for part in zip(*batch, strict=True))
+        return (inputs, "a name"), labels
+
+    loader = torch.utils.data.DataLoader([*zip(x, y, strict=True)], 20, shuffle=True, collate_fn=collate)
+    model = bmrs.Classifier(Named())
+    guide = bmrs.AutoKroneckerLaplace(model)
+    state = torch.get_rng_state()
+    bmrs.fit(model, guide, loader, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    (shown, name), labels = guide.shown
+    assert (len(shown), name, len(labels)) == (100, "a name", 100)

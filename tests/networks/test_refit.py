@@ -2,11 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
+from pyro_bmrs.networks import refit as refitting
 from pyro_bmrs.networks.cuts import Cuts
-from pyro_bmrs.networks.refit import refit
+from pyro_bmrs.networks.refit import examples_within, refit
 
 
 def twins():
@@ -149,3 +151,35 @@ def test_one_value_per_channel_and_batch_norm_by_keyword():
             small, x = copy.deepcopy(net), torch.randn(count, 4)
             refit(small, net.eval(), Cuts(), x)
             assert bool(small(x).isfinite().all())
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 8, 16])
+def test_examples_behind_time_are_no_others(chunk, monkeypatch):
+    """Nothing was cut, so nothing changes; with 8 times, chunks of 2, 4 and 8 examples look like a batch."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.down(self.up(x.transpose(0, 1)).relu()).mean(0)
+
+    torch.manual_seed(0)
+    net = TimeFirst()
+    small, x = copy.deepcopy(net), torch.randn(16, 8, 5)
+    monkeypatch.setattr(refitting, "examples_within", lambda *_: chunk)
+    refit(small, net, Cuts(), x)
+    with torch.no_grad():
+        assert torch.allclose(small(x), net(x), atol=1e-5)
+
+
+def test_fewer_examples_of_a_network_that_needs_more_memory():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return (x @ x.mT).softmax(-1) @ x  # (times, times) for each example
+
+    few = [examples_within(Attention(), torch.randn(2, times, 4), 1.0) for times in (64, 512)]
+    assert 32 < few[0] / few[1] < 100
+    # the matrix twice, 4 bytes each
+    assert few[1] <= 0.35 * 2**30 / (512 * 512 * 4)

@@ -49,6 +49,8 @@ def test_a_stream_is_found_however_it_is_added(combine):
         lambda x, y: y.abs() + x,
         lambda x, y: (y.sum(), y + x)[1],  # used elsewhere before
         lambda x, y: x.cos() + y,  # no module's input or output
+        lambda x, y: (x + y) * y,  # used elsewhere afterwards
+        lambda x, y: x.mul_(2) + y,  # changed in place since
     ],
 )
 def test_what_is_no_sum_of_the_output_alone_is_none(combine):

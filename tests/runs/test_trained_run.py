@@ -152,7 +152,7 @@ def test_what_cannot_be_read_or_used_is_refused_before_any_work(weights, tmp_pat
         "missing.pt": "weights must be a file that can be read",
         "weights.onnx": "weights must be a file that ends in .safetensors, .pt, .pth",
         "whole.pt": "must hold tensors alone",
-        "nested.pt": "must hold a state_dict, tensors by name: it holds a dict of 'model'",
+        "nested.pt": "must hold a state_dict, real tensors by name: it holds a dict of 'model'",
         "narrow.pt": "must be those of the recipe's network without noise",
         "cut.safetensors": "can't be read",
         "nan.safetensors": "must have finite parameters",
