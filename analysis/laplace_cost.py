@@ -60,7 +60,7 @@ def steps_of(
         found["plan"] = plan.at(-min(count, len(plan.path)))
 
     def refit() -> None:
-        print(found["plan"].apply(refit=data).training, flush=True)
+        found["plan"].apply(refit=data)
 
     return {
         "forward and backward": passes,
