@@ -44,6 +44,8 @@ from pyro_bmrs.pruning.rule import Rule
 
 # A prediction of the rise of the loss that is off by more than this is told of.
 _BELIEVED = 2.0
+# Where it is off by more, and by more nats an example than this, the evidence chooses no size.
+_TOLERATED = 0.02
 # Of the data that a refit is given, so many examples are used at most.
 REFIT_EXAMPLES = 4000
 
@@ -53,7 +55,8 @@ class LaplacePlan(NetworkPlan):
     """Which structures of a trained network stay, by the evidence of its Laplace posterior.
 
     The score of a structure is minus its place on the path, so that `at(-n)` removes the first n. The plan of `reduce`
-    stands where the total evidence is largest.
+    stands where the total evidence is largest, of the sizes up to which the loss, as measured, rises by no more than
+    twice what is predicted and 0.02 nats an example.
 
     Attributes:
         path: a row for each structure in the order of removal: layer, unit, outgoing and incoming (the parts of its ΔF
@@ -243,7 +246,8 @@ def reduce_by_laplace(
     rows = [alone[step.site][step.structure].tolist() for step in steps]
     path[["outgoing", "incoming"]] = np.array(rows).reshape(-1, 2)
     plan = replace(plan, path=path)
-    evidence = plan.path.total_evidence_change.to_numpy()
+    evidence = plan.path.total_evidence_change.to_numpy().copy()
+    evidence[_believed(plan.path, guide.dataset_size) :] = np.nan
     best = int(np.nanargmax(evidence)) + 1 if len(evidence) and np.nanmax(evidence) > 0 else 0
     return plan.at(-float(best) if best else float("inf"))
 
@@ -257,6 +261,12 @@ def _binding(guide: AutoKroneckerLaplace) -> Binding:
         )
     example, _ = guide.shown
     return Binding(insert_noise(guide.model.net, example), lambda: example)
+
+
+def _believed(path: pd.DataFrame, examples: int) -> int:
+    """Up to which step the loss rises as predicted, so that the evidence can be believed."""
+    off = path.measured_loss_rise - _BELIEVED * path.total_loss_rise > _TOLERATED * examples
+    return int(off.to_numpy().argmax()) if off.any() else len(path)
 
 
 def _largest_error(path: pd.DataFrame) -> float:

@@ -13,7 +13,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, evidence_without
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
-from pyro_bmrs.pruning import removal_path
+from pyro_bmrs.pruning import evidence_path, removal_path
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.layer_states import LayerEvidence, LayerLoss, reduced_weights
 
@@ -89,6 +89,24 @@ def test_the_path_is_part_of_the_plan(trained):
     assert table[alone.index].to_numpy() == pytest.approx(alone.to_numpy())
     assert (path.incoming > 0).all()
     assert (path.freed == -path.parameters.diff().fillna(path.parameters[0] - parameters(model.net))).all()
+
+
+def test_no_size_is_chosen_where_the_loss_rises_far_above_what_is_predicted(trained, monkeypatch):
+    model, guide, plan = trained
+    known = plan.path.measured_loss_rise.notna().to_numpy().nonzero()[0]
+    place = int(known[known < plan.steps - 1][-1])
+
+    def measured(model, shown):
+        # the full network's loss first, then that of each place
+        looked.append(0)
+        return 0.0 if len(looked) - 2 < list(known).index(place) else 9.0
+
+    looked = []
+    monkeypatch.setattr(evidence_path, "_loss", measured)
+    other = bmrs.reduce(model, guide)
+    assert other.steps <= place
+    assert other.steps < plan.steps
+    assert "times what is predicted" not in str(other)
 
 
 def test_the_order_is_by_loss_per_parameter(trained):
