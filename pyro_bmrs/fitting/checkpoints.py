@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         for name in dict.fromkeys([*now, *before])
         if before.get(name) != now.get(name)
     ]
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A text that differs for tensors of other values."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().double().numpy().tobytes())
+    return found.hexdigest()
 
 
 class Checkpoints:

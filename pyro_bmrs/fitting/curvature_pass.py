@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bmrs.files import read_tensors, write_tensors
+from pyro_bmrs.fitting.checkpoints import digest_of
 from pyro_bmrs.fitting.generators import seed_of
 from pyro_bmrs.fitting.signals import stop_requests
 from pyro_bmrs.inference.batches import Batches
@@ -107,10 +107,11 @@ def curvature_pass(
     layers = {path: guide.layer(path) for path in guide.paths}
     size = batches.size
     wanted = min(guide.examples, size)
+    few = batches.some(1, seed)
     identity = {
         "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size, "world": fabric.world_size,
         "widest": guide.widest, "layers": list(guide.paths), "label": label,
-        "weights": _hash(model.state_dict().values()), "data": _hash(tensors_of(batches.some(1, seed))),
+        "weights": digest_of(model.state_dict().values()), "data": digest_of(tensors_of(few)),
     }  # fmt: skip
     sums = Sums()
     if checkpoint is not None:
@@ -139,7 +140,7 @@ def curvature_pass(
         sums.save(checkpoint, identity)
     if interrupted:
         return True
-    guide.shown = batches.some(shown_examples(model.net, batches.some(1, seed)[0]), seed)
+    guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
     together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
@@ -192,14 +193,6 @@ def _add(
         sums.log_likelihood += float(model.log_likelihood(x, y))
     sums.examples += batches.count(x, y)
     sums.batches += 1
-
-
-def _hash(tensors: Iterable[Tensor]) -> str:
-    """A text that differs for other tensors."""
-    found = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _all(fabric: Fabric, sums: Sums) -> tuple[dict[str, Moments], int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bmrs.files import held
-from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS, Checkpoints, FitState
+from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS, Checkpoints, FitState, digest_of
 from pyro_bmrs.fitting.epochs import Measure
 from pyro_bmrs.fitting.generators import generator_states, seed_of, set_generators
 from pyro_bmrs.fitting.objective import Objective
@@ -127,7 +126,7 @@ class Loop:
             "validation_examples": 0 if held_out is None else held_out.size,
             "processes": self.fabric.world_size,
             # Each process has its own first batch; that of the first process stands for all.
-            "first_batch": self.fabric.broadcast(_digest(self.first)), "label": self.task.label,
+            "first_batch": self.fabric.broadcast(digest_of(tensors_of(self.first))), "label": self.task.label,
             "schedule": [settings.rate_factor(step / 16) for step in range(17)],
         }  # fmt: skip
 
@@ -393,9 +392,3 @@ class Loop:
         if self.fabric.is_global_zero:
             self.checkpoints.start_ledger(self.state.removals)
         return generators
-
-
-def _digest(batch: tuple[Any, Any]) -> str:
-    """A text that differs for other data, as far as their first batch tells."""
-    content = b"".join(part.detach().cpu().double().numpy().tobytes() for part in tensors_of(batch))
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

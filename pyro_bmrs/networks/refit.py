@@ -83,7 +83,7 @@ def refit(
     layers = {
         path: module for path, module in matrix_layers(small).items() if not isinstance(module, nn.Embedding)
     }
-    chunk = min(batch_size(inputs), examples_within(full, inputs, memory, _FULL))
+    chunk = examples_within(full, inputs, memory, _FULL)
     width = sum(layer.get_parameter("weight").shape[1 - input_dim(layer)] for layer in layers.values())
     most = int(min(_ROWS, max(_KEPT * memory * 2**30 / (4 * width), 1)))
     besides = added(full, layers, inputs)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,15 +68,19 @@ class _Adds(TorchFunctionMode):
             mine = sorted(
                 (self._called(one), number) for number, one in enumerate(given) if id(one) in self.waiting
             )
-            for tensor in given:
-                self.found.pop(self.summed.pop(id(tensor), ""), None)
+            self._use(given)
             for _, number in mine[-1:]:
                 self._add(given[number], given[1 - number])
         elif getattr(func, "__name__", "") not in _HARMLESS:
             for tensor in given:
                 self.waiting.pop(id(tensor), None)
-                self.found.pop(self.summed.pop(id(tensor), ""), None)  # it is used elsewhere too
+            self._use(given)
         return func(*args, **kwargs)
+
+    def _use(self, tensors: Iterable[Tensor]) -> None:
+        """Forget the sums of outputs that are used again."""
+        for tensor in tensors:
+            self.found.pop(self.summed.pop(id(tensor), ""), None)
 
     def _called(self, tensor: Tensor) -> int:
         return self.called[self.waiting[id(tensor)]]
@@ -123,18 +128,11 @@ def added(network: nn.Module, paths: Collection[str], inputs: Inputs) -> dict[st
                 adds.versions[path] = {id(tensor): tensor._version for tensor in adds.kept}
             adds.see(path, True, y)
 
-    def hooks(path: str) -> tuple[Any, Any]:
-        return (
-            lambda module, args, kwargs: before(path, module, args, kwargs),
-            lambda module, args, y: after(path, module, args, y),
-        )
-
     handles = []
     for path, module in network.named_modules():
         if path and not [*module.children()]:
-            first, last = hooks(path)
-            handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
-            handles.append(module.register_forward_hook(last))
+            handles.append(module.register_forward_pre_hook(partial(before, path), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(after, path)))
     try:
         with in_mode(network, training=False), adds:
             call(network, some)

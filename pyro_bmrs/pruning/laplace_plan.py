@@ -246,9 +246,8 @@ def reduce_by_laplace(
     rows = [alone[step.site][step.structure].tolist() for step in steps]
     path[["outgoing", "incoming"]] = np.array(rows).reshape(-1, 2)
     plan = replace(plan, path=path)
-    evidence = plan.path.total_evidence_change.to_numpy().copy()
-    evidence[_believed(plan.path, guide.dataset_size) :] = np.nan
-    best = int(np.nanargmax(evidence)) + 1 if len(evidence) and np.nanmax(evidence) > 0 else 0
+    evidence = path.total_evidence_change[: _believed(path, guide.dataset_size)]
+    best = int(evidence.argmax()) + 1 if evidence.max() > 0 else 0
     return plan.at(-float(best) if best else float("inf"))
 
 

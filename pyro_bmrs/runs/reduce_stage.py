@@ -28,10 +28,10 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     settings, data = run.settings, run.dataset
     plan = _plan(run)
     small = plan.apply()
-    rows = _full_network(run)
+    rows, name = _full_network(run), "reduced"
     if isinstance(plan, LaplacePlan):
-        rows.append(("reduced", *evaluate(run.model_of(small), data.test), parameters(small)))
-        small = plan.apply(refit=data.train, progress=run.progress)
+        rows.append((name, *evaluate(run.model_of(small), data.test), parameters(small)))
+        small, name = plan.apply(refit=data.train, progress=run.progress), "refitted"
     elif settings.recalibrate:
         recalibrate(small, data.train, batch_size=settings.batch_size, seed=settings.seed)
     costs = plan.costs(small)
@@ -39,7 +39,6 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     history = run.read_table("history.csv", "phase", "epoch")
     history = history[history.phase != "fine-tune"]
     removals = _removals(run, plan, len(history))
-    name = "refitted" if isinstance(plan, LaplacePlan) else "reduced"
     rows.append((name, *evaluate(model, data.test), parameters(small)))
     tuning = run.folder / "checkpoints" / f"fine-tune-{_name(run)}"
     if settings.fine_tune:
