@@ -13,8 +13,8 @@ from pyro_bmrs.evidence.kronecker import KroneckerCurvature
 
 # The share of the mean of A's diagonal that is added to it, so that it has an inverse.
 RIDGE = 1e-3
-# Matrices get smaller when fewer than this share of their inputs is left.
-_DENSE = 0.75
+# Matrices are brought up to date when so many inputs have been removed since.
+_PENDING = 64
 # Outputs of a layer have at most so many different curvatures where evidence is taken anew at each step.
 _LEVELS = 8
 
@@ -23,7 +23,9 @@ class LayerState:
     """Inverses of matrices over a layer's inputs, and moments of its weights, as inputs are removed set by set.
 
     Without inputs S the others take over what they can (Optimal Brain Surgeon, for a block):
-    W ← W − W_S (P⁻¹_SS)⁻¹ P⁻¹_S·, where P is any of the matrices.
+    W ← W − W_S (P⁻¹_SS)⁻¹ P⁻¹_S·, where P is any of the matrices. With P⁻¹_SS = L Lᵀ and F = P⁻¹_·S L⁻ᵀ,
+    P⁻¹ loses F Fᵀ, and C = Σ w wᵀ loses U Fᵀ + F Uᵀ, U = C_·S L⁻ᵀ − ½ F (L⁻¹ C_SS L⁻ᵀ). The factors of several
+    removals are kept beside the matrices, which are far larger, until there are many.
 
     Args:
         inverse: P⁻¹. Shape: (matrices, inputs, inputs).
@@ -31,10 +33,14 @@ class LayerState:
     """
 
     def __init__(self, inverse: Tensor, curved: Tensor) -> None:
-        self.inverse, self.curved = inverse, curved
+        self._set(inverse, curved)
         # which inputs stay, and where each of them stands in the matrices, which get smaller now and then
         self.left = torch.ones(inverse.shape[-1], dtype=torch.bool, device=inverse.device)
         self.place = torch.arange(inverse.shape[-1], device=inverse.device)
+
+    def _set(self, inverse: Tensor, curved: Tensor) -> None:
+        self._inverse, self._curved = inverse, curved
+        self._f = self._u = inverse.new_empty(*inverse.shape[:2], 0)
 
     def of_sets(self, sets: Tensor) -> Tensor:
         """What each of these sets of inputs costs, alone. Shape: (sets,)."""
@@ -44,20 +50,26 @@ class LayerState:
         """tr (P⁻¹_SS)⁻¹ (Σ w wᵀ)_SS and log det P⁻¹_SS. Shapes: (matrices, sets)."""
         sets = self.place[sets]
         if sets.shape[1] == 1:
-            curved, inverse = (
-                some.diagonal(dim1=-2, dim2=-1)[:, sets[:, 0]] for some in (self.curved, self.inverse)
-            )
+            here = sets[:, 0]
+            f, u = self._f[:, here], self._u[:, here]
+            curved = self._curved[:, here, here] - 2 * (u * f).sum(-1)
+            inverse = self._inverse[:, here, here] - f.square().sum(-1)
             return curved / inverse, inverse.log()
-        curved, inverse = (
-            some[:, sets.unsqueeze(-1), sets.unsqueeze(-2)] for some in (self.curved, self.inverse)
-        )
+        curved, inverse = self._blocks(sets)
         solved: Tensor = torch.linalg.solve(inverse, curved)
         return solved.diagonal(dim1=-2, dim2=-1).sum(-1), torch.linalg.slogdet(inverse).logabsdet
 
+    def _blocks(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """C and P⁻¹ at some places, (…, of each). Shapes: (matrices, …, of each, of each)."""
+        f, u = self._f[:, places], self._u[:, places]
+        rows, columns, mixed = places.unsqueeze(-1), places.unsqueeze(-2), u @ f.mT
+        return self._curved[:, rows, columns] - mixed - mixed.mT, self._inverse[:, rows, columns] - f @ f.mT
+
     def part(self, inputs: Tensor) -> Self:
         """The same for these inputs alone, numbered from 0: what removals among them cost needs no others."""
-        part, places = copy.copy(self), self.place[inputs]
-        part.inverse, part.curved = (some[:, places][:, :, places] for some in (self.inverse, self.curved))
+        part = copy.copy(self)
+        curved, inverse = self._blocks(self.place[inputs])
+        part._set(inverse, curved)
         part.left = torch.ones_like(inputs, dtype=torch.bool)
         part.place = torch.arange(len(inputs), device=inputs.device)
         return part
@@ -65,25 +77,30 @@ class LayerState:
     def remove_inputs(self, inputs: Tensor) -> None:
         """Set the weights of these inputs to 0; the others take over."""
         self.left[inputs] = False
-        inputs = self.place[inputs]
-        rest = torch.linalg.solve(self.inverse[:, inputs][:, :, inputs], self.inverse[:, inputs])
-        # W loses W_S rest
-        mixed = self.curved[:, :, inputs] @ rest
-        own = rest.mT @ mixed[:, inputs]
-        self.curved += own - mixed - mixed.mT
-        self.inverse -= self.inverse[:, :, inputs] @ rest
-        for tensor in (self.curved, self.inverse):
-            tensor[:, inputs] = 0
-            tensor[:, :, inputs] = 0
-        self.inverse[:, inputs, inputs] = 1  # so that it can still be inverted there
+        places, f, u = self.place[inputs], self._f, self._u
+        inverse = self._inverse[:, places] - f[:, places] @ f.mT
+        curved = self._curved[:, places] - u[:, places] @ f.mT - f[:, places] @ u.mT
+        root = torch.linalg.cholesky(inverse[:, :, places])
+        new, curved = (torch.linalg.solve_triangular(root, rows, upper=False) for rows in (inverse, curved))
+        both = torch.linalg.solve_triangular(root.mT, curved[:, :, places], upper=True, left=False)
+        self._f = torch.cat([f, new.mT], -1)
+        self._u = torch.cat([u, curved.mT - 0.5 * new.mT @ both], -1)
+        if self._f.shape[-1] >= _PENDING and bool(self.left.any()):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Bring the matrices to what they are now, of the inputs that are left."""
         stays = torch.nonzero(self.left).flatten()
-        if 0 < len(stays) < _DENSE * self.inverse.shape[-1]:
-            places = self.place[stays]
-            self.curved = self.curved[:, places][:, :, places].contiguous()
-            self.inverse = self.inverse[:, places][:, :, places].contiguous()
-            self.place = torch.zeros_like(self.place).index_copy(
-                0, stays, torch.arange(len(stays), device=stays.device)
-            )
+        places = self.place[stays]
+        f, u = self._f[:, places], self._u[:, places]
+        curved, inverse = (some[:, places[:, None], places] for some in (self._curved, self._inverse))
+        self._set(
+            inverse.baddbmm_(f, f.mT, alpha=-1),
+            curved.baddbmm_(u, f.mT, alpha=-1).baddbmm_(f, u.mT, alpha=-1),
+        )
+        self.place = torch.zeros_like(self.place).index_copy(
+            0, stays, torch.arange(len(stays), device=stays.device)
+        )
 
 
 class LayerLoss(LayerState):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ class Sizes:
     def __post_init__(self) -> None:
         parameters = {id(parameter) for parameter in self.network.parameters()}
         self._counts: dict[str, dict[int, dict[int, Tensor]]] = {}
+        self._freed: dict[str, Tensor] = {}  # until shapes change
         self.sharing: dict[int, list[str]] = {}
         for group in self.groups:
             mine = self._counts.setdefault(group.site, {})
@@ -41,14 +43,14 @@ class Sizes:
 
     def freed(self, site: str) -> Tensor:
         """Parameters that each structure of a group would free now. Shape: (structures,)."""
-        total: Tensor | float = 0.0
-        for tensor, dims in self._counts[site].items():
-            before, after = 1.0, torch.ones(())
-            for dim, size in enumerate(self.shapes[tensor]):
-                before *= size
-                after = after * (size - dims[dim] if dim in dims else size)
-            total = total + before - after
-        return torch.as_tensor(total).double()
+        if site not in self._freed:
+            total: Tensor | float = 0.0
+            for tensor, dims in self._counts[site].items():
+                shape = self.shapes[tensor]
+                after = math.prod(size - dims[dim] if dim in dims else size for dim, size in enumerate(shape))
+                total = total + (math.prod(shape) - after)
+            self._freed[site] = torch.as_tensor(total).double()
+        return self._freed[site]
 
     def remove(self, site: str, structure: int) -> set[str]:
         """Take a structure away. Returns the groups whose numbers change."""
@@ -57,4 +59,6 @@ class Sizes:
             for dim, counts in dims.items():
                 self.shapes[tensor][dim] -= int(counts[structure])
             changed.update(self.sharing[tensor])
+        for other in changed:
+            self._freed.pop(other, None)
         return changed
