@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python analysis/trained_networks.py models/lenet5.py fashion-mnist --out FOLDER
         [--seeds 0 1 2] [--train 16] [--tune 0 1 3 6] [--removed 0.5 0.7 0.8 0.9] [--peers magnitude taylor …]
-        [--batch-size 128] [--data-root DIR]
+        [--batch-size 128] [--network '{"patch": 8}'] [--limit IMAGES] [--data-root DIR]
     python analysis/trained_networks.py --figure FOLDER/results.csv
 
 The recipe's network without noise is trained with --train epochs and decay 0.05 of the weights (`peers.trained`), once
@@ -21,6 +21,7 @@ peer its pruning).
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -55,10 +56,16 @@ class Study:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.file = given, given.out / "results.csv"
         self.recipe = Recipe.read(given.recipe)
-        changes = {"weight_decay": DECAY} | ({"batch_size": given.batch_size} if given.batch_size else {})
+        changes: dict[str, Any] = {"weight_decay": DECAY, "limit": given.limit}
+        changes |= {"batch_size": given.batch_size} if given.batch_size else {}
+        changes |= {"network": json.loads(given.network)} if given.network else {}
         self.settings = RunSettings.of(self.recipe, given.data, changes)
         self.data = bmrs.load_data(
-            given.data, image_size=self.settings.image_size, seed=0, data_root=given.data_root
+            given.data,
+            image_size=self.settings.image_size,
+            seed=0,
+            data_root=given.data_root,
+            limit=given.limit,
         )
         self.table = (
             pd.read_csv(self.file, dtype={"size": str})
@@ -208,6 +215,8 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--peers", nargs="+", default=PEERS)
     parser.add_argument("--batch-size", type=int, help="of training and tuning; default: the recipe's")
+    parser.add_argument("--network", help="sizes of the network as JSON; default: the recipe's")
+    parser.add_argument("--limit", type=int, help="of training examples; default: all")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--figure", type=Path, help="draw this CSV, a figure for each data set beside it")
     given = parser.parse_args()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.matrices import (
     apart,
+    computes_its_matrix,
     input_rows,
     is_matrix,
     output_rows,
@@ -78,7 +79,8 @@ def moments(
         widest: of a convolution with more inputs, channels and positions are taken apart.
 
     Returns:
-        By path; nothing for a layer that does not run, or that nothing of the likelihood depends on.
+        By path; nothing for a layer that does not run, that nothing of the likelihood depends on, or that computes
+        something else than its weight says.
     """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with torch.enable_grad(), _kept(layers, seen):
@@ -86,8 +88,8 @@ def moments(
     outputs = [(path, x, y) for path, calls in seen.items() for x, y in calls if y.requires_grad]
     gradients = torch.autograd.grad(-value, [y for _, _, y in outputs], allow_unused=True)
     found: dict[str, Moments] = {}
-    for (path, x, _), gradient in zip(outputs, gradients, strict=True):
-        if gradient is None:
+    for (path, x, y), gradient in zip(outputs, gradients, strict=True):
+        if gradient is None or not computes_its_matrix(layers[path], x, y):
             continue
         rows = _at_least_single(input_rows(layers[path], x, _some_places(layers[path], x)))
         g = _at_least_single(output_rows(layers[path], gradient))

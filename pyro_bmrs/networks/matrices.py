@@ -36,6 +36,39 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
 
 
+# Classes of layers that compute what their weight and torch's documentation say; those derived from them may not.
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return _is_transposed(module) or any(type(module).forward is plain.forward for plain in _PLAIN)
+
+
+@torch.no_grad()
+def computes_its_matrix(module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether a layer's output y is what its matrix makes of x: a class with a `forward` of its own may add to that."""
+    if _is_plain(module):
+        return True
+    rows = output_rows(module, y)
+    if row_count(module, x) != rows.shape[1]:
+        return False
+    places = torch.linspace(0, rows.shape[1] - 1, _LOOKED_AT, device=x.device).long()
+    weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    found, rows = input_rows(module, x, places), rows[:, places]
+    found = (
+        weight[found]
+        if isinstance(module, nn.Embedding)
+        else found.to(weight.dtype) @ as_matrix(module, weight).mT
+    )
+    if bias is not None:
+        found = found + bias.view(found.shape[0], 1, -1)
+    return bool((found - rows).abs().max() <= _NEAR * rows.abs().max())
+
+
+# Rows that are compared, and by how much they may differ, of the largest: half precision rounds.
+_LOOKED_AT, _NEAR = 32, 0.02
+
+
 def groups_of(module: nn.Module) -> int:
     """Number of matrices: of a convolution in groups there are several, each with its own inputs and outputs."""
     return module.groups if isinstance(module, _ConvNd) else 1
@@ -128,13 +161,30 @@ def _patches(module: _ConvNd, x: Tensor) -> Tensor:
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)
     mode: Any = module.padding_mode if module.padding_mode != "zeros" else "constant"
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, _padding(module, x), mode=mode)
     for axis in range(dims):
         size, dilation = module.kernel_size[axis], module.dilation[axis]
         x = x.unfold(2 + axis, (size - 1) * dilation + 1, module.stride[axis])[..., ::dilation]
     # (batch, channels, positions…, kernel…)
     positions, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
     return x.permute(0, *positions, 1, *kernel)
+
+
+def _padding(module: _ConvNd, x: Tensor) -> list[int]:
+    """What is put before and behind each dimension of x, the last one first.
+
+    A class without padding that has a `forward` of its own pads there, in all that are known as TensorFlow does: so
+    that there are as many positions as steps, and one more behind where the number is odd.
+    """
+    if _is_plain(module) or any(module._reversed_padding_repeated_twice):
+        return module._reversed_padding_repeated_twice
+    padding: list[int] = []
+    for size, kernel, dilation, stride in zip(
+        x.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True
+    ):
+        whole = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+        padding = [whole // 2, whole - whole // 2, *padding]
+    return padding
 
 
 def second_moment(module: nn.Module, rows: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from pyro_bmrs.networks.inputs import Inputs, batch_size, call, taken, tensors_o
 from pyro_bmrs.networks.matrices import (
     as_matrix,
     as_weight,
+    computes_its_matrix,
     groups_of,
     input_dim,
     input_rows,
@@ -32,8 +34,11 @@ from pyro_bmrs.networks.residuals import Beside, added, kept_beside
 RIDGE = 1e-3
 # Rows of a layer at most, all examples together.
 _ROWS = 100_000
-# Shares of the memory: activations of the smaller network, those of the full one, what is kept of its outputs, patches.
-_SMALL, _FULL, _KEPT, _PATCHES = 0.35, 0.2, 0.2, 0.1
+# Shares of the memory: activations of the smaller network, those of the full one, what is kept of its outputs, patches;
+# and a Gram matrix with what solving needs, once the full one has run.
+_SMALL, _FULL, _KEPT, _PATCHES, _GRAM = 0.35, 0.2, 0.2, 0.1, 0.35
+# A Gram matrix, the same with its ridge, and its decomposition.
+_COPIES = 3
 
 
 @dataclass
@@ -42,16 +47,14 @@ class _Target:
 
     Attributes:
         places: which rows, of all examples and positions.
-        outputs: what it has there, of the outputs that stay. Shape: (groups, rows, outputs).
+        outputs: what it has there, of the outputs that stay, with what is added to them: the smaller network's stream
+            is to be taken from it, so that the layer makes up for what the sum lacks. Shape: (groups, rows, outputs).
         rows: how many rows there are in all.
-        beside: what is added to the layer's output. `outputs` then holds that too, and the smaller network's is to be
-            taken from it: so the layer makes up for what the sum lacks.
     """
 
     places: Tensor
     outputs: Tensor
     rows: int
-    beside: Beside | None = None
 
 
 @torch.no_grad()
@@ -76,7 +79,8 @@ def refit(
         full: the network it was cut from, without noise; not changed.
         cuts: that made it.
         inputs: examples, all of which go through `small` at once: `examples_within` says how many can.
-        memory: GiB that it may need beside both networks.
+        memory: GiB that it may need beside both networks. A layer with too many inputs for it keeps its weights, with
+            a warning.
         advance: called after each layer.
     """
     small.eval()
@@ -88,19 +92,34 @@ def refit(
     most = int(min(_ROWS, max(_KEPT * memory * 2**30 / (4 * width), 1)))
     besides = added(full, layers, inputs)
     targets = _targets(full, list(layers), besides, cuts, inputs, chunk, most)
-    with kept_beside(small, besides) as kept:
+    too_wide: list[str] = []
+    with kept_beside(small, besides) as beside:
 
         def solve(path: str, module: nn.Module, x: Tensor) -> None:
-            target = targets.pop(path, None)
+            target, stream = targets.pop(path, None), beside(path)
             if target is not None:
-                if target.beside is not None:
-                    rows = output_rows(module, kept[target.beside.path, target.beside.is_output])
+                if stream is not None:
+                    rows = output_rows(module, stream)
                     target.outputs -= rows[:, target.places.to(rows.device)]
-                _solve(module, x, target, _PATCHES * memory * 2**30)
+                if _COPIES * _gram_bytes(module) > _GRAM * memory * 2**30:
+                    too_wide.append(path)
+                else:
+                    _solve(module, x, target, _PATCHES * memory * 2**30)
             advance()
 
         with _before_each(small, layers, solve):
             call(small, inputs)
+    if too_wide:
+        warnings.warn(
+            f"not fitted again: {', '.join(map(repr, too_wide))}, of which the second moments of the inputs need more "
+            f"than their share of memory={memory:g} GiB; the weights there are those before the refit",
+            stacklevel=2,
+        )
+
+
+def _gram_bytes(module: nn.Module) -> int:
+    groups, _, inputs = as_matrix(module, module.get_parameter("weight")).shape
+    return groups * (inputs + 1) ** 2 * 8
 
 
 @torch.no_grad()
@@ -123,7 +142,7 @@ def _targets(
     chunk: int,
     all_rows: int,
 ) -> dict[str, _Target]:
-    """By path: what the full network has at the outputs of layers that are called once in a pass.
+    """By path: what the full network has at the outputs of layers that are called once in a pass, and are their matrix.
 
     Args:
         chunk: examples at a time.
@@ -136,9 +155,12 @@ def _targets(
     kept: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     generator = torch.Generator().manual_seed(0)
     calls: dict[str, int] = {}
-    there: dict[tuple[str, bool], Tensor] = {}
 
-    def keep(path: str, module: nn.Module, y: Tensor, examples: int) -> None:
+    def keep(
+        path: str, module: nn.Module, x: Tensor, y: Tensor, stream: Tensor | None, examples: int
+    ) -> None:
+        if not computes_its_matrix(module, x, y):
+            return
         shares.setdefault(path, set()).add(y.shape[0] / examples)
         calls[path] = calls.get(path, 0) + 1
         rows = output_rows(module, y)
@@ -146,13 +168,13 @@ def _targets(
         places = torch.arange(rows.shape[1])
         if len(places) > most:
             places = torch.randperm(len(places), generator=generator)[:most].sort().values
+        count_of_rows, rows = rows.shape[1], rows[:, places.to(y.device)]
+        if stream is not None:
+            rows = rows + output_rows(module, stream)[:, places.to(y.device)]
         left = cuts.tensors.get(joined(path, "weight"), {}).get(1 - input_dim(module))
-        beside = besides.get(path)
-        if beside is not None:
-            rows = rows + output_rows(module, there[beside.path, beside.is_output])
         if left is not None:
             rows = _left(module, rows, left)
-        kept.setdefault(path, []).append((places, rows[:, places.to(y.device)].clone(), rows.shape[1]))
+        kept.setdefault(path, []).append((places, rows, count_of_rows))
 
     chunks = 0
     chunk = max(chunk, 2)
@@ -161,16 +183,17 @@ def _targets(
         some = taken(inputs, slice(start, end), count)
         chunks += 1
 
-        def hook(path: str, examples: int = batch_size(some)) -> Any:
-            return lambda module, _, y: keep(path, module, y, examples)
+        with in_mode(full, training=False), kept_beside(full, besides) as beside, ExitStack() as hooks:
 
-        handles = [full.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-        try:
-            with in_mode(full, training=False), kept_beside(full, besides) as there:
-                call(full, some)
-        finally:
-            for handle in handles:
-                handle.remove()
+            def hook(path: str, examples: int = batch_size(some), beside: Any = beside) -> Any:
+                return lambda module, args, kwargs, y: keep(
+                    path, module, tensors_of((args, kwargs))[0], y, beside(path), examples
+                )
+
+            for path in paths:
+                handle = full.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True)
+                hooks.callback(handle.remove)
+            call(full, some)
         if chunks > 1 and any(len(found) > 1 for found in shares.values()):
             return _targets(full, paths, besides, cuts, inputs, count, all_rows)
     found = {}
@@ -179,7 +202,7 @@ def _targets(
             starts = torch.tensor([0, *(rows for _, _, rows in parts)]).cumsum(0)
             places = torch.cat([own + start for (own, _, _), start in zip(parts, starts[:-1], strict=True)])
             outputs, rows = torch.cat([y for _, y, _ in parts], dim=1), int(starts[-1])
-            found[path] = _Target(places, outputs, rows, besides.get(path))
+            found[path] = _Target(places, outputs, rows)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -145,24 +145,36 @@ def added(network: nn.Module, paths: Collection[str], inputs: Inputs) -> dict[st
 @contextmanager
 def kept_beside(
     network: nn.Module, besides: Mapping[str, Beside]
-) -> Iterator[dict[tuple[str, bool], Tensor]]:
-    """While the network runs: the last input or output of each of these modules, by (path, is_output)."""
-    kept: dict[tuple[str, bool], Tensor] = {}
+) -> Iterator[Callable[[str], Tensor | None]]:
+    """For one pass: gives what is added to a layer's output, by the layer's path, once.
 
-    def keep(path: str, is_output: bool) -> Any:
-        if is_output:
-            return lambda module, _, y: kept.__setitem__((path, True), y)
-        return lambda module, args, kwargs: kept.__setitem__((path, False), tensors_of((args, kwargs))[0])
+    A tensor is held only until the last of its layers has asked, so that a pass needs no more memory than without.
+    None: nothing is added, or the layer asks again.
+    """
+    held: dict[Beside, Tensor] = {}
+    asking: dict[Beside, set[str]] = {}
+    for path, one in besides.items():
+        asking.setdefault(one, set()).add(path)
+
+    def keep(one: Beside) -> Any:
+        if one.is_output:
+            return lambda module, args, kwargs, y: held.__setitem__(one, y)
+        return lambda module, args, kwargs: held.__setitem__(one, tensors_of((args, kwargs))[0])
+
+    def take(path: str) -> Tensor | None:
+        one = besides.get(path)
+        if one is None or path not in asking[one]:
+            return None
+        asking[one].discard(path)
+        return held[one] if asking[one] else held.pop(one)
 
     handles = []
-    for path, is_output in dict.fromkeys((one.path, one.is_output) for one in besides.values()):
-        module = network.get_submodule(path)
-        if is_output:
-            handles.append(module.register_forward_hook(keep(path, True)))
-        else:
-            handles.append(module.register_forward_pre_hook(keep(path, False), with_kwargs=True))
+    for one in asking:
+        module = network.get_submodule(one.path)
+        register = module.register_forward_hook if one.is_output else module.register_forward_pre_hook
+        handles.append(register(keep(one), with_kwargs=True))
     try:
-        yield kept
+        yield take
     finally:
         for handle in handles:
             handle.remove()

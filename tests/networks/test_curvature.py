@@ -1,9 +1,11 @@
 """Layers as matrix products, and their curvature against brute force."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, cross_entropy, pad
 
 from pyro_bmrs.networks import curvature
 from pyro_bmrs.networks.curvature import matrix_layers, moments
@@ -31,7 +33,28 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
+class SamePadded(nn.Conv2d):
+    """Pads its input itself, as TensorFlow does: one more behind than before where the padding is odd."""
+
+    def forward(self, x):
+        for axis, (size, step, kernel) in enumerate(
+            zip(x.shape[2:], self.stride, self.kernel_size, strict=True)
+        ):
+            padding = max((math.ceil(size / step) - 1) * step + kernel - size, 0)
+            x = pad(x, (0, 0) * (1 - axis) + (padding // 2, padding - padding // 2))
+        return conv2d(x, self.weight, self.bias, self.stride)
+
+
+class WithMore(nn.Linear):
+    """Adds what its weight knows nothing of, as adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
 LAYERS = {
+    "padded by itself": (lambda: SamePadded(3, 4, 3, stride=2), (2, 3, 8, 9)),
+    "padded by itself, even": (lambda: SamePadded(3, 4, 4), (2, 3, 8, 9)),
     "linear": (lambda: nn.Linear(5, 3), (4, 5)),
     "linear over tokens": (lambda: nn.Linear(5, 3), (4, 7, 5)),
     "the other way round": (lambda: Conv1D(5, 3), (4, 7, 5)),
@@ -85,6 +108,13 @@ def test_what_is_no_product_with_one_matrix():
     assert is_matrix(nn.Embedding(4, 3))
     shared = nn.Linear(3, 3)
     assert list(matrix_layers(nn.Sequential(shared, nn.ReLU(), shared))) == ["0"]
+
+
+def test_layers_that_compute_something_else_have_no_moments():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), WithMore(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    found = moments(matrix_layers(net), lambda: -cross_entropy(net(x), y, reduction="sum"), 10_000)
+    assert list(found) == ["0", "4"]
 
 
 def fisher(network, layer, x):

@@ -55,6 +55,37 @@ def test_what_twins_did_is_taken_over():
     assert (small[0].weight - net[0].weight[::2]).abs().max() < 1e-3
 
 
+class WithMore(nn.Linear):
+    """Adds what its weight knows nothing of, as adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + 3 * x.sum(-1, keepdim=True)
+
+
+def test_a_layer_that_computes_something_else_keeps_its_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), WithMore(6, 3))
+    small, cuts = (
+        copy.deepcopy(net),
+        Cuts({"0.weight": {0: [0, 2, 3]}, "0.bias": {0: [0, 2, 3]}, "2.weight": {1: [0, 2, 3]}}),
+    )
+    cuts.cut(small)
+    before = small[2].weight.clone()
+    refit(small, net, cuts, torch.randn(50, 4))
+    assert torch.equal(small[2].weight, before)
+
+
+def test_a_layer_too_wide_for_the_memory_keeps_its_weights():
+    net, small, cuts = twins()
+    before = small[5].weight.clone()
+    # 12 inputs and a bias, 3 matrices of float64
+    memory = 2.9 * 13**2 * 8 / 0.35 / 2**30
+    with pytest.warns(UserWarning, match="not fitted again: '0', '5', of which"):
+        refit(small, net, cuts, torch.randn(100, 2, 6, 6), memory=memory)
+    assert torch.equal(small[5].weight, before)
+    assert not torch.equal(small[7].weight, net[7].weight[:, ::2])
+
+
 def test_batch_norm_has_the_statistics_of_its_inputs():
     net, small, cuts = twins()
     x = 3 + 2 * torch.randn(500, 2, 6, 6)
