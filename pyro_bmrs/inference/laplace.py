@@ -48,7 +48,8 @@ class AutoKroneckerLaplace(nn.Module):
 
     Args:
         model: a `Classifier`, a `Regressor`, or another likelihood of pyro_bmrs, around a network without noise.
-        examples: how many examples of the data A and G are taken from at most. N is still the size of the data.
+        examples: how many examples of the data A and G are taken from at most, and a refit looks at. N is still the
+            size of the data.
         shared_prior: whether all layers have one δ. False: each its own.
         widest: of a convolution with more inputs (channels times positions in the kernel) A is taken as a product of
             channels and positions, so that it needs less time and memory.

@@ -36,7 +36,7 @@ RIDGE = 1e-3
 _ROWS = 100_000
 # Shares of the memory: activations of the smaller network, those of the full one, what is kept of its outputs, patches;
 # and a Gram matrix with what solving needs, once the full one has run.
-_SMALL, _FULL, _KEPT, _PATCHES, _GRAM = 0.35, 0.2, 0.2, 0.1, 0.35
+_SMALL, _FULL, _KEPT, _PATCHES, _GRAM = 0.3, 0.3, 0.35, 0.1, 0.25
 # A Gram matrix, the same with its ridge, and its decomposition.
 _COPIES = 3
 
@@ -88,10 +88,9 @@ def refit(
         path: module for path, module in matrix_layers(small).items() if not isinstance(module, nn.Embedding)
     }
     chunk = examples_within(full, inputs, memory, _FULL)
-    width = sum(layer.get_parameter("weight").shape[1 - input_dim(layer)] for layer in layers.values())
-    most = int(min(_ROWS, max(_KEPT * memory * 2**30 / (4 * width), 1)))
     besides = added(full, layers, inputs)
-    targets = _targets(full, list(layers), besides, cuts, inputs, chunk, most)
+    most = _rows_within(layers, _KEPT * memory * 2**30)
+    targets = _targets(full, most, besides, cuts, inputs, chunk)
     too_wide: list[str] = []
     with kept_beside(small, besides) as beside:
 
@@ -117,6 +116,18 @@ def refit(
         )
 
 
+def _rows_within(layers: Mapping[str, nn.Module], memory: float) -> dict[str, int]:
+    """By layer: of how many rows the outputs are kept in so many bytes. A half is shared alike, one by inputs.
+
+    What is fitted is off by the share of inputs in rows, beside the noise: so rows go where inputs are.
+    """
+    shapes = {path: as_matrix(layer, layer.get_parameter("weight")).shape for path, layer in layers.items()}
+    sizes = [(4 * groups * outputs, inputs) for groups, outputs, inputs in shapes.values()]
+    alike = 0.5 * memory / max(sum(each for each, _ in sizes), 1)
+    by_input = 0.5 * memory / max(sum(each * inputs for each, inputs in sizes), 1)
+    return {path: int(min(_ROWS, max(alike + by_input * shape[2], 1))) for path, shape in shapes.items()}
+
+
 def _gram_bytes(module: nn.Module) -> int:
     groups, _, inputs = as_matrix(module, module.get_parameter("weight")).shape
     return groups * (inputs + 1) ** 2 * 8
@@ -135,18 +146,17 @@ def examples_within(network: nn.Module, inputs: Inputs, memory: float, share: fl
 
 def _targets(
     full: nn.Module,
-    paths: list[str],
+    all_rows: Mapping[str, int],
     besides: Mapping[str, Beside],
     cuts: Cuts,
     inputs: Inputs,
     chunk: int,
-    all_rows: int,
 ) -> dict[str, _Target]:
     """By path: what the full network has at the outputs of layers that are called once in a pass, and are their matrix.
 
     Args:
+        all_rows: by path of a layer: rows at most.
         chunk: examples at a time.
-        all_rows: of a layer, at most.
     """
     count = batch_size(inputs)
     # by layer: rows of its output for each example. Examples may stand in another dimension, such as behind time, and
@@ -164,7 +174,7 @@ def _targets(
         shares.setdefault(path, set()).add(y.shape[0] / examples)
         calls[path] = calls.get(path, 0) + 1
         rows = output_rows(module, y)
-        most = max(1, all_rows * examples // count)
+        most = max(1, all_rows[path] * examples // count)
         places = torch.arange(rows.shape[1])
         if len(places) > most:
             places = torch.randperm(len(places), generator=generator)[:most].sort().values
@@ -190,12 +200,12 @@ def _targets(
                     path, module, tensors_of((args, kwargs))[0], y, beside(path), examples
                 )
 
-            for path in paths:
+            for path in all_rows:
                 handle = full.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True)
                 hooks.callback(handle.remove)
             call(full, some)
         if chunks > 1 and any(len(found) > 1 for found in shares.values()):
-            return _targets(full, paths, besides, cuts, inputs, count, all_rows)
+            return _targets(full, all_rows, besides, cuts, inputs, count)
     found = {}
     for path, parts in kept.items():
         if calls[path] == chunks:  # not several times in a pass

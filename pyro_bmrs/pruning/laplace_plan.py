@@ -46,8 +46,6 @@ from pyro_bmrs.pruning.rule import Rule
 _BELIEVED = 2.0
 # Where it is off by more, and by more nats an example than this, the evidence chooses no size.
 _TOLERATED = 0.02
-# Of the data that a refit is given, so many examples are used at most.
-REFIT_EXAMPLES = 4000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -111,7 +109,7 @@ class LaplacePlan(NetworkPlan):
             full = without_noise(copied(self._bound(network, example_input).network)).eval()
             separate_attention(full)
             with Progress("refit", len(matrix_layers(small)), shown=progress) as bar:
-                inputs = _inputs_of(refit, full, guide.memory)
+                inputs = _inputs_of(refit, full, guide)
                 refit_layers(small, full, cuts, inputs, memory=guide.memory, advance=bar.advance)
         join_attention(small)
         return small
@@ -188,11 +186,11 @@ class LaplacePlan(NetworkPlan):
         return {**super()._parts(document), **own}
 
 
-def _inputs_of(data: Data, network: nn.Module, memory: float) -> Inputs:
-    """The inputs of some examples, in one batch on the network's device: as many as fit into so many GiB."""
+def _inputs_of(data: Data, network: nn.Module, guide: AutoKroneckerLaplace) -> Inputs:
+    """The inputs of some examples, in one batch on the network's device: as many as the guide's memory allows."""
     device = next(network.parameters()).device
     few, _ = Batches(data, 2, device, "refit").some(2, seed=0)
-    wanted = min(REFIT_EXAMPLES, examples_within(network, few, memory))
+    wanted = min(guide.examples, examples_within(network, few, guide.memory))
     # in any order: data may be sorted by class
     x, _ = Batches(data, wanted, device, "refit").some(wanted, seed=0)
     count = batch_size(x)

@@ -75,11 +75,26 @@ def test_a_layer_that_computes_something_else_keeps_its_weights():
     assert torch.equal(small[2].weight, before)
 
 
+def test_rows_go_where_inputs_are():
+    layers = {
+        "wide": nn.Linear(900, 10),
+        "narrow": nn.Linear(30, 10),
+        "grouped": nn.Conv1d(40, 40, 3, groups=20),
+    }
+    found = refitting._rows_within(layers, 1e6)
+    assert (
+        sum(4 * found[path] * outputs for path, outputs in (("wide", 10), ("narrow", 10), ("grouped", 40)))
+        <= 1e6
+    )
+    assert found["wide"] > 3 * found["narrow"] > 3 * found["grouped"] > 3000
+    assert refitting._rows_within(layers, 1e12) == dict.fromkeys(layers, 100_000)
+
+
 def test_a_layer_too_wide_for_the_memory_keeps_its_weights():
     net, small, cuts = twins()
     before = small[5].weight.clone()
     # 12 inputs and a bias, 3 matrices of float64
-    memory = 2.9 * 13**2 * 8 / 0.35 / 2**30
+    memory = 2.9 * 13**2 * 8 / 0.25 / 2**30
     with pytest.warns(UserWarning, match="not fitted again: '0', '5', of which"):
         refit(small, net, cuts, torch.randn(100, 2, 6, 6), memory=memory)
     assert torch.equal(small[5].weight, before)
