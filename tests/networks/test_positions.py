@@ -73,7 +73,7 @@ def reduced(request):
     model = bmrs.Classifier(network())
     guide = bmrs.AutoTruncatedLogNormal(model)
     bmrs.fit(
-        model, guide, examples(), epochs=60, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2,
+        model, guide, examples(), epochs=20, batch_size=50, learning_rate=1e-2, posterior_learning_rate=0.15,
         kl_weight=1.0, removal=request.param, criterion=bmrs.BMRS_N(), seed=1, progress=False,
     )  # fmt: skip
     plan = bmrs.reduce(model, guide, bmrs.BMRS_N())

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from command_line import call
+from filelock import FileLock
 from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise, NetworkPlan, Rule
@@ -40,14 +41,17 @@ DRAWS = 100
 
 @cache
 def finished_run(base):
-    """The folder of a run of the spread recipe, complete with a diagnosis; one for all, below `base`: to be read only.
+    """The folder of a run of the spread recipe, complete with a diagnosis; one for all: to be read only.
 
-    Pytest's own folder for temporary files, the same in all modules of a process, is a good base.
+    Args:
+        base: pytest's own folder for temporary files. Where several processes test, each has its own in a common one.
     """
-    recipe = base / "spread.py"
-    recipe.write_text(f"import torch\n{RECIPE.read_text()}{SPREAD}")
+    base = base.parent if base.name.startswith("popen-") else base
     folder = base / "finished" / "spread"
-    assert call("run", recipe, "--out", folder, *RUN_OPTIONS, "--draws", DRAWS) == 0
+    with FileLock(base / "finished.lock"):
+        recipe = base / "spread.py"
+        recipe.write_text(f"import torch\n{RECIPE.read_text()}{SPREAD}")
+        assert call("run", recipe, "--out", folder, *RUN_OPTIONS, "--draws", DRAWS) == 0
     return folder
 
 
