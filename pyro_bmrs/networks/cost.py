@@ -49,10 +49,47 @@ def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
 
 @torch.no_grad()
 def _counted(network: nn.Module, inputs: Inputs) -> int:
+    return int(_counter(network, inputs).get_total_flops()) // 2
+
+
+def _counter(network: nn.Module, inputs: Inputs) -> Any:
     inputs = map_tensors(Tensor.detach, inputs)
     with _no_gradients(network), _attention_in_steps(), FlopCounterMode(display=False) as counter:
         call(network, inputs)
-    return int(counter.get_total_flops()) // 2
+    return counter
+
+
+@torch.no_grad()
+def multiply_accumulates_by_entry(network: nn.Module, example_input: Inputs) -> dict[str, float]:
+    """By name of a weight: in how many multiply-accumulates of one example each of its entries takes part, on average.
+
+    What is multiplied beside weights, as within attention, is shared by the entries of the weights of that module.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(50, 3))
+    >>> multiply_accumulates_by_entry(net, torch.zeros(4, 1, 5, 5))
+    {'0.weight': 25.0, '2.weight': 1.0}
+    """
+    examples = batch_size(example_input)
+    counted = {
+        name.partition(".")[2]: sum(by_operation.values()) / 2 / examples
+        for name, by_operation in _counter(network, example_input).get_flop_counts().items()
+        if name != "Global"
+    }
+    found: dict[str, float] = {}
+    for path, total in counted.items():
+        below = sum(
+            other
+            for name, other in counted.items()
+            if name and name.rpartition(".")[0] == path and name != path
+        )
+        matrices = {
+            name: parameter.numel()
+            for name, parameter in network.named_parameters()
+            if parameter.dim() > 1 and name.startswith(f"{path}." if path else "")
+        }
+        for name in matrices:
+            found[name] = found.get(name, 0.0) + (total - below) / sum(matrices.values())
+    return found
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.cost import multiply_accumulates
+from pyro_bmrs.networks.cost import multiply_accumulates, multiply_accumulates_by_entry
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of
 from pyro_bmrs.networks.hooked_noise import network_of, without_noise
@@ -32,10 +32,13 @@ class Binding:
     Args:
         network: the network.
         find_input: makes a batch of inputs; called once, when one is needed. None: there is no batch.
+        model: the Pyro model that the network is in.
     """
 
-    def __init__(self, network: nn.Module, find_input: Callable[[], Inputs] | None) -> None:
-        self.network, self._find_input = network, find_input
+    def __init__(
+        self, network: nn.Module, find_input: Callable[[], Inputs] | None, model: nn.Module | None = None
+    ) -> None:
+        self.network, self._find_input, self.model = network, find_input, model
 
     @property
     def has_input(self) -> bool:
@@ -70,6 +73,12 @@ class Binding:
     def parameters_left(self, kept: Mapping[str, Tensor]) -> int:
         """How many parameters these cuts would leave, counted without cutting."""
         return self.cuts(kept).parameters_left(self.network)
+
+    def multiply_accumulates_by_entry(self) -> dict[str, float]:
+        """By name of a weight: in how many multiply-accumulates of one example each of its entries takes part."""
+        looked_at = copied(self.network)
+        with in_mode(looked_at, training=False), at_one(looked_at):
+            return multiply_accumulates_by_entry(looked_at, self.example_input)
 
     def full_network(self) -> nn.Module:
         """The original network without noise, to measure its costs; with random weights if it has shrunk since."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.evidence.kronecker import evidence_of_inputs, evidence_of_outputs
 from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.evaluate import Evaluation, evaluate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.attention import join_attention, separate_attention
@@ -29,6 +31,7 @@ from pyro_bmrs.networks.refit import refit as refit_layers
 from pyro_bmrs.networks.surgery import TOLERANCE
 from pyro_bmrs.progress import Progress
 from pyro_bmrs.pruning.binding import Binding
+from pyro_bmrs.pruning.budgets import Path
 from pyro_bmrs.pruning.evidence_path import PATH_COLUMNS, evidence_path, reduced_model, take_over
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.plan import COLUMNS
@@ -132,6 +135,24 @@ class LaplacePlan(NetworkPlan):
         """
         return replace(self, _guide=guide, _binding=_binding(guide))
 
+    def _paths(self, work: bool) -> Iterator[Path[Self]]:
+        yield self._path()
+        if work and self._guide is not None:
+            by: Any = "evidence" if "evidence" in self.rule.criterion else "loss"
+            order = RemovalOrder(by=by, per="multiply_accumulate")
+            other = reduce_by_laplace(
+                self._guide, order, min_kept=self.rule.min_kept, round_to=self.rule.round_to
+            )
+            yield replace(self, rule=other.rule, table=other.table, path=other.path)._path()
+
+    def _path(self) -> Path[Self]:
+        """Its own path, to be gone as far as a budget says."""
+        rises = [0.0, *self.path.total_loss_rise]
+        return Path(len(self.path), lambda count: self.at(-count if count else math.inf), rises.__getitem__)
+
+    def evaluated(self, data: Data) -> Evaluation:
+        return evaluate(self.reduced_model(), data)
+
     def reduced_model(self) -> Likelihood:
         """The model with the smaller network in it, without refit and proof.
 
@@ -219,9 +240,8 @@ def reduce_by_laplace(
             parts[group.site] = touched(noisy, group, guide.curvatures)
         except NoCurvatureError as error:
             kept_back[group.site] = str(error)
-    each = "_per_parameter" if order.per_parameter else ""
     rule = Rule(
-        criterion=f"laplace_{order.by}{each}",
+        criterion=f"laplace_{order}",
         prior_log_odds=None,
         min_kept=min_kept,
         round_to=round_to,
@@ -230,9 +250,10 @@ def reduce_by_laplace(
     floors = {group.site: rule.floor(group.features) for group in groups}
     alone = {group.site: _alone(guide, group, parts.get(group.site)) for group in groups}
     brought = {site: both[:, 1] for site, both in alone.items()}
+    each = binding.multiply_accumulates_by_entry() if order.per == "multiply_accumulate" else None
     steps = removal_path(
-        noisy, groups, parts, guide.curvatures, floors, order, guide.deltas, brought, progress=progress
-    )
+        noisy, groups, parts, guide.curvatures, floors, order, guide.deltas, brought, each=each, progress=progress,
+    )  # fmt: skip
     plan = LaplacePlan(
         table=_table(groups, steps, alone), rule=rule,
         channels={site: layer.channels for site, layer in noise_layers(noisy).items() if layer.channels > 1},

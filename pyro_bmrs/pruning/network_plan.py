@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path as FilePath
 from typing import Any, Self
 
 import pandas as pd
@@ -13,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import is_whole
+from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.inference.batches import Data
+from pyro_bmrs.inference.evaluate import Evaluation, evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied, uncompiled
@@ -27,6 +32,7 @@ from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.pruning.binding import Binding, check_examples
+from pyro_bmrs.pruning.budgets import COSTS, LOSSES, Costs, Path, by_score, check_budget, within
 from pyro_bmrs.pruning.decision import Candidates, removals
 from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
@@ -86,6 +92,113 @@ class NetworkPlan(Plan):
             wanted = (score >= threshold) | before
             layers[str(layer)] = Candidates(wanted, score, ~before, self.rule.floor(len(rows)), multiple)
         return layers
+
+    def within(
+        self,
+        data: Data | None = None,
+        *,
+        parameters: float | None = None,
+        macs: float | None = None,
+        bytes: float | None = None,
+        milliseconds: float | None = None,
+        accuracy_drop: float | None = None,
+        loss_rise: float | None = None,
+        batch_size: int = 1,
+    ) -> Self:
+        """The plan that meets a budget: of costs by removing as little as possible, else by removing as much.
+
+        >>> plan.within(parameters=0.2, macs=0.5)  # doctest: +SKIP
+        >>> plan.within(validation, accuracy_drop=0.5)  # doctest: +SKIP
+
+        What costs least, by its score, for each parameter that it frees goes first (each multiply-accumulate, where
+        those or time are asked for and that costs less in the end). Prices rise as a layer thins out, so that none
+        collapses; parameters are counted anew as others leave. Structures with a score of 0 or more stay too if the
+        budget allows.
+
+        Args:
+            data: (x, y) that were not used for the fit, to look at losses on; as for `evaluate`.
+            parameters: of the smaller network, at most.
+            macs: multiply-accumulates of one example, at most.
+            bytes: of its file of weights (safetensors), at most.
+            milliseconds: of one forward pass of `batch_size` examples, at most: the median, on this machine, with
+                torch's current threads. Costs below 1 are shares of the original network's.
+            accuracy_drop: in points of accuracy (percent) at most, of the reduced model before any training; 0.5 leaves
+                97.5 of 98 %.
+            loss_rise: of −log p(y | x), in nats an example at most.
+
+        Returns:
+            A plan whose `rule` has the budget. Of costs it is the nearest below on the path; `round_to` and `min_kept`
+            hold. Losses are looked at by bisection, so that a larger plan further on may lose as little.
+
+        Raises:
+            ValueError: naming a budget that can't be met, with the nearest one that can; or a bad number.
+            TypeError: for losses without data.
+        """
+        asked = check_budget(
+            {
+                "parameters": parameters, "macs": macs, "bytes": bytes, "milliseconds": milliseconds,
+                "accuracy_drop": accuracy_drop, "loss_rise": loss_rise,
+            },
+            data,
+        )  # fmt: skip
+        check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
+        full = self.at_least()
+        costs = Costs(full._bound(), [name for name in COSTS if name in asked], batch_size)
+        whole = costs.of_full()
+        allowed = {
+            name: value * whole[name] if name in whole and value < 1 else value
+            for name, value in asked.items()
+        }
+        before = full.evaluated(data) if data is not None and set(asked) & set(LOSSES) else None
+
+        def lost(plan: Self) -> dict[str, float]:
+            assert before is not None
+            assert data is not None
+            found = plan.evaluated(data)
+            return {
+                "accuracy_drop": 100 * (before.accuracy - found.accuracy),
+                "loss_rise": found.loss - before.loss,
+            }
+
+        work = "macs" in asked or "milliseconds" in asked
+        path, steps = within(self._paths(work), allowed, lambda plan: costs.of_cuts(plan.cuts), lost)
+        plan = path.plan(steps)
+        return replace(
+            plan, rule=replace(plan.rule, budget={name: round(value, 10) for name, value in allowed.items()})
+        )
+
+    def at_least(self) -> Self:
+        """The plan that removes nothing but what the fit has removed."""
+        rule = self.rule if self.rule.threshold is not None else replace(self.rule, threshold=0.0)
+        return replace(self, rule=replace(rule, budget={})).at(math.inf)
+
+    def _paths(self, work: bool) -> Iterator[Path[Self]]:
+        """The orders in which a budget may take structures: per parameter, and per multiply-accumulate."""
+        full, binding = self.at_least(), self._bound()
+        for each in (None, binding.multiply_accumulates_by_entry()) if work else (None,):
+            steps = by_score(self.table, self.rule, binding, each)
+            prices = [0.0, *itertools.accumulate(max(price, 0.0) for _, _, price in steps)]
+            yield Path(len(steps), partial(full._without, steps), prices.__getitem__)
+
+    def _without(self, steps: Sequence[tuple[str, int, float]], count: int) -> Self:
+        layers = self.candidates(math.inf)
+        for layer, row, _ in steps[:count]:
+            layers[layer].removed[row] = True
+        return replace(self.deciding(layers), rule=replace(self.rule, threshold=None))
+
+    def evaluated(self, data: Data) -> Evaluation:
+        """Loss and accuracy of the reduced model.
+
+        Raises:
+            ValueError: for a plan that was loaded, or made of a network alone.
+        """
+        model = None if self._binding is None else self._binding.model
+        if model is None:
+            raise ValueError("plan must know its model: this one was loaded from disk")
+        device = next(model.parameters()).device
+        return evaluate(
+            model, data, {site: mean.to(device).float() for site, mean in self.theta_mean().items()}
+        )
 
     # a smaller network ------------------------------------------------------------------------------
 
@@ -205,7 +318,7 @@ class NetworkPlan(Plan):
         network = network if network is not None else self._bound().network
         return sum(parameter.numel() for parameter in original_network(network).parameters())
 
-    def rebuild(self, network: nn.Module, weights: Path | str | None = None) -> nn.Module:
+    def rebuild(self, network: nn.Module, weights: FilePath | str | None = None) -> nn.Module:
         """The smaller network, made from a fresh one of the original class: no data, no posterior, no pickle.
 
         >>> plan = NetworkPlan.load("plan.json")  # doctest: +SKIP

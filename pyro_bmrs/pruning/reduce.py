@@ -82,7 +82,7 @@ def reduce_structures(
     assert isinstance(model, nn.Module)
     arguments = arguments_of(guide, arguments)
     posteriors, layers = posteriors_of(model, guide, arguments), noise_layers(model)
-    binding = Binding(network_of(model), partial(input_of, model, arguments) if arguments else None)
+    binding = Binding(network_of(model), partial(input_of, model, arguments) if arguments else None, model)
     structures = {
         site: _layer(guide, site, layer, posteriors[site], binding) for site, layer in layers.items()
     }

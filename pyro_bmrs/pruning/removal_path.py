@@ -97,19 +97,23 @@ class RemovalOrder:
 
     Attributes:
         by: "loss": the least predicted rise of the loss first; "evidence": the largest ΔF of the next structure first.
-        per_parameter: whether both are divided by the number of parameters that it frees.
+        per: what both are divided by: the parameters, or the multiply-accumulates of one example, that it frees.
+            None: nothing.
 
     >>> RemovalOrder(by="evidence")
-    RemovalOrder(by='evidence', per_parameter=True)
+    RemovalOrder(by='evidence', per='parameter')
     """
 
     by: Literal["loss", "evidence"] = "loss"
-    per_parameter: bool = True
+    per: Literal["parameter", "multiply_accumulate"] | None = "parameter"
 
     def __post_init__(self) -> None:
         check(self.by in ("loss", "evidence"), "by", '"loss" or "evidence"', self.by)
-        good = isinstance(self.per_parameter, bool)
-        check(good, "per_parameter", "True or False", self.per_parameter, TypeError)
+        good = self.per in ("parameter", "multiply_accumulate", None)
+        check(good, "per", '"parameter", "multiply_accumulate" or None', self.per)
+
+    def __str__(self) -> str:
+        return f"{self.by}_per_{self.per}" if self.per else self.by
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def removal_path(
     deltas: Mapping[str, float],
     brought: Mapping[str, Tensor],
     *,
+    each: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> list[Step]:
     """Remove one structure after the other, until each group is at its floor.
@@ -149,6 +154,7 @@ def removal_path(
         order: which is the next one.
         deltas: by path of a layer, δ.
         brought: by site, the incoming part of ΔF of each structure.
+        each: by name of a parameter: what each of its entries costs, where the order is not per parameter.
         progress: show a bar, on a terminal.
     """
     groups = [group for group in groups if group.site in parts]
@@ -157,7 +163,9 @@ def removal_path(
     evidences = None
     if order.by == "evidence":
         evidences = {path: LayerEvidence(curvatures[path], deltas[path]) for path in paths}
-    left = _Left(Sizes(network, groups), groups, parts, floors, order, brought, losses, evidences)
+    sizes = Sizes(network, groups)
+    units = sizes if each is None else Sizes(network, groups, each)
+    left = _Left(sizes, units, groups, parts, floors, order, brought, losses, evidences)
     steps: list[Step] = []
     with Progress(
         "removal", sum(group.features - floors[group.site] for group in groups), shown=progress
@@ -172,7 +180,8 @@ class _Left:
     """What is left of the groups along a path, and which structures go next.
 
     Args:
-        sizes: what they free.
+        sizes: the parameters that they free.
+        units: what they free of that by which what decides is divided; may be `sizes`.
         losses: by path of a layer that reads structures, what its loss rises by.
         evidences: what decides in place of it; None: nothing else.
         others: as of `removal_path`.
@@ -181,6 +190,7 @@ class _Left:
     def __init__(
         self,
         sizes: Sizes,
+        units: Sizes,
         groups: Sequence[StructureGroup],
         parts: Mapping[str, Touched],
         floors: Mapping[str, int],
@@ -189,7 +199,7 @@ class _Left:
         losses: Mapping[str, LayerLoss],
         evidences: Mapping[str, LayerEvidence] | None,
     ) -> None:
-        self.sizes, self.floors, self.order, self.brought = sizes, floors, order, brought
+        self.sizes, self.units, self.floors, self.order, self.brought = sizes, units, floors, order, brought
         self.reads = {group.site: parts[group.site].reads for group in groups}
         self.losses, self.evidences = losses, evidences
         self.left = {group.site: torch.ones(group.features, dtype=torch.bool) for group in groups}
@@ -243,6 +253,8 @@ class _Left:
                     state.remove_inputs(own[number])
             there[number] = left[structure] = False
             changed |= self.sizes.remove(site, structure)
+            if self.units is not self.sizes:
+                self.units.remove(site, structure)
         self._remove(site, [step.structure for step in steps], changed)
         return steps
 
@@ -285,6 +297,6 @@ class _Left:
         total = torch.stack([cost.cpu().double() for cost in costs]).sum(0)
         if self.order.by == "evidence":
             total = total - self.brought[site][which]
-        if not self.order.per_parameter:
+        if self.order.per is None:
             return total
-        return total / self.sizes.freed(site).expand(len(self.left[site]))[which].clamp(min=1)
+        return total / self.units.freed(site).expand(len(self.left[site]))[which].clamp(min=1)

@@ -1,9 +1,9 @@
-"""How many parameters structures free, as tensors get smaller."""
+"""What structures free, in parameters or in work, as tensors get smaller."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,15 +14,26 @@ from pyro_bmrs.networks.groups import StructureGroup
 
 @dataclass
 class Sizes:
-    """How many parameters each structure of some groups frees, as tensors get smaller."""
+    """How many parameters each structure of some groups frees, as tensors get smaller; or what else each entry costs.
+
+    Attributes:
+        each: by name of a parameter: what each of its entries costs. 0 of others. None: 1 of all, so that parameters
+            are counted.
+        shapes: by id of a parameter.
+    """
 
     network: nn.Module
     groups: Sequence[StructureGroup]
+    each: Mapping[str, float] | None = None
     shapes: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parameters = {id(parameter) for parameter in self.network.parameters()}
+        parameters = {
+            id(parameter): 1.0 if self.each is None else self.each.get(name, 0.0)
+            for name, parameter in self.network.named_parameters()
+        }
         self._counts: dict[str, dict[int, dict[int, Tensor]]] = {}
+        self._costs: dict[int, float] = {}
         self._freed: dict[str, Tensor] = {}  # until shapes change
         self.sharing: dict[int, list[str]] = {}
         for group in self.groups:
@@ -31,8 +42,9 @@ class Sizes:
                 if member.role == "selection":
                     continue
                 tensor = member.tensor(self.network)
-                if id(tensor) not in parameters:
+                if not parameters.get(id(tensor)):
                     continue
+                self._costs[id(tensor)] = parameters[id(tensor)]
                 self.shapes.setdefault(id(tensor), list(tensor.shape))
                 counts = member.units.bincount(minlength=group.features)
                 dims = mine.setdefault(id(tensor), {})
@@ -42,14 +54,14 @@ class Sizes:
                     self.sharing[id(tensor)].append(group.site)
 
     def freed(self, site: str) -> Tensor:
-        """Parameters that each structure of a group would free now. Shape: (structures,)."""
+        """What each structure of a group would free now. Shape: (structures,)."""
         if site not in self._freed:
-            total: Tensor | float = 0.0
+            total = torch.zeros((), dtype=torch.float64)
             for tensor, dims in self._counts[site].items():
                 shape = self.shapes[tensor]
                 after = math.prod(size - dims[dim] if dim in dims else size for dim, size in enumerate(shape))
-                total = total + (math.prod(shape) - after)
-            self._freed[site] = torch.as_tensor(total).double()
+                total = total + self._costs[tensor] * (math.prod(shape) - after)
+            self._freed[site] = total
         return self._freed[site]
 
     def remove(self, site: str, structure: int) -> set[str]:

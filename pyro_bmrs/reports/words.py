@@ -85,7 +85,8 @@ def decision(rule: Rule) -> str:
             if "_loss" in rule.criterion
             else "largest change of the evidence"
         )
-        each = " for each parameter that they free" if rule.criterion.endswith("_per_parameter") else ""
+        _, per, unit = rule.criterion.partition("_per_")
+        each = f" for each {unit.replace('_', '-')} that they free" if per else ""
         return (
             f"Structures were removed in the order of the {by}{each}, the first {max(-rule.threshold, 0):.0f}"
         )

@@ -166,13 +166,13 @@ def test_several_of_a_layer_at_once_are_as_one_after_the_other(by, monkeypatch):
     assert only.loss_rise.sum() == pytest.approx(float(whole), rel=1e-6)
 
 
-@pytest.mark.parametrize("per_parameter", [False, True])
-def test_by_evidence_the_best_alone_leaves_first(trained, per_parameter):
+@pytest.mark.parametrize("per", [None, "parameter"])
+def test_by_evidence_the_best_alone_leaves_first(trained, per):
     model, guide, plan = trained
-    own = bmrs.reduce(model, guide, bmrs.RemovalOrder(by="evidence", per_parameter=per_parameter))
-    assert own.rule.criterion == "laplace_evidence" + "_per_parameter" * per_parameter
+    own = bmrs.reduce(model, guide, bmrs.RemovalOrder(by="evidence", per=per))
+    assert own.rule.criterion == "laplace_evidence" + ("_per_parameter" if per else "")
     gain = own.path.outgoing + own.path.incoming
-    if per_parameter:
+    if per:
         gain /= own.path.layer.map({"0": 37, "2": 44})
     # several outputs share a matrix where it is taken anew
     assert gain[0] == pytest.approx(gain.max(), rel=0.05)

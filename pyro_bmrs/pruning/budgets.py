@@ -1,0 +1,255 @@
+"""Plans within a budget: so small, with so little work, or losing so little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+import torch
+from torch import nn
+
+from pyro_bmrs.arguments import check, is_number
+from pyro_bmrs.inference.batches import Data
+from pyro_bmrs.networks.attention import join_attention, separate_attention
+from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.cost import file_bytes, latency_milliseconds, multiply_accumulates, parameters
+from pyro_bmrs.networks.cuts import Cuts
+from pyro_bmrs.networks.inputs import repeated
+from pyro_bmrs.pruning.binding import Binding
+from pyro_bmrs.pruning.rule import Rule
+from pyro_bmrs.pruning.sizes import Sizes
+
+# What a budget may name: costs, which fall as structures leave, and losses, which rise.
+COSTS = ("parameters", "macs", "bytes", "milliseconds")
+LOSSES = ("accuracy_drop", "loss_rise")
+# For the timings of one network.
+_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Path[P]:
+    """Plans that remove one structure more each.
+
+    Attributes:
+        steps: how many structures can be removed.
+        plan: the plan without the first n.
+        price: what leaves with the first n, as the scores have it: of several paths to one budget the one with the
+            least is taken.
+    """
+
+    steps: int
+    plan: Callable[[int], P]
+    price: Callable[[int], float]
+
+
+def check_budget(budget: Mapping[str, float | None], data: Data | None) -> dict[str, float]:
+    """What was asked for. Raises ValueError or TypeError, naming the argument."""
+    asked = {name: value for name, value in budget.items() if value is not None}
+    check(bool(asked), "a budget", f"one of {', '.join((*COSTS, *LOSSES))}", "none")
+    for name, value in asked.items():
+        good = is_number(value) and (value > 0 or (name in LOSSES and value >= 0))
+        what = "a positive number" if name in COSTS else "a number, not negative"
+        check(good, name, f"{what}; below 1 a share of the full network's" if name in COSTS else what, value)
+    check(
+        data is not None or not set(asked) & set(LOSSES),
+        "data",
+        "(x, y) to look at losses on",
+        data,
+        TypeError,
+    )
+    return asked
+
+
+class Costs:
+    """What smaller networks of one network cost.
+
+    Args:
+        binding: of the network.
+        names: of the costs that are asked for.
+        batch: examples at once, where time counts.
+    """
+
+    def __init__(self, binding: Binding, names: list[str], batch: int) -> None:
+        self.binding, self.names, self.batch = binding, names, batch
+
+    def of_full(self) -> dict[str, float]:
+        """Of the original network."""
+        return self._of(self.binding.full_network()) if self.names else {}
+
+    @cached_property
+    def _separated(self) -> nn.Module:
+        network = self.binding.full_network()
+        separate_attention(network)
+        return network
+
+    def of_cuts(self, cuts: Cuts | None) -> dict[str, float]:
+        """Of the original network after these cuts; parameters alone are counted without cutting."""
+        assert cuts is not None
+        if self.names == ["parameters"]:
+            return {"parameters": cuts.parameters_left(self._separated)}
+        network = copied(self._separated)
+        cuts.cut(network)
+        join_attention(network)
+        return self._of(network)
+
+    def _of(self, network: nn.Module) -> dict[str, float]:
+        inputs = self.binding.example_input
+        network.eval()
+
+        def milliseconds() -> float:
+            return latency_milliseconds([network], repeated(inputs, self.batch), seconds=_SECONDS)[0]
+
+        ways: dict[str, Callable[[], float]] = {
+            "parameters": lambda: parameters(network),
+            "macs": lambda: multiply_accumulates(network, inputs),
+            "bytes": lambda: file_bytes(network),
+            "milliseconds": milliseconds,
+        }
+        return {name: ways[name]() for name in self.names}
+
+
+def within[P](
+    paths: Iterable[Path[P]],
+    allowed: Mapping[str, float],
+    costs: Callable[[P], Mapping[str, float]],
+    lost: Callable[[P], Mapping[str, float]],
+) -> tuple[Path[P], int]:
+    """How far to go on which path: see `NetworkPlan.within`.
+
+    Args:
+        paths: one for each order that is to be tried.
+        allowed: by name, at most.
+        costs: of a plan, those that are asked for.
+        lost: by a plan, all of `LOSSES`.
+
+    Raises:
+        ValueError: if what is allowed can't be had.
+    """
+    by_cost = any(name in allowed for name in COSTS)
+    found = []
+    for path in paths:
+        steps = _fewest(path, allowed, costs) if by_cost else _most(path, allowed, lost)
+        if by_cost and any(name in allowed for name in LOSSES):
+            _check_losses(lost(path.plan(steps)), allowed)
+        found.append((path, steps))
+    return min(found, key=lambda pair: pair[0].price(pair[1]))
+
+
+def _fewest[P](path: Path[P], allowed: Mapping[str, float], costs: Callable[[P], Mapping[str, float]]) -> int:
+    """The fewest steps after which all costs are allowed."""
+
+    def over(steps: int) -> dict[str, float]:
+        found = costs(path.plan(steps))
+        return {name: cost for name, cost in found.items() if not cost <= allowed[name] * (1 + 1e-9)}
+
+    for name, cost in over(path.steps).items():
+        raise ValueError(
+            f"{name} must be at least {cost:,.10g}, which is left at the floors of all layers: got "
+            f"{allowed[name]:,.10g}"
+        )
+    low, high = 0, path.steps  # too few, enough
+    if not over(0):
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if over(middle) else (low, middle)
+    while "milliseconds" in allowed and high < path.steps and over(high):  # times are not the same twice
+        high += 1
+    return high
+
+
+def _most[P](path: Path[P], allowed: Mapping[str, float], lost: Callable[[P], Mapping[str, float]]) -> int:
+    """The most steps at which no more is lost than allowed, by bisection: losses rise along a path, but for noise."""
+    low, high = 0, path.steps + 1  # few enough, too many
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = lost(path.plan(middle))
+        good = all(found[name] <= allowed[name] for name in LOSSES if name in allowed)
+        low, high = (middle, high) if good else (low, middle)
+    return low
+
+
+def _check_losses(lost: Mapping[str, float], allowed: Mapping[str, float]) -> None:
+    for name in LOSSES:
+        if name in allowed and not lost[name] <= allowed[name]:
+            costs = ", ".join(f"{cost} within {allowed[cost]:,.10g}" for cost in COSTS if cost in allowed)
+            raise ValueError(f"{name} must be at least {lost[name]:.4g}, with {costs}: got {allowed[name]:g}")
+
+
+def by_score(
+    table: pd.DataFrame, rule: Rule, binding: Binding, each: Mapping[str, float] | None
+) -> list[tuple[str, int, float]]:
+    """In which order a budget takes structures by their scores: (layer, its row in the layer, price).
+
+    The price of a structure is minus its score; in a layer that has lost some it rises, in proportion to what the layer
+    had over what it has left: the last structure costs as much as the whole layer. What costs least for each unit that
+    it frees goes first, and units are counted anew as layers thin out.
+
+    Args:
+        table, rule: of a plan.
+        binding: of its network.
+        each: by name of a parameter: what each of its entries counts. None: 1.
+    """
+    sizes = Sizes(binding.network, list(binding.groups.values()), each)
+    layers = {}
+    for layer, rows in table.groupby("layer", sort=False):
+        score = torch.tensor(rows.score.to_numpy(), dtype=torch.float64)
+        present = torch.tensor(rows.present.to_numpy())
+        free = torch.isfinite(score) & present & ~torch.tensor(rows.removed_in_fit.to_numpy())
+        order = [row for row in score.argsort(descending=True, stable=True).tolist() if free[row]]
+        floor = max(rule.floor(len(rows)), 1)
+        layers[str(layer)] = _Layer(score, order, present.cumsum(0) - 1, len(order), floor)
+    found: list[tuple[str, int, float]] = []
+    while True:
+        costs = {site: layer.next_price(sizes.freed(site)) for site, layer in layers.items() if layer.more}
+        if not costs:
+            return found
+        site = min(costs, key=lambda name: costs[name])
+        row, price = layers[site].take()
+        found.append((site, row, price))
+        sizes.remove(site, int(layers[site].number[row]))
+
+
+@dataclass
+class _Layer:
+    """What is left of a layer.
+
+    Attributes:
+        score: of each row.
+        order: rows, the next one first.
+        number: of each row, which structure of the network it is.
+        left: how many structures are left.
+        floor: how many stay.
+    """
+
+    score: torch.Tensor
+    order: list[int]
+    number: torch.Tensor
+    left: int
+    floor: int
+
+    def __post_init__(self) -> None:
+        self.place = 0
+        # what later rows cost together
+        needed = (-self.score[self.order]).clamp(min=0)
+        self.rest = needed.flip(0).cumsum(0).flip(0)
+
+    @property
+    def more(self) -> bool:
+        return self.place < len(self.order) and self.left > self.floor
+
+    def price(self) -> float:
+        own = -float(self.score[self.order[self.place]])
+        rest = float(self.rest[self.place])
+        return own * float(self.rest[0]) / rest if own > 0 and rest > 0 else own
+
+    def next_price(self, freed: torch.Tensor) -> float:
+        each = float(freed.expand(int(self.number[-1]) + 1)[self.number[self.order[self.place]]])
+        return self.price() / max(each, 1.0)
+
+    def take(self) -> tuple[int, float]:
+        row, price = self.order[self.place], self.price()
+        self.place, self.left = self.place + 1, self.left - 1
+        return row, price

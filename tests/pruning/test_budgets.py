@@ -1,0 +1,249 @@
+"""Plans within a budget."""
+
+import math
+
+import pytest
+import torch
+from network_families import FAMILIES
+from torch import nn
+
+import pyro_bmrs as bmrs
+from pyro_bmrs.networks.cost import file_bytes, multiply_accumulates, parameters
+from pyro_bmrs.networks.inputs import call, tensors_of
+from pyro_bmrs.pruning import budgets
+
+QUICK = {"tanh_mlp", "selecting_mlp", "lenet5", "two_inputs"}
+QUICKLY = [
+    pytest.param(
+        family, id=family.build.__name__, marks=() if family.build.__name__ in QUICK else pytest.mark.slow
+    )
+    for family in FAMILIES
+]
+
+
+def first_output(out):
+    return tensors_of(out)[0]
+
+
+def scored(layers):
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(len(layer.kept), generator=generator) - 1.0 for name, layer in layers.items()}
+
+
+def examples(count=300, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (count,), generator=generator)
+    x = torch.randn(count, 6, generator=generator)
+    x[:, :3] += 2.5 * nn.functional.one_hot(y, 3)
+    return x, y
+
+
+def with_scores(net, x, criterion=scored, **options):
+    with torch.no_grad():
+        y = first_output(call(net, x))
+    model = bmrs.Regressor(bmrs.insert_noise(net, x), first_output, scale=1.0)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(x, y)
+    return bmrs.reduce(model, guide, criterion, **options)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+    model = bmrs.Classifier(net)
+    bmrs.fit(model, None, examples(), epochs=20, batch_size=50, weight_decay=0.05, progress=False)
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, examples(), progress=False)
+    return model, bmrs.reduce(model, guide)
+
+
+@pytest.mark.parametrize("family", QUICKLY)
+def test_a_budget_is_met_by_the_nearest_network_below(family):
+    """Of scores that say nothing, in every family: met as counted on the network that is made."""
+    torch.manual_seed(0)
+    net, x = family.build()
+    net.eval()
+    plan = with_scores(net, x)
+    full = parameters(net), multiply_accumulates(net, x), file_bytes(net)
+    most = plan.at(-math.inf).parameters_left() / full[0]
+    for share in (most + 0.2 * (1 - most), most + 0.7 * (1 - most)):
+        own = plan.within(parameters=share)
+        path = next(plan._paths(False))
+        sizes = (
+            [path.plan(steps).parameters_left() for steps in range(path.steps + 1)] if path.steps < 99 else []
+        )
+        assert own.parameters_left() <= share * full[0]
+        if sizes:
+            assert own.parameters_left() == max(size for size in sizes if size <= share * full[0])
+        assert parameters(own.apply()) == own.parameters_left()
+    smallest = path.plan(path.steps).apply()
+    budget = {
+        "macs": (multiply_accumulates(smallest, x) + full[1]) // 2, "bytes": (file_bytes(smallest) + full[2]) // 2,
+    }  # fmt: skip
+    small = plan.within(**budget).apply()
+    assert multiply_accumulates(small, x) <= budget["macs"]
+    assert file_bytes(small) <= budget["bytes"]
+
+
+@pytest.mark.parametrize("family", QUICKLY)
+def test_a_trained_network_meets_a_budget_in_every_family(family):
+    torch.manual_seed(0)
+    net, x = family.build()
+    net.eval()
+    with torch.no_grad():
+        y = first_output(call(net, x))
+    model = bmrs.Regressor(net, first_output, scale=float(y.std()) or 1.0)
+    data = (x, y + 0.1 * y.std() * torch.randn_like(y))
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, data, progress=False)
+    plan = bmrs.reduce(model, guide)
+    if not len(plan.path):
+        return
+    wanted = (plan.at(-math.inf).parameters_left() + parameters(net)) // 2
+    own = plan.within(parameters=float(wanted))
+    assert parameters(own.apply()) <= wanted < plan.at(own.rule.threshold + 1).parameters_left()
+
+
+def test_no_layer_collapses_before_the_others_give():
+    """Of two layers alike, of which all scores of one are above all of the other, both give, as each thins out."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 6))
+
+    def uneven(layers):
+        spread = torch.linspace(-1.0, -1.2, 40)
+        return {name: spread - 0.5 * number for number, name in enumerate(layers)}
+
+    plan = with_scores(net, torch.randn(20, 6), uneven)
+    by_threshold = min(
+        (plan.at(float(score)) for score in plan.table.score),
+        key=lambda one: abs(one.parameters_left() - 500),
+    )
+    assert by_threshold.widths().after.min() < 8
+    assert by_threshold.widths().after.max() == 40
+    own = plan.within(parameters=500.0)
+    assert own.parameters_left() <= 500
+    assert own.widths().after.min() >= 8
+    assert own.widths().after.max() < 30
+
+
+def test_work_decides_where_work_is_asked_for():
+    """A filter of the first layer costs more work for each parameter: there, more of it goes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 20), nn.ReLU(), nn.Linear(20, 2)
+    )  # fmt: skip
+    x = torch.randn(8, 1, 6, 6)
+
+    def alike(layers):
+        return {name: torch.linspace(-1.0, -1.5, len(layer.kept)) for name, layer in layers.items()}
+
+    plan = with_scores(net, x, alike)
+    work = plan.within(macs=0.5)
+    size = plan.within(parameters=work.parameters_left() + 0.0)
+    assert multiply_accumulates(work.apply(), x) <= 0.5 * multiply_accumulates(net, x)
+    assert multiply_accumulates(work.apply(), x) <= multiply_accumulates(size.apply(), x)
+
+
+def test_a_trained_network_by_work_and_by_size(fitted):
+    _, plan = fitted
+    own = plan.within(parameters=0.4, macs=0.5)
+    assert own.parameters_left() <= 0.4 * 1603
+    assert multiply_accumulates(own.apply(), examples()[0]) <= 0.5 * (240 + 1200 + 90)
+    assert dict(own.rule.budget) == {"parameters": pytest.approx(641.2), "macs": pytest.approx(765)}
+    assert "parameters within 641.2" in str(own.rule)
+    # saved and loaded it is the same
+    assert plan.within(parameters=0.4).kept == plan.within(parameters=641).kept
+
+
+def test_what_may_be_lost(fitted):
+    _, plan = fitted
+    data = examples(2000, seed=1)
+    before = plan.at(math.inf).evaluated(data)
+    for limit in (0.5, 5.0):
+        own = plan.within(data, accuracy_drop=limit)
+        assert 100 * (before.accuracy - own.evaluated(data).accuracy) <= limit
+        further = plan.at(own.rule.threshold - 1)
+        assert 100 * (before.accuracy - further.evaluated(data).accuracy) > limit
+    assert own.steps > plan.within(data, accuracy_drop=0.5).steps
+    little = plan.within(data, loss_rise=0.01)
+    assert little.evaluated(data).loss <= before.loss + 0.01
+    assert 0 < little.steps < own.steps
+
+
+def test_losses_of_a_posterior_that_was_fitted():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    bmrs.fit(model, guide, examples(), epochs=10, batch_size=50, progress=False)
+    plan = bmrs.reduce(model, guide)
+    data = examples(1000, seed=1)
+    before = plan.at(math.inf).evaluated(data)
+    own = plan.within(data, accuracy_drop=2.0)
+    assert own.evaluated(data).accuracy >= before.accuracy - 0.02
+    assert own.table.removed.any()
+    with pytest.raises(
+        ValueError, match=r"accuracy_drop must be at least .*, with parameters within 17: got 0.1"
+    ):
+        plan.within(data, parameters=17.0, accuracy_drop=0.1)
+
+
+def test_milliseconds_are_measured(monkeypatch):
+    """By a clock that counts parameters, and ticks unevenly."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+    plan = with_scores(net, torch.randn(20, 6))
+    asked = []
+
+    def clock(networks, inputs, seconds):
+        asked.append(len(inputs))
+        return [parameters(networks[0]) / 100 + 0.3 * (len(asked) % 2)]
+
+    monkeypatch.setattr(budgets, "latency_milliseconds", clock)
+    own = plan.within(milliseconds=8.0, batch_size=7)
+    assert 700 <= own.parameters_left() <= 800
+    assert set(asked) == {7}
+    half = plan.within(milliseconds=0.5)
+    assert half.parameters_left() <= 0.5 * parameters(net) + 15  # half of what the clock said
+
+
+def test_floors_and_multiples_hold():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+    plan = with_scores(net, torch.randn(20, 6), min_kept=0.25, round_to=8)
+    own = plan.within(parameters=0.5)
+    assert own.parameters_left() <= 0.5 * parameters(net)
+    assert [width % 8 for width in own.widths().after] == [0, 0]
+    assert own.widths().after.tolist() >= [10, 8]
+    smallest = plan.at(-math.inf).parameters_left()
+    with pytest.raises(
+        ValueError, match=f"parameters must be at least {smallest}, which is left at the floors"
+    ):
+        plan.within(parameters=0.05)
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "message"),
+    [
+        (
+            {},
+            ValueError,
+            "a budget must be one of parameters, macs, bytes, milliseconds, accuracy_drop, loss_rise: got 'none'",
+        ),
+        ({"parameters": 0}, ValueError, "parameters must be a positive number; below 1 a share of the full"),
+        ({"macs": "half"}, ValueError, "macs must be a positive number"),
+        ({"accuracy_drop": -1.0}, ValueError, "accuracy_drop must be a number, not negative: got -1.0"),
+        ({"loss_rise": 0.1}, TypeError, r"data must be \(x, y\) to look at losses on: got None"),
+    ],
+)
+def test_bad_budgets(fitted, budget, error, message):
+    with pytest.raises(error, match=message):
+        fitted[1].within(**budget)
+
+
+def test_a_plan_that_was_loaded_has_no_model(fitted, tmp_path):
+    _, plan = fitted
+    loaded = bmrs.LaplacePlan.load(plan.save(tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match="network must be given: this plan was loaded from disk"):
+        loaded.within(parameters=0.5)
