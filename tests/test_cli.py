@@ -256,7 +256,8 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "--limit 100 --criterion BMRS_U:bits=4 --prior-log-odds -0.5 --min-kept 2 --fine-tune 5 "
         "--round-to 2 --no-recalibrate --device cpu --schedule linear --weight-decay 0.3 --gradient-clip 2.5 "
         "--accumulate 2 --patience 4 --precision bf16-mixed --no-stratified --warm-up 0.5 --no-keep-best "
-        '--elbo packed --validation-fraction 0.3 --network {"units":12} --image-size 8'
+        '--elbo packed --validation-fraction 0.3 --network {"units":12} --image-size 8 --parameters 20% --macs 0.5 '
+        "--bytes 40000 --milliseconds 2 --accuracy-drop 0.5 --loss-rise 0.01"
     )
     assert call(*line.split()) == 0
     assert Run("new").settings == RunSettings(**{
@@ -266,7 +267,8 @@ def test_every_option_of_the_fit_reaches_the_settings(place):
         "criterion": "BMRS_U:bits=4", "elbo": "packed", "freeze_weights": False, "keep_best": False,
         "prior_log_odds": -0.5, "min_kept": 2, "fine_tune": 5, "round_to": 2, "recalibrate": False,
         "schedule": "linear", "weight_decay": 0.3, "gradient_clip": 2.5, "accumulate": 2,
-        "patience": 4, "precision": "bf16-mixed", "stratified": False,
+        "patience": 4, "precision": "bf16-mixed", "stratified": False, "parameters": 0.2, "macs": 0.5,
+        "bytes": 40_000.0, "milliseconds": 2.0, "accuracy_drop": 0.5, "loss_rise": 0.01,
     })  # fmt: skip
 
 

@@ -33,12 +33,18 @@ class Binding:
         network: the network.
         find_input: makes a batch of inputs; called once, when one is needed. None: there is no batch.
         model: the Pyro model that the network is in.
+        arguments: what that was called with.
     """
 
     def __init__(
-        self, network: nn.Module, find_input: Callable[[], Inputs] | None, model: nn.Module | None = None
+        self,
+        network: nn.Module,
+        find_input: Callable[[], Inputs] | None,
+        model: nn.Module | None = None,
+        arguments: tuple[Any, ...] = (),
     ) -> None:
-        self.network, self._find_input, self.model = network, find_input, model
+        self.network, self._find_input = network, find_input
+        self.model, self.arguments = model, arguments
 
     @property
     def has_input(self) -> bool:

@@ -35,13 +35,10 @@ class Path[P]:
     Attributes:
         steps: how many structures can be removed.
         plan: the plan without the first n.
-        price: what leaves with the first n, as the scores have it: of several paths to one budget the one with the
-            least is taken.
     """
 
     steps: int
     plan: Callable[[int], P]
-    price: Callable[[int], float]
 
 
 def check_budget(budget: Mapping[str, float | None], data: Data | None) -> dict[str, float]:
@@ -115,26 +112,31 @@ def within[P](
     allowed: Mapping[str, float],
     costs: Callable[[P], Mapping[str, float]],
     lost: Callable[[P], Mapping[str, float]],
-) -> tuple[Path[P], int]:
-    """How far to go on which path: see `NetworkPlan.within`.
+    loss: Callable[[P], float],
+    size: Callable[[P], float],
+) -> P:
+    """The plan that meets a budget: see `NetworkPlan.within`.
 
     Args:
-        paths: one for each order that is to be tried.
+        paths: one for each order that is to be tried. Of plans that meet the costs the one with the least loss is
+            taken; of those that lose as little as is allowed the smallest.
         allowed: by name, at most.
         costs: of a plan, those that are asked for.
         lost: by a plan, all of `LOSSES`.
+        loss, size: of a plan.
 
     Raises:
         ValueError: if what is allowed can't be had.
     """
     by_cost = any(name in allowed for name in COSTS)
-    found = []
-    for path in paths:
-        steps = _fewest(path, allowed, costs) if by_cost else _most(path, allowed, lost)
-        if by_cost and any(name in allowed for name in LOSSES):
-            _check_losses(lost(path.plan(steps)), allowed)
-        found.append((path, steps))
-    return min(found, key=lambda pair: pair[0].price(pair[1]))
+    if by_cost:
+        found = [path.plan(_fewest(path, allowed, costs)) for path in paths]
+    else:
+        found = [path.plan(_most(path, allowed, lost)) for path in paths]
+    best = found[0] if len(found) == 1 else min(found, key=loss if by_cost else size)
+    if by_cost and any(name in allowed for name in LOSSES):
+        _check_losses(lost(best), allowed)
+    return best
 
 
 def _fewest[P](path: Path[P], allowed: Mapping[str, float], costs: Callable[[P], Mapping[str, float]]) -> int:
@@ -179,9 +181,14 @@ def _check_losses(lost: Mapping[str, float], allowed: Mapping[str, float]) -> No
 
 
 def by_score(
-    table: pd.DataFrame, rule: Rule, binding: Binding, each: Mapping[str, float] | None
-) -> list[tuple[str, int, float]]:
-    """In which order a budget takes structures by their scores: (layer, its row in the layer, price).
+    table: pd.DataFrame,
+    rule: Rule,
+    binding: Binding,
+    each: Mapping[str, float] | None,
+    *,
+    alike: bool = False,
+) -> list[tuple[str, int]]:
+    """In which order a budget takes structures by their scores: (layer, its row in the layer).
 
     The price of a structure is minus its score; in a layer that has lost some it rises, in proportion to what the layer
     had over what it has left: the last structure costs as much as the whole layer. What costs least for each unit that
@@ -191,6 +198,7 @@ def by_score(
         table, rule: of a plan.
         binding: of its network.
         each: by name of a parameter: what each of its entries counts. None: 1.
+        alike: each structure counts as one unit, whatever it frees.
     """
     sizes = Sizes(binding.network, list(binding.groups.values()), each)
     layers = {}
@@ -201,14 +209,18 @@ def by_score(
         order = [row for row in score.argsort(descending=True, stable=True).tolist() if free[row]]
         floor = max(rule.floor(len(rows)), 1)
         layers[str(layer)] = _Layer(score, order, present.cumsum(0) - 1, len(order), floor)
-    found: list[tuple[str, int, float]] = []
+    found: list[tuple[str, int]] = []
     while True:
-        costs = {site: layer.next_price(sizes.freed(site)) for site, layer in layers.items() if layer.more}
+        costs = {
+            site: layer.price() / (1.0 if alike else layer.units(sizes.freed(site)))
+            for site, layer in layers.items()
+            if layer.more
+        }
         if not costs:
             return found
         site = min(costs, key=lambda name: costs[name])
-        row, price = layers[site].take()
-        found.append((site, row, price))
+        row = layers[site].take()
+        found.append((site, row))
         sizes.remove(site, int(layers[site].number[row]))
 
 
@@ -241,15 +253,17 @@ class _Layer:
         return self.place < len(self.order) and self.left > self.floor
 
     def price(self) -> float:
+        """Of the next structure."""
         own = -float(self.score[self.order[self.place]])
         rest = float(self.rest[self.place])
         return own * float(self.rest[0]) / rest if own > 0 and rest > 0 else own
 
-    def next_price(self, freed: torch.Tensor) -> float:
-        each = float(freed.expand(int(self.number[-1]) + 1)[self.number[self.order[self.place]]])
-        return self.price() / max(each, 1.0)
+    def units(self, freed: torch.Tensor) -> float:
+        """What the next structure frees, of what each of the network's structures does."""
+        each = freed.expand(int(self.number[-1]) + 1)
+        return max(float(each[self.number[self.order[self.place]]]), 1.0)
 
-    def take(self) -> tuple[int, float]:
-        row, price = self.order[self.place], self.price()
+    def take(self) -> int:
+        row = self.order[self.place]
         self.place, self.left = self.place + 1, self.left - 1
-        return row, price
+        return row

@@ -147,8 +147,10 @@ class LaplacePlan(NetworkPlan):
 
     def _path(self) -> Path[Self]:
         """Its own path, to be gone as far as a budget says."""
-        rises = [0.0, *self.path.total_loss_rise]
-        return Path(len(self.path), lambda count: self.at(-count if count else math.inf), rises.__getitem__)
+        return Path(len(self.path), lambda count: self.at(-count if count else math.inf))
+
+    def _examples(self) -> Data | None:
+        return None if self._guide is None else self._guide.shown
 
     def evaluated(self, data: Data) -> Evaluation:
         return evaluate(self.reduced_model(), data)

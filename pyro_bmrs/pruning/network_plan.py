@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,10 +109,11 @@ class NetworkPlan(Plan):
         >>> plan.within(parameters=0.2, macs=0.5)  # doctest: +SKIP
         >>> plan.within(validation, accuracy_drop=0.5)  # doctest: +SKIP
 
-        What costs least, by its score, for each parameter that it frees goes first (each multiply-accumulate, where
-        those or time are asked for and that costs less in the end). Prices rise as a layer thins out, so that none
-        collapses; parameters are counted anew as others leave. Structures with a score of 0 or more stay too if the
-        budget allows.
+        What costs least by its score goes first: for each parameter that it frees, for each structure, or, where work
+        or time is asked for, for each multiply-accumulate. Of these orders the one is taken that leads to the least
+        loss: on the data given, else on the examples that the guide saw first. Prices rise as a layer thins out, so
+        that none collapses; parameters are counted anew as others leave. Structures with a score of 0 or more stay too
+        if the budget allows.
 
         Args:
             data: (x, y) that were not used for the fit, to look at losses on; as for `evaluate`.
@@ -160,12 +160,16 @@ class NetworkPlan(Plan):
                 "loss_rise": found.loss - before.loss,
             }
 
-        work = "macs" in asked or "milliseconds" in asked
-        path, steps = within(self._paths(work), allowed, lambda plan: costs.of_cuts(plan.cuts), lost)
-        plan = path.plan(steps)
-        return replace(
-            plan, rule=replace(plan.rule, budget={name: round(value, 10) for name, value in allowed.items()})
-        )
+        def loss(plan: Self) -> float:
+            seen = self._examples() if data is None else data
+            return 0.0 if seen is None else plan.evaluated(seen).loss
+
+        plan = within(
+            self._paths("macs" in asked or "milliseconds" in asked), allowed,
+            lambda plan: costs.of_cuts(plan.cuts), lost, loss, lambda plan: plan.parameters_left(),
+        )  # fmt: skip
+        budget = {name: round(value, 10) for name, value in allowed.items()}
+        return replace(plan, rule=replace(plan.rule, budget=budget))
 
     def at_least(self) -> Self:
         """The plan that removes nothing but what the fit has removed."""
@@ -173,18 +177,30 @@ class NetworkPlan(Plan):
         return replace(self, rule=replace(rule, budget={})).at(math.inf)
 
     def _paths(self, work: bool) -> Iterator[Path[Self]]:
-        """The orders in which a budget may take structures: per parameter, and per multiply-accumulate."""
-        full, binding = self.at_least(), self._bound()
-        for each in (None, binding.multiply_accumulates_by_entry()) if work else (None,):
-            steps = by_score(self.table, self.rule, binding, each)
-            prices = [0.0, *itertools.accumulate(max(price, 0.0) for _, _, price in steps)]
-            yield Path(len(steps), partial(full._without, steps), prices.__getitem__)
+        """The orders in which a budget may take structures.
 
-    def _without(self, steps: Sequence[tuple[str, int, float]], count: int) -> Self:
+        Of a posterior that had time to settle, scores for what is freed say most. Else they are much alike, and would
+        have layers go whose structures are large.
+        """
+        full, binding = self.at_least(), self._bound()
+        orders = [by_score(self.table, self.rule, binding, None, alike=alike) for alike in (False, True)]
+        if work:
+            each = binding.multiply_accumulates_by_entry()
+            orders.append(by_score(self.table, self.rule, binding, each))
+        for steps in orders:
+            yield Path(len(steps), partial(full._without, steps))
+
+    def _without(self, steps: Sequence[tuple[str, int]], count: int) -> Self:
         layers = self.candidates(math.inf)
-        for layer, row, _ in steps[:count]:
+        for layer, row in steps[:count]:
             layers[layer].removed[row] = True
         return replace(self.deciding(layers), rule=replace(self.rule, threshold=None))
+
+    def _examples(self) -> Data | None:
+        """Some examples (x, y) that the plan knows."""
+        binding = self._bound()
+        known = binding.model is not None and len(binding.arguments) == 2
+        return (binding.arguments[0], binding.arguments[1]) if known else None
 
     def evaluated(self, data: Data) -> Evaluation:
         """Loss and accuracy of the reduced model.
@@ -202,9 +218,11 @@ class NetworkPlan(Plan):
 
     # a smaller network ------------------------------------------------------------------------------
 
-    def bound_to(self, network: nn.Module, find_input: Callable[[], Inputs]) -> Self:
-        """This plan, with a network to apply it to and a function that makes an example input."""
-        return replace(self, _binding=Binding(network, find_input))
+    def bound_to(
+        self, network: nn.Module, find_input: Callable[[], Inputs], model: nn.Module | None = None
+    ) -> Self:
+        """This plan, with a network to apply it to, a function that makes an example input, and its Pyro model."""
+        return replace(self, _binding=Binding(network, find_input, model))
 
     def _bound(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> Binding:
         """What is given, else what the plan is bound to. Raises ValueError if something is missing."""

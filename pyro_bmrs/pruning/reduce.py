@@ -82,7 +82,8 @@ def reduce_structures(
     assert isinstance(model, nn.Module)
     arguments = arguments_of(guide, arguments)
     posteriors, layers = posteriors_of(model, guide, arguments), noise_layers(model)
-    binding = Binding(network_of(model), partial(input_of, model, arguments) if arguments else None, model)
+    find_input = partial(input_of, model, arguments) if arguments else None
+    binding = Binding(network_of(model), find_input, model, arguments)
     structures = {
         site: _layer(guide, site, layer, posteriors[site], binding) for site, layer in layers.items()
     }

@@ -77,6 +77,11 @@ def decision(rule: Rule) -> str:
     >>> decision(Rule(criterion="BMRS_N", prior_log_odds=0.0).at(-2.0))
     'Structures were removed where ΔF of BMRS_N plus the prior log-odds of 0 nats was at least -2'
     """
+    if rule.threshold is None and rule.budget:
+        return (
+            f"Structures were removed in the order of what they cost by {rule.criterion} for what they free, "
+            f"{_budget(rule)}"
+        )
     if rule.threshold is None:
         return f"A search decided about all structures together: {rule.criterion}"
     if rule.is_path:
@@ -87,14 +92,27 @@ def decision(rule: Rule) -> str:
         )
         _, per, unit = rule.criterion.partition("_per_")
         each = f" for each {unit.replace('_', '-')} that they free" if per else ""
-        return (
-            f"Structures were removed in the order of the {by}{each}, the first {max(-rule.threshold, 0):.0f}"
-        )
+        asked = f", {_budget(rule)}" if rule.budget else ""
+        return f"Structures were removed in the order of the {by}{each}, the first {max(-rule.threshold, 0):.0f}{asked}"
     odds = (
         "" if rule.prior_log_odds is None else f" plus the prior log-odds of {rule.prior_log_odds:.4g} nats"
     )
     what = f"ΔF of {rule.criterion}" if rule.has_evidence else f"the score of {rule.criterion}"
     return f"Structures were removed where {what}{odds} was at least {rule.threshold:.4g}"
+
+
+# What a budget limits, in words that follow "at most".
+_LIMITS = {
+    "parameters": "{:,.0f} parameters", "macs": "{:,.0f} multiply-accumulates an example", "bytes": "{:,.0f} bytes",
+    "milliseconds": "{:.4g} ms an example", "accuracy_drop": "{:.4g} points of accuracy lost",
+    "loss_rise": "{:.4g} nats an example lost",
+}  # fmt: skip
+
+
+def _budget(rule: Rule) -> str:
+    return "as asked for: at most " + ", ".join(
+        _LIMITS[name].format(value) for name, value in rule.budget.items()
+    )
 
 
 def methods(

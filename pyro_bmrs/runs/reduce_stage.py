@@ -76,9 +76,12 @@ def _plan(run: Workplace) -> NetworkPlan:
     """What the posterior and the settings say."""
     settings, guide = run.settings, run.guide
     floors: dict[str, Any] = {"min_kept": settings.min_kept, "round_to": settings.round_to}
+    plan: NetworkPlan
     if isinstance(guide, AutoKroneckerLaplace):
-        return reduce_by_laplace(guide, **floors, progress=run.progress)
-    return run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
+        plan = reduce_by_laplace(guide, **floors, progress=run.progress)
+    else:
+        plan = run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
+    return plan.within(run.dataset.validation, **settings.budget) if settings.budget else plan
 
 
 def _full_network(run: Workplace) -> list[tuple[str, float, float, int]]:

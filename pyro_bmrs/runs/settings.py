@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pyro_bmrs.fitting.settings import Settings
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from pyro_bmrs.runs.recipe import Recipe
 
 # Settings of the reduction. The fit does not depend on them, unless it removes structures itself.
-OF_REDUCTION = ("criterion", "prior_log_odds", "min_kept", "round_to", "recalibrate", "fine_tune")
+BUDGET = ("parameters", "macs", "bytes", "milliseconds", "accuracy_drop", "loss_rise")
+OF_REDUCTION = (
+    "criterion", "prior_log_odds", "min_kept", "round_to", *BUDGET, "recalibrate", "fine_tune",
+)  # fmt: skip
 # Settings that fine-tuning leaves out: it has no posterior, and always runs all its epochs.
 _NOT_OF_TUNING = {
     "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
@@ -38,6 +41,19 @@ def _located_weights(weights: str | None) -> str | None:
     from pyro_bmrs.runs.weights import located_weights
 
     return None if weights is None else located_weights(weights)
+
+
+def _share(value: object) -> object:
+    """20% is 0.2."""
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            return float(value[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+_Cost = Annotated[float | None, BeforeValidator(_share)]
 
 
 def _as_json(network: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -87,8 +103,33 @@ class RunSettings(Settings):
     round_to: int | None = Field(
         default=None, ge=1, description="Keep channels in multiples of this, such as 8."
     )
+    parameters: _Cost = Field(
+        default=None, gt=0, description="Parameters left at most: a number, or a share such as 20% or 0.2."
+    )
+    macs: _Cost = Field(
+        default=None, gt=0, description="Multiply-accumulates of one example at most, or a share such as 50%."
+    )
+    bytes: _Cost = Field(default=None, gt=0, description="Size of small.safetensors at most, or a share.")
+    milliseconds: _Cost = Field(
+        default=None, gt=0, description="Time of one example at most, on this machine; or a share below 1."
+    )
+    accuracy_drop: float | None = Field(
+        default=None,
+        ge=0,
+        description="Points of validation accuracy that may be lost before fine-tuning, such as 0.5.",
+    )
+    loss_rise: float | None = Field(
+        default=None,
+        ge=0,
+        description="Nats an example that the validation loss may rise before fine-tuning.",
+    )
     recalibrate: bool = Field(default=True, description="Re-estimate BatchNorm statistics after removal.")
     fine_tune: int = Field(default=0, ge=0, description="Epochs of fine-tuning the small network.")
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What was asked for, by the names of `plan.within`; empty: the evidence chooses."""
+        return {name: getattr(self, name) for name in BUDGET if getattr(self, name) is not None}
 
     @property
     def data_name(self) -> str:

@@ -188,7 +188,7 @@ class Workplace(Served):
         if isinstance(plan, LaplacePlan):
             assert isinstance(self.guide, AutoKroneckerLaplace)
             return plan.with_posterior(self.guide)
-        return plan.bound_to(self.network, self.example)
+        return plan.bound_to(self.network, self.example, self.model)
 
     def model_of(self, small: nn.Module) -> nn.Module:
         """The Pyro model of the small network, with what the fit learned outside the network."""
