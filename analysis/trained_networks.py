@@ -123,7 +123,9 @@ class Study:
         start = time.process_time()
         model = bmrs.Classifier(copied(network))
         guide = bmrs.AutoKroneckerLaplace(model)
-        batch = int(min(500, 1.5e6 // train[:1][0].numel()))  # what activations of large images leave room for
+        batch = int(
+            min(500, 1.5e6 // train[:1][0].numel())
+        )  # what activations of large images leave room for
         bmrs.fit(model, guide, train, batch_size=batch, seed=seed, progress=False)
         plan = bmrs.reduce(model, guide)
         assert isinstance(plan, LaplacePlan)
