@@ -75,20 +75,24 @@ def multiply_accumulates_by_entry(network: nn.Module, example_input: Inputs) -> 
         for name, by_operation in _counter(network, example_input).get_flop_counts().items()
         if name != "Global"
     }
+    # lists of modules are not called, so what lies in them is part of what holds the list
+    own = dict(counted)
+    for path in counted:
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            if above in counted:
+                own[above] -= counted[path]
+                break
     found: dict[str, float] = {}
-    for path, total in counted.items():
-        below = sum(
-            other
-            for name, other in counted.items()
-            if name and name.rpartition(".")[0] == path and name != path
-        )
+    for path, work in own.items():
         matrices = {
             name: parameter.numel()
             for name, parameter in network.named_parameters()
             if parameter.dim() > 1 and name.startswith(f"{path}." if path else "")
         }
-        for name in matrices:
-            found[name] = found.get(name, 0.0) + (total - below) / sum(matrices.values())
+        for name in matrices if work > 0 else ():
+            found[name] = found.get(name, 0.0) + work / sum(matrices.values())
     return found
 
 

@@ -52,7 +52,7 @@ def computes_its_matrix(module: nn.Module, x: Tensor, y: Tensor) -> bool:
     rows = output_rows(module, y)
     if row_count(module, x) != rows.shape[1]:
         return False
-    places = torch.linspace(0, rows.shape[1] - 1, _LOOKED_AT, device=x.device).long()
+    places = torch.arange(_LOOKED_AT, device=x.device) * (rows.shape[1] - 1) // (_LOOKED_AT - 1)
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     found, rows = input_rows(module, x, places), rows[:, places]
     found = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -135,14 +135,18 @@ class LaplacePlan(NetworkPlan):
         """
         return replace(self, _guide=guide, _binding=_binding(guide))
 
-    def _paths(self, work: bool) -> Iterator[Path[Self]]:
-        yield self._path()
-        if work and self._guide is not None:
-            by: Any = "evidence" if "evidence" in self.rule.criterion else "loss"
-            order = RemovalOrder(by=by, per="multiply_accumulate")
+    def _paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
+        by, _, own = self.rule.criterion.removeprefix("laplace_").partition("_per_")
+        units = {"parameter": {"parameters", "bytes"}, "multiply_accumulate": {"macs", "milliseconds"}}
+        wanted = [unit for unit, costs in units.items() if costs & {*asked}]
+        for unit in wanted or [own]:
+            if unit == own or self._guide is None:
+                yield self._path()
+                continue
+            order = RemovalOrder(by=by, per=unit)  # type: ignore[arg-type]
             other = reduce_by_laplace(
-                self._guide, order, min_kept=self.rule.min_kept, round_to=self.rule.round_to
-            )
+                self._guide, order, min_kept=self.rule.min_kept, round_to=self.rule.round_to, progress=progress,
+            )  # fmt: skip
             yield replace(self, rule=other.rule, table=other.table, path=other.path)._path()
 
     def _path(self) -> Path[Self]:

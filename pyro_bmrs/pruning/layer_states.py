@@ -93,11 +93,10 @@ class LayerState:
         stays = torch.nonzero(self.left).flatten()
         places = self.place[stays]
         f, u = self._f[:, places], self._u[:, places]
-        curved, inverse = (some[:, places[:, None], places] for some in (self._curved, self._inverse))
-        self._set(
-            inverse.baddbmm_(f, f.mT, alpha=-1),
-            curved.baddbmm_(u, f.mT, alpha=-1).baddbmm_(f, u.mT, alpha=-1),
-        )
+        # one after the other: each may be large
+        self._inverse = self._inverse[:, places[:, None], places].baddbmm_(f, f.mT, alpha=-1)
+        curved = self._curved[:, places[:, None], places].baddbmm_(u, f.mT, alpha=-1)
+        self._set(self._inverse, curved.baddbmm_(f, u.mT, alpha=-1))
         self.place = torch.zeros_like(self.place).index_copy(
             0, stays, torch.arange(len(stays), device=stays.device)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path as FilePath
@@ -26,7 +26,8 @@ from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, check_finite
+from pyro_bmrs.networks.inputs import Inputs, check_finite, tensors_of
+from pyro_bmrs.networks.inputs import batch_size as examples_in
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
@@ -103,6 +104,7 @@ class NetworkPlan(Plan):
         accuracy_drop: float | None = None,
         loss_rise: float | None = None,
         batch_size: int = 1,
+        progress: bool = True,
     ) -> Self:
         """The plan that meets a budget: of costs by removing as little as possible, else by removing as much.
 
@@ -113,7 +115,7 @@ class NetworkPlan(Plan):
         or time is asked for, for each multiply-accumulate. Of these orders the one is taken that leads to the least
         loss: on the data given, else on the examples that the guide saw first. Prices rise as a layer thins out, so
         that none collapses; parameters are counted anew as others leave. Structures with a score of 0 or more stay too
-        if the budget allows.
+        if the budget allows. A `LaplacePlan` goes by the predicted rise of the loss for each unit of what is asked for.
 
         Args:
             data: (x, y) that were not used for the fit, to look at losses on; as for `evaluate`.
@@ -125,6 +127,7 @@ class NetworkPlan(Plan):
             accuracy_drop: in points of accuracy (percent) at most, of the reduced model before any training; 0.5 leaves
                 97.5 of 98 %.
             loss_rise: of −log p(y | x), in nats an example at most.
+            progress: show a bar of what takes long, on a terminal.
 
         Returns:
             A plan whose `rule` has the budget. Of costs it is the nearest below on the path; `round_to` and `min_kept`
@@ -143,6 +146,7 @@ class NetworkPlan(Plan):
         )  # fmt: skip
         check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
         full = self.at_least()
+        self._check_layers(full._bound().network)
         costs = Costs(full._bound(), [name for name in COSTS if name in asked], batch_size)
         whole = costs.of_full()
         allowed = {
@@ -150,6 +154,8 @@ class NetworkPlan(Plan):
             for name, value in asked.items()
         }
         before = full.evaluated(data) if data is not None and set(asked) & set(LOSSES) else None
+        if "accuracy_drop" in asked and before is not None and math.isnan(before.accuracy):
+            raise ValueError("accuracy_drop must be left out for a model without classes: give loss_rise")
 
         def lost(plan: Self) -> dict[str, float]:
             assert before is not None
@@ -165,7 +171,7 @@ class NetworkPlan(Plan):
             return 0.0 if seen is None else plan.evaluated(seen).loss
 
         plan = within(
-            self._paths("macs" in asked or "milliseconds" in asked), allowed,
+            self._paths(asked.keys(), progress), allowed,
             lambda plan: costs.of_cuts(plan.cuts), lost, loss, lambda plan: plan.parameters_left(),
         )  # fmt: skip
         budget = {name: round(value, 10) for name, value in allowed.items()}
@@ -176,15 +182,15 @@ class NetworkPlan(Plan):
         rule = self.rule if self.rule.threshold is not None else replace(self.rule, threshold=0.0)
         return replace(self, rule=replace(rule, budget={})).at(math.inf)
 
-    def _paths(self, work: bool) -> Iterator[Path[Self]]:
-        """The orders in which a budget may take structures.
+    def _paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
+        """The orders in which a budget of these costs and losses may take structures.
 
         Of a posterior that had time to settle, scores for what is freed say most. Else they are much alike, and would
         have layers go whose structures are large.
         """
         full, binding = self.at_least(), self._bound()
         orders = [by_score(self.table, self.rule, binding, None, alike=alike) for alike in (False, True)]
-        if work:
+        if {"macs", "milliseconds"} & {*asked}:
             each = binding.multiply_accumulates_by_entry()
             orders.append(by_score(self.table, self.rule, binding, each))
         for steps in orders:
@@ -197,10 +203,13 @@ class NetworkPlan(Plan):
         return replace(self.deciding(layers), rule=replace(self.rule, threshold=None))
 
     def _examples(self) -> Data | None:
-        """Some examples (x, y) that the plan knows."""
+        """Some examples (x, y) that the plan knows; None: it knows none, and the first order is taken."""
         binding = self._bound()
-        known = binding.model is not None and len(binding.arguments) == 2
-        return (binding.arguments[0], binding.arguments[1]) if known else None
+        if binding.model is None or len(binding.arguments) != 2:
+            return None
+        x, y = binding.arguments
+        paired = isinstance(y, Tensor) and bool(tensors_of(x)) and examples_in(x) == len(y)
+        return (x, y) if paired else None
 
     def evaluated(self, data: Data) -> Evaluation:
         """Loss and accuracy of the reduced model.

@@ -106,7 +106,7 @@ class Rule:
             self.threshold is not None,
             "plan", "decided by a threshold, to be decided by another one", f"{self}; search again instead",
         )  # fmt: skip
-        return replace(self, threshold=threshold)
+        return replace(self, threshold=threshold, budget={})
 
     def log_odds_at(self, threshold: float) -> float:
         """The prior log-odds, in nats, at which the threshold 0 decides as this one does; NaN without evidence."""

@@ -104,7 +104,7 @@ def decision(rule: Rule) -> str:
 # What a budget limits, in words that follow "at most".
 _LIMITS = {
     "parameters": "{:,.0f} parameters", "macs": "{:,.0f} multiply-accumulates an example", "bytes": "{:,.0f} bytes",
-    "milliseconds": "{:.4g} ms an example", "accuracy_drop": "{:.4g} points of accuracy lost",
+    "milliseconds": "{:.4g} ms a pass", "accuracy_drop": "{:.4g} points of accuracy lost",
     "loss_rise": "{:.4g} nats an example lost",
 }  # fmt: skip
 

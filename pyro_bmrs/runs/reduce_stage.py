@@ -81,7 +81,9 @@ def _plan(run: Workplace) -> NetworkPlan:
         plan = reduce_by_laplace(guide, **floors, progress=run.progress)
     else:
         plan = run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
-    return plan.within(run.dataset.validation, **settings.budget) if settings.budget else plan
+    if not settings.budget:
+        return plan
+    return plan.within(run.dataset.validation, **settings.budget, progress=run.progress)
 
 
 def _full_network(run: Workplace) -> list[tuple[str, float, float, int]]:

@@ -45,12 +45,15 @@ def _located_weights(weights: str | None) -> str | None:
 
 def _share(value: object) -> object:
     """20% is 0.2."""
-    if isinstance(value, str) and value.endswith("%"):
-        try:
-            return float(value[:-1]) / 100
-        except ValueError:
-            return value
-    return value
+    if not (isinstance(value, str) and value.endswith("%")):
+        return value
+    try:
+        share = float(value[:-1]) / 100
+    except ValueError:
+        return value
+    if not 0 < share < 1:
+        raise ValueError(f"a share must be between 0% and 100%: got {value}")
+    return share
 
 
 _Cost = Annotated[float | None, BeforeValidator(_share)]

@@ -14,6 +14,7 @@ from pyro_bmrs.networks.cost import (
     file_bytes,
     latency_milliseconds,
     multiply_accumulates,
+    multiply_accumulates_by_entry,
     parameters,
     peak_bytes,
 )
@@ -316,3 +317,24 @@ def test_attention_counts_the_same_on_every_path_that_torch_takes(need_weights):
         assert multiply_accumulates(net.eval(), x) == count
         separate_attention(net)
         assert multiply_accumulates(net, x) == count
+
+
+def test_work_of_entries_adds_up_to_the_work_of_the_network():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x).relu()
+            return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+    net, x = Blocks().eval(), torch.randn(3, 5, 4)
+    found = multiply_accumulates_by_entry(net, x)
+    assert found["blocks.0.weight"] == found["blocks.1.weight"] == found["last.weight"] == 5.0
+    assert found["attention.in_proj_weight"] > 5.0
+    total = sum(each * net.get_parameter(name).numel() for name, each in found.items())
+    assert total == pytest.approx(multiply_accumulates(net, x))

@@ -1,6 +1,7 @@
 """Plans within a budget."""
 
 import math
+from bisect import bisect_left
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cost import file_bytes, multiply_accumulates, parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
-from pyro_bmrs.pruning import budgets
+from pyro_bmrs.pruning import budgets, laplace_plan
+from pyro_bmrs.runs.settings import RunSettings
 
 QUICK = {"tanh_mlp", "selecting_mlp", "lenet5", "two_inputs"}
 QUICKLY = [
@@ -70,12 +72,13 @@ def test_a_budget_is_met_by_the_nearest_network_below(family):
     for share in (most + 0.2 * (1 - most), most + 0.7 * (1 - most)):
         own = plan.within(parameters=share)
         nearest = set()
-        for path in plan._paths(False):
-            if path.steps < 99:
-                sizes = [path.plan(steps).parameters_left() for steps in range(path.steps + 1)]
-                nearest.add(max(size for size in sizes if size <= share * full[0]))
+        for path in plan._paths({"parameters"}, False):
+            places = range(path.steps + 1)
+            steps = bisect_left(places, -share * full[0], key=lambda at: -path.plan(at).parameters_left())
+            nearest.add(path.plan(steps).parameters_left())
+            assert steps == 0 or path.plan(steps - 1).parameters_left() > share * full[0]
         assert own.parameters_left() <= share * full[0]
-        assert not nearest or own.parameters_left() in nearest
+        assert own.parameters_left() in nearest
         assert parameters(own.apply()) == own.parameters_left()
     smallest = path.plan(path.steps).apply()
     budget = {
@@ -130,10 +133,12 @@ def test_no_layer_collapses_before_the_others_give():
 def test_work_decides_where_work_is_asked_for():
     """A filter of the first layer costs more work for each parameter: there, more of it goes."""
     torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.ReLU())
     net = nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 20), nn.ReLU(), nn.Linear(20, 2)
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), block, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(144, 80),
+        nn.ReLU(), nn.Linear(80, 2),
     )  # fmt: skip
-    x = torch.randn(8, 1, 6, 6)
+    x = torch.randn(8, 1, 12, 12)
 
     def alike(layers):
         return {name: torch.linspace(-1.0, -1.5, len(layer.kept)) for name, layer in layers.items()}
@@ -142,7 +147,7 @@ def test_work_decides_where_work_is_asked_for():
     work = plan.within(macs=0.5)
     size = plan.within(parameters=work.parameters_left() + 0.0)
     assert multiply_accumulates(work.apply(), x) <= 0.5 * multiply_accumulates(net, x)
-    assert multiply_accumulates(work.apply(), x) <= multiply_accumulates(size.apply(), x)
+    assert multiply_accumulates(work.apply(), x) < 0.9 * multiply_accumulates(size.apply(), x)
 
 
 def test_a_trained_network_by_work_and_by_size(fitted):
@@ -152,8 +157,77 @@ def test_a_trained_network_by_work_and_by_size(fitted):
     assert multiply_accumulates(own.apply(), examples()[0]) <= 0.5 * (240 + 1200 + 90)
     assert dict(own.rule.budget) == {"parameters": pytest.approx(641.2), "macs": pytest.approx(765)}
     assert "parameters within 641.2" in str(own.rule)
-    # saved and loaded it is the same
+    # a share is the number that it says
     assert plan.within(parameters=0.4).kept == plan.within(parameters=641).kept
+    # and is no part of what is decided otherwise
+    assert "within" not in str(own.at(-1))
+
+
+def test_each_cost_has_its_own_order(fitted, monkeypatch):
+    _, plan = fitted
+    assert plan.within(macs=0.5).rule.criterion == "laplace_loss_per_multiply_accumulate"
+    other = plan.within(macs=0.5)
+    assert other.within(parameters=0.5).rule.criterion == "laplace_loss_per_parameter"
+    monkeypatch.setattr(laplace_plan, "reduce_by_laplace", None)  # what is there is not made again
+    assert other.within(macs=0.4).rule.criterion == other.rule.criterion
+    assert plan.within(parameters=0.3).rule.criterion == plan.rule.criterion
+
+
+def test_an_order_that_loses_less_accuracy_is_taken_where_that_is_asked_for():
+    """Of two orders to one size, the one with the lower loss loses too much accuracy."""
+    low, fine = ({"accuracy_drop": 3.0, "loss_rise": 0.1}, {"accuracy_drop": 0.5, "loss_rise": 0.2})
+    paths = [budgets.Path(1, lambda steps, one=one: (steps, one)) for one in (low, fine)]
+
+    def found(**allowed):
+        return budgets.within(
+            paths, {"parameters": 5.0, **allowed}, lambda plan: {"parameters": 10.0 - 5 * plan[0]},
+            lambda plan: plan[1], lambda plan: plan[1]["loss_rise"], lambda plan: 0,
+        )  # fmt: skip
+
+    assert found() == (1, low)
+    assert found(accuracy_drop=1.0) == found(accuracy_drop=0.5 - 1e-15) == (1, fine)
+    with pytest.raises(
+        ValueError, match=r"accuracy_drop must be at least 0.5, with parameters within 5: got 0.2"
+    ):
+        found(accuracy_drop=0.2)
+
+
+def test_a_model_without_classes_has_no_accuracy_to_lose():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1))
+    x = torch.randn(100, 6)
+    y = x[:, :1] ** 2
+    model = bmrs.Regressor(net, scale=0.3)
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, (x, y), progress=False)
+    plan = bmrs.reduce(model, guide)
+    with pytest.raises(ValueError, match="accuracy_drop must be left out for a model without classes"):
+        plan.within((x, y), accuracy_drop=1.0)
+    own = plan.within((x, y), loss_rise=0.5)
+    assert 0 < own.steps < len(plan.path)
+
+
+def test_structures_that_a_fit_removed_stay_removed():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 30), nn.ReLU(), bmrs.MultiplicativeNoise(30), nn.Linear(30, 20), nn.ReLU(),
+        bmrs.MultiplicativeNoise(20), nn.Linear(20, 3),
+    )  # fmt: skip
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    bmrs.fit(
+        model, guide, examples(), epochs=8, batch_size=50, kl_weight=30.0, posterior_learning_rate=0.2,
+        removal="epoch", progress=False,
+    )  # fmt: skip
+    plan = bmrs.reduce(model, guide)
+    gone = plan.table[plan.table.removed_in_fit]
+    assert len(gone)
+    before = plan.parameters_before()
+    own = plan.within(parameters=0.3, macs=0.3)
+    assert own.parameters_left() <= 0.3 * before
+    assert own.table.removed[gone.index].all()
+    with pytest.raises(ValueError, match="parameters must be a positive number"):
+        plan.within(parameters=-1.0)
 
 
 def test_what_may_be_lost(fitted):
@@ -223,7 +297,7 @@ def test_of_two_orders_the_one_that_loses_less_is_taken():
 
     plan = bmrs.reduce(model, guide, alike)
     widths, losses = [], []
-    for path in plan._paths(False):
+    for path in plan._paths({"parameters"}, False):
         own = next(p for p in map(path.plan, range(path.steps)) if p.parameters_left() <= 500)
         widths.append(own.widths().after.tolist())
         losses.append(own.evaluated((x, y)).loss)
@@ -270,3 +344,21 @@ def test_a_plan_that_was_loaded_has_no_model(fitted, tmp_path):
     loaded = bmrs.LaplacePlan.load(plan.save(tmp_path / "plan.json"))
     with pytest.raises(ValueError, match="network must be given: this plan was loaded from disk"):
         loaded.within(parameters=0.5)
+
+
+def test_a_network_that_has_shrunk_since_is_told_of():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(*examples(20))
+    plan = bmrs.reduce(model, guide, scored)
+    plan.within(parameters=0.5).shrink(model, guide)
+    with pytest.raises(ValueError, match="network must have the noise layers of the plan"):
+        plan.within(parameters=0.3)
+
+
+@pytest.mark.parametrize("text", ["100%", "0%", "150%"])
+def test_a_share_on_the_command_line_is_a_part(text):
+    with pytest.raises(ValueError, match=f"a share must be between 0% and 100%: got {text}"):
+        RunSettings.read("parameters", text)
