@@ -1068,6 +1068,18 @@ REDUCTIONS = [
         r"^path must be a plan written by save: missing\.json can't be read (?P<system>.*)$",
     ),
     function(
+        "NetworkPlan.within", "nothing asked for", lambda: fitted().plan.within(), ValueError,
+        r"^a budget must be one of parameters, macs, bytes, milliseconds, accuracy_drop, loss_rise: got 'none'$",
+    ),
+    function(
+        "NetworkPlan.within", "more than there is to remove", lambda: fitted().plan.within(parameters=3), ValueError,
+        r"^parameters must be at least \d+, which is left at the floors of all layers: got 3$",
+    ),
+    function(
+        "NetworkPlan.within", "a loss without data", lambda: fitted().plan.within(loss_rise=0.1), TypeError,
+        r"^data must be \(x, y\) to look at losses on: got None$",
+    ),
+    function(
         "NetworkPlan.apply", "another network", lambda: fitted().plan.apply(wide(), X), ValueError,
         r"^network must have the noise layers of the plan, \{'2': 12, '5': 8\}: got \{'2': 9\}$",
     ),
