@@ -17,7 +17,7 @@ from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.inference.likelihoods import Likelihood, own_weights
 from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.curvature import Moments, matrix_layers
-from pyro_bmrs.networks.inputs import Inputs
+from pyro_bmrs.networks.inputs import Inputs, tensors_of
 from pyro_bmrs.networks.matrices import apart, as_matrix, groups_of, input_dim, positions_of
 from pyro_bmrs.networks.noise import noise_layers
 
@@ -53,7 +53,7 @@ class AutoKroneckerLaplace(nn.Module):
         shared_prior: whether all layers have one δ. False: each its own.
         widest: of a convolution with more inputs (channels times positions in the kernel) A is taken as a product of
             channels and positions, so that it needs less time and memory.
-        memory: GiB for the matrices of all layers, and then for a refit, which takes as many examples as fit. The
+        memory: GiB for the matrices of all layers; a refit takes as many examples as fit into what they leave. The
             largest layers for which it is too little get no curvature, with a warning; what they read stays.
 
     Raises:
@@ -145,6 +145,14 @@ class AutoKroneckerLaplace(nn.Module):
         self.deltas = {path: shared or prior_precision([one]) for path, one in curvatures.items()}
         self.log_likelihood, self.dataset_size = log_likelihood, dataset_size
         self.model.weight_priors = {f"{path}.weight".lstrip("."): self.deltas[path] for path in curvatures}
+
+    def room(self) -> float:
+        """GiB of `memory` that the matrices leave, at least a quarter of it."""
+        held = tensors_of([[*vars(one).values()] for one in self.curvatures.values()])
+        size = sum(
+            tensor.numel() * tensor.element_size() for tensor in {id(one): one for one in held}.values()
+        )
+        return max(self.memory - size / 2**30, self.memory / 4)
 
     def log_marginal_likelihood(self) -> float:
         """log p(data) of the network by Laplace's approximation, with flat priors of biases left out, in nats."""

@@ -113,7 +113,7 @@ class LaplacePlan(NetworkPlan):
             separate_attention(full)
             with Progress("refit", len(matrix_layers(small)), shown=progress) as bar:
                 inputs = _inputs_of(refit, full, guide)
-                refit_layers(small, full, cuts, inputs, memory=guide.memory, advance=bar.advance)
+                refit_layers(small, full, cuts, inputs, memory=guide.room(), advance=bar.advance)
         join_attention(small)
         return small
 
@@ -217,7 +217,7 @@ def _inputs_of(data: Data, network: nn.Module, guide: AutoKroneckerLaplace) -> I
     """The inputs of some examples, in one batch on the network's device: as many as the guide's memory allows."""
     device = next(network.parameters()).device
     few, _ = Batches(data, 2, device, "refit").some(2, seed=0)
-    wanted = min(guide.examples, examples_within(network, few, guide.memory))
+    wanted = min(guide.examples, examples_within(network, few, guide.room()))
     # in any order: data may be sorted by class
     x, _ = Batches(data, wanted, device, "refit").some(wanted, seed=0)
     count = batch_size(x)

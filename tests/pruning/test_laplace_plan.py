@@ -13,7 +13,7 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, evidence_without
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.inputs import call, tensors_of
-from pyro_bmrs.pruning import evidence_path, removal_path
+from pyro_bmrs.pruning import evidence_path, laplace_plan, removal_path
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.layer_states import LayerEvidence, LayerLoss, reduced_weights
 
@@ -208,6 +208,22 @@ def test_wrong_orders_are_refused(trained):
     other = bmrs.AutoTruncatedLogNormal(noisy)
     with pytest.raises(TypeError, match="guide must be an AutoKroneckerLaplace for a RemovalOrder: got"):
         bmrs.reduce(noisy, other, bmrs.RemovalOrder())
+
+
+def test_a_refit_has_the_memory_that_the_matrices_leave(trained, monkeypatch):
+    _, guide, plan = trained
+    one = guide.curvatures["2"]
+    held = 4.0 - guide.room()
+    # A and G in float64 with their eigenvectors, and more
+    least = sum(2 * 8 * (c.inputs.numel() + c.gradients.numel()) for c in guide.curvatures.values())
+    assert least < held * 2**30 < 10 * least
+    assert one.inputs.numel() == 40 * 40
+    given = []
+    monkeypatch.setattr(laplace_plan, "refit_layers", lambda *_, memory, **__: given.append(memory))
+    plan.apply(refit=blobs())
+    assert given == [guide.room()]
+    monkeypatch.setattr(guide, "memory", 1e-6)
+    assert guide.room() == 0.25e-6
 
 
 def test_layers_that_do_not_fit_into_memory_stay_and_are_told_of():
