@@ -149,7 +149,7 @@ def kept_beside(
     """For one pass: gives what is added to a layer's output, by the layer's path, once.
 
     A tensor is held only until the last of its layers has asked, so that a pass needs no more memory than without.
-    None: nothing is added, or the layer asks again.
+    None: nothing is added, or the layer is called several times and asks again, or before that was made.
     """
     held: dict[Beside, Tensor] = {}
     asking: dict[Beside, set[str]] = {}
@@ -166,7 +166,7 @@ def kept_beside(
         if one is None or path not in asking[one]:
             return None
         asking[one].discard(path)
-        return held[one] if asking[one] else held.pop(one)
+        return held.get(one) if asking[one] else held.pop(one, None)
 
     handles = []
     for one in asking:

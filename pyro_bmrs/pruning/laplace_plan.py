@@ -139,15 +139,14 @@ class LaplacePlan(NetworkPlan):
         by, _, own = self.rule.criterion.removeprefix("laplace_").partition("_per_")
         units = {"parameter": {"parameters", "bytes"}, "multiply_accumulate": {"macs", "milliseconds"}}
         wanted = [unit for unit, costs in units.items() if costs & {*asked}]
-        for unit in wanted or [own]:
-            if unit == own or self._guide is None:
-                yield self._path()
-                continue
-            order = RemovalOrder(by=by, per=unit)  # type: ignore[arg-type]
-            other = reduce_by_laplace(
-                self._guide, order, min_kept=self.rule.min_kept, round_to=self.rule.round_to, progress=progress,
-            )  # fmt: skip
-            yield replace(self, rule=other.rule, table=other.table, path=other.path)._path()
+        yield self._path()
+        for unit in wanted:
+            if unit != own and self._guide is not None:
+                order = RemovalOrder(by=by, per=unit)  # type: ignore[arg-type]
+                other = reduce_by_laplace(
+                    self._guide, order, min_kept=self.rule.min_kept, round_to=self.rule.round_to, progress=progress,
+                )  # fmt: skip
+                yield replace(self, rule=other.rule, table=other.table, path=other.path)._path()
 
     def _path(self) -> Path[Self]:
         """Its own path, to be gone as far as a budget says."""

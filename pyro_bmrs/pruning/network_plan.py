@@ -112,10 +112,11 @@ class NetworkPlan(Plan):
         >>> plan.within(validation, accuracy_drop=0.5)  # doctest: +SKIP
 
         What costs least by its score goes first: for each parameter that it frees, for each structure, or, where work
-        or time is asked for, for each multiply-accumulate. Of these orders the one is taken that leads to the least
+        or time is asked for, for each multiply-accumulate. A `LaplacePlan` goes by the predicted rise of the loss, in
+        its own order or for each unit of what is asked for. Of these orders the one is taken that leads to the least
         loss: on the data given, else on the examples that the guide saw first. Prices rise as a layer thins out, so
         that none collapses; parameters are counted anew as others leave. Structures with a score of 0 or more stay too
-        if the budget allows. A `LaplacePlan` goes by the predicted rise of the loss for each unit of what is asked for.
+        if the budget allows.
 
         Args:
             data: (x, y) that were not used for the fit, to look at losses on; as for `evaluate`.

@@ -75,6 +75,31 @@ def test_a_layer_that_computes_something_else_keeps_its_weights():
     assert torch.equal(small[2].weight, before)
 
 
+class Looped(nn.Module):
+    """The same block twice: what is added in the second round has not been made when the first one runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.norm(x + self.down(self.up(x).relu()))
+        return x
+
+
+def test_a_block_that_is_called_twice_keeps_its_weights():
+    torch.manual_seed(0)
+    net = Looped().eval()
+    kept = [0, 1, 3, 4, 6]
+    small = copy.deepcopy(net)
+    cuts = Cuts({"up.weight": {0: kept}, "up.bias": {0: kept}, "down.weight": {1: kept}})
+    cuts.cut(small)
+    before = copy.deepcopy(small.state_dict())
+    refit(small, net, cuts, torch.randn(50, 4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
 def test_rows_go_where_inputs_are():
     layers = {
         "wide": nn.Linear(900, 10),

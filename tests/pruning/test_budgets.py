@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,14 +164,18 @@ def test_a_trained_network_by_work_and_by_size(fitted):
     assert "within" not in str(own.at(-1))
 
 
-def test_each_cost_has_its_own_order(fitted, monkeypatch):
+def test_each_cost_has_its_own_order_beside_that_of_the_plan(fitted, monkeypatch):
     _, plan = fitted
-    assert plan.within(macs=0.5).rule.criterion == "laplace_loss_per_multiply_accumulate"
-    other = plan.within(macs=0.5)
-    assert other.within(parameters=0.5).rule.criterion == "laplace_loss_per_parameter"
+
+    def orders(one, cost):
+        return [path.plan(1).rule.criterion.partition("_per_")[2] for path in one._paths({cost}, False)]
+
+    assert orders(plan, "macs") == orders(plan, "milliseconds") == ["parameter", "multiply_accumulate"]
+    other = replace(plan, rule=replace(plan.rule, criterion="laplace_loss_per_multiply_accumulate"))
+    assert orders(other, "bytes") == ["multiply_accumulate", "parameter"]
     monkeypatch.setattr(laplace_plan, "reduce_by_laplace", None)  # what is there is not made again
-    assert other.within(macs=0.4).rule.criterion == other.rule.criterion
-    assert plan.within(parameters=0.3).rule.criterion == plan.rule.criterion
+    assert orders(plan, "parameters") == ["parameter"]
+    assert orders(other, "macs") == ["multiply_accumulate"]
 
 
 def test_an_order_that_loses_less_accuracy_is_taken_where_that_is_asked_for():
