@@ -142,7 +142,8 @@ def input_rows(module: nn.Module, x: Tensor, places: Tensor | None = None) -> Te
 def row_count(module: nn.Module, x: Tensor) -> int:
     """How many rows `input_rows` gives."""
     if isinstance(module, _ConvNd):
-        return _patches(module, x).shape[: 1 + len(module.kernel_size)].numel()
+        # shapes alone: padding would copy x
+        return _patches(module, x.to("meta")).shape[: 1 + len(module.kernel_size)].numel()
     return x.numel() if isinstance(module, nn.Embedding) else x.shape[:-1].numel()
 
 

@@ -220,7 +220,7 @@ def by_score(
         free = torch.isfinite(score) & present & ~torch.tensor(rows.removed_in_fit.to_numpy())
         order = [row for row in score.argsort(descending=True, stable=True).tolist() if free[row]]
         floor = max(rule.floor(len(rows)), 1)
-        layers[str(layer)] = _Layer(score, order, present.cumsum(0) - 1, len(order), floor)
+        layers[str(layer)] = _Layer(score, order, present.cumsum(0) - 1, floor)
     found: list[tuple[str, int]] = []
     costs: dict[str, float] = {}
     changed = {*layers}
@@ -246,14 +246,12 @@ class _Layer:
         score: of each row.
         order: rows, the next one first.
         number: of each row, which structure of the network it is.
-        left: how many structures are left.
         floor: how many stay.
     """
 
     score: torch.Tensor
     order: list[int]
     number: torch.Tensor
-    left: int
     floor: int
 
     def __post_init__(self) -> None:
@@ -264,7 +262,7 @@ class _Layer:
 
     @property
     def more(self) -> bool:
-        return self.place < len(self.order) and self.left > self.floor
+        return len(self.order) - self.place > self.floor
 
     def price(self) -> float:
         """Of the next structure."""
@@ -279,5 +277,5 @@ class _Layer:
 
     def take(self) -> int:
         row = self.order[self.place]
-        self.place, self.left = self.place + 1, self.left - 1
+        self.place += 1
         return row

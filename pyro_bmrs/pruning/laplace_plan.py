@@ -155,7 +155,7 @@ class LaplacePlan(NetworkPlan):
     def _examples(self) -> Data | None:
         return None if self._guide is None else self._guide.shown
 
-    def evaluated(self, data: Data) -> Evaluation:
+    def evaluated(self, data: Data, model: nn.Module | None = None) -> Evaluation:
         return evaluate(self.reduced_model(), data)
 
     def reduced_model(self) -> Likelihood:

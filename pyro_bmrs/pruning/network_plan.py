@@ -212,13 +212,18 @@ class NetworkPlan(Plan):
         paired = isinstance(y, Tensor) and bool(tensors_of(x)) and examples_in(x) == len(y)
         return (x, y) if paired else None
 
-    def evaluated(self, data: Data) -> Evaluation:
+    def evaluated(self, data: Data, model: nn.Module | None = None) -> Evaluation:
         """Loss and accuracy of the reduced model.
 
+        Args:
+            data: as for `evaluate`.
+            model: the Pyro model that was reduced; default the one that the plan knows.
+
         Raises:
-            ValueError: for a plan that was loaded, or made of a network alone.
+            ValueError: for a plan that was loaded, or made of a network alone, without a model.
         """
-        model = None if self._binding is None else self._binding.model
+        if model is None and self._binding is not None:
+            model = self._binding.model
         if model is None:
             raise ValueError("plan must know its model: this one was loaded from disk")
         device = next(model.parameters()).device

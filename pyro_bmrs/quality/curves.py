@@ -51,13 +51,11 @@ def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points
     Raises:
         ValueError: if points < 2, or the plan was loaded from disk and holds no network.
     """
-    from pyro_bmrs.inference.evaluate import evaluate
-    from pyro_bmrs.pruning import LaplacePlan, NetworkPlan
+    from pyro_bmrs.pruning import NetworkPlan
 
     check(isinstance(plan, NetworkPlan), "plan", "a NetworkPlan", type(plan), TypeError)
     check(is_whole(points, 2), "points", "at least 2", points)
     full = plan.parameters_before()
-    device = next(model.parameters()).device
     # a layer that the criterion was not asked about has no scores, and keeps its structures
     asked = plan.table[plan.table.present & np.isfinite(plan.table.score)]
     scores = asked.score.sort_values(ascending=False, ignore_index=True)
@@ -76,11 +74,7 @@ def compression_curve(model: nn.Module, plan: NetworkPlan, data: Data, *, points
     rows = []
     left_of = plan.parameters_of([variant for _, variant in variants])
     for (threshold, variant), left in zip(variants, left_of, strict=True):
-        if isinstance(variant, LaplacePlan):
-            result = evaluate(variant.reduced_model(), data)
-        else:
-            means = {site: mean.to(device).float() for site, mean in variant.theta_mean().items()}
-            result = evaluate(model, data, means)
+        result = variant.evaluated(data, model)
         rows.append(
             {
                 "parameters_removed": 1 - left / full,

@@ -6,26 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from network_families import FAMILIES
 from torch import nn
+from trained_families import families, first_output, output_of, trained
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.cost import file_bytes, multiply_accumulates, parameters
-from pyro_bmrs.networks.inputs import call, tensors_of
 from pyro_bmrs.pruning import budgets, laplace_plan
 from pyro_bmrs.runs.settings import RunSettings
 
-QUICK = {"tanh_mlp", "selecting_mlp", "lenet5", "two_inputs"}
-QUICKLY = [
-    pytest.param(
-        family, id=family.build.__name__, marks=() if family.build.__name__ in QUICK else pytest.mark.slow
-    )
-    for family in FAMILIES
-]
-
-
-def first_output(out):
-    return tensors_of(out)[0]
+QUICKLY = families({"tanh_mlp", "selecting_mlp", "lenet5", "two_inputs"})
 
 
 def scored(layers):
@@ -42,8 +31,7 @@ def examples(count=300, seed=0):
 
 
 def with_scores(net, x, criterion=scored, **options):
-    with torch.no_grad():
-        y = first_output(call(net, x))
+    y = output_of(net, x)
     model = bmrs.Regressor(bmrs.insert_noise(net, x), first_output, scale=1.0)
     guide = bmrs.AutoTruncatedLogNormal(model)
     guide(x, y)
@@ -92,16 +80,7 @@ def test_a_budget_is_met_by_the_nearest_network_below(family):
 
 @pytest.mark.parametrize("family", QUICKLY)
 def test_a_trained_network_meets_a_budget_in_every_family(family):
-    torch.manual_seed(0)
-    net, x = family.build()
-    net.eval()
-    with torch.no_grad():
-        y = first_output(call(net, x))
-    model = bmrs.Regressor(net, first_output, scale=float(y.std()) or 1.0)
-    data = (x, y + 0.1 * y.std() * torch.randn_like(y))
-    guide = bmrs.AutoKroneckerLaplace(model)
-    bmrs.fit(model, guide, data, progress=False)
-    plan = bmrs.reduce(model, guide)
+    net, _, plan = trained(family)
     if not len(plan.path):
         return
     wanted = (plan.at(-math.inf).parameters_left() + parameters(net)) // 2

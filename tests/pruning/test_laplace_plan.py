@@ -6,13 +6,13 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from network_families import FAMILIES
 from torch import nn
+from trained_families import families, output_of
+from trained_families import trained as trained_family
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, evidence_without
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.inputs import call, tensors_of
 from pyro_bmrs.pruning import evidence_path, laplace_plan, removal_path
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.pruning.layer_states import LayerEvidence, LayerLoss, reduced_weights
@@ -351,39 +351,14 @@ def test_a_regression():
     assert float(after) < 1.3 * float(before)
 
 
-def first_output(out):
-    return next(tensor for tensor in tensors_of(out) if tensor.is_floating_point())
-
-
 # of one kind each; all others take longer
-QUICK = {"tanh_mlp", "selecting_mlp", "lenet5"}
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family, id=family.build.__name__, marks=() if family.build.__name__ in QUICK else pytest.mark.slow
-        )
-        for family in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", families({"tanh_mlp", "selecting_mlp", "lenet5"}))
 def test_every_family_goes_from_fit_to_refit(family):
-    torch.manual_seed(0)
-    net, x = family.build()
-    net.eval()
-    with torch.no_grad():
-        y = first_output(call(net, x))
-    model = bmrs.Regressor(net, first_output, scale=float(y.std()) or 1.0)
-    data = (x, y + 0.1 * y.std() * torch.randn_like(y))
-    guide = bmrs.AutoKroneckerLaplace(model)
-    bmrs.fit(model, guide, data, progress=False)
-    plan = bmrs.reduce(model, guide)
+    net, data, plan = trained_family(family)
     plan = plan.at(-(len(plan.path) // 3))
     small = plan.apply(refit=data)
-    with torch.no_grad():
-        found = first_output(call(small, x))
-    assert found.shape == y.shape
+    found = output_of(small, data[0])
+    assert found.shape == data[1].shape
     assert bool(found.isfinite().all())
     if len(plan.path) > 2:
         assert parameters(small) < parameters(net)
