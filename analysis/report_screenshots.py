@@ -33,8 +33,8 @@ def main(page: Path, folder: Path) -> None:
             shown.screenshot(path=folder / f"report_{name}.png")
         shown = browser.new_context(viewport={"width": 1000, "height": 900}, color_scheme="light").new_page()
         shown.goto(page.absolute().as_uri())
-        shown.fill("#what-if-number", "300")
-        shown.locator("#what-if").screenshot(path=folder / "report_what_if.png")
+        shown.locator("#sizes-slider").press("PageUp")
+        shown.locator("#sizes").screenshot(path=folder / "report_sizes.png")
         browser.close()
 
 

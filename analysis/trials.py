@@ -106,6 +106,8 @@ def trials(given: argparse.Namespace) -> Iterator[Trial]:
         settings = RunSettings.of(recipe, given.data, {"seed": seed})
         if given.kl_weight is not None:
             settings = settings.changed(kl_weight=given.kl_weight)
+        if getattr(given, "network", None):
+            settings = settings.changed(network={**(settings.network or {}), **given.network})
         data = load_data(
             given.data, data_root=given.data_root, image_size=settings.image_size, seed=seed, limit=settings.limit,
             validation_fraction=settings.validation_fraction,

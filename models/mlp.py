@@ -16,7 +16,6 @@ SETTINGS = {
         "batch_size": 32,
         "learning_rate": 8.5e-4,
         "posterior_learning_rate": 1e-2,
-        "kl_weight": 3.0,
         "fine_tune": 20,
     },
     "mnist": {
@@ -26,7 +25,6 @@ SETTINGS = {
         "batch_size": 128,
         "learning_rate": 8.5e-4,
         "posterior_learning_rate": 5e-3,
-        "kl_weight": 30.0,
         "fine_tune": 12,
     },
     "fashion-mnist": {
@@ -36,7 +34,6 @@ SETTINGS = {
         "batch_size": 128,
         "learning_rate": 1.5e-3,
         "posterior_learning_rate": 5e-3,
-        "kl_weight": 30.0,
         "fine_tune": 12,
     },
     "cifar10": {
@@ -46,7 +43,6 @@ SETTINGS = {
         "batch_size": 32,
         "learning_rate": 6.8e-4,
         "posterior_learning_rate": 5e-3,
-        "kl_weight": 30.0,
         "fine_tune": 10,
     },
 }

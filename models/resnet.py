@@ -19,7 +19,6 @@ SETTINGS = {
         "batch_size": 32,
         "learning_rate": 1e-3,
         "posterior_learning_rate": 1e-2,
-        "kl_weight": 10.0,
         "fine_tune": 10,
     },
     "cifar10": {
@@ -28,7 +27,6 @@ SETTINGS = {
         "batch_size": 128,
         "learning_rate": 1e-3,
         "posterior_learning_rate": 1e-2,
-        "kl_weight": 70.0,
         "fine_tune": 8,
     },
 }

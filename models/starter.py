@@ -23,8 +23,6 @@ SETTINGS = {
         # Adam's learning rates of the weights and of the posterior. If the second is too high, structures die at once.
         "learning_rate": 1e-3,
         "posterior_learning_rate": 1e-2,
-        # 1 is the ELBO and removes little; a higher weight removes more. Try 3, 10, 30 and look at the report.
-        "kl_weight": 3.0,
     },
 }
 

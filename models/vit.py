@@ -18,7 +18,6 @@ SETTINGS = {
         "batch_size": 32,
         "learning_rate": 1e-3,
         "posterior_learning_rate": 1e-2,
-        "kl_weight": 10.0,
         "fine_tune": 10,
     },
     "cifar10": {
@@ -27,7 +26,6 @@ SETTINGS = {
         "batch_size": 128,
         "learning_rate": 5e-4,
         "posterior_learning_rate": 1e-2,
-        "kl_weight": 100.0,
         "fine_tune": 8,
     },
 }

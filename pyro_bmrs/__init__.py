@@ -37,7 +37,7 @@ _HOMES = {
     ),
     "fitting": ("Fit", "Settings", "fit", "load_posterior", "save_posterior"),
     "checks": ("check_posterior", "load_datatree", "loo", "save_datatree", "to_datatree"),
-    "quality": ("Diagnosis", "compression_curve", "diagnose"),
+    "quality": ("Diagnosis", "Frontier", "compression_curve", "diagnose", "frontier"),
     "figures": ("plot_evidence_curve", "plot_models", "plot_reductions"),
     "reports": ("report",),
     "data": ("load_data",),
@@ -99,7 +99,7 @@ if TYPE_CHECKING:
         Rule,
         WeightNorm,
     )
-    from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
+    from pyro_bmrs.quality import Diagnosis, Frontier, compression_curve, diagnose, frontier
     from pyro_bmrs.reports.report import report
 
 

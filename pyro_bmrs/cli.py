@@ -81,7 +81,7 @@ def _new_run(context: typer.Context) -> Run:
         overwrite=options["overwrite"],
     )  # fmt: skip
     settings = current.settings
-    note = "" if settings.weights or settings.kl_weight == 1 else " (1 is the ELBO)"
+    note = "" if settings.weights or settings.kl_weight in (1, "auto") else " (1 is the ELBO)"
     told = f"{recipe.name} on {current.dataset}; seed {settings.seed}, {settings.posterior_text}{note}"
     print(told, flush=True)
     return current

@@ -21,6 +21,11 @@ REMOVAL_COLUMNS = ("phase", "epoch", "layer", "unit")
 # accuracy at thresholds, of one criterion and of several
 CURVE_COLUMNS = ("parameters_removed", "accuracy", "score_threshold", "is_plan")
 CRITERIA_COLUMNS = ("criterion", *CURVE_COLUMNS)
+# of networks of all sizes
+FRONTIER_COLUMNS = (
+    "parameters", "multiply_accumulates", "milliseconds", "loss", "standard_error", "accuracy", "is_plan",
+    "is_evidence", "is_one_standard_error",
+)  # fmt: skip
 # of networks: measured, and in bins, by coverage and by example
 EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
 RELIABILITY_COLUMNS = ("network", "prediction", "lower", "upper", "count", "confidence", "accuracy")
@@ -44,7 +49,6 @@ DIAGNOSIS_COLUMNS = {
     "risk_coverage": RISK_COLUMNS,
     "entropy": ENTROPY_COLUMNS,
     "curves": CRITERIA_COLUMNS,
-    "what_if": ("score_threshold", "prior_log_odds", "structures", "parameters"),
 }  # fmt: skip
 # Names, whatever they look like: read from a file, "1" and "NA" stay text.
 NAME_COLUMNS = ("layer", "site", "part", "model", "network", "prediction", "data", "criterion")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from torch.distributions import Distribution
-
-    from pyro_bmrs.programs.exhaustive import ModelPosterior
 
 
 def plot_evidence_curve(curve: pd.DataFrame) -> Figure:
@@ -93,6 +91,14 @@ def plot_reductions(
         panels[0].legend(loc="upper left")
         panels[-1].set_xlabel("θ")
     return figure
+
+
+class ModelPosterior(Protocol):
+    """What is read of the posterior of models."""
+
+    @property
+    def groups(self) -> Sequence[str]: ...
+    def table(self, count: int = ...) -> pd.DataFrame: ...
 
 
 def plot_models(posterior: ModelPosterior, *, count: int = 12) -> Figure:

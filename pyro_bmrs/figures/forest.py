@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_bmrs.distributions import TruncatedLogNormal
-from pyro_bmrs.figures.scores import structures_of
+from pyro_bmrs.figures.scores import Plan, structures_of
 from pyro_bmrs.figures.style import (
     BLUE,
     GREY,
@@ -25,8 +25,6 @@ from pyro_bmrs.figures.style import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from pyro_bmrs.pruning import Plan
 
 QUANTILES = (0.05, 0.5, 0.95)
 # More structures than this in a layer are closer than their marks are wide.

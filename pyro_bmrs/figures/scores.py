@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,28 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from pyro_bmrs.pruning import Plan, Rule
+
+class Rule(Protocol):
+    """What figures read of a rule."""
+
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def has_evidence(self) -> bool: ...
+    @property
+    def kl_weight(self) -> float: ...
+    @property
+    def threshold(self) -> float | None: ...
+
+
+class Plan(Protocol):
+    """What figures read of a plan."""
+
+    @property
+    def table(self) -> pd.DataFrame: ...
+    @property
+    def rule(self) -> Rule: ...
+
 
 # A map in which the scores span more than this would show nothing but its extremes on a linear scale.
 LARGEST_LINEAR_SCORE = 10.0

@@ -9,6 +9,7 @@ import numpy as np
 
 from pyro_bmrs.figures.scores import (
     LARGEST_LINEAR_SCORE,
+    Plan,
     decades,
     finite_threshold,
     largest_score,
@@ -27,8 +28,6 @@ from pyro_bmrs.figures.style import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from pyro_bmrs.pruning import Plan
 
 # Grey in the middle, not white: a removed structure is drawn as an outline and has to stay visible.
 SCORE_COLOURS = ("#08306b", "#2f7fc1", "#a3a3a3", "#e08214", "#7f3b08")

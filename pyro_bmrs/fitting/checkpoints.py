@@ -27,6 +27,8 @@ from pyro_bmrs.files import (
 
 FORMAT, VERSION = "pyro_bmrs.checkpoint", 1
 LEDGER_COLUMNS = ["epoch", "layer", "unit", "score", "log_evidence_change"]
+# Written by a fit along rising KL weights, beside the checkpoints.
+STAGE = re.compile(r"stage-\d\d\.safetensors")
 _NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.safetensors")
 
 
@@ -166,6 +168,9 @@ class Checkpoints:
         if newest is None or newest[1].finished:
             for path in self._paths():
                 path.unlink(missing_ok=True)
+            for path in self.folder.glob("*"):
+                if STAGE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header, tensors = read_tensors(path)
@@ -219,7 +224,8 @@ class Checkpoints:
 
         write_atomically(self.ledger, write)
         clear_unfinished(
-            self.folder, lambda name: name == self.ledger.name or _NAME.fullmatch(name) is not None
+            self.folder,
+            lambda name: name == self.ledger.name or any(one.fullmatch(name) for one in (_NAME, STAGE)),
         )
 
 

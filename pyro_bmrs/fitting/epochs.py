@@ -55,7 +55,7 @@ class Measure:
 
     def row(self, epoch: int, loss: float, likelihood: float, kl_weight: float) -> dict[str, Any]:
         """The epoch's row of the history, without its seconds."""
-        validation = (math.nan, math.nan)
+        validation = (math.nan, math.nan, math.nan)
         if self.held_out is not None:
             point = {}
             if self.guide is not None:
@@ -75,12 +75,13 @@ class Measure:
         }
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """The number that is least in the best epoch."""
+        """The number that is least in the best epoch, at one KL weight."""
         if self.held_out is None:  # the training loss includes the KL
             return float(row["loss"])
         if self.guide is None:
             accuracy = row["validation_accuracy"]
             return float(row["validation_loss"] if math.isnan(accuracy) else -accuracy)
+        assert not isinstance(self.settings.kl_weight, str)
         penalty = 0.0 if math.isnan(row["kl"]) else self.settings.kl_weight * row["kl"] / self.examples
         return float(row["validation_loss"] + penalty)
 

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,20 @@ from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.curvature_pass import curvature_pass
+from pyro_bmrs.fitting.defaults import settled
 from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.epochs import HISTORY_COLUMNS
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
+from pyro_bmrs.fitting.stages import STAGE_COLUMNS, Stages
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.calls import as_module, home_of
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.pruning.network_plan import NetworkPlan
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers.logger import Logger
@@ -51,6 +53,9 @@ class Fit:
         interrupted: whether Ctrl-C or SIGTERM ended the fit early. Parameters are then those of the best epoch
             so far, and a fit with `checkpoints` goes on when called again.
         stopped_early: whether `patience` ended the fit.
+        stages: at kl_weight="auto" one row per stage: stage, epoch, kl_weight; of what `reduce` would leave kept
+            (structures), parameters, validation_loss with its standard_error (nats per example) and
+            validation_accuracy; chosen.
     """
 
     history: pd.DataFrame
@@ -59,6 +64,51 @@ class Fit:
     best_epoch: int
     interrupted: bool = False
     stopped_early: bool = False
+    stages: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=STAGE_COLUMNS))
+    _stages: Stages | None = field(default=None, repr=False, compare=False)
+
+    def within(
+        self,
+        *,
+        parameters: float | None = None,
+        macs: float | None = None,
+        bytes: float | None = None,
+        milliseconds: float | None = None,
+        accuracy_drop: float | None = None,
+        loss_rise: float | None = None,
+        batch_size: int = 1,
+        progress: bool = True,
+    ) -> NetworkPlan:
+        """The plan of the stage where a budget costs least; model and guide are put into the state of that stage.
+
+        >>> result = bmrs.fit(model, guide, train, validation)  # doctest: +SKIP
+        >>> small = result.within(parameters=0.2).apply()  # doctest: +SKIP
+
+        Args: as of `NetworkPlan.within`. Losses are those on the validation data, from the least of all stages.
+
+        Raises:
+            ValueError: if the fit has no stages; naming a budget that can't be met.
+        """
+        asked = {
+            "parameters": parameters, "macs": macs, "bytes": bytes, "milliseconds": milliseconds,
+            "accuracy_drop": accuracy_drop, "loss_rise": loss_rise,
+        }  # fmt: skip
+        return self._known_stages().within(asked, batch_size=batch_size, progress=progress)
+
+    def restore(self, stage: int) -> None:
+        """Put model and guide into the state of a stage, by its number in `stages`.
+
+        Raises:
+            ValueError: if there is no such stage.
+        """
+        stages = self._known_stages()
+        check(stage in set(self.stages.stage), "stage", f"from 1 to {len(stages)}", stage)
+        stages.restore(stage)
+
+    def _known_stages(self) -> Stages:
+        if self._stages is None or not len(self._stages):
+            raise ValueError('kl_weight must be "auto" for a fit with stages: this one has none')
+        return self._stages
 
     def __repr__(self) -> str:
         return str(self)
@@ -169,11 +219,9 @@ def fit(
     if guide is None and isinstance(model, Likelihood):
         model.weight_priors = {}  # training changes the weights that a Laplace posterior was of
     check_programs(model, guide, settings)
-    if guide is not None and not noise_layers(model) and "keep_best" not in settings.model_fields_set:
-        # one draw a batch: the epoch with the least loss is one of luck
-        settings = settings.changed(keep_best=False)
     home = home_of(model, guide)
     batches = Batches(train, settings.batch_size, home, "train")
+    settings = settled(settings, model, guide, batches, validation)
     held_out = None if validation is None else Batches(validation, 1000, home, "validation")
     task = Task(
         model, guide, batches, held_out, settings, None if checkpoints is None else Path(checkpoints),
@@ -191,6 +239,8 @@ def fit(
         best_epoch=loop.kept_epoch,
         interrupted=loop.interrupted,
         stopped_early=loop.stopped_early,
+        stages=pd.DataFrame(columns=STAGE_COLUMNS) if loop.stages is None else loop.stages.table(),
+        _stages=loop.stages,
     )
 
 

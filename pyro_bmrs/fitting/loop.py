@@ -33,6 +33,7 @@ from pyro_bmrs.fitting.programs import (
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
+from pyro_bmrs.fitting.stages import Rise, Stages
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.sites import read_sites
@@ -114,6 +115,10 @@ class Loop:
         self.optimizer = make_optimizer(self.model, self.guide, self.settings)
         self.best = state_of(self.model, self.guide)
         self.module: nn.Module = self.objective
+        self.rise: Rise | None = None
+        self.stages: Stages | None = None
+        if self.settings.kl_weight == "auto":
+            self.rise = Rise.of(self.settings, self.batches.size)
 
     # set-up -----------------------------------------------------------------------------------------
 
@@ -170,7 +175,11 @@ class Loop:
         for _ in self.epochs():
             pass
         self.kept_epoch = self.state.epoch
-        if self.settings.keep_best or self.interrupted:
+        if self.stages is not None and len(self.stages):
+            chosen = self.stages.choice()
+            self.stages.restore(chosen)
+            self.kept_epoch = self.stages.epoch(chosen)
+        elif self.settings.keep_best or self.interrupted:
             restore(self.model, self.guide, self.best)
             self.kept_epoch = self.state.best_epoch
         self.stopped_early = self.state.finished and self.state.epoch < self.settings.epochs
@@ -184,8 +193,11 @@ class Loop:
                 stack.enter_context(held("checkpoints", self.checkpoints.folder))
             stop = stack.enter_context(stop_requests())
             resumed = self._resume()
-            if self.guide is not None:
-                self.guide.kl_weight = self.settings.kl_weight  # type: ignore[attr-defined]
+            if self.rise is not None:
+                measure, folder = self.measure, None if self.checkpoints is None else self.checkpoints.folder
+                assert measure.held_out is not None
+                self.stages = Stages(self.model, self.guide, measure.plan, measure.held_out, folder)
+                self.stages.forget_after(self.state.epoch, write=self.fabric.is_global_zero)
             for row in self.state.history:
                 self._log(row)
             self._wrap()
@@ -223,6 +235,9 @@ class Loop:
         begin = time.perf_counter()
         state, settings, fabric = self.state, self.settings, self.fabric
         epoch, count = state.epoch + 1, len(self.batches)
+        kl_weight = self._kl_weight(epoch)
+        if self.guide is not None:
+            self.guide.kl_weight = kl_weight  # type: ignore[attr-defined]
         torch.manual_seed(seed_of(settings.seed, epoch, fabric.global_rank))
         order = torch.Generator().manual_seed(seed_of(settings.seed, epoch, "order"))
         # latents of single examples belong to places in the batch; a whole may be a series, whose order says something
@@ -237,7 +252,7 @@ class Loop:
                 ramp = settings.kl_factor(number, total)
             set_rates(self.optimizer, settings.rate_factor(number / total))
             with fabric.autocast():
-                loss, likelihood = self.module(x, y, settings.kl_weight * ramp)
+                loss, likelihood = self.module(x, y, kl_weight * ramp)
             # Both in one synchronisation with an accelerator.
             value, likelihood = torch.stack([loss.detach(), likelihood]).tolist()
             if not math.isfinite(value):
@@ -256,6 +271,13 @@ class Loop:
                 return
         self._finish_epoch(epoch, ramp, begin, display)
         self.interrupted = self._is_time_to_stop(stop, 0)
+
+    def _kl_weight(self, epoch: int) -> float:
+        """Of an epoch, from 1, after the warm-up."""
+        if self.rise is not None:
+            return self.rise.kl_weight(epoch)
+        assert not isinstance(self.settings.kl_weight, str)
+        return self.settings.kl_weight
 
     def _step(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a batch; take a step after every `accumulate` batches."""
@@ -294,13 +316,16 @@ class Loop:
         removed = self._remove(epoch) if settings.removal == "epoch" and ramp >= 1.0 else []
         if removed:  # there is no way back to parameters of more structures, whatever happens next
             state.best_epoch, self.best = epoch, state_of(self.model, self.guide)
-        row = self.measure.row(epoch, loss, likelihood, settings.kl_weight * ramp)
+        row = self.measure.row(epoch, loss, likelihood, self._kl_weight(epoch) * ramp)
+        if self.rise is not None and self.rise.ends(epoch):
+            self._add_stage(epoch)
         row["seconds"] = time.perf_counter() - begin
         state.history.append(row)
-        score = self.measure.score(row)
-        # The objective changes during the warm-up and at a removal, so earlier scores do not count.
-        if ramp < 1.0 or removed or score < state.best_score or not state.best_epoch:
-            state.best_score = math.inf if ramp < 1.0 else score
+        # The objective changes during the warm-up, with the weight, and at a removal: earlier scores do not count.
+        changes = ramp < 1.0 or self.rise is not None
+        score = math.inf if changes else self.measure.score(row)
+        if changes or removed or score < state.best_score or not state.best_epoch:
+            state.best_score = score
             state.best_epoch = epoch
             self.best = state_of(self.model, self.guide)
         patience = settings.patience
@@ -311,6 +336,14 @@ class Loop:
         self._save()
         self._log(row)
         display.epoch(row)
+
+    def _add_stage(self, epoch: int) -> None:
+        """Keep model and guide as they are after an epoch, with what the reduced model loses."""
+        assert self.rise is not None
+        assert self.stages is not None
+        row = self.fabric.broadcast(self.stages.measured())
+        row |= {"stage": self.rise.stage(epoch), "epoch": epoch, "kl_weight": self.rise.kl_weight(epoch)}
+        self.stages.add(row, write=self.fabric.is_global_zero)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         """Give the loggers the numbers of a row, and have them written at once."""

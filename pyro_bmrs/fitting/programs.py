@@ -52,7 +52,7 @@ def check_programs(model: nn.Module, guide: Callable[..., Any] | None, settings:
     sites = list(noise_layers(model))
     if guide is None and sites:
         raise ValueError(f"guide must be given for a model with noise layers {sites}")
-    if guide is not None and not sites and settings.kl_weight != 1:
+    if guide is not None and not sites and settings.kl_weight not in (1, "auto"):
         raise ValueError(
             f"kl_weight must be 1 for a model without noise layers, which it weighs: got {settings.kl_weight}"
         )

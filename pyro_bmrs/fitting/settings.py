@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from pyro_bmrs.arguments import check, is_floor, name_of
+from pyro_bmrs.arguments import check, is_floor, is_number, name_of
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning.scoring import Criterion
@@ -122,6 +122,20 @@ def _checked_floor(value: object, read: Callable[[object], float]) -> float:
     return cast(float, value)
 
 
+def _checked_weight(value: object, read: Callable[[object], float]) -> float | str:
+    if value != "auto":
+        with suppress(ValidationError):
+            value = read(value)
+        check(
+            is_number(value) and cast(float, value) >= 0,
+            "kl_weight",
+            'a finite number of 0 or more, or "auto"',
+            value,
+        )
+    return cast("float | str", value)
+
+
+_Weight = Annotated[float | Literal["auto"], WrapValidator(_checked_weight)]
 _Floor = Annotated[int | float, WrapValidator(_checked_floor)]
 _Criterion = Annotated[
     str | Callable[..., Any], PlainValidator(lambda value: value), PlainSerializer(name_of)
@@ -145,17 +159,23 @@ class Settings(Checked):
     epochs: int = Field(default=30, ge=1, description="Passes over the training data.")
     batch_size: int = Field(
         default=128, ge=1,
-        description="Examples per step, of all processes together. A DataLoader keeps its own.",
+        description="Examples per step, of all processes together. A DataLoader keeps its own. If not given: a network "
+        "with structures gets at least 32 batches an epoch, of 16 examples or more.",
     )  # fmt: skip
     learning_rate: float = Field(
         default=1e-3, ge=0, description="Learning rate of AdamW for the model's parameters."
     )
     posterior_learning_rate: float = Field(
-        default=5e-3, ge=0, description="Learning rate of AdamW for the posterior's parameters."
-    )
-    kl_weight: float = Field(
-        default=1.0, ge=0, description="Factor on the KL of the structures. 1 is the ELBO; more removes more."
-    )
+        default=5e-3, ge=0,
+        description="Learning rate of AdamW for the posterior's parameters. If not given: higher for a fit of few "
+        "steps, so that log θ can move by 40, up to 0.05.",
+    )  # fmt: skip
+    kl_weight: _Weight = Field(
+        default="auto",
+        description="Factor on the KL of the structures. 1 is the ELBO; more removes more. auto: it rises from 1 along "
+        "the fit, and the stage with the fewest parameters is kept whose validation loss is within one standard error "
+        "of the least; 1 without validation data, or without structures.",
+    )  # fmt: skip
     warm_up: float = Field(
         default=0.25, ge=0, le=1,
         description="Share of the steps over which the KL weight rises from 0, from 0 to 1.",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -19,10 +21,17 @@ from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
 
 
 class Evaluation(NamedTuple):
-    """Means over the examples: loss, -log p(y | x, θ) in nats, and accuracy, 0 to 1, NaN where there are no classes."""
+    """Means over the examples.
+
+    Attributes:
+        loss: -log p(y | x, θ) in nats.
+        accuracy: 0 to 1; NaN where there are no classes.
+        standard_error: of the loss; NaN where the likelihood does not tell examples apart, or there is one.
+    """
 
     loss: float
     accuracy: float
+    standard_error: float
 
 
 def evaluate(
@@ -38,6 +47,7 @@ def evaluate(
     theta = {**own_weights(model), **(theta or {})}
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, home_of(model), "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
+    each: list[Tensor | None] = []
     if set(noise_layers(model)) - set(theta):
         warnings.warn(FROM_PRIOR, stacklevel=2)
     with untouched(model):
@@ -49,12 +59,42 @@ def evaluate(
             count = batches.count(x, y)
             sites = read_sites(trace)
             # what belongs to no example is no part of the data
-            total = observed_log_prob(trace, without=sites.whole(count))
-            likelihood += float(total) / likelihood_scale(sites, count)
+            without = sites.whole(count)
+            total, scale = observed_log_prob(trace, without=without), likelihood_scale(sites, count)
+            likelihood += float(total) / scale
+            of_each = by_example([node for name, node in sites.data.items() if name not in without], count)
+            each.append(None if of_each is None else of_each / scale)
             examples += count
             right, valid = _count_correct(model, trace.nodes["_RETURN"]["value"], y)
             correct, counted = correct + right, counted + valid
-    return Evaluation(-likelihood / examples, correct / counted if counted else float("nan"))
+    return Evaluation(
+        -likelihood / examples, correct / counted if counted else float("nan"), _standard_error(each)
+    )
+
+
+def by_example(nodes: Iterable[Mapping[str, Any]], count: int) -> Tensor | None:
+    """The log-likelihood of each example of a batch, of sites whose log p is computed; None: they don't tell.
+
+    Shape: (count,), float64.
+    """
+    total: Tensor | None = None
+    for node in nodes:
+        terms = node["log_prob"].detach()
+        places = [dim for dim, size in enumerate(terms.shape) if size == count]
+        if not places:
+            return None
+        own = terms.double().movedim(places[0], 0).reshape(count, -1).sum(1)
+        total = own if total is None else total + own
+    return total
+
+
+def _standard_error(each: list[Tensor | None]) -> float:
+    """Of the mean over all examples."""
+    known = [part for part in each if part is not None]
+    if len(known) < len(each) or sum(map(len, known)) < 2:
+        return float("nan")
+    found = torch.cat(known)
+    return float(found.std() / math.sqrt(len(found)))
 
 
 def _count_correct(model: nn.Module, output: object, y: object) -> tuple[float, float]:

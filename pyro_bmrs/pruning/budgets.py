@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import pandas as pd
 import torch
 from torch import nn
 
-from pyro_bmrs.arguments import check, is_number
-from pyro_bmrs.inference.batches import Data
+from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.evaluate import Evaluation
 from pyro_bmrs.networks.attention import join_attention, separate_attention
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import file_bytes, latency_milliseconds, multiply_accumulates, parameters
@@ -44,7 +46,7 @@ class Path[P]:
     plan: Callable[[int], P]
 
 
-def check_budget(budget: Mapping[str, float | None], data: Data | None) -> dict[str, float]:
+def check_budget(budget: Mapping[str, float | None], data: Data | Batches | None) -> dict[str, float]:
     """What was asked for. Raises ValueError or TypeError, naming the argument."""
     asked = {name: value for name, value in budget.items() if value is not None}
     check(bool(asked), "a budget", f"one of {', '.join((*COSTS, *LOSSES))}", "none")
@@ -76,7 +78,7 @@ class Costs:
 
     def of_full(self) -> dict[str, float]:
         """Of the original network."""
-        return self._of(self.binding.full_network()) if self.names else {}
+        return self.of_network(self.binding.full_network()) if self.names else {}
 
     @cached_property
     def _separated(self) -> nn.Module:
@@ -86,15 +88,21 @@ class Costs:
 
     def of_cuts(self, cuts: Cuts | None) -> dict[str, float]:
         """Of the original network after these cuts; parameters alone are counted without cutting."""
-        assert cuts is not None
         if self.names == ["parameters"]:
+            assert cuts is not None
             return {"parameters": cuts.parameters_left(self._separated)}
+        return self.of_network(self.network(cuts))
+
+    def network(self, cuts: Cuts | None) -> nn.Module:
+        """The original network after these cuts, to look at its costs."""
+        assert cuts is not None
         network = copied(self._separated)
         cuts.cut(network)
         join_attention(network)
-        return self._of(network)
+        return network.eval()
 
-    def _of(self, network: nn.Module) -> dict[str, float]:
+    def of_network(self, network: nn.Module) -> dict[str, float]:
+        """Of a network as it is."""
         inputs = self.binding.example_input
         network.eval()
 
@@ -114,82 +122,181 @@ class Costs:
         return {name: ways[name]() for name in self.names}
 
 
-def within[P](
-    paths: Iterable[Path[P]],
-    allowed: Mapping[str, float],
-    costs: Callable[[P], Mapping[str, float]],
-    lost: Callable[[P], Mapping[str, float]],
-    loss: Callable[[P], float],
-    size: Callable[[P], float],
-) -> P:
-    """The plan that meets a budget: see `NetworkPlan.within`.
+class Reduced(Protocol):
+    """What a budget asks of a plan."""
+
+    @property
+    def cuts(self) -> Cuts | None: ...
+    def parameters_left(self) -> int: ...
+    def evaluated(self, data: Data | Batches) -> Evaluation: ...
+
+
+class Budget:
+    """What smaller networks of one network may cost and lose.
 
     Args:
-        paths: one for each order that is to be tried. Of plans that meet the costs the one with the least loss is
-            taken; of those that lose as little as is allowed the smallest.
-        allowed: by name, at most.
-        costs: of a plan, those that are asked for.
-        lost: by a plan, all of `LOSSES`.
-        loss, size: of a plan.
+        asked: by name, at most; costs below 1 are shares of the full network's. See `NetworkPlan.within`.
+        data: to look at losses on; None: there is none.
+        binding: of the network.
+        batch: examples at once, where time counts.
+        full: loss and accuracy that losses are counted from; called where losses are asked for.
 
     Raises:
-        ValueError: if what is allowed can't be had.
+        ValueError, TypeError: naming the argument.
+
+    Attributes:
+        allowed: by name, at most, as absolute numbers.
     """
-    by_cost = any(name in allowed for name in COSTS)
-    limits = {name: allowed[name] for name in LOSSES if name in allowed}
-    if by_cost:
-        found = [path.plan(_fewest(path, allowed, costs)) for path in paths]
-    else:
-        found = [path.plan(_most(path, limits, lost)) for path in paths]
-    if by_cost and limits:
-        losses = [lost(plan) for plan in found]
+
+    def __init__(
+        self,
+        asked: Mapping[str, float | None],
+        data: Data | Batches | None,
+        binding: Binding,
+        batch: int,
+        full: Callable[[], Evaluation],
+    ) -> None:
+        given = check_budget(asked, data)
+        check(is_whole(batch, 1), "batch_size", "a positive integer", batch)
+        self.data = data
+        self._costs = Costs(binding, [name for name in COSTS if name in given], batch)
+        whole = self._costs.of_full()
+        self.allowed = {
+            name: value * whole[name] if name in whole and value < 1 else value
+            for name, value in given.items()
+        }
+        self._limits = {name: self.allowed[name] for name in LOSSES if name in given}
+        if self._limits:
+            self._full = full()
+            if "accuracy_drop" in given and math.isnan(self._full.accuracy):
+                raise ValueError("accuracy_drop must be left out for a model without classes: give loss_rise")
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether costs are asked for: then as little is removed as possible, else as much."""
+        return bool(self._costs.names)
+
+    def meets(self, plan: Reduced) -> bool:
+        """Whether a plan costs no more than is allowed."""
+        return not self._over(plan)
+
+    def allows(self, found: Evaluation) -> bool:
+        """Whether no more is lost than is allowed."""
+        return _is_allowed(self._lost(found), self._limits)
+
+    def better[P: Reduced](self, plans: Sequence[P], data: Data | Batches | None) -> P:
+        """Of plans that meet the costs the one with the least loss; of those that lose no more the smallest.
+
+        Args:
+            data: to look at losses on; None: there is none, and the first is taken.
+        """
+        if len(plans) == 1 or (self.has_costs and data is None):
+            return plans[0]
+        if not self.has_costs:
+            return min(plans, key=lambda plan: plan.parameters_left())
+        assert data is not None
+        return min(plans, key=lambda plan: plan.evaluated(data).loss)
+
+    def nearest[P: Reduced](self, paths: Iterable[Path[P]], seen: Data | Batches | None) -> P:
+        """The plan of several paths that meets it.
+
+        Args:
+            paths: one for each order that is to be tried.
+            seen: examples to compare orders on where no data are given.
+
+        Raises:
+            ValueError: if what is allowed can't be had.
+        """
+        steps = self._fewest if self.has_costs else self._most
+        found = [path.plan(steps(path)) for path in paths]
+        if self.has_costs and self._limits:
+            found = self._losing_little(found)
+        return self.better(found, seen if self.data is None else self.data)
+
+    def _lost(self, found: Evaluation) -> dict[str, float]:
+        return {
+            "accuracy_drop": 100 * (self._full.accuracy - found.accuracy),
+            "loss_rise": found.loss - self._full.loss,
+        }
+
+    def _over(self, plan: Reduced) -> dict[str, float]:
+        """The costs that are more than is allowed."""
+        found = self._costs.of_cuts(plan.cuts)
+        return {name: cost for name, cost in found.items() if not cost <= self.allowed[name] * (1 + _NEAR)}
+
+    def _losing_little[P: Reduced](self, found: Sequence[P]) -> list[P]:
+        """Those of plans that lose no more than is allowed. Raises ValueError if there are none."""
+        assert self.data is not None
+        limits, losses = self._limits, [self._lost(plan.evaluated(self.data)) for plan in found]
         good = [plan for plan, one in zip(found, losses, strict=True) if _is_allowed(one, limits)]
         if not good:
             nearest = min(losses, key=lambda one: max(one[name] - limits[name] for name in limits))
             over = next(name for name in limits if not _is_allowed(nearest, {name: limits[name]}))
-            meeting = ", ".join(f"{cost} within {allowed[cost]:,.10g}" for cost in COSTS if cost in allowed)
+            meeting = ", ".join(f"{cost} within {self.allowed[cost]:,.10g}" for cost in self._costs.names)
             raise ValueError(
                 f"{over} must be at least {nearest[over]:.4g}, with {meeting}: got {limits[over]:g}"
             )
-        found = good
-    return found[0] if len(found) == 1 else min(found, key=loss if by_cost else size)
+        return good
+
+    def _fewest[P: Reduced](self, path: Path[P]) -> int:
+        """The fewest steps after which all costs are allowed."""
+        for name, cost in self._over(path.plan(path.steps)).items():
+            raise ValueError(
+                f"{name} must be at least {cost:,.10g}, which is left at the floors of all layers: got "
+                f"{self.allowed[name]:,.10g}"
+            )
+        found = first(path.steps, lambda steps: not self._over(path.plan(steps)))
+        while "milliseconds" in self.allowed and found < path.steps and self._over(path.plan(found)):
+            found += 1  # times are not the same twice
+        return found
+
+    def _most[P: Reduced](self, path: Path[P]) -> int:
+        """The most steps at which no more is lost than allowed: losses rise along a path, but for noise."""
+        data = self.data
+        assert data is not None
+        return (
+            first(
+                path.steps + 1,
+                lambda steps: steps > 0 and not self.allows(path.plan(steps).evaluated(data)),
+            )
+            - 1
+        )
+
+
+def first(last: int, good: Callable[[int], bool]) -> int:
+    """The first number from 0 on that is good, by bisection; `last` is known to be, or stands for none."""
+    low, high = -1, last  # not good, good
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return high
 
 
 def _is_allowed(found: Mapping[str, float], limits: Mapping[str, float]) -> bool:
     return all(found[name] <= limit + _NEAR for name, limit in limits.items())
 
 
-def _fewest[P](path: Path[P], allowed: Mapping[str, float], costs: Callable[[P], Mapping[str, float]]) -> int:
-    """The fewest steps after which all costs are allowed."""
+def one_standard_error(losses: Sequence[float], errors: Sequence[float], sizes: Sequence[float]) -> int:
+    """Which network of a path is the smallest whose loss is within one standard error of the least.
 
-    def over(steps: int) -> dict[str, float]:
-        found = costs(path.plan(steps))
-        return {name: cost for name, cost in found.items() if not cost <= allowed[name] * (1 + _NEAR)}
+    The rule of Breiman and others (1984): a smaller difference may be one of the examples that were looked at. The
+    least loss is that of medians over three neighbours, which differ little: no lucky one decides.
 
-    for name, cost in over(path.steps).items():
-        raise ValueError(
-            f"{name} must be at least {cost:,.10g}, which is left at the floors of all layers: got "
-            f"{allowed[name]:,.10g}"
-        )
-    low, high = 0, path.steps  # too few, enough
-    if not over(0):
-        return 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if over(middle) else (low, middle)
-    while "milliseconds" in allowed and high < path.steps and over(high):  # times are not the same twice
-        high += 1
-    return high
-
-
-def _most[P](path: Path[P], limits: Mapping[str, float], lost: Callable[[P], Mapping[str, float]]) -> int:
-    """The most steps at which no more is lost than allowed, by bisection: losses rise along a path, but for noise."""
-    low, high = 0, path.steps + 1  # few enough, too many
-    while high - low > 1:
-        middle = (low + high) // 2
-        good = _is_allowed(lost(path.plan(middle)), limits)
-        low, high = (middle, high) if good else (low, middle)
-    return low
+    Args:
+        losses, errors: of each, with its standard error; NaN counts as 0.
+        sizes: of each.
+    """
+    last = len(losses) - 1
+    typical = [
+        sorted((losses[max(place - 1, 0)], loss, losses[min(place + 1, last)]))[1]
+        for place, loss in enumerate(losses)
+    ]
+    best = min(range(len(losses)), key=lambda place: typical[place])
+    allowed = typical[best] + (0.0 if math.isnan(errors[best]) else errors[best])
+    good = [place for place, loss in enumerate(losses) if max(loss, typical[place]) <= allowed]
+    # of two or fewer the median may be the worse
+    good = good or [min(range(len(losses)), key=lambda place: losses[place])]
+    return min(good, key=lambda place: (sizes[place], losses[place]))
 
 
 def by_score(

@@ -127,6 +127,14 @@ class LaplacePlan(NetworkPlan):
         # structures that are not on the path stay, whose score is −∞
         return super().at(max(threshold, -float(len(self.table))))
 
+    def by_evidence(self) -> Self | None:
+        """The plan where the evidence is largest, as far as losses rise as predicted; None for a loaded plan."""
+        if self._guide is None:
+            return None
+        evidence = self.path.total_evidence_change[: _believed(self.path, self._guide.dataset_size)]
+        best = int(evidence.argmax()) + 1 if evidence.max() > 0 else 0
+        return self._by_threshold(-float(best) if best else math.inf)
+
     def with_posterior(self, guide: AutoKroneckerLaplace) -> Self:
         """This plan, with the posterior it was made from, and its network: what a plan that was loaded lacks.
 
@@ -135,7 +143,7 @@ class LaplacePlan(NetworkPlan):
         """
         return replace(self, _guide=guide, _binding=_binding(guide))
 
-    def _paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
+    def paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
         by, _, own = self.rule.criterion.removeprefix("laplace_").partition("_per_")
         units = {"parameter": {"parameters", "bytes"}, "multiply_accumulate": {"macs", "milliseconds"}}
         wanted = [unit for unit, costs in units.items() if costs & {*asked}]
@@ -155,7 +163,7 @@ class LaplacePlan(NetworkPlan):
     def _examples(self) -> Data | None:
         return None if self._guide is None else self._guide.shown
 
-    def evaluated(self, data: Data, model: nn.Module | None = None) -> Evaluation:
+    def evaluated(self, data: Data | Batches, model: nn.Module | None = None) -> Evaluation:
         return evaluate(self.reduced_model(), data)
 
     def reduced_model(self) -> Likelihood:
@@ -269,10 +277,9 @@ def reduce_by_laplace(
     path = evidence_path(plan, guide, steps, parts)
     rows = [alone[step.site][step.structure].tolist() for step in steps]
     path[["outgoing", "incoming"]] = np.array(rows).reshape(-1, 2)
-    plan = replace(plan, path=path)
-    evidence = path.total_evidence_change[: _believed(path, guide.dataset_size)]
-    best = int(evidence.argmax()) + 1 if evidence.max() > 0 else 0
-    return plan.at(-float(best) if best else float("inf"))
+    own = replace(plan, path=path).by_evidence()
+    assert own is not None
+    return own
 
 
 def _binding(guide: AutoKroneckerLaplace) -> Binding:

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check, is_whole
-from pyro_bmrs.inference.batches import Data
+from pyro_bmrs.arguments import is_whole
+from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import Evaluation, evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.networks.attention import separate_attention
@@ -32,7 +32,7 @@ from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
 from pyro_bmrs.pruning.binding import Binding, check_examples
-from pyro_bmrs.pruning.budgets import COSTS, LOSSES, Costs, Path, by_score, check_budget, within
+from pyro_bmrs.pruning.budgets import Budget, Path, by_score
 from pyro_bmrs.pruning.decision import Candidates, removals
 from pyro_bmrs.pruning.plan import Plan
 from pyro_bmrs.pruning.shrink import earlier_cuts, original_network, shrink
@@ -138,52 +138,48 @@ class NetworkPlan(Plan):
             ValueError: naming a budget that can't be met, with the nearest one that can; or a bad number.
             TypeError: for losses without data.
         """
-        asked = check_budget(
-            {
-                "parameters": parameters, "macs": macs, "bytes": bytes, "milliseconds": milliseconds,
-                "accuracy_drop": accuracy_drop, "loss_rise": loss_rise,
-            },
-            data,
-        )  # fmt: skip
-        check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
+        asked = {
+            "parameters": parameters, "macs": macs, "bytes": bytes, "milliseconds": milliseconds,
+            "accuracy_drop": accuracy_drop, "loss_rise": loss_rise,
+        }  # fmt: skip
+        return self.meeting(self.budget(asked, data, batch_size), progress=progress)
+
+    def meeting(self, budget: Budget, *, progress: bool = True) -> Self:
+        """As `within`."""
+        plan = budget.nearest(self.paths(budget.allowed.keys(), progress), self._examples())
+        allowed = {name: round(value, 10) for name, value in budget.allowed.items()}
+        return replace(plan, rule=replace(plan.rule, budget=allowed))
+
+    def budget(
+        self,
+        asked: Mapping[str, float | None],
+        data: Data | Batches | None,
+        batch_size: int = 1,
+        before: Evaluation | None = None,
+    ) -> Budget:
+        """What `within` is asked for. Losses are counted from `before`, by default from this plan's network in full."""
         full = self.at_least()
         self._check_layers(full._bound().network)
-        costs = Costs(full._bound(), [name for name in COSTS if name in asked], batch_size)
-        whole = costs.of_full()
-        allowed = {
-            name: value * whole[name] if name in whole and value < 1 else value
-            for name, value in asked.items()
-        }
-        before = full.evaluated(data) if data is not None and set(asked) & set(LOSSES) else None
-        if "accuracy_drop" in asked and before is not None and math.isnan(before.accuracy):
-            raise ValueError("accuracy_drop must be left out for a model without classes: give loss_rise")
 
-        def lost(plan: Self) -> dict[str, float]:
-            assert before is not None
+        def whole() -> Evaluation:
             assert data is not None
-            found = plan.evaluated(data)
-            return {
-                "accuracy_drop": 100 * (before.accuracy - found.accuracy),
-                "loss_rise": found.loss - before.loss,
-            }
+            return full.evaluated(data) if before is None else before
 
-        def loss(plan: Self) -> float:
-            seen = self._examples() if data is None else data
-            return 0.0 if seen is None else plan.evaluated(seen).loss
-
-        plan = within(
-            self._paths(asked.keys(), progress), allowed,
-            lambda plan: costs.of_cuts(plan.cuts), lost, loss, lambda plan: plan.parameters_left(),
-        )  # fmt: skip
-        budget = {name: round(value, 10) for name, value in allowed.items()}
-        return replace(plan, rule=replace(plan.rule, budget=budget))
+        return Budget(asked, data, full._bound(), batch_size, whole)
 
     def at_least(self) -> Self:
         """The plan that removes nothing but what the fit has removed."""
-        rule = self.rule if self.rule.threshold is not None else replace(self.rule, threshold=0.0)
-        return replace(self, rule=replace(rule, budget={})).at(math.inf)
+        return self._by_threshold(math.inf)
 
-    def _paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
+    def by_evidence(self) -> Self | None:
+        """The plan that the evidence alone decides; None where it can't be told."""
+        return self._by_threshold(0.0) if self.rule.has_evidence else None
+
+    def _by_threshold(self, threshold: float) -> Self:
+        """As `at`, also of a plan that a search or a budget has decided."""
+        return replace(self, rule=replace(self.rule, threshold=0.0, budget={})).at(threshold)
+
+    def paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
         """The orders in which a budget of these costs and losses may take structures.
 
         Of a posterior that had time to settle, scores for what is freed say most. Else they are much alike, and would
@@ -212,7 +208,7 @@ class NetworkPlan(Plan):
         paired = isinstance(y, Tensor) and bool(tensors_of(x)) and examples_in(x) == len(y)
         return (x, y) if paired else None
 
-    def evaluated(self, data: Data, model: nn.Module | None = None) -> Evaluation:
+    def evaluated(self, data: Data | Batches, model: nn.Module | None = None) -> Evaluation:
         """Loss and accuracy of the reduced model.
 
         Args:

@@ -4,12 +4,12 @@ from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
 from pyro_bmrs.quality.curves import compression_curve, criterion_curves
 from pyro_bmrs.quality.diagnosis import Diagnosis
 from pyro_bmrs.quality.examination import diagnose
-from pyro_bmrs.quality.predictive import Predictions, predictions
 
 # Imported now, not on demand: the function has its module's name, and a later import would bind the module.
-from pyro_bmrs.quality.what_if import what_if
+from pyro_bmrs.quality.frontier import Frontier, frontier
+from pyro_bmrs.quality.predictive import Predictions, predictions
 
 __all__ = [
-    "Diagnosis", "Predictions", "compression_curve", "criterion_curves", "diagnose", "predictions", "quality",
-    "reliability", "risk_coverage", "what_if",
+    "Diagnosis", "Frontier", "Predictions", "compression_curve", "criterion_curves", "diagnose", "frontier",
+    "predictions", "quality", "reliability", "risk_coverage",
 ]  # fmt: skip

@@ -41,7 +41,6 @@ class Diagnosis:
         entropy: of the reduced network's predictive, from draws: a row per example, data ("test" or the name of the
             out-of-distribution data) and entropy in nats.
         curves: of each criterion on the same posterior, as of `criterion_curves`.
-        what_if: as the function of that name.
         facts: draws, seed, examples and dataset_size of the checks, kl_weight, name of the out_of_distribution data,
             and which data the curves are of.
         notes: what was left out, and why.
@@ -56,7 +55,6 @@ class Diagnosis:
     risk_coverage: pd.DataFrame | None = None
     entropy: pd.DataFrame | None = None
     curves: pd.DataFrame | None = None
-    what_if: pd.DataFrame | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

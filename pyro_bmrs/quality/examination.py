@@ -27,7 +27,6 @@ from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
 from pyro_bmrs.quality.curves import criterion_curves
 from pyro_bmrs.quality.diagnosis import Diagnosis
 from pyro_bmrs.quality.predictive import NoClassifierError, predictions
-from pyro_bmrs.quality.what_if import what_if
 from pyro_bmrs.tables import MOST_CRITERIA
 
 if TYPE_CHECKING:
@@ -117,10 +116,6 @@ def diagnose(
         tables["loo"] = pd.DataFrame([dict(elpd_loo=float(found.elpd), standard_error=float(found.se))])
     else:
         notes.append(f"leave-one-out: {reason}")
-    if plan.rule.threshold is None:
-        notes.append("what if: a search decided about all structures together, without a threshold")
-    else:
-        tables["what_if"] = what_if(plan)
     with untouched(model, guide, seed=seed):
         drawn = draw_posterior(guide, first, draws).values
     others = sorted(drawn[0].keys() - noise_layers(model).keys())

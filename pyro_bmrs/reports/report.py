@@ -22,6 +22,7 @@ from pyro_bmrs.figures import (
     plot_criteria,
     plot_entropy,
     plot_forest,
+    plot_frontier,
     plot_history,
     plot_reliability,
     plot_removal_path,
@@ -34,8 +35,9 @@ from pyro_bmrs.figures.scores import evidence_label, finite_threshold, score_lab
 from pyro_bmrs.files import check_file
 from pyro_bmrs.numerals import finite
 from pyro_bmrs.quality.diagnosis import FACTS, Diagnosis
-from pyro_bmrs.quality.what_if import slider
+from pyro_bmrs.quality.frontier import Frontier
 from pyro_bmrs.reports.page import svg, write_page
+from pyro_bmrs.reports.sizes import slider
 from pyro_bmrs.reports.words import (
     decision,
     methods,
@@ -86,7 +88,9 @@ def report(
     curve: pd.DataFrame | None = None,
     evaluation: pd.DataFrame | None = None,
     diagnosis: Diagnosis | None = None,
+    frontier: Frontier | None = None,
     settings: Mapping[str, Any] | None = None,
+    command: str = "plan.within(parameters={})",
 ) -> Path:
     """Write a self-contained HTML page about one plan, and beside it the essentials as Markdown.
 
@@ -101,9 +105,10 @@ def report(
         evaluation: None, or a row per network and split, in the order of the work, with the columns
             ``network``, ``split``, ``accuracy`` (0 to 1), ``negative_log_likelihood`` (nats per example) and
             ``parameters``.
-        diagnosis: None, or what ``diagnose`` found: k̂, predictions before and after, the curves of other criteria,
-            and what other prior log-odds would remove.
+        diagnosis: None, or what ``diagnose`` found: k̂, predictions before and after, the curves of other criteria.
+        frontier: None, or what ``frontier`` found of this plan: networks of other sizes, under a slider.
         settings: None, or more to print: recipe, data, versions, …
+        command: to show beside another size; ``{}`` stands for its number of parameters.
 
     Returns:
         The path of the HTML file.
@@ -127,6 +132,8 @@ def report(
     check(hasattr(plan, "widths"), "plan", "what reduce returned", type(plan), TypeError)
     known = diagnosis is None or hasattr(diagnosis, "tables")
     check(known, "diagnosis", "what diagnose found, or None", type(diagnosis), TypeError)
+    known = isinstance(frontier, Frontier | None)
+    check(known, "frontier", "what frontier found, or None", type(frontier), TypeError)
     check_file("out", out)
     if out.suffix == ".md":
         raise ValueError(f"out must not end in .md, which is for the Markdown beside it: got {out}")
@@ -160,10 +167,8 @@ def report(
         widths=shown_widths.to_dict("records"),
         widths_total=(int(widths["before"].sum()), int(widths["after"].sum())),
         evaluation=[] if evaluation is None else evaluation.to_dict("records"),
-        figures=_figures(fit, history, plan, curve, diagnosis),
-        what_if=None
-        if diagnosis.what_if is None
-        else slider(plan, diagnosis.what_if, curve, _parameters_before(plan, diagnosis.what_if, costs)),
+        figures=_figures(fit, history, plan, curve, diagnosis, frontier),
+        sizes=None if frontier is None else slider(frontier, _parameters_before(frontier, costs), command),
         posterior=_posterior(diagnosis),
         quality=[] if diagnosis.quality is None else diagnosis.quality.to_dict("records"),
         # None for what is not known of a diagnosis that was put together by hand
@@ -186,7 +191,7 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("before-after", "before and after", True),
         ("map", "map", True),
         ("decision", "scores", True),
-        ("what-if", "what if", content["what_if"]),
+        ("sizes", "other sizes", content["sizes"]),
         ("posterior", "posterior", content["posterior"]),
         ("forest", "by layer", figures["forest"]),
         ("predictions", "predictions", content["quality"]),
@@ -204,6 +209,7 @@ def _figures(
     plan: NetworkPlan,
     curve: pd.DataFrame | None,
     found: Diagnosis,
+    sizes: Frontier | None,
 ) -> dict[str, Markup | None]:
     """The drawings by name; None where there is nothing to draw."""
     curves = curve if found.curves is None else found.curves
@@ -216,6 +222,7 @@ def _figures(
         "forest": (plot_forest, plan if np.isfinite(plan.table["loc"].astype(float)).any() else None),
         # a regression has losses, and no accuracy to draw
         "curve": (draw_curve, curves if curves is not None and curves["accuracy"].notna().any() else None),
+        "frontier": (lambda sizes: plot_frontier(sizes.table, sizes.budget), sizes),
         "path": (
             lambda found: plot_removal_path(found.path, found.steps),
             plan if len(getattr(plan, "path", ())) else None,
@@ -323,14 +330,11 @@ def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _parameters_before(plan: NetworkPlan, changes: pd.DataFrame, costs: pd.DataFrame | None) -> int:
-    """Of the full network; of what a fit has left of it where the plan, read from disk, knows no other."""
+def _parameters_before(found: Frontier, costs: pd.DataFrame | None) -> int:
+    """Of the full network; without its costs, of the largest of the frontier, of which a fit may have left less."""
     if costs is not None and "parameters" in costs.index:
         return int(costs["before"]["parameters"])
-    try:
-        return plan.parameters_before()
-    except ValueError:
-        return int(changes["parameters"].max())
+    return int(found.table.parameters.max())
 
 
 def _settings(

@@ -17,7 +17,7 @@ from pyro_bmrs.networks.insertion import insert_noise
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import remove_structures
 from pyro_bmrs.pruning.binding import check_examples
-from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
+from pyro_bmrs.runs.folder import REMOVAL_COLUMNS, STAGES
 from pyro_bmrs.runs.recipe import blamed
 from pyro_bmrs.runs.weights import load_into
 from pyro_bmrs.runs.workplace import Interrupted, Workplace
@@ -46,6 +46,9 @@ def fit_posterior(run: Workplace) -> Fit:
     if run.recipe.path.resolve() != copied.resolve():
         write_atomically(copied, lambda beside: shutil.copyfile(run.recipe.path, beside))
     write_table(run.folder / "history.csv", result.history)
+    run.clear(STAGES)
+    if len(result.stages):
+        write_table(run.folder / STAGES, result.stages)
     write_table(run.folder / "removals.csv", result.removals.assign(phase="fit")[REMOVAL_COLUMNS])
     save_posterior(run.folder / "posterior.safetensors", run.model, run.guide)
     if run.settings.weights is not None:

@@ -27,7 +27,8 @@ REDUCE_FILES = (
     "evaluation.csv", "costs.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.numbers.safetensors",
     "plan.json",
 )  # fmt: skip
-REPORT_FILES = ("curve.csv", "report.md", "report.html")
+REPORT_FILES = ("curve.csv", "frontier.csv", "report.md", "report.html")
+STAGES = "stages.csv"  # of a fit along rising KL weights
 DIAGNOSIS = "diagnosis"  # a folder of tables; a run is complete without it
 REMOVAL_COLUMNS = ["phase", *LEDGER_COLUMNS]  # of removals.csv
 
@@ -141,7 +142,7 @@ class RunFolder:
 
     def clear_unfinished(self) -> None:
         """Remove the half-written files of a process that was killed."""
-        clear_unfinished(self.folder, {*FIT_FILES, *REDUCE_FILES, *REPORT_FILES}.__contains__)
+        clear_unfinished(self.folder, {*FIT_FILES, STAGES, *REDUCE_FILES, *REPORT_FILES}.__contains__)
 
     def diagnosis(self) -> Diagnosis | None:
         """The folder's diagnosis, None where it has none."""

@@ -115,11 +115,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _row(name: str, run: RunFolder) -> dict[str, Any]:
     stored = run.needed_settings()
     settings, evaluation, diagnosis = stored["settings"], run.evaluation(), run.diagnosis()
+    rule = run.plan().rule
     final = evaluation.iloc[-1]
     row = dict(
         run=name, recipe=stored["recipe"], data=settings.data_name, seed=settings.seed,
-        kl_weight=settings.kl_weight if settings.weights is None else float("nan"),
-        criterion=settings.criterion if settings.weights is None else run.plan().rule.criterion,
+        kl_weight=rule.kl_weight if settings.weights is None else float("nan"), criterion=rule.criterion,
         parameters_before=int(evaluation.parameters.iloc[0]), parameters=int(final.parameters),
         removed=run.outcome()["removed"], accuracy=float(final.accuracy),
         negative_log_likelihood=float(final.negative_log_likelihood),

@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from pyro_bmrs.files import write_table
+from pyro_bmrs.files import read_tensors, write_table
 from pyro_bmrs.fitting import fit
+from pyro_bmrs.fitting.posterior_file import save_posterior
+from pyro_bmrs.fitting.stages import Stages
 from pyro_bmrs.inference import evaluate, recalibrate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.networks.cost import parameters
@@ -30,7 +32,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     small = plan.apply()
     rows, name = _full_network(run), "reduced"
     if isinstance(plan, LaplacePlan):
-        rows.append((name, *evaluate(run.model_of(small), data.test), parameters(small)))
+        rows.append((name, *evaluate(run.model_of(small), data.test)[:2], parameters(small)))
         small, name = plan.apply(refit=data.train, progress=run.progress), "refitted"
     elif settings.recalibrate:
         recalibrate(small, data.train, batch_size=settings.batch_size, seed=settings.seed)
@@ -39,7 +41,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     history = run.read_table("history.csv", "phase", "epoch")
     history = history[history.phase != "fine-tune"]
     removals = _removals(run, plan, len(history))
-    rows.append((name, *evaluate(model, data.test), parameters(small)))
+    rows.append((name, *evaluate(model, data.test)[:2], parameters(small)))
     tuning = run.folder / "checkpoints" / f"fine-tune-{_name(run)}"
     if settings.fine_tune:
         tuned = fit(
@@ -53,11 +55,14 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
             )
         kept = sum(map(len, plan.kept.values()))
         history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
-        rows.append(("fine-tuned", *evaluate(model, data.test), parameters(small)))
+        rows.append(("fine-tuned", *evaluate(model, data.test)[:2], parameters(small)))
     columns = ["network", "negative_log_likelihood", "accuracy", "parameters"]
     # Files of two reductions never stand side by side.
     run.clear_reduction()
     run.write_settings()
+    posterior = run.folder / "posterior.safetensors"
+    if read_tensors(posterior, header_only=True)[0]["kl_weight"] != run.guide.kl_weight:  # of another stage
+        save_posterior(posterior, run.model, run.guide)
     write_table(run.folder / "history.csv", history)
     write_table(run.folder / "removals.csv", removals)
     write_table(run.folder / "evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
@@ -73,22 +78,32 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
 
 
 def _plan(run: Workplace) -> NetworkPlan:
-    """What the posterior and the settings say."""
-    settings, guide = run.settings, run.guide
-    floors: dict[str, Any] = {"min_kept": settings.min_kept, "round_to": settings.round_to}
-    plan: NetworkPlan
-    if isinstance(guide, AutoKroneckerLaplace):
-        plan = reduce_by_laplace(guide, **floors, progress=run.progress)
-    else:
-        plan = run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
+    """What the posterior and the settings say; of a fit with stages model and guide are put into the best of these."""
+    settings, folder = run.settings, run.folder / "checkpoints" / "fit"
+    if settings.weights is None:
+        stages = Stages(run.model, run.guide, lambda: _reduced(run), run.dataset.validation, folder)
+        if len(stages) and settings.budget:
+            return stages.within(settings.budget, progress=run.progress)
+        # an earlier reduction may have left the state of another stage
+        if len(stages) and run.guide.kl_weight != stages.kl_weight(stages.choice()):
+            stages.restore(stages.choice())
+    plan = _reduced(run)
     if not settings.budget:
         return plan
     return plan.within(run.dataset.validation, **settings.budget, progress=run.progress)
 
 
+def _reduced(run: Workplace) -> NetworkPlan:
+    settings, guide = run.settings, run.guide
+    floors: dict[str, Any] = {"min_kept": settings.min_kept, "round_to": settings.round_to}
+    if isinstance(guide, AutoKroneckerLaplace):
+        return reduce_by_laplace(guide, **floors, progress=run.progress)
+    return run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
+
+
 def _full_network(run: Workplace) -> list[tuple[str, float, float, int]]:
     """Rows of the evaluation for the network before the reduction."""
-    fitted, left = evaluate(run.model, run.dataset.test, run.guide.mean()), parameters(run.network)
+    fitted, left = evaluate(run.model, run.dataset.test, run.guide.mean())[:2], parameters(run.network)
     if run.settings.weights is not None:
         return [("full", *fitted, left)]
     if left == run.parameters_before:

@@ -13,7 +13,7 @@ from pyro_bmrs.evidence.importance import LEAST_DRAWS
 from pyro_bmrs.files import NewerFileError, write_table
 from pyro_bmrs.fitting import Fit
 from pyro_bmrs.pruning.network_plan import NetworkPlan
-from pyro_bmrs.quality import Diagnosis, compression_curve, diagnose
+from pyro_bmrs.quality import Diagnosis, Frontier, compression_curve, diagnose, frontier
 from pyro_bmrs.quality.examination import DRAWS
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS
@@ -22,6 +22,8 @@ from pyro_bmrs.runs.workplace import Workplace, versions
 # By data set: another with inputs of the same form. Does a network know that it does not know these?
 FOREIGN = {"digits": "patches", "mnist": "fashion-mnist", "fashion-mnist": "mnist"}
 FOREIGN_EXAMPLES = 500
+# Of the networks of other sizes, and for all their timings.
+POINTS, SECONDS = 16, 2.0
 
 
 class ReportStage:
@@ -65,15 +67,24 @@ class ReportStage:
         else:
             curve = compression_curve(run.model, plan, run.dataset.validation)
             write_table(run.folder / "curve.csv", curve)
+        if run.has("frontier.csv"):
+            sizes = Frontier.load(run.folder / "frontier.csv", plan)
+        else:
+            sizes = frontier(
+                plan, run.dataset.validation, points=POINTS, seconds=SECONDS, progress=run.progress
+            )
+            sizes.save(run.folder / "frontier.csv")
         trained = run.settings.weights is not None
         epochs = int((history.phase == "fit").sum())
         # A page is given to others: it names data and weights, not where they lie on this machine.
         names = {"data": run.settings.data_name, "weights": run.settings.weights_name}
         shown = run.settings.model_copy(update=names)
+        folder = run.folder.name if run.folder.is_absolute() else run.folder
         return report(
             Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan,
             run.folder / "report.html", costs=run.costs(), curve=curve, evaluation=evaluation,
             diagnosis=None if self.draws == 0 or trained else self._diagnosis(plan),
+            frontier=sizes, command=f"pyro-bmrs reduce {folder} --parameters {{}}",
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
         )  # fmt: skip
 

@@ -147,7 +147,10 @@ class RunSettings(Settings):
     @property
     def posterior_text(self) -> str:
         """What made the posterior: weights, or a fit at a KL weight."""
-        return f"KL weight {self.kl_weight:g}" if self.weights is None else f"weights {self.weights_name}"
+        if self.weights is not None:
+            return f"weights {self.weights_name}"
+        rises = isinstance(self.kl_weight, str)
+        return "rising KL weights" if rises else f"KL weight {self.kl_weight:g}"
 
     def changed(self, **changes: Any) -> Self:
         found = super().changed(**changes)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field
@@ -46,7 +46,7 @@ class _Document(Checked):
     out: str
     recipes: _OneOrMore[str]
     data: _OneOrMore[str]
-    kl_weights: _OneOrMore[float] = Field(default_factory=list)
+    kl_weights: _OneOrMore[float | Literal["auto"]] = Field(default_factory=list)
     criteria: _OneOrMore[str] = Field(default_factory=list)
     seeds: _OneOrMore[int] = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -111,9 +111,9 @@ class Study:
     >>> _ = (place / "study.yaml").write_text("\\n".join(lines))
     >>> study = Study.read(place / "study.yaml", jobs=2)
     >>> [cell.name for cell in study.cells][:3]
-    ['net-digits-w1-BMRS_N-seed0', 'net-digits-w1-BMRS_N-seed1', 'net-digits-w1-SNR-seed0']
+    ['net-digits-wauto-BMRS_N-seed0', 'net-digits-wauto-BMRS_N-seed1', 'net-digits-wauto-SNR-seed0']
     >>> [cell.fit.name for cell in study.cells][:3]
-    ['net-digits-w1-BMRS_N-seed0', 'net-digits-w1-BMRS_N-seed1', 'net-digits-w1-BMRS_N-seed0']
+    ['net-digits-wauto-BMRS_N-seed0', 'net-digits-wauto-BMRS_N-seed1', 'net-digits-wauto-BMRS_N-seed0']
 
     Attributes:
         out: the folder of all that comes out.

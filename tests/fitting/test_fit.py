@@ -257,11 +257,10 @@ def test_a_score_that_is_not_finite_is_an_error_and_no_missing_count(monkeypatch
 
 
 def test_settings_are_given_whole_or_by_name_and_kept_with_the_fit():
-    settings = bmrs.Settings(epochs=2, batch_size=50, kl_weight=3)
-    _, _, result = fitted()
-    assert result.settings == bmrs.Settings(
-        epochs=4, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2
-    )
+    settings = bmrs.Settings(epochs=2, batch_size=50, kl_weight=3, posterior_learning_rate=0.01)
+    given = dict(epochs=4, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2, kl_weight=1.0)
+    _, _, result = fitted(**given)
+    assert result.settings == bmrs.Settings(**given)
     model = Classifier(network())
     guide = AutoTruncatedLogNormal(model)
     result = bmrs.fit(model, guide, data(), None, settings, epochs=1, **QUIET)
@@ -317,7 +316,7 @@ def test_nan_in_the_data_stops_with_the_last_good_parameters():
         (dict(batch_size=-1), "batch_size must be"),
         (dict(learning_rate=math.nan), "learning_rate must be a finite number: got nan"),
         (dict(posterior_learning_rate=-1.0), "posterior_learning_rate"),
-        (dict(kl_weight=-0.5), "kl_weight must be greater than or equal to 0: got -0.5"),
+        (dict(kl_weight=-0.5), 'kl_weight must be a finite number of 0 or more, or "auto": got -0.5'),
         (dict(warm_up=1.5), "warm_up must be less than or equal to 1: got 1.5"),
         (dict(draws_per_batch=0), "draws_per_batch"),
         (dict(seed=-1), "seed"),

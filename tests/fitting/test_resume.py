@@ -278,7 +278,7 @@ def halfway(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", ["plain", "removal", "patience", "no guide", "last"])
+@pytest.mark.parametrize("case", ["plain", "rising", "removal", "patience", "no guide", "last"])
 def test_a_finished_fit_returns_at_once(case, whole, tmp_path, monkeypatch):
     first, tensors, made = whole(case)
     folder = Path(shutil.copytree(made, tmp_path / "fit"))

@@ -285,7 +285,7 @@ def test_fitting_goes_on(family):
     before = {name: tensor.detach().clone() for name, tensor in fit.named().items()}
     result = bmrs.fit(
         model, guide, (fit.x, fit.y), (fit.x, fit.y), epochs=3, batch_size=8, learning_rate=0.01, progress=False,
-        criterion=bmrs.BMRS_N(), keep_best=False, warm_up=0.0,
+        criterion=bmrs.BMRS_N(), keep_best=False, warm_up=0.0, kl_weight=1.0,
     )  # fmt: skip
     assert len(result.history) == 3
     assert result.history[["loss", "kl", "validation_loss"]].notna().all(axis=None)

@@ -26,7 +26,6 @@ from pyro_bmrs.quality import Diagnosis, compression_curve, criterion_curves, di
 from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
 from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.quality.predictive import predictions
-from pyro_bmrs.quality.what_if import what_if
 from pyro_bmrs.reports import report
 
 DRAWS, SEED, EXAMPLES = 100, 3, 50
@@ -205,7 +204,6 @@ def test_the_curves_are_those_of_the_criteria(fitted, found):
         if name == "random":  # it stops nowhere by itself
             expected["is_plan"] = False
         same(found.curves[found.curves.criterion == name].drop(columns="criterion"), expected)
-    same(found.what_if, what_if(fitted.plan))
     without = look(fitted, validation=None, criteria={"one": bmrs.SNR(threshold=2.0)})
     assert without.curves.criterion.unique().tolist() == ["BMRS_N (this plan)", "one"]
     own = without.curves[without.curves.criterion == "BMRS_N (this plan)"].drop(columns="criterion")
@@ -355,7 +353,6 @@ def test_a_regression_has_no_accuracy_and_a_report_all_the_same(empty_store, tmp
     page = report(None, plan, tmp_path / "report.html", diagnosis=Diagnosis.load(tmp_path)).read_text()
     assert 'id="predictions"' not in page
     assert "Accuracy against parameters removed" not in page
-    assert 'id="what-if-slider"' in page
 
 
 class Dependent(nn.Module):
@@ -479,7 +476,6 @@ def test_the_same_seed_gives_the_same_and_another_does_not(fitted, found):
     for name in ("khat", "elbo", "quality", "entropy"):
         assert not other.tables()[name].equals(found.tables()[name]), name
     # that no draw has a part in
-    pd.testing.assert_frame_equal(other.what_if, found.what_if)
     same(other.curves, found.curves[: len(other.curves)])
 
 
@@ -621,7 +617,6 @@ BAD = {
 def test_a_bad_argument_is_named_before_any_work(fitted, monkeypatch, name, value, kind):
     for work in (
         "check_posterior",
-        "what_if",
         "draw_posterior",
         "predictions",
         "criterion_curves",

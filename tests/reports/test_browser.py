@@ -15,12 +15,13 @@ from diagnosed import (
     make_diagnosis,
     make_evaluation,
     make_fit,
+    make_frontier,
     make_plan,
     random_scores,
 )
 
 from pyro_bmrs import NetworkPlan
-from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.quality import Diagnosis, Frontier
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.outcomes import report_runs
 from pyro_bmrs.runs.run import Run
@@ -83,8 +84,9 @@ def run(tmp_path_factory):
     return SimpleNamespace(
         page=folder / "report.html",
         plan=plan,
-        curve=pd.read_csv(folder / "curve.csv"),
-        curves_of="validation",
+        sizes=Frontier.load(folder / "frontier.csv", plan),
+        before=current.parameters_before,
+        command="pyro-bmrs reduce spread --parameters",
     )
 
 
@@ -92,7 +94,7 @@ def written(folder, plan, **changes):
     """The page of a plan made by hand, with all that belongs to it."""
     given = {"evaluation": make_evaluation(), "settings": {"a": 1}, **changes}
     if not changes:
-        given |= dict(diagnosis=make_diagnosis(plan), curve=make_curve(plan))
+        given |= dict(diagnosis=make_diagnosis(plan), curve=make_curve(plan), frontier=make_frontier(plan))
     return report(make_fit(plan), plan, folder / "report.html", **given)
 
 
@@ -105,7 +107,11 @@ def by_hand(tmp_path_factory):
         scores[layer][unit] = math.nan
     plan = make_plan(scores, gone=gone, log_odds=None, min_kept=2, round_to=2)
     page = written(tmp_path_factory.mktemp("by hand"), plan)
-    return SimpleNamespace(page=page, plan=plan, curve=make_curve(plan), curves_of=None)
+    sizes = make_frontier(plan)
+    before = sizes.table.parameters.max()
+    return SimpleNamespace(
+        page=page, plan=plan, sizes=sizes, before=before, command="plan.within(parameters="
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,8 @@ def hostile(tmp_path_factory):
         evaluation=make_evaluation(names=(HOSTILE[1], HOSTILE[2]), split=HOSTILE[0]),
         diagnosis=diagnosis,
         curve=make_curve(plan),
+        frontier=make_frontier(plan),
+        command=f"{HOSTILE[2]} {{}}",
         settings={**dict(zip(HOSTILE, reversed(HOSTILE), strict=True)), "inner": {HOSTILE[1]: HOSTILE}},
     )
     return SimpleNamespace(page=page, plan=plan)
@@ -207,7 +215,7 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     for table in ("widths", "structures", "khat"):
         shown = watched.texts(f"table[data-name={table}] td:first-child")
         assert set(HOSTILE) <= {text.strip() for text in shown}, table
-    for section in ("#what-if-layers .soft", "#settings li", "#settings dt", "#settings dd"):
+    for section in ("#sizes-layers .soft", "#settings li", "#settings dt", "#settings dd"):
         shown = watched.texts(section)
         for name in HOSTILE:
             assert any(name in text for text in shown), (section, name)
@@ -219,9 +227,10 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
     assert HOSTILE[0] in watched.page.title()
     assert watched.page.locator(".cells i").first.get_attribute("title") == f"{HOSTILE[0]} 0"
     assert HOSTILE[0] in watched.text("#methods .methods")
-    assert watched.text("#what-if-accuracy-note").startswith(f"{ATTACKING_FACT} accuracy without fine-tuning")
+    assert f"measured on {ATTACKING_FACT}" in watched.text("#sizes")
+    assert watched.text("#sizes-command").startswith(HOSTILE[2])
     assert (
-        watched.text("#what-if-structures")
+        watched.text("#sizes-structures")
         == f"{(~hostile.plan.table.removed).sum()} of {len(hostile.plan.table)}"
     )
     # the figures' letters are text too
@@ -253,66 +262,52 @@ def test_a_score_of_exactly_0_goes_unless_the_floor_keeps_it(watch, tmp_path):
         ["below", "kept"], ["below", "removed"],
         ["above", "kept by the floor"], ["above", "removed"],
     ]  # fmt: skip
-    assert watched.text("#what-if-structures") == "3 of 6"
+    assert watched.text("#sizes-structures") == "3 of 6"
 
 
 # --- the slider ----------------------------------------------------------------------------------------
 
 
 class Slider:
-    """The page's slider, and what the plan says at the same places."""
+    """The page's slider, and what was measured at the same places."""
 
     def __init__(self, watched, given):
         self.watched, self.given, self.page = watched, given, watched.page
-        data = self.page.evaluate("() => JSON.parse(document.getElementById('what-if-data').textContent)")
-        self.lowest, self.highest, self.own = data["lowest"], data["highest"], data["own"]
-        self.evidence = self.given.plan.table.log_evidence_change.notna().any()
-        self.slider, self.box = self.page.locator("#what-if-slider"), self.page.locator("#what-if-number")
+        self.slider = self.page.locator("#sizes-slider")
+        self.own = int(given.sizes.table.is_plan.to_numpy().argmax())
 
-    def to(self, position):
+    def to(self, place):
         self.slider.evaluate(
-            "(slider, position) => { slider.value = position; slider.dispatchEvent(new Event('input')); }",
-            position,
+            "(slider, place) => { slider.value = place; slider.dispatchEvent(new Event('input')); }", place
         )
 
-    def position(self):
+    def place(self):
         return int(self.slider.input_value())
 
-    def value(self, position):
-        low, high = math.asinh(self.lowest), math.asinh(self.highest)
-        return math.sinh(low + (high - low) * position / 1000)
-
-    def place(self, value):
-        """The position nearest to a value; beyond the ends, the ends."""
-        low, high = math.asinh(self.lowest), math.asinh(self.highest)
-        return min(max(1000 * (math.asinh(value) - low) / (high - low), 0), 1000)
-
-    def check(self, value):
-        """All that is shown is what the plan says at the threshold that a value of slider or box stands for."""
-        plan = self.given.plan
-        threshold = self.own - value if self.evidence else value
-        there = plan.at(threshold)
+    def check(self, place):
+        """All that is shown is what was measured of the network at this place."""
+        row, there = self.given.sizes.table.iloc[place], self.given.sizes.plans[place]
         widths = there.widths()
-        headings = self.watched.texts("#what-if-layers .soft")
-        assert headings == [f"{row.layer}: {row.after:,} of {row.before:,}" for row in widths.itertuples()]
-        assert (
-            self.watched.text("#what-if-structures") == f"{widths.after.sum():,} of {widths.before.sum():,}"
-        )
+        headings = self.watched.texts("#sizes-layers .soft")
+        assert headings == [f"{one.layer}: {one.after:,} of {one.before:,}" for one in widths.itertuples()]
+        assert self.watched.text("#sizes-structures") == f"{row.structures:,} of {widths.before.sum():,}"
         cells = self.page.locator(".cells i").evaluate_all(
             "marks => marks.map(mark => mark.classList.contains('out'))"
         )
         assert cells == there.table.removed.tolist()
-        (left,) = plan.parameters_at([threshold])
-        assert self.watched.text("#what-if-parameters") == f"{left:,}"
-        share = 100 * (1 - left / plan.parameters_before())
-        assert self.watched.text("#what-if-parameters-note") == f"parameters left, {share:.1f} % removed"
-        curve = self.given.curve
-        row = curve[curve.score_threshold >= threshold].sort_values("score_threshold").iloc[0]
-        assert self.watched.text("#what-if-accuracy") == f"{100 * row.accuracy:.2f} %"
-        of = f"{self.given.curves_of} " if self.given.curves_of else ""
-        note = f"{of}accuracy without fine-tuning, measured at {100 * row.parameters_removed:.1f} % removed"
-        assert self.watched.text("#what-if-accuracy-note") == note
-        return int(widths.after.sum())
+        assert self.watched.text("#sizes-parameters") == f"{row.parameters:,}"
+        share = 100 * (1 - row.parameters / self.given.before)
+        assert self.watched.text("#sizes-parameters-note") == f"parameters left, {share:.1f} % removed"
+        assert self.watched.text("#sizes-work") == f"{row.multiply_accumulates:,}"
+        assert self.watched.text("#sizes-work-note").endswith(" ms") == math.isfinite(row.milliseconds)
+        assert self.watched.text("#sizes-accuracy") == f"{100 * row.accuracy:.2f} %"
+        assert self.watched.text("#sizes-accuracy-note").startswith("accuracy, measured at this size; loss ")
+        assert self.watched.text("#sizes-command").startswith(f"{self.given.command}")
+        assert f"{row.parameters}" in self.watched.text("#sizes-command")
+        told = self.watched.text("#sizes-mark")
+        assert ("as decided" in told) == row.is_plan
+        assert ("the evidence's own choice" in told) == row.is_evidence
+        assert ("within one standard error" in told) == row.is_one_standard_error
 
 
 @pytest.fixture(params=["run", pytest.param("by_hand", marks=pytest.mark.slow)])
@@ -321,69 +316,26 @@ def slider(request, watch):
     return Slider(watch(given.page), given)
 
 
-def test_the_slider_says_what_the_plan_says(slider):
-    plan = slider.given.plan
-    decided = slider.check(slider.own)  # as the page is opened
-    assert decided == (~plan.table.removed).sum()
-    left = []
-    for position in [*range(0, 1000, 53), 1000]:
-        slider.to(position)
-        assert slider.position() == position
-        value = slider.value(position)
-        assert float(slider.box.input_value()) == pytest.approx(value, rel=6e-4, abs=1e-12)
-        left.append(slider.check(value))
-    # at one end goes what may, at the other nothing that the fit has left
-    ends = [(~plan.at(threshold).table.removed).sum() for threshold in (math.inf, -math.inf)]
-    assert [left[0], left[-1]] == (ends if slider.evidence else ends[::-1])
-    assert len(set(left)) > 8
-    assert left == sorted(left, reverse=slider.evidence)
+def test_the_slider_says_what_was_measured(slider):
+    assert slider.place() == slider.own  # as the page is opened
+    slider.check(slider.own)
+    assert len(slider.given.sizes.table) >= 6
+    for place in range(len(slider.given.sizes.table)):
+        slider.to(place)
+        assert slider.place() == place
+        slider.check(place)
+    slider.page.locator("#sizes-reset").click()
+    assert slider.place() == slider.own
+    slider.check(slider.own)
 
 
 def test_the_slider_moves_by_keyboard(slider):
+    last = len(slider.given.sizes.table) - 1
     slider.slider.focus()
-    before = slider.position()
-    for key, step in (("ArrowRight", 1), ("ArrowRight", 1), ("ArrowUp", 1), ("ArrowLeft", -1)):
+    for key, place in (("Home", 0), ("ArrowRight", 1), ("ArrowUp", 2), ("ArrowLeft", 1), ("End", last)):
         slider.page.keyboard.press(key)
-        before += step
-        assert slider.position() == before
-        slider.check(slider.value(before))
-    for key, position in (("Home", 0), ("End", 1000)):
-        slider.page.keyboard.press(key)
-        assert slider.position() == position
-        slider.check(slider.value(position))
-    slider.page.keyboard.press("PageDown")
-    assert 0 < slider.position() < 1000
-    slider.check(slider.value(slider.position()))
-
-
-@pytest.mark.slow
-def test_the_number_box_and_the_slider_are_in_step(slider):
-    score = slider.given.plan.table.score.dropna()
-    values = [0, slider.own, 0.25, -0.5, *(slider.own - score.quantile([0.1, 0.4, 0.7]) + 1e-3), 1e9, -1e9]
-    if not slider.evidence:  # then a threshold can be given exactly
-        values += score.tolist()[::4]
-    for value in values:
-        text = repr(float(value))
-        slider.box.fill(text)
-        assert slider.position() == pytest.approx(slider.place(value), abs=0.51)
-        slider.check(float(text))
-        assert slider.box.input_value() == text  # what one types stays
-    shown = slider.watched.texts("#what-if .tiles b")
-    slider.box.fill("")
-    assert slider.watched.texts("#what-if .tiles b") == shown
-    slider.page.locator("#what-if-reset").click()
-    assert float(slider.box.input_value()) == pytest.approx(slider.own, rel=6e-4)
-    assert slider.position() == pytest.approx(slider.place(slider.own), abs=0.51)
-    assert slider.check(slider.own) == (~slider.given.plan.table.removed).sum()
-
-
-@pytest.mark.slow
-def test_a_threshold_for_criteria_without_evidence(watch, run, by_hand):
-    evidence, without = watch(run.page), watch(by_hand.page)
-    assert evidence.text("#what-if label") == "prior log-odds"
-    assert "as decided: 0.9189" in evidence.text("#what-if")
-    assert without.text("#what-if label") == "threshold"
-    assert "prior log-odds" not in without.text("#what-if")
+        assert slider.place() == place
+        slider.check(place)
 
 
 # --- tables --------------------------------------------------------------------------------------------
@@ -667,18 +619,17 @@ def test_on_paper_all_rows_are_there_and_nothing_to_click(watch, run):
 )
 def test_a_page_can_be_mailed(watch, tmp_path, layers, structures, marks):
     plan = make_plan(random_scores(layers))
-    page = written(tmp_path, plan, diagnosis=make_diagnosis(plan, most=20))
+    page = written(tmp_path, plan, diagnosis=make_diagnosis(plan), frontier=make_frontier(plan))
     assert page.stat().st_size < 5_000_000
     watched = watch(page)
     assert watched.page.locator("table[data-name=structures] tbody tr").count() == structures
-    # of a layer with too many structures to look at, only the count; of many thresholds, only some were counted at
+    # of a layer with too many structures to look at, only the count
     assert watched.page.locator(".cells i").count() == marks
-    assert watched.text("#what-if-parameters").startswith("about ")
-    assert watched.text("#what-if-structures") == f"{(~plan.table.removed).sum():,} of {structures:,}"
-    watched.page.locator("#what-if-slider").focus()
+    assert watched.text("#sizes-structures") == f"{(~plan.table.removed).sum():,} of {structures:,}"
+    watched.page.locator("#sizes-slider").focus()
     for key, left in (("Home", structures), ("End", len(layers))):
         watched.page.keyboard.press(key)
-        assert watched.text("#what-if-structures") == f"{left:,} of {structures:,}"
+        assert watched.text("#sizes-structures") == f"{left:,} of {structures:,}"
 
 
 @pytest.mark.slow
@@ -690,9 +641,8 @@ def test_a_plan_from_disk_makes_the_same_page(by_hand, tmp_path):
     loaded = NetworkPlan.load(tmp_path / "plan.json")
     with pytest.raises(ValueError, match="network"):
         loaded.parameters_before()
-    page = written(tmp_path, loaded, curve=by_hand.curve, diagnosis=Diagnosis.load(tmp_path))
-    expected, found = by_hand.page.read_text(), page.read_text()
-    # but for the share of what the fit had left, where a plan knows of no other network
-    before = re.compile(r'"before":\d+,')
-    assert before.sub("", found) == before.sub("", expected)
-    assert len(before.findall(found)) == 1
+    by_hand.sizes.save(tmp_path / "frontier.csv")
+    sizes = Frontier.load(tmp_path / "frontier.csv", loaded)
+    curve = make_curve(by_hand.plan)
+    page = written(tmp_path, loaded, curve=curve, diagnosis=Diagnosis.load(tmp_path), frontier=sizes)
+    assert page.read_text() == by_hand.page.read_text()

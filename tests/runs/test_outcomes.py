@@ -571,7 +571,7 @@ def sections(folder):
     return set(re.findall(r'<section id="([a-z-]+)"', (folder / "report.html").read_text()))
 
 
-OF_DIAGNOSIS = {"posterior", "predictions", "what-if"}
+OF_DIAGNOSIS = {"posterior", "predictions"}
 
 
 @pytest.fixture
@@ -691,7 +691,6 @@ def test_more_draws_are_really_drawn(copied):
     assert (after.khat.khat != before.khat.khat).all()
     assert "150 draws" in (copied / "report.html").read_text()
     # what no draw has a part in
-    pd.testing.assert_frame_equal(after.what_if, before.what_if)
     pd.testing.assert_frame_equal(after.curves, before.curves)
 
 
@@ -718,7 +717,7 @@ def test_foreign_data_must_have_the_form_of_the_runs_own(tmp_path, monkeypatch, 
 
 
 def test_another_reduction_leaves_no_stale_diagnosis_or_report(copied):
-    gone = {"report.html", "report.md", "curve.csv"}
+    gone = {"report.html", "report.md", "curve.csv", "frontier.csv"}
     before = set(snapshot(copied))
     assert gone < before
     assert call("reduce", copied, "--criterion", "SNR", "--fine-tune", 0, "--quiet") == 0

@@ -30,7 +30,7 @@ RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 CONTRACT = {
     "posterior.safetensors", "plan.json", "plan.numbers.safetensors", "small.safetensors", "small.pt2", "history.csv",
     "structures.csv", "removals.csv", "settings.json", "report.html", "evaluation.csv", "curve.csv",
-    "recipe.py", "checkpoints", "report.md", "diagnosis", "costs.csv",
+    "frontier.csv", "recipe.py", "checkpoints", "report.md", "diagnosis", "costs.csv",
 }  # fmt: skip
 # of the two epochs of the recipe
 CHECKPOINTS = {"fit/epoch-0001.safetensors", "fit/epoch-0002.safetensors", "fit/ledger.csv"}
@@ -167,7 +167,7 @@ def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_p
     assert call("fit", RECIPE, "--out", folder, "--quiet") == 0
     assert names(folder) == FIT
     assert call("reduce", folder, "--quiet") == 0
-    assert names(folder) == CONTRACT - {"report.html", "report.md", "curve.csv", "diagnosis"}
+    assert names(folder) == CONTRACT - {"report.html", "report.md", "curve.csv", "frontier.csv", "diagnosis"}
     assert call("report", folder, "--quiet", *NO_DIAGNOSIS) == 0
     assert names(folder) == UNDIAGNOSED
     assert set(files(folder / "checkpoints")) == CHECKPOINTS

@@ -275,7 +275,10 @@ def test_a_new_reduction_says_what_it_removes(reported, capsys):
     capsys.readouterr()
     assert call("reduce", reported, "--criterion", "SNR", "--quiet") == 0
     printed = capsys.readouterr().out
-    assert "removed, as made for another reduction: curve.csv, report.md, report.html, diagnosis\n" in printed
+    assert (
+        "removed, as made for another reduction: curve.csv, frontier.csv, report.md, report.html, diagnosis\n"
+        in printed
+    )
     assert f"to make them anew: pyro-bmrs report {reported}\n" in printed
     assert not (reported / "report.html").exists()
     assert call("reduce", reported, "--quiet") == 0
@@ -288,7 +291,10 @@ def test_a_new_fit_says_what_it_removes(reported, place, capsys):
     line = ("--data", place / "vectors.npz", "--out", reported, *QUICK, "--seed", 3)
     assert call("fit", place / "net.py", *line, "--overwrite") == 0
     printed = capsys.readouterr().out
-    assert "small.pt2, plan.numbers.safetensors, plan.json, curve.csv, report.md, report.html\n" in printed
+    assert (
+        "small.pt2, plan.numbers.safetensors, plan.json, curve.csv, frontier.csv, report.md, report.html\n"
+        in printed
+    )
     assert f"to make them anew: pyro-bmrs reduce {reported}" in printed
 
 

@@ -13,10 +13,9 @@ from filelock import FileLock
 from torch import nn
 
 from pyro_bmrs import MultiplicativeNoise, NetworkPlan, Rule
-from pyro_bmrs.quality import Diagnosis
+from pyro_bmrs.quality import Diagnosis, Frontier
 from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
 from pyro_bmrs.quality.predictive import Predictions
-from pyro_bmrs.quality.what_if import what_if
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 # The tiny recipe's network, with scores from clearly out to clearly in, so that a slider has a way to go.
@@ -147,8 +146,31 @@ def make_curve(plan, points=12):
     )
 
 
-def make_diagnosis(plan, *, foreign="elsewhere", names=("full", "reduced"), notes=(), most=300):
-    """A diagnosis of random predictions, and of the plan's own thresholds, `most` of them."""
+def make_frontier(plan, points=6):
+    """Networks at some thresholds; accuracy falls by one hundredth from one to the next, so that each has its own."""
+    score = plan.table.score[~plan.table.removed_in_fit]
+    thresholds = [np.inf, *sorted({0.0, *np.quantile(score, np.linspace(0, 1, points))}, reverse=True)]
+    plans = [plan if threshold == 0 else plan.at(threshold) for threshold in thresholds]
+    left = plan.parameters_of(plans)
+    table = pd.DataFrame(
+        {
+            "structures": [int((~one.table.removed).sum()) for one in plans],
+            "parameters": left,
+            "multiply_accumulates": [7 * number for number in left],
+            "milliseconds": [0.25] * (len(left) - 1) + [np.nan],
+            "loss": 0.1 + 0.02 * np.arange(len(left)),
+            "standard_error": 0.01,
+            "accuracy": 0.95 - 0.01 * np.arange(len(left)),
+            "is_plan": [one is plan for one in plans],
+            "is_evidence": [one is plan for one in plans],
+            "is_one_standard_error": np.arange(len(left)) == 1,
+        }
+    )
+    return Frontier(table, tuple(plans), {})
+
+
+def make_diagnosis(plan, *, foreign="elsewhere", names=("full", "reduced"), notes=()):
+    """A diagnosis of random predictions."""
     random = np.random.default_rng(0)
     curve = make_curve(plan)
     rows, bins, coverages = [], [], []
@@ -184,7 +206,6 @@ def make_diagnosis(plan, *, foreign="elsewhere", names=("full", "reduced"), note
         curves=pd.concat(
             [curve.assign(criterion=f"{name} of {plan.rule.criterion}") for name in ("one", "other")]
         ),
-        what_if=what_if(plan, most=most),
         facts=dict(
             draws=100, seed=0, examples=150, dataset_size=200, kl_weight=plan.rule.kl_weight,
             out_of_distribution=foreign, curves_of=None,

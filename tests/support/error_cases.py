@@ -1211,6 +1211,18 @@ DIAGNOSTICS = [
         r"^labels in data must be classes 0 to 1, or -1 everywhere: got 7$",
     ),
     function(
+        "frontier", "points is 1", lambda: bmrs.frontier(fitted().plan, (X, Y), points=1), ValueError,
+        r"^points must be an integer of at least 2: got 1$",
+    ),
+    function(
+        "frontier", "plan is text", lambda: bmrs.frontier("plan", (X, Y)), TypeError,
+        r"^plan must be a NetworkPlan: got str$",
+    ),
+    function(
+        "Frontier.load", "a file without one", lambda: bmrs.Frontier.load("file", fitted().plan), ValueError,
+        r"^file is damaged: .*$",
+    ),
+    function(
         "compression_curve", "points is 1", lambda: curve(points=1), ValueError,
         r"^points must be at least 2: got 1$",
     ),

@@ -83,6 +83,7 @@ REMOVAL = dict(removal="epoch", criterion=bmrs.BMRS_N(), kl_weight=20.0, posteri
 # of each: the network, the source of its examples, and what differs from the fit of `run`
 CASES = {
     "plain": (plain, data, {}),
+    "rising": (plain, data, dict(kl_weight="auto", posterior_learning_rate=0.3)),
     "no guide": (None, data, dict(schedule="cosine")),
     "removal": (plain, data, REMOVAL),
     "accumulate": (plain, data, {**REMOVAL, "accumulate": 2, "posterior_learning_rate": 0.2}),
@@ -120,7 +121,12 @@ class SmallFit:
         """The fit. Its result, and the tensors of model and guide by name."""
         settings = {
             **dict(
-                epochs=EPOCHS, batch_size=20, learning_rate=1e-2, posterior_learning_rate=5e-2, warm_up=0.2
+                epochs=EPOCHS,
+                batch_size=20,
+                learning_rate=1e-2,
+                posterior_learning_rate=5e-2,
+                warm_up=0.2,
+                kl_weight=1.0,
             ),
             **dict(draws_per_batch=4, progress=False, checkpoints=folder),
             **self.options,

@@ -1,0 +1,70 @@
+"""Settings that were not given, and follow from model and data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from pyro_bmrs.fitting.settings import Settings
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.networks.noise import noise_layers
+
+# An epoch of a network with noise has at least so many batches, of at least so many examples.
+_BATCHES, _LEAST_BATCH = 32, 16
+# log θ goes from 0 to about -20 where a structure is idle. A step moves it by the rate at most.
+_TRAVEL, _HIGHEST_RATE = 40.0, 0.05
+
+
+def settled(
+    settings: Settings,
+    model: nn.Module,
+    guide: Callable[..., Any] | None,
+    train: Batches,
+    validation: Data | None,
+) -> Settings:
+    """The settings, with those that were not given as model and data need them; `train` gets its batch size.
+
+    Raises:
+        ValueError: if a KL weight of "auto" was asked for, and nothing tells how to choose; or other settings don't go
+            with it.
+    """
+    sites, given = noise_layers(model), settings.model_fields_set
+    structured = isinstance(guide, AutoTruncatedLogNormal) and bool(sites)
+    changes: dict[str, Any] = {}
+    if guide is not None and not sites and "keep_best" not in given:
+        # one draw a batch: the epoch with the least loss is one of luck
+        changes["keep_best"] = False
+    if settings.kl_weight == "auto" and not (structured and validation is not None):
+        if "kl_weight" in given:
+            needed = "validation data to choose by, and an AutoTruncatedLogNormal of noise layers"
+            raise ValueError(f'kl_weight must be a number without {needed}: got "auto"')
+        changes["kl_weight"] = 1.0
+    elif settings.kl_weight == "auto":
+        _check_with_auto(settings)
+    if structured and "batch_size" not in given:
+        changes["batch_size"] = train.batch_size = _batch_size(train.size, settings.batch_size)
+    if structured and "posterior_learning_rate" not in given:
+        steps = settings.epochs * max(len(train) // settings.accumulate, 1)
+        rate = min(max(_TRAVEL / steps, settings.posterior_learning_rate), _HIGHEST_RATE)
+        changes["posterior_learning_rate"] = float(f"{rate:.2g}")
+    return settings.changed(**changes) if changes else settings
+
+
+def _check_with_auto(settings: Settings) -> None:
+    for name, allowed in (("patience", None), ("removal", "end")):
+        given = getattr(settings, name)
+        if given != allowed:
+            raise ValueError(
+                f'{name} must be {allowed!r} with kl_weight "auto", which chooses at the end: got {given!r}. Or give a '
+                "weight, such as kl_weight=1"
+            )
+
+
+def _batch_size(examples: int, most: int) -> int:
+    """A power of 2, or `most`."""
+    wanted = max(examples // _BATCHES, _LEAST_BATCH)
+    return most if wanted >= most else 2 ** int(math.log2(wanted))

@@ -1,0 +1,219 @@
+"""A fit along KL weights that rise: its stages, their states, and which of them is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from pyro_bmrs.files import read_tensors, write_tensors
+from pyro_bmrs.fitting.posterior_file import restore, state_of
+from pyro_bmrs.fitting.settings import Settings
+from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.evaluate import Evaluation
+from pyro_bmrs.pruning.binding import Binding
+from pyro_bmrs.pruning.budgets import Budget, first, one_standard_error
+from pyro_bmrs.pruning.network_plan import NetworkPlan
+
+FORMAT, VERSION = "pyro_bmrs.stage", 1
+_NAME = "stage-"
+STAGE_COLUMNS = [
+    "stage", "epoch", "kl_weight", "kept", "parameters", "validation_loss", "standard_error",
+    "validation_accuracy",
+]  # fmt: skip
+# More stages than these would each be kept for little.
+MOST_STAGES = 24
+# The last weight is N over this. On MNIST it is 960, where LeNet5 has lost 95 % of its parameters and 3 points.
+_EXAMPLES_PER_WEIGHT = 50
+
+
+@dataclass(frozen=True)
+class Rise:
+    """The KL weights of the epochs: 1 during the warm-up, then one for each stage, in equal ratios.
+
+    Attributes:
+        epochs: of the fit.
+        first: the first epoch after the warm-up, from 1.
+        stages: how many there are.
+        last: the weight of the last.
+    """
+
+    epochs: int
+    first: int
+    stages: int
+    last: float
+
+    @classmethod
+    def of(cls, settings: Settings, examples: int) -> Rise:
+        """Of a fit with these settings to so many examples."""
+        first = min(-int(-settings.warm_up * settings.epochs // 1), settings.epochs - 1) + 1
+        stages = min(settings.epochs - first + 1, MOST_STAGES)
+        return cls(settings.epochs, first, stages, max(examples / _EXAMPLES_PER_WEIGHT, 2.0))
+
+    def stage(self, epoch: int) -> int:
+        """The number of an epoch's stage, from 1; 0 in the warm-up."""
+        return max((epoch - self.first) * self.stages // (self.epochs - self.first + 1) + 1, 0)
+
+    def kl_weight(self, epoch: int) -> float:
+        """Of an epoch, in three digits."""
+        return float(f"{self.last ** (max(self.stage(epoch) - 1, 0) / max(self.stages - 1, 1)):.3g}")
+
+    def ends(self, epoch: int) -> bool:
+        """Whether a stage ends with this epoch."""
+        return self.stage(epoch) > 0 and (epoch == self.epochs or self.stage(epoch + 1) > self.stage(epoch))
+
+
+class Stages:
+    """The stages of one fit, each with its state.
+
+    Args:
+        model, guide: whose states these are.
+        reduce: makes a plan of their present state.
+        held_out: validation data.
+        folder: where states are written, a file each; None: they are kept in memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: Any,
+        reduce: Callable[[], NetworkPlan],
+        held_out: Data | Batches,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.guide, self.held_out, self.folder = model, guide, held_out, folder
+        self._reduce = reduce
+        self._binding: Binding | None = None
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._states: dict[int, dict[str, Tensor]] = {}
+        if folder is not None:
+            for path in sorted(folder.glob(f"{_NAME}*.safetensors")):
+                header, _ = read_tensors(path, header_only=True)
+                self._rows[int(header["stage"]["stage"])] = header["stage"]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def table(self) -> pd.DataFrame:
+        """A row for each stage; `chosen` marks the one that the rule of one standard error takes."""
+        table = pd.DataFrame([*self._rows.values()], columns=STAGE_COLUMNS)
+        return table.assign(chosen=table.stage == (self.choice() if len(table) else 0))
+
+    def choice(self) -> int:
+        """The number of the stage with the fewest parameters within one standard error of the least loss."""
+        rows = [*self._rows.values()]
+        losses, errors, sizes = (
+            [float(row[name]) for row in rows] for name in ("validation_loss", "standard_error", "parameters")
+        )
+        return int(rows[one_standard_error(losses, errors, sizes)]["stage"])
+
+    def kl_weight(self, number: int) -> float:
+        """Of a stage."""
+        return float(self._rows[number]["kl_weight"])
+
+    def epoch(self, number: int) -> int:
+        """The last epoch of a stage."""
+        return int(self._rows[number]["epoch"])
+
+    def plan(self) -> NetworkPlan:
+        """What `reduce` says of the present state. Its structures are found once, for all."""
+        plan = self._reduce()
+        self._binding = self._binding or plan._binding
+        return replace(plan, _binding=self._binding)
+
+    def measured(self) -> dict[str, Any]:
+        """The present state's part of a row."""
+        plan = self.plan()
+        found = plan.evaluated(self.held_out, self.model)
+        return {
+            "kept": int(plan.widths().after.sum()),
+            "parameters": plan.parameters_left(),
+            "validation_loss": found.loss,
+            "standard_error": found.standard_error,
+            "validation_accuracy": found.accuracy,
+        }
+
+    def add(self, row: dict[str, Any], *, write: bool = True) -> None:
+        """Keep the present state, as that of the stage of this row. `write`: this process writes the files."""
+        number = int(row["stage"])
+        self._rows[number] = row
+        state = {name: tensor.cpu() for name, tensor in state_of(self.model, self.guide).items()}
+        if self.folder is None:
+            self._states[number] = state
+        elif write:
+            write_tensors(self._path(number), state, {"format": FORMAT, "version": VERSION, "stage": row})
+
+    def restore(self, number: int) -> None:
+        """Put model and guide into the state of a stage."""
+        state = self._states[number] if self.folder is None else read_tensors(self._path(number))[1]
+        restore(self.model, self.guide, state)
+        self.guide.kl_weight = self.kl_weight(number)
+
+    def within(
+        self, asked: Mapping[str, float | None], *, batch_size: int = 1, progress: bool = True
+    ) -> NetworkPlan:
+        """As `NetworkPlan.within`, of the stage where the budget costs least; it is restored.
+
+        Tried are the two stages whose own sizes lie around the budget, and one halfway to them, whose weights have seen
+        less pressure. Losses are counted from the least of all stages.
+        """
+        rows = [*self._rows.values()]
+        numbers = [*self._rows]
+        before = Evaluation(
+            min(row["validation_loss"] for row in rows),
+            max(row["validation_accuracy"] for row in rows),
+            math.nan,
+        )
+
+        @cache
+        def budget() -> Budget:  # of any stage: sizes are the full network's
+            return self.plan().budget(asked, self.held_out, batch_size, before)
+
+        def enough(place: int) -> bool:
+            self.restore(numbers[place])
+            return budget().meets(self.plan())
+
+        if budget().has_costs:
+            turn = first(len(rows), enough)
+            tried = {turn // 2, turn - 1, turn}
+        else:  # they are known, and need not fall from stage to stage
+            losses = [
+                Evaluation(row["validation_loss"], row["validation_accuracy"], math.nan) for row in rows
+            ]
+            turn = max((place for place, found in enumerate(losses) if budget().allows(found)), default=-1)
+            tried = {turn, turn + 1}
+        found, refusal = [], None
+        for place in sorted(tried & set(range(len(rows)))):
+            self.restore(numbers[place])
+            try:
+                plan = self.plan().meeting(budget(), progress=progress)
+            except ValueError as error:
+                refusal = error
+                continue
+            loss = plan.evaluated(self.held_out)
+            if budget().has_costs or budget().allows(loss):
+                found.append((loss.loss if budget().has_costs else plan.parameters_left(), place, plan))
+        if not found:
+            raise refusal or ValueError(
+                f"accuracy_drop and loss_rise must be larger: no stage loses as little as {dict(budget().allowed)}"
+            )
+        _, place, plan = min(found, key=lambda one: one[:2])
+        self.restore(numbers[place])
+        return plan
+
+    def forget_after(self, epoch: int, *, write: bool = True) -> None:
+        """Drop the stages that ended later: the fit goes on from this epoch."""
+        for number in [number for number, row in self._rows.items() if row["epoch"] > epoch]:
+            del self._rows[number]
+            if self.folder is not None and write:
+                self._path(number).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{_NAME}{number:02d}.safetensors"

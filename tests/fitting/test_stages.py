@@ -1,0 +1,206 @@
+"""A fit along rising KL weights: its stages, the one that is taken, and those for a budget."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pyro_bmrs as bmrs
+from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
+from pyro_bmrs.fitting.stages import MOST_STAGES, Rise
+from pyro_bmrs.inference import evaluate
+from pyro_bmrs.pruning.budgets import one_standard_error
+
+
+def data(examples=400, seed=0):
+    """Labels depend on two of six inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 6, generator=generator)
+    return x, (x[:, 0] + x[:, 1] > 0).long()
+
+
+VALIDATION = data(300, 1)
+SETTINGS = dict(
+    epochs=16, batch_size=25, learning_rate=1e-2, posterior_learning_rate=0.1, progress=False, validate=True
+)
+
+
+def fitted(model=None, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), MultiplicativeNoise(24), nn.Linear(24, 2))
+    model = model or Classifier(net)
+    guide = AutoTruncatedLogNormal(model)
+    return model, guide, bmrs.fit(model, guide, data(), VALIDATION, **{**SETTINGS, **options})
+
+
+@pytest.fixture(scope="module")
+def rising():
+    return fitted()
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 10**7))
+def test_weights_rise_from_one_in_equal_ratios_and_each_stage_ends_once(epochs, warm_up, examples):
+    rise = Rise.of(bmrs.Settings(epochs=epochs, warm_up=warm_up), examples)
+    weights = [rise.kl_weight(epoch) for epoch in range(1, epochs + 1)]
+    stages = [rise.stage(epoch) for epoch in range(1, epochs + 1)]
+    assert weights == sorted(weights)
+    assert weights[0] == 1.0
+    ends = [stage for epoch, stage in enumerate(stages, 1) if rise.ends(epoch)]
+    assert ends == [*range(1, rise.stages + 1)]
+    assert 1 <= rise.stages <= MOST_STAGES
+    # the warm-up, and no more than it needs, comes before
+    assert stages.count(0) == min(math.ceil(warm_up * epochs), epochs - 1)
+    if rise.stages > 1:
+        assert weights[-1] == pytest.approx(max(examples / 50, 2), rel=0.006)
+        steps = [rise.kl_weight(stages.index(stage) + 1) for stage in ends]
+        ratio = steps[-1] ** (1 / (rise.stages - 1))
+        for stage, weight in enumerate(steps):
+            assert weight == pytest.approx(ratio**stage, rel=0.02)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 5), st.floats(0, 1) | st.just(math.nan), st.integers(1, 100)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_no_smaller_network_is_as_good_as_the_one_that_the_rule_takes(rows):
+    losses, errors, sizes = zip(*rows, strict=True)
+    taken = one_standard_error(losses, errors, sizes)
+    # by its neighbours too, a network is as bad as the worse of its loss and the middle one of three
+    near = [
+        sorted((losses[max(place - 1, 0)], loss, losses[min(place + 1, len(rows) - 1)]))[1]
+        for place, loss in enumerate(losses)
+    ]
+    best = near.index(min(near))
+    allowed = near[best] + (0 if math.isnan(errors[best]) else errors[best])
+    good = {place for place, loss in enumerate(losses) if max(loss, near[place]) <= allowed}
+    assert taken in good or (not good and losses[taken] == min(losses))
+    assert all(sizes[taken] <= sizes[place] for place in good)
+
+
+def test_the_rule_of_one_standard_error():
+    sizes = [60, 50, 40, 30, 20, 10]
+    assert one_standard_error([0.10, 0.10, 0.11, 0.115, 0.13, 0.5], [0.02] * 6, sizes) == 3
+    assert one_standard_error([0.10, 0.10, 0.11, 0.115, 0.13, 0.5], [0.001] * 6, sizes) == 1
+    assert one_standard_error([0.10, 0.10, 0.11, 0.115, 0.13, 0.5], [math.nan] * 6, sizes) == 1
+    # one lucky epoch sets no bound that its neighbours, which are much the same, are far from
+    assert one_standard_error([0.10, 0.10, 0.05, 0.105, 0.11, 0.5], [0.02] * 6, sizes) == 4
+    # nor is a network taken whose neighbours are worse
+    assert one_standard_error([0.10, 0.10, 0.10, 0.5, 0.10, 0.5], [0.02] * 6, sizes) == 2
+    assert one_standard_error([0.3], [math.nan], [5]) == 0
+    assert one_standard_error([0.3, 0.2], [0.0, 0.0], [5, 9]) == 1
+
+
+def test_with_validation_data_weights_rise_and_a_stage_is_taken(rising):
+    model, guide, result = rising
+    stages = result.stages
+    assert result.settings.kl_weight == "auto"
+    assert list(stages.epoch) == [*range(5, 17)]
+    assert list(stages.kl_weight) == [float(f"{8 ** (n / 11):.3g}") for n in range(12)]
+    assert list(result.history.kl_weight[4:]) == list(stages.kl_weight)
+    assert stages.chosen.sum() == 1
+    result.restore(int(stages.stage[stages.chosen].iloc[0]))
+    row = stages[stages.chosen].iloc[0]
+    plan = bmrs.reduce(model, guide)
+    assert plan.rule.kl_weight == guide.kl_weight == row.kl_weight
+    assert plan.parameters_left() == row.parameters < stages.parameters.max()
+    assert int((~plan.table.removed).sum()) == row.kept
+    found = plan.evaluated(VALIDATION)
+    assert found.loss == pytest.approx(row.validation_loss)
+    assert found.standard_error == pytest.approx(row.standard_error)
+    assert found.accuracy == row.validation_accuracy > 0.9
+    assert result.best_epoch == row.epoch
+
+
+def test_any_stage_can_be_had(rising):
+    model, guide, result = rising
+    for row in result.stages.itertuples():
+        result.restore(row.stage)
+        assert bmrs.reduce(model, guide).parameters_left() == row.parameters
+        assert bmrs.reduce(model, guide).evaluated(VALIDATION).loss == pytest.approx(row.validation_loss)
+    for bad in (0, 13, "2", 1.5):
+        with pytest.raises(ValueError, match="stage must be from 1 to 12: got"):
+            result.restore(bad)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.1])
+def test_the_stage_of_a_budget(share, rising):
+    _, guide, result = rising
+    plan = result.within(parameters=share, macs=0.9, progress=False)
+    full = plan.parameters_before()
+    assert plan.parameters_left() <= share * full < plan.parameters_left() + 9  # of one structure
+    assert plan.rule.budget["parameters"] == share * full
+    # model and guide are in the state of the plan
+    assert guide.kl_weight == plan.rule.kl_weight
+    small = Classifier(plan.apply())
+    assert evaluate(small, VALIDATION).loss == pytest.approx(plan.evaluated(VALIDATION).loss, rel=1e-4)
+
+
+def test_a_loss_that_is_allowed_gives_the_smallest_network_of_any_stage(rising):
+    *_, result = rising
+    least, best = result.stages.validation_loss.min(), result.stages.validation_accuracy.max()
+    plan = result.within(loss_rise=0.05, progress=False)
+    assert plan.evaluated(VALIDATION).loss <= least + 0.05
+    good = result.stages[result.stages.validation_loss <= least + 0.05]
+    assert plan.parameters_left() <= good.parameters.iloc[-1]
+    plan = result.within(accuracy_drop=2.0, parameters=0.5, progress=False)
+    assert plan.evaluated(VALIDATION).accuracy >= best - 0.02
+
+
+def test_a_budget_out_of_reach_says_so(rising):
+    *_, result = rising
+    with pytest.raises(ValueError, match=r"parameters must be at least 11"):
+        result.within(parameters=3, progress=False)
+    with pytest.raises(ValueError, match=r"accuracy_drop must be at least .*, with parameters within 12"):
+        result.within(parameters=12, accuracy_drop=0.0, progress=False)
+    with pytest.raises(ValueError, match="a budget must be one of"):
+        result.within()
+
+
+def test_a_network_without_classes():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), MultiplicativeNoise(12), nn.Linear(12, 1))
+    model = Regressor(net, scale=0.5)
+    guide = AutoTruncatedLogNormal(model)
+    x, other = data()[0], VALIDATION[0]
+    result = bmrs.fit(model, guide, (x, x[:, :1]), (other, other[:, :1]), **SETTINGS)
+    assert result.stages.validation_accuracy.isna().all()
+    assert result.stages.chosen.sum() == 1
+    with pytest.raises(ValueError, match="accuracy_drop must be left out for a model without classes"):
+        result.within(accuracy_drop=1.0, progress=False)
+    assert result.within(loss_rise=0.2, progress=False).parameters_left() < 13 * 12 / 2
+
+
+def test_what_has_nothing_to_choose_by_has_weight_one():
+    model, guide, _ = fitted(epochs=1)
+    alone = bmrs.fit(model, guide, data(), epochs=1, progress=False)
+    assert alone.settings.kl_weight == guide.kl_weight == 1.0
+    assert alone.stages.empty
+    with pytest.raises(ValueError, match='kl_weight must be "auto" for a fit with stages'):
+        alone.within(parameters=0.5)
+    plain = Classifier(nn.Linear(6, 2))
+    assert bmrs.fit(plain, None, data(), VALIDATION, epochs=1, progress=False).settings.kl_weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(patience=3), 'patience must be None with kl_weight "auto"'),
+        (dict(removal="epoch"), "removal must be 'end' with kl_weight \"auto\""),
+    ],
+)
+def test_what_does_not_go_with_rising_weights(options, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(**options)
+    fitted(**options, epochs=1, kl_weight=1.0)
+
+
+def test_weights_that_rise_need_validation_data():
+    model, guide, _ = fitted(epochs=1)
+    with pytest.raises(ValueError, match="kl_weight must be a number without validation data"):
+        bmrs.fit(model, guide, data(), kl_weight="auto", progress=False)
