@@ -1,31 +1,36 @@
 """Jobs of someone new: a trained ResNet-8 at half its parameters, or half its work.
 
     OMP_NUM_THREADS=1 python analysis/newcomer.py --out FOLDER [--seeds 0 1 2] [--jobs parameters macs cifar10]
-        [--tune 6] [--data-root DIR]
+        [--ways curvature fit] [--tune 6] [--data-root DIR]
 
 The network is models/resnet.py with depth 8 (77,754 parameters), trained as its recipe says but 15 epochs, on 16,000
-images of Fashion-MNIST; for the job cifar10 on 12,000 images of CIFAR-10. Then: curvature, `reduce`,
-`plan.within(validation, …)`, `apply(refit=…)`, and --tune epochs of training. Asked for are half the parameters, half
-the multiply-accumulates, and of CIFAR-10 57 % of them.
+images of Fashion-MNIST; for the job cifar10 on 12,000 images of CIFAR-10. Then one of two ways:
 
-Columns of FOLDER/results.csv: job, seed, network (full, smaller, tuned), parameters, macs, accuracy (test), seconds (of
-the processor, for all steps after the training).
+- curvature: `fit` of an AutoKroneckerLaplace, `reduce`, `plan.within(validation, …)`, `apply(refit=…)`.
+- fit: `insert_noise`, `fit` of an AutoTruncatedLogNormal with 15 epochs and otherwise its defaults, weight decay as in
+  training, `result.within(…)`, `apply()`. Two budgets of one data set share the fit.
+
+And --tune epochs of training. Asked for are half the parameters, half the multiply-accumulates, and of CIFAR-10 57 % of
+them.
+
+Columns of FOLDER/results.csv: way, job, seed, network (full, smaller, tuned), parameters, macs, accuracy (test),
+seconds (of the processor, for all steps after the training). Rows that are there are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import peers
 import torch
 from torch import nn
+from trials import Rows
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.data import Dataset
-from pyro_bmrs.files import write_table
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import multiply_accumulates, parameters
 from pyro_bmrs.networks.export import load_weights, save_weights
@@ -40,61 +45,85 @@ JOBS = {
 EPOCHS = 15
 
 
+class Newcomer:
+    """One trained network, and both ways to make it smaller."""
+
+    def __init__(self, recipe: Recipe, name: str, limit: int, seed: int, given: argparse.Namespace) -> None:
+        self.settings = RunSettings.of(
+            recipe, name, {"network": {"depth": 8}, "limit": limit, "seed": seed, "weight_decay": 0.05}
+        )
+        self.data = bmrs.load_data(
+            name, image_size=self.settings.image_size, seed=0, limit=limit, data_root=given.data_root
+        )
+        weights = given.out / f"trained-{name}-{seed}.safetensors"
+        if not weights.exists():
+            save_weights(peers.trained(recipe, self.settings, self.data, EPOCHS), weights)
+        self.network = bmrs.without_noise(recipe.network(self.data, self.settings.network or {}, seed))
+        self.network.load_state_dict(load_weights(weights))
+        self.network.eval()
+
+    @cached_property
+    def _fitted(self) -> tuple[bmrs.Fit, float]:
+        start = time.process_time()
+        model = bmrs.Classifier(bmrs.insert_noise(self.network, self.data.train[:8][0]))
+        guide = bmrs.AutoTruncatedLogNormal(model)
+        result = bmrs.fit(
+            model, guide, self.data.train, self.data.validation, epochs=EPOCHS, weight_decay=0.05,
+            seed=self.settings.seed, progress=False,
+        )  # fmt: skip
+        return result, time.process_time() - start
+
+    def smaller(self, way: str, asked: dict[str, float]) -> tuple[nn.Module, float]:
+        """The smaller network, and the seconds of the processor that it took, with those of the fit."""
+        if way == "fit":
+            result, before = self._fitted
+            start = time.process_time()
+            return result.within(**asked, progress=False).apply(), before + time.process_time() - start
+        start = time.process_time()
+        model = bmrs.Classifier(copied(self.network))
+        guide = bmrs.AutoKroneckerLaplace(model)
+        bmrs.fit(model, guide, self.data.train, batch_size=500, progress=False)
+        plan = bmrs.reduce(model, guide).within(self.data.validation, **asked)
+        return plan.apply(refit=self.data.train), time.process_time() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", nargs="+", default=[*JOBS], choices=[*JOBS])
+    parser.add_argument("--ways", nargs="+", default=["curvature", "fit"], choices=["curvature", "fit"])
     parser.add_argument("--tune", type=int, default=6)
     parser.add_argument("--data-root", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
-    recipe, rows = Recipe.read(Path(__file__).parents[1] / "models" / "resnet.py"), []
+    recipe = Recipe.read(Path(__file__).parents[1] / "models" / "resnet.py")
+    rows = Rows(given.out / "results.csv", ("way", "job", "seed", "network"))
     for seed in given.seeds:
+        made = cache(lambda name, limit, seed=seed: Newcomer(recipe, name, limit, seed, given))
         for job in given.jobs:
             name, limit, asked = JOBS[job]
-            settings = RunSettings.of(
-                recipe, name, {"network": {"depth": 8}, "limit": limit, "seed": seed, "weight_decay": 0.05}
-            )
-            data = bmrs.load_data(
-                name, image_size=settings.image_size, seed=0, limit=limit, data_root=given.data_root
-            )
-            weights = given.out / f"trained-{name}-{seed}.safetensors"
-            if not weights.exists():
-                save_weights(peers.trained(recipe, settings, data, EPOCHS), weights)
-            network = bmrs.without_noise(recipe.network(data, settings.network or {}, seed))
-            network.load_state_dict(load_weights(weights))
-            start = time.process_time()
+            for way in given.ways:
+                if rows.has(way, job, seed, "tuned"):
+                    continue
+                one = made(name, limit)
 
-            def add(
-                kind: str,
-                some: nn.Module,
-                job: str = job,
-                seed: int = seed,
-                data: Dataset = data,
-                start: float = start,
-            ) -> None:
-                spent = time.process_time() - start
-                rows.append(
-                    {
-                        "job": job, "seed": seed, "network": kind, "parameters": parameters(some),
-                        "macs": multiply_accumulates(some.eval(), data.test[:2][0]),
-                        "accuracy": peers.measured(some, data)["accuracy"], "seconds": round(spent, 1),
-                    }
-                )  # fmt: skip
-                print(rows[-1], flush=True)
-                write_table(given.out / "results.csv", pd.DataFrame(rows))
+                def add(
+                    kind: str, some: nn.Module, seconds: float, key: Any = (way, job, seed), one: Any = one
+                ) -> None:
+                    rows.add(
+                        *key, kind, parameters=parameters(some),
+                        macs=multiply_accumulates(some.eval(), one.data.test[:2][0]),
+                        accuracy=peers.measured(some, one.data)["accuracy"], seconds=round(seconds, 1),
+                    )  # fmt: skip
 
-            add("full", network)
-            model = bmrs.Classifier(copied(network.eval()))
-            guide = bmrs.AutoKroneckerLaplace(model)
-            bmrs.fit(model, guide, data.train, batch_size=500, progress=False)
-            plan = bmrs.reduce(model, guide)
-            small = plan.within(data.validation, **asked).apply(refit=data.train)
-            add("smaller", small)
-            peers.tune(small, settings, data, given.tune)
-            add("tuned", small)
+                add("full", one.network, 0.0)
+                small, seconds = one.smaller(way, asked)
+                add("smaller", small, seconds)
+                start = time.process_time()
+                peers.tune(small, one.settings, one.data, given.tune)
+                add("tuned", small, seconds + time.process_time() - start)
 
 
 if __name__ == "__main__":

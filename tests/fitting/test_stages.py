@@ -204,3 +204,56 @@ def test_weights_that_rise_need_validation_data():
     model, guide, _ = fitted(epochs=1)
     with pytest.raises(ValueError, match="kl_weight must be a number without validation data"):
         bmrs.fit(model, guide, data(), kl_weight="auto", progress=False)
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 24), nn.Tanh(), MultiplicativeNoise(24), nn.Linear(24, 2))
+
+
+def defaults(model, train, **options):
+    guide = AutoTruncatedLogNormal(model)
+    return bmrs.fit(model, guide, train, epochs=1, progress=False, **options).settings
+
+
+def test_a_trained_network_keeps_what_it_knows():
+    trained = bmrs.without_noise(small_net())
+    bmrs.fit(Classifier(trained), None, data(), epochs=30, learning_rate=1e-2, progress=False)
+    before = evaluate(Classifier(trained), VALIDATION)
+    x, y = data()
+    order = y.argsort()  # sorted by class: whole batches of one label
+    for train in ((x, y), (x[order], y[order])):
+        model = Classifier(bmrs.insert_noise(trained, x[:4]))
+        settings = defaults(model, train)
+        assert (settings.learning_rate, settings.warm_up) == (pytest.approx(3e-4), 0.1)
+    # what is given holds
+    assert defaults(model, (x, y), learning_rate=1e-3).warm_up == 0.25
+    assert defaults(model, (x, y), warm_up=0.5).learning_rate == 1e-3
+    # and a first fit with default settings loses nothing
+    model = Classifier(bmrs.insert_noise(trained, x[:4]))
+    guide = AutoTruncatedLogNormal(model)
+    bmrs.fit(model, guide, (x, y), VALIDATION, progress=False)
+    found = bmrs.reduce(model, guide).evaluated(VALIDATION)
+    assert found.accuracy >= before.accuracy - 0.01
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_network_with_random_weights_is_not_taken_for_trained(seed):
+    assert defaults(Classifier(small_net(seed)), data()).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "rate"), [(400, 16, 0.05), (1150, 32, 0.05), (4096, 128, 0.05), (48_000, 128, 0.05)]
+)
+def test_batches_and_rates_follow_the_number_of_examples(examples, batch, rate):
+    settings = defaults(Classifier(small_net()), data(examples))
+    assert (settings.batch_size, settings.posterior_learning_rate) == (batch, rate)
+    given = defaults(Classifier(small_net()), data(examples), batch_size=50, posterior_learning_rate=0.01)
+    assert (given.batch_size, given.posterior_learning_rate) == (50, 0.01)
+
+
+def test_many_steps_need_a_low_rate():
+    model = Classifier(small_net())
+    guide = AutoTruncatedLogNormal(model)
+    settings = bmrs.fit(model, guide, data(800), epochs=60, batch_size=16, progress=False).settings
+    assert settings.posterior_learning_rate == 0.013  # 40 over 60 times 50
