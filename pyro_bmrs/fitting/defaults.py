@@ -7,15 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.inputs import map_tensors, tensors_of
+from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.inputs import tensors_of
 from pyro_bmrs.networks.noise import noise_layers
 
+# What may follow from model and data.
+SETTLED = ("kl_weight", "batch_size", "learning_rate", "warm_up", "posterior_learning_rate", "keep_best")
 # An epoch of a network with noise has at least so many batches, of at least so many examples.
 _BATCHES, _LEAST_BATCH = 32, 16
 # Of a trained network: its share of the learning rate. At 1 a ResNet-8 lost 1.3 points at KL weight 1, at 0.1 nothing,
@@ -49,9 +52,9 @@ def settled(
             needed = "validation data to choose by, and an AutoTruncatedLogNormal of noise layers"
             raise ValueError(f'kl_weight must be a number without {needed}: got "auto"')
         changes["kl_weight"] = 1.0
-    elif settings.kl_weight == "auto":
-        _check_with_auto(settings)
-    if structured and "batch_size" not in given:
+    elif settings.kl_weight == "auto" and not _goes_with_auto(settings):
+        changes["kl_weight"] = 1.0
+    if structured and train.loader is None and "batch_size" not in given:
         changes["batch_size"] = train.batch_size = _batch_size(train.size, settings.batch_size)
     if structured and not {"learning_rate", "warm_up"} & given and _is_trained(model, train):
         changes |= {"learning_rate": _TRAINED_RATE * settings.learning_rate, "warm_up": 0.1}
@@ -68,28 +71,32 @@ def _is_trained(model: nn.Module, train: Batches) -> bool:
     A fit of a network that starts with random weights needs rates at which a trained one would lose much of what it
     knows.
     """
-    x, y = train.some(_LOOKED_AT, seed=0)
-    count = train.count(x, y)
-    if count < 2 or any(tensor.shape[:1] != (count,) for tensor in tensors_of((x, y))):
+    with untouched():  # a loader may draw from the global generators
+        x, y = train.first() if train.loader is not None else train.some(_LOOKED_AT, seed=0)
+    sizes = {tensor.shape[:1] for tensor in tensors_of((x, y))}
+    if len(sizes) > 1 or not isinstance(y, Tensor) or len(y) < 2:
         return False  # nothing tells how to give examples the labels of others
+    count = len(y)
     theta = {
         site: torch.ones(layer.features, dtype=torch.float64, device=train.device)
         for site, layer in noise_layers(model).items()
     }
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    others = map_tensors(lambda tensor: tensor[order.to(tensor.device)], y)
-    own, other = (evaluate(model, (x, labels), theta).loss for labels in (y, others))
+    own, other = (evaluate(model, (x, labels), theta).loss for labels in (y, y[order.to(y.device)]))
     return other - own > math.log(2)
 
 
-def _check_with_auto(settings: Settings) -> None:
+def _goes_with_auto(settings: Settings) -> bool:
+    """Whether stages can be compared at the end. Raises ValueError if that was asked for, and can't be."""
     for name, allowed in (("patience", None), ("removal", "end")):
         given = getattr(settings, name)
         if given != allowed:
-            raise ValueError(
-                f'{name} must be {allowed!r} with kl_weight "auto", which chooses at the end: got {given!r}. Or give a '
-                "weight, such as kl_weight=1"
-            )
+            if "kl_weight" in settings.model_fields_set:
+                raise ValueError(
+                    f'{name} must be {allowed!r} with kl_weight "auto", which chooses at the end: got {given!r}'
+                )
+            return False
+    return True
 
 
 def _batch_size(examples: int, most: int) -> int:

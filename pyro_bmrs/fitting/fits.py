@@ -17,7 +17,7 @@ from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
 from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
 from pyro_bmrs.fitting.curvature_pass import curvature_pass
-from pyro_bmrs.fitting.defaults import settled
+from pyro_bmrs.fitting.defaults import SETTLED, settled
 from pyro_bmrs.fitting.devices import open_fabric
 from pyro_bmrs.fitting.epochs import HISTORY_COLUMNS
 from pyro_bmrs.fitting.loop import Loop, Task, isolated
@@ -51,7 +51,7 @@ class Fit:
         settings: the settings of the fit.
         best_epoch: the epoch whose parameters were kept.
         interrupted: whether Ctrl-C or SIGTERM ended the fit early. Parameters are then those of the best epoch
-            so far, and a fit with `checkpoints` goes on when called again.
+            or stage so far, and a fit with `checkpoints` goes on when called again.
         stopped_early: whether `patience` ended the fit.
         stages: at kl_weight="auto" one row per stage: stage, epoch, kl_weight; of what `reduce` would leave kept
             (structures), parameters, validation_loss with its standard_error (nats per example) and
@@ -66,6 +66,9 @@ class Fit:
     stopped_early: bool = False
     stages: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=STAGE_COLUMNS))
     _stages: Stages | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stages": None}  # it holds model, guide and data
 
     def within(
         self,
@@ -102,7 +105,7 @@ class Fit:
             ValueError: if there is no such stage.
         """
         stages = self._known_stages()
-        check(stage in set(self.stages.stage), "stage", f"from 1 to {len(stages)}", stage)
+        check(is_whole(stage) and stage in set(self.stages.stage), "stage", f"from 1 to {len(stages)}", stage)
         stages.restore(stage)
 
     def _known_stages(self) -> Stages:
@@ -221,14 +224,18 @@ def fit(
     check_programs(model, guide, settings)
     home = home_of(model, guide)
     batches = Batches(train, settings.batch_size, home, "train")
-    settings = settled(settings, model, guide, batches, validation)
+    fabric = open_fabric(device, settings.precision, home, logger)
+    fabric.launch()
+    with _without_tables_of_sites(), isolated(settings.seed, validate=False):
+        settings = settled(settings, model, guide, batches, validation)
+    if fabric.world_size > 1:  # each process has data of its own, and the first decides
+        settings = settings.changed(**fabric.broadcast({name: getattr(settings, name) for name in SETTLED}))
+        batches.batch_size = settings.batch_size
     held_out = None if validation is None else Batches(validation, 1000, home, "validation")
     task = Task(
         model, guide, batches, held_out, settings, None if checkpoints is None else Path(checkpoints),
         keep_checkpoints, overwrite, label, progress, validate,
     )  # fmt: skip
-    fabric = open_fabric(device, settings.precision, home, logger)
-    fabric.launch()
     with _without_tables_of_sites(), isolated(settings.seed, validate=validate):
         loop = Loop(fabric, task)
         loop.run()

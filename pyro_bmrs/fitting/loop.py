@@ -197,7 +197,9 @@ class Loop:
                 measure, folder = self.measure, None if self.checkpoints is None else self.checkpoints.folder
                 assert measure.held_out is not None
                 self.stages = Stages(self.model, self.guide, measure.plan, measure.held_out, folder)
+                self.fabric.barrier()  # all have read what is there
                 self.stages.forget_after(self.state.epoch, write=self.fabric.is_global_zero)
+                self.stages.plan().parameters_left()  # what can't be cut is refused before the first step
             for row in self.state.history:
                 self._log(row)
             self._wrap()

@@ -176,7 +176,7 @@ class Settings(Checked):
         default="auto",
         description="Factor on the KL of the structures. 1 is the ELBO; more removes more. auto: it rises from 1 along "
         "the fit, and the stage with the fewest parameters is kept whose validation loss is within one standard error "
-        "of the least; 1 without validation data, or without structures.",
+        "of the least. If not given: 1 without validation data or structures, with patience or removals in the fit.",
     )  # fmt: skip
     warm_up: float = Field(
         default=0.25, ge=0, le=1,
@@ -241,9 +241,9 @@ class Settings(Checked):
     )
     keep_best: bool = Field(
         default=True,
-        description="End with the parameters of the best epoch after the warm-up and the last removal: the least "
-        "validation objective (without validation data, training objective), or without a posterior the "
-        "highest validation accuracy. If not given: False for latents without noise layers, whose loss is one draw's.",
+        description="At one KL weight, end with the parameters of the best epoch after the warm-up and the last "
+        "removal: the least validation objective (without validation data, training objective), or without a posterior "
+        "the highest validation accuracy. False, if not given, for latents without noise layers: their loss is a draw's.",
     )
     seed: int = Field(
         default=0, ge=0, description="Seed of initial weights, split, order of examples and noise."

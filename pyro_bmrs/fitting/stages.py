@@ -124,7 +124,10 @@ class Stages:
     def plan(self) -> NetworkPlan:
         """What `reduce` says of the present state. Its structures are found once, for all."""
         plan = self._reduce()
-        self._binding = self._binding or plan._binding
+        if self._binding is None or plan._binding is None:
+            self._binding = plan._binding
+        else:
+            self._binding.others = plan._binding.others
         return replace(plan, _binding=self._binding)
 
     def measured(self) -> dict[str, Any]:
@@ -137,7 +140,16 @@ class Stages:
             "validation_loss": found.loss,
             "standard_error": found.standard_error,
             "validation_accuracy": found.accuracy,
+            "rule": _rule(plan),
         }
+
+    def measure_anew(self) -> None:
+        """Measure stages by the present rule, where they were measured by another."""
+        rule = _rule(self.plan())
+        for number, row in self._rows.items():
+            if row.get("rule") != rule:
+                self.restore(number)
+                self._rows[number] = {**row, **self.measured()}
 
     def add(self, row: dict[str, Any], *, write: bool = True) -> None:
         """Keep the present state, as that of the stage of this row. `write`: this process writes the files."""
@@ -160,9 +172,19 @@ class Stages:
     ) -> NetworkPlan:
         """As `NetworkPlan.within`, of the stage where the budget costs least; it is restored.
 
-        Tried are the two stages whose own sizes lie around the budget, and one halfway to them, whose weights have seen
-        less pressure. Losses are counted from the least of all stages.
+        Tried are the two stages whose own sizes lie around the budget, one halfway to them, whose weights have seen
+        less pressure, the one that the rule of one standard error takes, and the last. Losses are counted from the
+        least of all stages. If the budget can't be met, model and guide stay as they are.
         """
+        before = state_of(self.model, self.guide), self.guide.kl_weight
+        try:
+            return self._within(asked, batch_size, progress)
+        except BaseException:
+            restore(self.model, self.guide, before[0])
+            self.guide.kl_weight = before[1]
+            raise
+
+    def _within(self, asked: Mapping[str, float | None], batch_size: int, progress: bool) -> NetworkPlan:
         rows = [*self._rows.values()]
         numbers = [*self._rows]
         before = Evaluation(
@@ -181,7 +203,7 @@ class Stages:
 
         if budget().has_costs:
             turn = first(len(rows), enough)
-            tried = {turn // 2, turn - 1, turn}
+            tried = {turn // 2, turn - 1, turn, numbers.index(self.choice()), len(rows) - 1}
         else:  # they are known, and need not fall from stage to stage
             losses = [
                 Evaluation(row["validation_loss"], row["validation_accuracy"], math.nan) for row in rows
@@ -217,3 +239,9 @@ class Stages:
     def _path(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{_NAME}{number:02d}.safetensors"
+
+
+def _rule(plan: NetworkPlan) -> str:
+    """How a plan decides, but for the KL weight."""
+    rule = plan.rule
+    return f"{rule.criterion}, {rule.prior_log_odds}, {rule.threshold}, {rule.min_kept}, {rule.round_to}"

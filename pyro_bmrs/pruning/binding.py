@@ -34,6 +34,7 @@ class Binding:
         find_input: makes a batch of inputs; called once, when one is needed. None: there is no batch.
         model: the Pyro model that the network is in.
         arguments: what that was called with.
+        others: values of latents beside the noise sites, to predict with.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Binding:
         find_input: Callable[[], Inputs] | None,
         model: nn.Module | None = None,
         arguments: tuple[Any, ...] = (),
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.network, self._find_input = network, find_input
-        self.model, self.arguments = model, arguments
+        self.model, self.arguments, self.others = model, arguments, dict(others or {})
 
     @property
     def has_input(self) -> bool:

@@ -223,9 +223,8 @@ class NetworkPlan(Plan):
         if model is None:
             raise ValueError("plan must know its model: this one was loaded from disk")
         device = next(model.parameters()).device
-        return evaluate(
-            model, data, {site: mean.to(device).float() for site, mean in self.theta_mean().items()}
-        )
+        values = {**(self._binding.others if self._binding is not None else {}), **self.theta_mean()}
+        return evaluate(model, data, {site: value.to(device).float() for site, value in values.items()})
 
     # a smaller network ------------------------------------------------------------------------------
 

@@ -83,7 +83,12 @@ def reduce_structures(
     arguments = arguments_of(guide, arguments)
     posteriors, layers = posteriors_of(model, guide, arguments), noise_layers(model)
     find_input = partial(input_of, model, arguments) if arguments else None
-    binding = Binding(network_of(model), find_input, model, arguments)
+    others = (
+        {site: value for site, value in guide.mean().items() if site not in layers}
+        if isinstance(guide, AutoTruncatedLogNormal)
+        else {}
+    )
+    binding = Binding(network_of(model), find_input, model, arguments, others)
     structures = {
         site: _layer(guide, site, layer, posteriors[site], binding) for site, layer in layers.items()
     }

@@ -133,7 +133,13 @@ def methods(
     if epochs:
         first += f", for {epochs.get('fit', 0)} epochs"
         first += f" of batches of {known['batch_size']}" if "batch_size" in known else ""
-    first += f" with the KL divergence weighted by {rule.kl_weight:g}"
+    if known.get("kl_weight") == "auto":
+        first += (
+            f" along rising weights of the KL divergence, of which the state at {rule.kl_weight:g} was taken by its "
+            "loss on validation data"
+        )
+    else:
+        first += f" with the KL divergence weighted by {rule.kl_weight:g}"
     first += f", seed {known['seed']}." if "seed" in known else "."
     if rule.is_path:
         first = (

@@ -11,6 +11,7 @@ import torch
 
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.fitting import Fit, fit
+from pyro_bmrs.fitting.defaults import SETTLED
 from pyro_bmrs.fitting.posterior_file import save_posterior
 from pyro_bmrs.networks.inputs import check_finite
 from pyro_bmrs.networks.insertion import insert_noise
@@ -38,6 +39,8 @@ def fit_posterior(run: Workplace) -> Fit:
     if result.interrupted:
         raise Interrupted(f"interrupted in {_where(run, result)}; the same command goes on from there")
     run.fitted_with = settings
+    found = {name: getattr(result.settings, name) for name in SETTLED}
+    run.settled = {name: value for name, value in found.items() if value != getattr(run.settings, name)}
     # The posterior marks a folder that holds a fit: it is removed first and written last.
     run.clear("posterior.safetensors")
     run.clear_reduction()

@@ -44,7 +44,11 @@ class RunFolder:
         self.folder = Path(folder)
 
     def stored_settings(self) -> dict[str, Any] | None:
-        """settings (RunSettings), fit (those of the posterior, as JSON), recipe (its name), inputs (a Preparation)."""
+        """What settings.json says; None where there is none.
+
+        settings (RunSettings), fit (those of the posterior, as JSON), settled (what followed from model and data),
+        recipe (its name), inputs (a Preparation).
+        """
         path = self.folder / "settings.json"
         if not path.exists():
             return None
@@ -60,6 +64,7 @@ class RunFolder:
             return {
                 "settings": RunSettings(**document["settings"]),
                 "fit": dict(document["fit"]),
+                "settled": dict(document["settled"]),
                 "recipe": str(document["recipe"]),
                 "inputs": Preparation.of(document["inputs"]),
             }

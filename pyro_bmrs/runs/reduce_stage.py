@@ -82,6 +82,7 @@ def _plan(run: Workplace) -> NetworkPlan:
     settings, folder = run.settings, run.folder / "checkpoints" / "fit"
     if settings.weights is None:
         stages = Stages(run.model, run.guide, lambda: _reduced(run), run.dataset.validation, folder)
+        stages.measure_anew()
         if len(stages) and settings.budget:
             return stages.within(settings.budget, progress=run.progress)
         # an earlier reduction may have left the state of another stage

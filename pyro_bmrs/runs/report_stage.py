@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from torch import Tensor
@@ -78,13 +79,15 @@ class ReportStage:
         epochs = int((history.phase == "fit").sum())
         # A page is given to others: it names data and weights, not where they lie on this machine.
         names = {"data": run.settings.data_name, "weights": run.settings.weights_name}
-        shown = run.settings.model_copy(update=names)
-        folder = run.folder.name if run.folder.is_absolute() else run.folder
+        shown = run.settings.model_copy(update={**run.settled, **names})
+        folder = run.folder.name if run.folder.is_absolute() else str(run.folder)
+        others = [f" --{name.replace('_', '-')} none" for name in run.settings.budget if name != "parameters"]
+        command = f"pyro-bmrs reduce {shlex.quote(folder)} --parameters {{}}{''.join(others)}"
         return report(
             Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan,
             run.folder / "report.html", costs=run.costs(), curve=curve, evaluation=evaluation,
             diagnosis=None if self.draws == 0 or trained else self._diagnosis(plan),
-            frontier=sizes, command=f"pyro-bmrs reduce {folder} --parameters {{}}",
+            frontier=sizes, command=command,
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ OF_REDUCTION = (
 )  # fmt: skip
 # Settings that fine-tuning leaves out: it has no posterior, and always runs all its epochs.
 _NOT_OF_TUNING = {
-    "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
+    "kl_weight", "criterion", "prior_log_odds", "min_kept", "removal", "elbo", "freeze_weights", "patience",
 }  # fmt: skip
 # Settings of a variational fit, and of what follows from it alone.
 _OF_VARIATIONAL = {

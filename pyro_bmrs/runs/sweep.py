@@ -24,7 +24,7 @@ from pyro_bmrs.data.arrays import one_line
 from pyro_bmrs.files import held, write_atomically, write_table
 from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.progress import Progress
-from pyro_bmrs.runs.folder import FIT_FILES
+from pyro_bmrs.runs.folder import FIT_FILES, STAGES
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.study import Cell, Study, has_fit
@@ -65,7 +65,12 @@ def _row(cell: Cell, status: str, **rest: Any) -> Row:
 
 def _copy_fit(source: Path, folder: Path) -> None:
     """Copy the files of a fit. The posterior, which marks a folder that holds a fit, is the last."""
-    for name in FIT_FILES:
+    stages = [
+        path.relative_to(source).as_posix() for path in source.glob("checkpoints/fit/stage-*.safetensors")
+    ]
+    there = [name for name in (STAGES, *stages) if (source / name).exists()]
+    for name in (*there, *FIT_FILES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, partial(shutil.copyfile, source / name))
 
 

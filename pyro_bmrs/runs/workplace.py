@@ -110,6 +110,8 @@ class Workplace(Served):
         self.recipe, self.settings = recipe, settings
         # The settings of the fit in the folder. A later reduction may have others.
         self.fitted_with = settings.of_fit() if stored is None else stored["fit"]
+        # What was not given, and followed from model and data.
+        self.settled: dict[str, Any] = {} if stored is None else stored["settled"]
         self.device = _usable_device(device)
         self.dataset = dataset_of(settings, data_root)
         self.preparation = self.dataset.preparation
@@ -218,6 +220,7 @@ class Workplace(Served):
             "version": VERSION,
             "settings": self.settings.model_dump(mode="json"),
             "fit": self.fitted_with,
+            "settled": self.settled,
             "recipe": self.recipe.name,
             "inputs": self.preparation.document(),
             "versions": versions(),

@@ -2,15 +2,18 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
-from pyro_bmrs.fitting.stages import MOST_STAGES, Rise
+from pyro_bmrs.fitting.stages import MOST_STAGES, Rise, Stages
 from pyro_bmrs.inference import evaluate
 from pyro_bmrs.pruning.budgets import one_standard_error
 
@@ -196,8 +199,107 @@ def test_what_has_nothing_to_choose_by_has_weight_one():
 )
 def test_what_does_not_go_with_rising_weights(options, message):
     with pytest.raises(ValueError, match=message):
-        fitted(**options)
-    fitted(**options, epochs=1, kl_weight=1.0)
+        fitted(**options, kl_weight="auto")
+    *_, result = fitted(**options, epochs=1)
+    assert result.settings.kl_weight == 1.0
+
+
+def test_a_budget_out_of_reach_leaves_model_and_guide_as_they_are():
+    model, guide, result = fitted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight, left = guide.kl_weight, bmrs.reduce(model, guide).parameters_left()
+    with pytest.raises(ValueError, match="accuracy_drop must be at least"):
+        result.within(parameters=12, accuracy_drop=0.0, progress=False)
+    assert guide.kl_weight == weight
+    assert bmrs.reduce(model, guide).parameters_left() == left
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Noisy(nn.Module):
+    """A regression whose noise is a latent too."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y=None):
+        sigma = pyro.sample("sigma", bmrs.LogUniform(-6.0, 2.0))
+        mean = self.net(x)[:, 0]
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+        return mean
+
+
+def test_latents_beside_the_structures_have_their_posterior_in_a_stage():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), MultiplicativeNoise(12), nn.Linear(12, 1))
+    model = Noisy(net)
+    guide = AutoTruncatedLogNormal(model)
+    x, other = data()[0], VALIDATION[0]
+    result = bmrs.fit(model, guide, (x, x[:, 0]), (other, other[:, 0]), **SETTINGS | {"elbo": "auto"})
+    stages = result.stages.set_index("epoch").validation_loss
+    seen = result.history.set_index("epoch").validation_loss[stages.index]
+    # nothing that the evidence removes matters much
+    assert (stages - seen).abs().max() < 0.5
+
+
+class Sorted(nn.Module):
+    """Sorts its hidden units, so that none of them can be cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.noise, self.last = nn.Linear(6, 8), MultiplicativeNoise(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.noise(self.first(x)).sort(1).values)
+
+
+def test_what_cannot_be_cut_is_refused_before_the_first_step():
+    model = Classifier(Sorted())
+    guide = AutoTruncatedLogNormal(model)
+    before = model.net.first.weight.clone()
+    with pytest.raises(ValueError, match="noise"):
+        bmrs.fit(model, guide, data(), VALIDATION, **SETTINGS)
+    assert torch.equal(model.net.first.weight, before)
+
+
+class Sequences(nn.Module):
+    """Reads time first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x):
+        return self.net(x.mean(0))
+
+
+def test_examples_may_stand_behind_time():
+    x, y = data(60)
+    pairs = [(row.expand(5, 6), label) for row, label in zip(x, y, strict=True)]
+
+    def together(examples):
+        rows, labels = zip(*examples, strict=True)
+        return torch.stack(rows, 1), torch.stack(labels)
+
+    loader = DataLoader(pairs, batch_size=12, collate_fn=together)
+    model = Classifier(Sequences())
+    guide = AutoTruncatedLogNormal(model)
+    settings = bmrs.fit(model, guide, loader, epochs=1, draws_per_batch=1, progress=False).settings
+    assert (settings.learning_rate, settings.batch_size) == (1e-3, 128)
+
+
+def test_stages_are_measured_anew_by_another_rule(rising, tmp_path):
+    model, guide, result = rising
+    stages = result._stages
+    before = result.stages.parameters.tolist()
+    floors = Stages(model, guide, lambda: bmrs.reduce(model, guide, min_kept=0.5), VALIDATION)
+    floors._rows, floors._states = dict(stages._rows), stages._states
+    floors.measure_anew()
+    assert min(floors.table().parameters) >= 12 * 7 + 2 + 12 * 2
+    assert result.stages.parameters.tolist() == before
+    floors._states = {}  # they are not looked at again
+    floors.measure_anew()
 
 
 def test_weights_that_rise_need_validation_data():

@@ -18,7 +18,7 @@ from command_line import call
 from safetensors.torch import load_file
 
 from pyro_bmrs.data import load_data
-from pyro_bmrs.files import held
+from pyro_bmrs.files import held, read_tensors
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.runs import fit_stage, reduce_stage, report_stage
 from pyro_bmrs.runs.folder import FIT_FILES
@@ -660,3 +660,35 @@ def test_stages_are_quick_to_find_complete(finished):
     recipe = Recipe.read(RECIPE)
     assert Run(finished, recipe, RunSettings.of(recipe, "digits", {})).complete()
     assert time.perf_counter() - start < 5
+
+
+def test_a_fit_along_rising_weights_keeps_its_stages_for_later_reductions(tmp_path, capsys):
+    folder = tmp_path / "rising"
+    line = ("--kl-weight", "auto", "--epochs", 8, "--posterior-learning-rate", 0.2, "--quiet")
+    assert call("run", RECIPE, "--out", folder, *line, *NO_DIAGNOSIS) == 0
+    stages = pd.read_csv(folder / "stages.csv")
+    run = Run(folder, progress=False)
+
+    def taken():
+        """By plan and posterior of the folder, which belong together."""
+        weight = run.plan().rule.kl_weight
+        header, _ = read_tensors(folder / "posterior.safetensors", header_only=True)
+        assert header["kl_weight"] == weight
+        return weight
+
+    own = taken()
+    assert own == stages.kl_weight[stages.chosen].item()
+    assert "rising weights of the KL divergence" in (folder / "report.html").read_text()
+    full = pd.read_csv(folder / "evaluation.csv").parameters.iloc[0]
+    # a budget may take another stage, and the size that the evidence chooses comes back
+    assert call("reduce", folder, "--parameters", "30%", "--quiet") == 0
+    small = pd.read_csv(folder / "evaluation.csv").parameters.iloc[-1]
+    assert small <= 0.3 * full
+    taken()
+    assert call("report", folder, *NO_DIAGNOSIS, "--quiet") == 0
+    assert call("reduce", folder, "--parameters", "none", "--fine-tune", 1, "--quiet") == 0
+    assert taken() == own
+    assert pd.read_csv(folder / "evaluation.csv").network.iloc[-1] == "fine-tuned"
+    # another rule measures the stages anew
+    assert call("reduce", folder, "--min-kept", 0.9, "--fine-tune", 0, "--quiet") == 0
+    assert run.plan().rule.min_kept == 0.9
