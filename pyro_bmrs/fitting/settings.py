@@ -243,7 +243,8 @@ class Settings(Checked):
         default=True,
         description="At one KL weight, end with the parameters of the best epoch after the warm-up and the last "
         "removal: the least validation objective (without validation data, training objective), or without a posterior "
-        "the highest validation accuracy. False, if not given, for latents without noise layers: their loss is a draw's.",
+        "the highest validation accuracy. If not given: False for latents without noise layers, whose loss is one "
+        "draw's.",
     )
     seed: int = Field(
         default=0, ge=0, description="Seed of initial weights, split, order of examples and noise."
