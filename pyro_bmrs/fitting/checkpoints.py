@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,16 @@ class Checkpoints:
             if not isinstance(header.get(name), dict):
                 raise ValueError(f"its {name} are no dictionary")
         return header, tensors
+
+    @classmethod
+    def unfinished(cls, folder: Path) -> dict[str, Any]:
+        """The settings of the fit in a folder that has not come to its end; none where there is no such fit."""
+        old = cls(folder, 1, {})
+        for path in old._paths():
+            with suppress(ValueError, OSError, KeyError, TypeError):
+                header, _ = read_tensors(path, header_only=True)
+                return {} if header["progress"]["finished"] else dict(header["settings"])
+        return {}
 
     def _check_same_fit(self, path: Path, settings: Mapping[str, Any]) -> None:
         if changed := changes_between(settings, self.settings):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,13 +35,22 @@ def settled(
     guide: Callable[..., Any] | None,
     train: Batches,
     validation: Data | None,
+    before: Mapping[str, Any],
 ) -> Settings:
     """The settings, with those that were not given as model and data need them; `train` gets its batch size.
+
+    Args:
+        before: settings of the fit that goes on. A model that it has trained looks like another one.
 
     Raises:
         ValueError: if a KL weight of "auto" was asked for, and nothing tells how to choose; or other settings don't go
             with it.
     """
+    known = {
+        name: before[name] for name in SETTLED if name in before and name not in settings.model_fields_set
+    }
+    settings = settings.changed(**known)
+    train.batch_size = settings.batch_size
     sites, given = noise_layers(model), settings.model_fields_set
     structured = isinstance(guide, AutoTruncatedLogNormal) and bool(sites)
     changes: dict[str, Any] = {}
@@ -71,19 +81,19 @@ def _is_trained(model: nn.Module, train: Batches) -> bool:
     A fit of a network that starts with random weights needs rates at which a trained one would lose much of what it
     knows.
     """
-    with untouched():  # a loader may draw from the global generators
+    with suppress(Exception), untouched():  # what is wrong with model or data is told by the fit itself
         x, y = train.first() if train.loader is not None else train.some(_LOOKED_AT, seed=0)
-    sizes = {tensor.shape[:1] for tensor in tensors_of((x, y))}
-    if len(sizes) > 1 or not isinstance(y, Tensor) or len(y) < 2:
-        return False  # nothing tells how to give examples the labels of others
-    count = len(y)
-    theta = {
-        site: torch.ones(layer.features, dtype=torch.float64, device=train.device)
-        for site, layer in noise_layers(model).items()
-    }
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    own, other = (evaluate(model, (x, labels), theta).loss for labels in (y, y[order.to(y.device)]))
-    return other - own > math.log(2)
+        sizes = {tensor.shape[:1] for tensor in tensors_of((x, y))}
+        if len(sizes) > 1 or not isinstance(y, Tensor) or len(y) < 2:
+            return False  # nothing tells how to give examples the labels of others
+        theta = {
+            site: torch.ones(layer.features, dtype=torch.float64, device=train.device)
+            for site, layer in noise_layers(model).items()
+        }
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+        own, other = (evaluate(model, (x, labels), theta).loss for labels in (y, y[order.to(y.device)]))
+        return other - own > math.log(2)
+    return False
 
 
 def _goes_with_auto(settings: Settings) -> bool:

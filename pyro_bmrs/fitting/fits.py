@@ -15,7 +15,7 @@ import torch
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.files import check_folder
-from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS
+from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS, Checkpoints
 from pyro_bmrs.fitting.curvature_pass import curvature_pass
 from pyro_bmrs.fitting.defaults import SETTLED, settled
 from pyro_bmrs.fitting.devices import open_fabric
@@ -227,7 +227,8 @@ def fit(
     fabric = open_fabric(device, settings.precision, home, logger)
     fabric.launch()
     with _without_tables_of_sites(), isolated(settings.seed, validate=False):
-        settings = settled(settings, model, guide, batches, validation)
+        before = {} if checkpoints is None else Checkpoints.unfinished(Path(checkpoints))
+        settings = settled(settings, model, guide, batches, validation, before)
     if fabric.world_size > 1:  # each process has data of its own, and the first decides
         settings = settings.changed(**fabric.broadcast({name: getattr(settings, name) for name in SETTLED}))
         batches.batch_size = settings.batch_size

@@ -1,6 +1,8 @@
 """A fit along rising KL weights: its stages, the one that is taken, and those for a budget."""
 
 import math
+import os
+import signal
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
+from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.stages import MOST_STAGES, Rise, Stages
 from pyro_bmrs.inference import evaluate
 from pyro_bmrs.pruning.budgets import one_standard_error
@@ -359,3 +362,26 @@ def test_many_steps_need_a_low_rate():
     guide = AutoTruncatedLogNormal(model)
     settings = bmrs.fit(model, guide, data(800), epochs=60, batch_size=16, progress=False).settings
     assert settings.posterior_learning_rate == 0.013  # 40 over 60 times 50
+
+
+def test_an_interrupted_fit_goes_on_with_a_model_that_it_has_trained(tmp_path, monkeypatch):
+    """Which then is taken for trained, and would get other rates."""
+    model = Classifier(small_net())
+    guide = AutoTruncatedLogNormal(model)
+    options = dict(epochs=40, posterior_learning_rate=0.1, checkpoints=tmp_path / "fit", progress=False)
+    done = EpochProgress.epoch
+
+    def stop(display, row):
+        done(display, row)
+        if row["epoch"] == 34:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EpochProgress, "epoch", stop)
+        first = bmrs.fit(model, guide, data(), VALIDATION, **options)
+    assert first.interrupted
+    assert defaults(model, data()).learning_rate == pytest.approx(3e-4)
+    again = bmrs.fit(model, guide, data(), VALIDATION, **options)
+    assert again.settings == first.settings
+    assert again.settings.learning_rate == 1e-3
+    assert len(again.history) == 40

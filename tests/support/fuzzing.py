@@ -191,7 +191,7 @@ def targets(place: Path) -> dict[str, Target]:
     }  # fmt: skip
     settings = {
         "format": "pyro_bmrs.run", "version": 1, "settings": {"data": "digits", "epochs": 3, "criterion": "SNR"},
-        "fit": {"epochs": 3}, "recipe": "net.py",
+        "fit": {"epochs": 3}, "settled": {"batch_size": 16}, "recipe": "net.py",
         "inputs": {
             "raw_shape": [1, 8, 8], "raw_values": "counts", "channels": "grey", "image_size": None, "mean": [0.3],
             "deviation": [0.4], "class_names": ["odd", "even"],
