@@ -131,7 +131,7 @@ class Study:
     def rise(self) -> None:
         table = self.rows.table
         same = (table.recipe == self.key[0]) & (table.data == self.key[1]) & (table.seed == self.key[2])
-        fixed = [int(size) for size in table[same & table.way.str.startswith("weight")].parameters]
+        fixed = [] if table.empty else table[same & table.way.str.startswith("weight")].parameters.astype(int)
         asked = [
             size for size in [*self.given.sizes, *fixed] if not self.rows.has(*self.key, "rise", f"{size:g}")
         ]

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
+from pyro_bmrs.fitting.defaults import settled
 from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.stages import MOST_STAGES, Rise, Stages
 from pyro_bmrs.inference import evaluate
+from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.pruning.budgets import one_standard_error
 
 
@@ -317,8 +319,9 @@ def small_net(seed=0):
 
 
 def defaults(model, train, **options):
-    guide = AutoTruncatedLogNormal(model)
-    return bmrs.fit(model, guide, train, epochs=1, progress=False, **options).settings
+    settings = bmrs.Settings(**{"epochs": 1, **options})
+    batches = Batches(train, settings.batch_size, torch.device("cpu"), "train")
+    return settled(settings, model, AutoTruncatedLogNormal(model), batches, None, {})
 
 
 def test_a_trained_network_keeps_what_it_knows():
@@ -358,9 +361,7 @@ def test_batches_and_rates_follow_the_number_of_examples(examples, batch, rate):
 
 
 def test_many_steps_need_a_low_rate():
-    model = Classifier(small_net())
-    guide = AutoTruncatedLogNormal(model)
-    settings = bmrs.fit(model, guide, data(800), epochs=60, batch_size=16, progress=False).settings
+    settings = defaults(Classifier(small_net()), data(800), epochs=60, batch_size=16)
     assert settings.posterior_learning_rate == 0.013  # 40 over 60 times 50
 
 
