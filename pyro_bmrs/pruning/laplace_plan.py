@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -44,6 +44,9 @@ from pyro_bmrs.pruning.removal_path import (
     touched,
 )
 from pyro_bmrs.pruning.rule import Rule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # A prediction of the rise of the loss that is off by more than this is told of.
 _BELIEVED = 2.0
@@ -126,6 +129,12 @@ class LaplacePlan(NetworkPlan):
     def at(self, threshold: float) -> Self:
         # structures that are not on the path stay, whose score is −∞
         return super().at(max(threshold, -float(len(self.table))))
+
+    def plot(self) -> Figure:
+        """Draw the evidence and the loss along the path: see `pyro_bmrs.figures.plot_removal_path`."""
+        from pyro_bmrs.figures.removal_path import plot_removal_path
+
+        return plot_removal_path(self.path, self.steps)
 
     def by_evidence(self) -> Self | None:
         """The plan where the evidence is largest, as far as losses rise as predicted; None for a loaded plan."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pandas as pd
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from pyro_bmrs.arguments import on_a_screen
 from pyro_bmrs.pruning.plan_file import read_plan, write_plan
 from pyro_bmrs.pruning.rule import Rule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = [
     "layer", "unit", "loc", "scale", "mean", "snr", "score", "log_evidence_change", "kl_weight", "removed",
@@ -84,6 +87,12 @@ class Plan:
             ValueError: for NaN, or where a search decided.
         """
         raise NotImplementedError
+
+    def plot(self) -> Figure:
+        """Draw the scores of all structures, kept and removed: see `pyro_bmrs.figures.plot_scores`."""
+        from pyro_bmrs.figures.scores import plot_scores
+
+        return plot_scores(self)
 
     def summary(self) -> str:
         """A few lines of text: the rule, widths, and cautions."""

@@ -82,6 +82,11 @@ def test_the_choices_are_marked(plan):
     assert len(figure.axes) == 2  # no times
 
 
+def test_a_plan_draws_what_it_decided_by(plan):
+    labels = [axes.get_ylabel() for axes in plan.plot().axes]
+    assert labels == (["total ΔF (nats)", "rise of the loss (nats)"] if plan.rule.is_path else ["structures"])
+
+
 def test_sizes_are_no_worse_than_what_within_gives(plan):
     table = bmrs.frontier(plan, SEEN, points=6, seconds=0, progress=False).table
     for row in table.iloc[1:-1].itertuples():
