@@ -174,7 +174,7 @@ class Settings(Checked):
     )  # fmt: skip
     kl_weight: _Weight = Field(
         default="auto",
-        description="Factor on the KL of the structures. 1 is the ELBO; more removes more. auto: it rises from 1 along "
+        description="Factor on the KL of the structures. 1 is the ELBO; more removes more. auto: it rises along "
         "the fit, and the stage with the fewest parameters is kept whose validation loss is within one standard error "
         "of the least. If not given: 1 without validation data or structures, with patience or removals in the fit.",
     )  # fmt: skip

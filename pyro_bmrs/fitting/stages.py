@@ -31,22 +31,25 @@ STAGE_COLUMNS = [
 MOST_STAGES = 24
 # The last weight is N over this. On MNIST it is 960, where LeNet5 has lost 95 % of its parameters and 3 points.
 _EXAMPLES_PER_WEIGHT = 50
+# The first is 1, the ELBO, but no less than the last over this: below, nothing leaves a network of images.
+_RANGE = 100
 
 
 @dataclass(frozen=True)
 class Rise:
-    """The KL weights of the epochs: 1 during the warm-up, then one for each stage, in equal ratios.
+    """The KL weights of the epochs: the first during the warm-up, then one for each stage, in equal ratios.
 
     Attributes:
         epochs: of the fit.
         first: the first epoch after the warm-up, from 1.
         stages: how many there are.
-        last: the weight of the last.
+        lowest, last: the weights of the first and of the last.
     """
 
     epochs: int
     first: int
     stages: int
+    lowest: float
     last: float
 
     @classmethod
@@ -54,7 +57,8 @@ class Rise:
         """Of a fit with these settings to so many examples."""
         first = min(-int(-settings.warm_up * settings.epochs // 1), settings.epochs - 1) + 1
         stages = min(settings.epochs - first + 1, MOST_STAGES)
-        return cls(settings.epochs, first, stages, max(examples / _EXAMPLES_PER_WEIGHT, 2.0))
+        last = max(examples / _EXAMPLES_PER_WEIGHT, 2.0)
+        return cls(settings.epochs, first, stages, max(last / _RANGE, 1.0), last)
 
     def stage(self, epoch: int) -> int:
         """The number of an epoch's stage, from 1; 0 in the warm-up."""
@@ -62,7 +66,8 @@ class Rise:
 
     def kl_weight(self, epoch: int) -> float:
         """Of an epoch, in three digits."""
-        return float(f"{self.last ** (max(self.stage(epoch) - 1, 0) / max(self.stages - 1, 1)):.3g}")
+        share = max(self.stage(epoch) - 1, 0) / max(self.stages - 1, 1)
+        return float(f"{self.lowest * (self.last / self.lowest) ** share:.3g}")
 
     def ends(self, epoch: int) -> bool:
         """Whether a stage ends with this epoch."""
