@@ -29,7 +29,7 @@ from pyro_bmrs.files import (
 FORMAT, VERSION = "pyro_bmrs.checkpoint", 1
 LEDGER_COLUMNS = ["epoch", "layer", "unit", "score", "log_evidence_change"]
 # Written by a fit along rising KL weights, beside the checkpoints.
-STAGE = re.compile(r"stage-\d\d\.safetensors")
+_STAGE = re.compile(r"stage-\d\d\.safetensors")
 _NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.safetensors")
 
 
@@ -64,6 +64,16 @@ def _state(entries: Mapping[str, Any]) -> FitState:
         return TypeAdapter(FitState).validate_json(json.dumps(entries), strict=True)
     except ValidationError:
         raise ValueError("its progress is damaged") from None
+
+
+def stage_file(folder: Path, number: int) -> Path:
+    """Where the state of a stage is."""
+    return folder / f"stage-{number:02d}.safetensors"
+
+
+def stage_files(folder: Path) -> list[Path]:
+    """Those that are there, the first stage first."""
+    return sorted(path for path in folder.glob("*") if _STAGE.fullmatch(path.name))
 
 
 def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -169,9 +179,8 @@ class Checkpoints:
         if newest is None or newest[1].finished:
             for path in self._paths():
                 path.unlink(missing_ok=True)
-            for path in self.folder.glob("*"):
-                if STAGE.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+            for path in stage_files(self.folder):
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header, tensors = read_tensors(path)
@@ -236,7 +245,7 @@ class Checkpoints:
         write_atomically(self.ledger, write)
         clear_unfinished(
             self.folder,
-            lambda name: name == self.ledger.name or any(one.fullmatch(name) for one in (_NAME, STAGE)),
+            lambda name: name == self.ledger.name or any(one.fullmatch(name) for one in (_NAME, _STAGE)),
         )
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from pyro_bmrs.files import read_tensors, write_tensors
+from pyro_bmrs.fitting.checkpoints import stage_file, stage_files
 from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
@@ -22,7 +23,6 @@ from pyro_bmrs.pruning.budgets import Budget, first, one_standard_error
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 
 FORMAT, VERSION = "pyro_bmrs.stage", 1
-_NAME = "stage-"
 STAGE_COLUMNS = [
     "stage", "epoch", "kl_weight", "kept", "parameters", "validation_loss", "standard_error",
     "validation_accuracy",
@@ -98,7 +98,7 @@ class Stages:
         self._rows: dict[int, dict[str, Any]] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         if folder is not None:
-            for path in sorted(folder.glob(f"{_NAME}*.safetensors")):
+            for path in stage_files(folder):
                 header, _ = read_tensors(path, header_only=True)
                 self._rows[int(header["stage"]["stage"])] = header["stage"]
 
@@ -243,7 +243,7 @@ class Stages:
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"{_NAME}{number:02d}.safetensors"
+        return stage_file(self.folder, number)
 
 
 def _rule(plan: NetworkPlan) -> str:

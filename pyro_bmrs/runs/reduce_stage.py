@@ -82,12 +82,13 @@ def _plan(run: Workplace) -> NetworkPlan:
     settings, folder = run.settings, run.folder / "checkpoints" / "fit"
     if settings.weights is None:
         stages = Stages(run.model, run.guide, lambda: _reduced(run), run.dataset.validation, folder)
-        stages.measure_anew()
-        if len(stages) and settings.budget:
-            return stages.within(settings.budget, progress=run.progress)
-        # an earlier reduction may have left the state of another stage
-        if len(stages) and run.guide.kl_weight != stages.kl_weight(stages.choice()):
-            stages.restore(stages.choice())
+        if len(stages):
+            stages.measure_anew()
+            if settings.budget:
+                return stages.within(settings.budget, progress=run.progress)
+            choice = stages.choice()
+            if run.guide.kl_weight != stages.kl_weight(choice):  # as an earlier reduction has left it
+                stages.restore(choice)
     plan = _reduced(run)
     if not settings.budget:
         return plan

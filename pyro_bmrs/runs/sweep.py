@@ -22,6 +22,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 
 from pyro_bmrs.data.arrays import one_line
 from pyro_bmrs.files import held, write_atomically, write_table
+from pyro_bmrs.fitting.checkpoints import stage_files
 from pyro_bmrs.networks.modes import torch_threads
 from pyro_bmrs.progress import Progress
 from pyro_bmrs.runs.folder import FIT_FILES, STAGES
@@ -65,9 +66,7 @@ def _row(cell: Cell, status: str, **rest: Any) -> Row:
 
 def _copy_fit(source: Path, folder: Path) -> None:
     """Copy the files of a fit. The posterior, which marks a folder that holds a fit, is the last."""
-    stages = [
-        path.relative_to(source).as_posix() for path in source.glob("checkpoints/fit/stage-*.safetensors")
-    ]
+    stages = [path.relative_to(source).as_posix() for path in stage_files(source / "checkpoints" / "fit")]
     there = [name for name in (STAGES, *stages) if (source / name).exists()]
     for name in (*there, *FIT_FILES):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
