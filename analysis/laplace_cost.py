@@ -6,7 +6,8 @@
 
 network: of torchvision, with random weights, on random images: one forward and backward pass over all of them, then
 curvature, reduce, apply, and the refit. Columns: step, seconds (of the processor), ratio (to the first), gigabytes
-(largest resident memory so far, less that before the first step: 1e9 bytes). Written to FOLDER/NETWORK.csv.
+(the largest resident memory of its own so far, temporary files apart, less that before the first step: 1e9 bytes).
+Written to FOLDER/NETWORK.csv.
 inputs: a linear layer of so many inputs between two others of 64 units, 4,000 examples: seconds of the same steps, in
 FOLDER/inputs.csv.
 """
@@ -14,7 +15,7 @@ FOLDER/inputs.csv.
 from __future__ import annotations
 
 import argparse
-import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,31 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 
 
-def memory() -> float:
-    """The largest resident memory so far, in gigabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+class Memory:
+    """A context that looks at the resident memory of this process again and again.
+
+    Attributes:
+        most: the largest so far, without pages of files, in gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self._done.wait(0.02):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.most = max(self.most, kilobytes * 1024 / 1e9)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def steps_of(
@@ -75,17 +98,18 @@ def of_network(given: argparse.Namespace) -> None:
     network = torchvision.models.get_model(given.name, weights=None).eval()
     x = torch.randn(given.images, 3, given.side, given.side)
     y = torch.randint(1000, (given.images,))
-    rows, base = [], memory()
-    for step, work in steps_of(network, (x, y), given.batch, given.removed).items():
-        start = time.process_time()
-        work()
-        spent = time.process_time() - start
-        rows.append({"step": step, "seconds": round(spent, 1), "gigabytes": round(memory() - base, 2)})
-        table = pd.DataFrame(rows)
-        write_table(
-            given.out / f"{given.name}.csv", table.assign(ratio=(table.seconds / table.seconds[0]).round(2))
-        )
-        print(rows[-1], flush=True)
+    rows = []
+    with Memory() as memory:
+        time.sleep(0.2)
+        base = memory.most
+        for step, work in steps_of(network, (x, y), given.batch, given.removed).items():
+            start = time.process_time()
+            work()
+            spent = time.process_time() - start
+            rows.append({"step": step, "seconds": round(spent, 1), "gigabytes": round(memory.most - base, 2)})
+            table = pd.DataFrame(rows).assign(ratio=lambda table: (table.seconds / table.seconds[0]).round(2))
+            write_table(given.out / f"{given.name}.csv", table)
+            print(rows[-1], flush=True)
 
 
 def of_inputs(given: argparse.Namespace) -> None:

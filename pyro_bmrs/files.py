@@ -93,6 +93,33 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def on_disk(tensor: Tensor) -> Tensor:
+    """The same numbers, on the CPU, in a temporary file, of which the system reads what is needed.
+
+    The file has no name any more: it goes with the last tensor that shows it. It lies where Python's `tempfile` puts
+    files, so that the environment variable TMPDIR says where.
+
+    Raises:
+        OSError: if there is no room on the disk.
+    """
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.numel():
+        return tensor
+    with tempfile.NamedTemporaryFile(prefix="pyro_bmrs-") as file:
+        try:  # written, not copied into the mapping: there a full disk would end the process
+            file.write(memoryview(tensor.numpy()))
+            file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{tempfile.gettempdir()} has no room for a temporary file: {error.strerror}; "
+                "the environment variable TMPDIR names another folder"
+            ) from error
+        found = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return found.view(tensor.shape)
+
+
 def _lack_of_space(error: Exception) -> str | None:
     """What the system calls a full disk or quota, if this error comes from one; else None."""
     # safetensors repeats the system's words in its own error.

@@ -5,9 +5,10 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call
 
-from pyro_bmrs.files import read_tensors, write_atomically
+from pyro_bmrs.files import on_disk, read_tensors, write_atomically
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 ARGUMENTS = ["--data", "digits", "--epochs", "3", "--fine-tune", "2", "--device", "cpu", "--quiet"]
@@ -99,3 +100,13 @@ def test_other_errors_are_their_own(tmp_path):
         write_atomically(
             tmp_path / "a", lambda beside: (_ for _ in ()).throw(ValueError("not a matter of room"))
         )
+
+
+def test_a_temporary_file_that_does_not_fit_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with (
+        quota(4_000),
+        pytest.raises(OSError, match=f"{tmp_path} has no room for a temporary file: File too large"),
+    ):
+        on_disk(torch.zeros(10_000))
+    assert not [*tmp_path.iterdir()]

@@ -9,8 +9,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import torch
 
-from pyro_bmrs.files import FolderInUseError, held
+from pyro_bmrs.files import FolderInUseError, held, on_disk
 
 
 class Crowd:
@@ -90,3 +91,17 @@ def test_a_killed_process_blocks_nobody(tmp_path):
     with held("out", tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), ()])
+def test_a_tensor_on_disk_has_the_same_numbers_and_leaves_no_file(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tensor = torch.randn(*shape[::-1], dtype=torch.float64).mT if len(shape) == 2 else torch.randn(shape)
+    found = on_disk(tensor)
+    assert torch.equal(found, tensor)
+    assert found.dtype == tensor.dtype
+    assert not [*tmp_path.iterdir()]
+    if tensor.numel():
+        assert str(tmp_path) in found.untyped_storage().filename
+        found += 1  # it can be written to
+        assert torch.equal(found, tensor + 1)

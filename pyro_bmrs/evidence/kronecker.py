@@ -10,7 +10,7 @@ convolution in groups has. All is in float64, ΔF in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,10 @@ from torch import Tensor
 
 # Fixed points of δ are repeated until they change by less than this share. δ is at least this.
 _STAYS, _MOST_ROUNDS, _LEAST = 1e-10, 10_000, 1e-12
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class KroneckerCurvature:
         weights: ŵ. Shape: (blocks, outputs, inputs); with positions (blocks, outputs, positions, inputs).
         examples: N, of the whole data set.
         positions: B, where A is B ⊗ inputs, of mean diagonal 1. Shape: (blocks, positions, positions).
+        keep: what is done with a large tensor that is kept, such as eigenvectors: `files.on_disk` makes room in memory.
     """
 
     inputs: Tensor
@@ -39,6 +44,7 @@ class KroneckerCurvature:
     weights: Tensor
     examples: int
     positions: Tensor | None = None
+    keep: Callable[[Tensor], Tensor] = as_it_is
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -48,17 +54,21 @@ class KroneckerCurvature:
     @cached_property
     def of_inputs(self) -> tuple[Tensor, Tensor | None]:
         """Eigenvalues (blocks, inputs), not negative, and eigenvectors of A; None where A is diagonal."""
-        return (self.inputs, None) if self.inputs.dim() == 2 else eigen(self.inputs)
+        return (self.inputs, None) if self.inputs.dim() == 2 else self._eigen(self.inputs)
 
     @cached_property
     def of_outputs(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (blocks, outputs), not negative, and eigenvectors of G."""
-        return eigen(self.gradients)
+        return self._eigen(self.gradients)
 
     @cached_property
     def of_positions(self) -> tuple[Tensor, Tensor] | None:
         """Eigenvalues (blocks, positions), not negative, and eigenvectors of B."""
-        return None if self.positions is None else eigen(self.positions)
+        return None if self.positions is None else self._eigen(self.positions)
+
+    def _eigen(self, moment: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigen(moment)
+        return values, self.keep(vectors)
 
     def rows(self, values: Tensor, vectors: Tensor, weights: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """Directions in which a layer's outputs (and positions) are independent.
@@ -80,16 +90,17 @@ class KroneckerCurvature:
     def rotated(self) -> list[tuple[Tensor, Tensor]]:
         """`rows` of each block, of all outputs."""
         values, vectors = self.of_outputs
-        return [
+        found = (
             self.rows(values[block], vectors[block], self.weights[block], block)
             for block in range(self.shape[0])
-        ]
+        )
+        return [(curved, self.keep(weights)) for curved, weights in found]
 
     @cached_property
     def eigenvalues(self) -> Tensor:
         """Those of N A ⊗ G. Shape: (blocks, rows, inputs)."""
         values = torch.stack([one for one, _ in self.rotated])
-        return self.examples * values.unsqueeze(-1) * self.of_inputs[0].unsqueeze(-2)
+        return self.keep(self.examples * values.unsqueeze(-1) * self.of_inputs[0].unsqueeze(-2))
 
 
 def prior_precision(curvatures: Sequence[KroneckerCurvature]) -> float:

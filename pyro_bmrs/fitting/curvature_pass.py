@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from pyro_bmrs.files import read_tensors, write_tensors
 from pyro_bmrs.fitting.checkpoints import digest_of
 from pyro_bmrs.fitting.generators import seed_of
-from pyro_bmrs.fitting.signals import stop_requests
+from pyro_bmrs.fitting.signals import StopRequest, stop_requests
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
@@ -104,46 +105,63 @@ def curvature_pass(
         Whether Ctrl-C or SIGTERM ended the pass early. The guide is then as it was.
     """
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
-    layers = {path: guide.layer(path) for path in guide.paths}
     size = batches.size
     wanted = min(guide.examples, size)
     few = batches.some(1, seed)
     identity = {
         "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size, "world": fabric.world_size,
-        "widest": guide.widest, "layers": list(guide.paths), "label": label,
-        "weights": digest_of(model.state_dict().values()), "data": digest_of(tensors_of(few)),
+        "widest": guide.widest, "label": label, "weights": digest_of(model.state_dict().values()),
+        "data": digest_of(tensors_of(few)),
     }  # fmt: skip
-    sums = Sums()
-    if checkpoint is not None:
-        checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{fabric.global_rank}{checkpoint.suffix}")
-        sums = Sums.load(checkpoint, identity, fabric.device)
     own = -(-wanted // fabric.world_size)
-    generator = torch.Generator().manual_seed(seed)
-    saved = time.monotonic()
+    together: dict[str, Moments] = {}
+    examples, log_likelihood = 0, math.nan
     with (
         stop_requests() as stop, untouched(model, seed=seed, gradients=True), _without_priors(model),
-        Progress("curvature", own, shown=progress) as bar,
+        Progress("curvature", own * len(guide.portions), shown=progress) as bar,
     ):  # fmt: skip
-        bar.resume(sums.examples)
-        for x, y, _, share in batches.epoch(generator, start=sums.batches):
-            # a last batch that is too small to be shared would count for each process
-            if sums.examples >= own or stop.asked or share < 1:
-                break
-            torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
-            _add(sums, model, layers, guide.widest, batches, x, y)
-            bar.advance(min(sums.examples, own) - bar.done)
-            if checkpoint is not None and time.monotonic() - saved > _EVERY:
-                sums.save(checkpoint, identity)
-                saved = time.monotonic()
-    interrupted = stop.asked and sums.examples < own
-    if checkpoint is not None and sums.batches:
-        sums.save(checkpoint, identity)
-    if interrupted:
-        return True
+        for number, paths in enumerate(guide.portions):
+            file = None
+            if checkpoint is not None:
+                name = f"{checkpoint.stem}-{fabric.global_rank}-{number}{checkpoint.suffix}"
+                file = checkpoint.with_name(name)
+            sums = _summed(
+                model, {path: guide.layer(path) for path in paths}, batches, fabric, stop, bar,
+                widest=guide.widest, own=own, seed=seed, file=file, identity={**identity, "layers": list(paths)},
+            )  # fmt: skip
+            if sums.examples < own and stop.asked:
+                return True
+            found, examples, log_likelihood = _all(fabric, sums)
+            together |= {path: some.kept(guide.keep) for path, some in found.items()}
+            del sums, found  # the next layers need their room
     guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
-    together, examples, log_likelihood = _all(fabric, sums)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
+
+
+def _summed(
+    model: Likelihood, layers: dict[str, nn.Module], batches: Batches, fabric: Fabric, stop: StopRequest, bar: Progress,
+    *, widest: int, own: int, seed: int, file: Path | None, identity: Mapping[str, Any],
+) -> Sums:  # fmt: skip
+    """The sums of some layers over `own` examples, from where a file stands; over fewer if a stop is asked."""
+    sums = Sums() if file is None else Sums.load(file, identity, fabric.device)
+    generator = torch.Generator().manual_seed(seed)
+    saved, start, done = time.monotonic(), sums.batches, min(sums.examples, own)
+    bar.resume(done)
+    for x, y, _, share in batches.epoch(generator, start=start):
+        # a last batch that is too small to be shared would count for each process
+        if sums.examples >= own or stop.asked or share < 1:
+            break
+        torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
+        _add(sums, model, layers, widest, batches, x, y)
+        bar.advance(min(sums.examples, own) - done)
+        done = min(sums.examples, own)
+        if file is not None and time.monotonic() - saved > _EVERY:
+            sums.save(file, identity)
+            saved = time.monotonic()
+    if file is not None and sums.batches > start:
+        sums.save(file, identity)
+    return sums
 
 
 def shown_examples(network: nn.Module, x: Inputs) -> int:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.distributions.kronecker_normal import KroneckerNormal
-from pyro_bmrs.evidence.kronecker import KroneckerCurvature, log_marginal_likelihood, prior_precision
+from pyro_bmrs.evidence.kronecker import (
+    KroneckerCurvature,
+    as_it_is,
+    log_marginal_likelihood,
+    prior_precision,
+)
+from pyro_bmrs.files import on_disk
 from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.inference.likelihoods import Likelihood, own_weights
 from pyro_bmrs.networks.attention import separate_attention
@@ -53,8 +59,10 @@ class AutoKroneckerLaplace(nn.Module):
         shared_prior: whether all layers have one δ. False: each its own.
         widest: of a convolution with more inputs (channels times positions in the kernel) A is taken as a product of
             channels and positions, so that it needs less time and memory.
-        memory: GiB for the matrices of all layers; a refit takes as many examples as fit into what they leave. The
-            largest layers for which it is too little get no curvature, with a warning; what they read stays.
+        memory: GiB for the matrices of all layers; a refit takes as many examples as fit into what they leave. Where
+            all need more, they lie in temporary files (TMPDIR says where), layers are summed over in several passes,
+            and the mathematics is on the CPU. A layer that alone needs more gets no curvature, with a warning; what it
+            reads stays.
 
     Raises:
         TypeError, ValueError: for another model, or one without layers that are products with a matrix.
@@ -89,14 +97,16 @@ class AutoKroneckerLaplace(nn.Module):
         self.examples, self.shared_prior, self.widest, self.memory = examples, shared_prior, widest, memory
         self.store_name = unique_name(self)
         self._model = [model]  # no submodule: its parameters are not the guide's
-        self.paths = _within(layers, widest, memory)
+        needs = {path: _need(layer, widest) for path, layer in layers.items()}
+        self.paths = tuple(path for path in layers if needs[path] <= memory)
         if len(self.paths) < len(layers):
             left = ", ".join(repr(path) for path in layers if path not in self.paths)
             warnings.warn(
-                f"no curvature of {left}: all of them would need more than memory={memory:g} GiB, and what they read "
-                "stays",
+                f"no curvature of {left}: alone it would need more than memory={memory:g} GiB, and what it reads stays",
                 stacklevel=2,
             )
+        self.keep = on_disk if sum(needs[path] for path in self.paths) > memory else as_it_is
+        self.portions = _portions({path: _SUMS * needs[path] for path in self.paths}, memory)
         self.curvatures: dict[str, KroneckerCurvature] = {}
         self.deltas: dict[str, float] = {}
         self.log_likelihood = float("nan")
@@ -137,9 +147,11 @@ class AutoKroneckerLaplace(nn.Module):
                         :, None, None
                     ].clamp(min=1e-300)
                     weights = apart(module, weights)
+                keep = self.keep
                 curvatures[path] = KroneckerCurvature(
-                    sums.inputs / sums.rows, sums.gradients / seen, weights, dataset_size, positions
-                )
+                    keep(sums.inputs / sums.rows), keep(sums.gradients / seen), keep(weights), dataset_size, positions,
+                    keep,
+                )  # fmt: skip
         self.curvatures = curvatures
         shared = prior_precision(list(curvatures.values())) if self.shared_prior else None
         self.deltas = {path: shared or prior_precision([one]) for path, one in curvatures.items()}
@@ -148,6 +160,8 @@ class AutoKroneckerLaplace(nn.Module):
 
     def room(self) -> float:
         """GiB of `memory` that the matrices leave, at least a quarter of it."""
+        if self.keep is on_disk:
+            return self.memory
         held = tensors_of([[*vars(one).values()] for one in self.curvatures.values()])
         size = sum(
             tensor.numel() * tensor.element_size() for tensor in {id(one): one for one in held}.values()
@@ -207,26 +221,30 @@ class AutoKroneckerLaplace(nn.Module):
         return {name: pyro.sample(name, law) for name, law in self.posterior().items()}
 
 
-# A and G, their eigenvectors, an inverse and a moment of the weights, in float64.
+# A and G, their eigenvectors, an inverse and a moment of the weights, in float64; of a pass, the sums so far and those
+# of a batch.
 _MATRICES, _BYTES = 4, 8
+_SUMS = 0.5
 
 
-def _within(layers: Mapping[str, nn.Module], widest: int, memory: float) -> tuple[str, ...]:
-    """The layers whose matrices fit into so many GiB, the smallest first; in the order of the network."""
+def _need(module: nn.Module, widest: int) -> float:
+    """GiB of a layer's matrices."""
+    _, outputs, inputs = as_matrix(module, module.get_parameter("weight")).shape
+    if isinstance(module, nn.Embedding):
+        inputs = 1  # only counts
+    elif inputs > widest:
+        inputs //= positions_of(module)
+    return _MATRICES * _BYTES * groups_of(module) * (inputs**2 + outputs**2) / 2**30
 
-    def need(module: nn.Module) -> int:
-        matrix = as_matrix(module, module.get_parameter("weight"))
-        _, outputs, inputs = matrix.shape
-        if isinstance(module, nn.Embedding):
-            inputs = 1  # only counts
-        elif inputs > widest:
-            inputs //= positions_of(module)
-        return _MATRICES * _BYTES * groups_of(module) * (inputs**2 + outputs**2)
 
-    left, chosen = memory * 2**30, set()
-    for path in sorted(layers, key=lambda path: need(layers[path])):
-        left -= need(layers[path])
-        if left < 0:
-            break
-        chosen.add(path)
-    return tuple(path for path in layers if path in chosen)
+def _portions(needs: Mapping[str, float], memory: float) -> list[tuple[str, ...]]:
+    """Layers, in their order, in as few sets as need no more than `memory` each."""
+    portions: list[tuple[str, ...]] = []
+    used = memory
+    for path, need in needs.items():
+        if used + need > memory:
+            portions.append(())
+            used = 0.0
+        portions[-1] += (path,)
+        used += need
+    return portions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ class Moments:
         self.rows += other.rows
         if self.positions is not None and other.positions is not None:
             self.positions = self.positions + other.positions
+
+    def kept(self, keep: Callable[[Tensor], Tensor]) -> Moments:
+        """The same, with its two large matrices as `keep` gives them."""
+        return replace(self, inputs=keep(self.inputs), gradients=keep(self.gradients))
 
 
 def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from pyro_bmrs.evidence.kronecker import KroneckerCurvature
+from pyro_bmrs.evidence.kronecker import KroneckerCurvature, as_it_is
 
 # The share of the mean of A's diagonal that is added to it, so that it has an inverse.
 RIDGE = 1e-3
@@ -30,10 +31,12 @@ class LayerState:
     Args:
         inverse: P⁻¹. Shape: (matrices, inputs, inputs).
         curved: Σ w wᵀ over the outputs that belong to it. Shape: that of `inverse`.
+        keep: what is done with these matrices, see `KroneckerCurvature`.
     """
 
-    def __init__(self, inverse: Tensor, curved: Tensor) -> None:
-        self._set(inverse, curved)
+    def __init__(self, inverse: Tensor, curved: Tensor, keep: Callable[[Tensor], Tensor] = as_it_is) -> None:
+        self._keep = keep
+        self._set(keep(inverse), keep(curved))
         # which inputs stay, and where each of them stands in the matrices, which get smaller now and then
         self.left = torch.ones(inverse.shape[-1], dtype=torch.bool, device=inverse.device)
         self.place = torch.arange(inverse.shape[-1], device=inverse.device)
@@ -94,9 +97,9 @@ class LayerState:
         places = self.place[stays]
         f, u = self._f[:, places], self._u[:, places]
         # one after the other: each may be large
-        self._inverse = self._inverse[:, places[:, None], places].baddbmm_(f, f.mT, alpha=-1)
+        self._inverse = self._keep(self._inverse[:, places[:, None], places].baddbmm_(f, f.mT, alpha=-1))
         curved = self._curved[:, places[:, None], places].baddbmm_(u, f.mT, alpha=-1)
-        self._set(self._inverse, curved.baddbmm_(f, u.mT, alpha=-1))
+        self._set(self._inverse, self._keep(curved.baddbmm_(f, u.mT, alpha=-1)))
         self.place = torch.zeros_like(self.place).index_copy(
             0, stays, torch.arange(len(stays), device=stays.device)
         )
@@ -112,7 +115,8 @@ class LayerLoss(LayerState):
         curved = [
             curvature.examples * (weights.mT * values) @ weights for values, weights in curvature.rotated
         ]
-        super().__init__(torch.linalg.inv(_with_ridge(curvature.inputs)), torch.stack(curved))
+        inverse = torch.linalg.inv(_with_ridge(curvature.inputs))
+        super().__init__(inverse, torch.stack(curved), curvature.keep)
 
     def of_sets(self, sets: Tensor) -> Tensor:
         return 0.5 * self.quadratic(sets)[0].sum(0)
@@ -134,7 +138,7 @@ class LayerEvidence(LayerState):
                 inverses.append(torch.linalg.inv(curvature.examples * level * a + delta * eye))
                 curved.append(weights[rows].mT @ weights[rows])
                 counts.append(len(rows))
-        super().__init__(torch.stack(inverses), torch.stack(curved))
+        super().__init__(torch.stack(inverses), torch.stack(curved), curvature.keep)
         self.counts = torch.tensor(counts, dtype=torch.float64, device=curvature.inputs.device).unsqueeze(-1)
 
     def of_sets(self, sets: Tensor) -> Tensor:

@@ -94,6 +94,38 @@ def test_interrupted_and_called_again_it_ends_as_if_never_stopped(tmp_path, monk
     assert_equal(numbers(guide), whole)
 
 
+def test_layers_that_do_not_fit_together_are_taken_one_after_the_other(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 2)
+    )
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoKroneckerLaplace(model)
+    assert guide.portions == [("0", "2", "4", "5")]
+    bmrs.fit(model, guide, data(), batch_size=20, progress=False)
+    # of four matrices of a layer, in float64; half of that is needed while it is summed over
+    streamed = bmrs.AutoKroneckerLaplace(model, memory=4 * 8 * (12**2 + 12**2) / 2**30)
+    assert streamed.portions == [("0", "2"), ("4", "5")]
+    add, calls = curvature_pass._add, []
+
+    def stopping(sums, model, layers, *others):
+        add(sums, model, layers, *others)
+        assert sums.moments.keys() == layers.keys()
+        calls.append(tuple(layers))
+        if len(calls) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(curvature_pass, "_add", stopping)
+    assert bmrs.fit(model, streamed, data(), batch_size=20, progress=False, checkpoints=tmp_path).interrupted
+    assert not streamed.curvatures
+    bmrs.fit(model, streamed, data(), batch_size=20, progress=False, checkpoints=tmp_path)
+    assert calls == [("0", "2")] * 11 + [("4", "5")] * 11
+    assert_equal(numbers(streamed), numbers(guide))
+    assert streamed.log_likelihood == pytest.approx(guide.log_likelihood)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["curvature-0-0.safetensors", "curvature-0-1.safetensors"]
+
+
 def test_sums_of_another_pass_are_not_taken(tmp_path):
     for seed in (0, 1):
         model, guide = made()
@@ -135,7 +167,7 @@ def test_sums_of_other_weights_are_not_taken_and_the_examples_are_there_either_w
     bmrs.fit(model, later, data(), batch_size=20, progress=False, checkpoints=tmp_path)
     assert later.log_likelihood > before + 10
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["curvature-0.safetensors"]
+    assert names == ["curvature-0-0.safetensors"]
 
 
 def test_outside_of_pyro_the_model_predicts_with_its_own_weights():

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
@@ -226,12 +227,31 @@ def test_a_refit_has_the_memory_that_the_matrices_leave(trained, monkeypatch):
     assert guide.room() == 0.25e-6
 
 
-def test_layers_that_do_not_fit_into_memory_stay_and_are_told_of():
+@pytest.mark.parametrize("by", ["loss", "evidence"])
+def test_what_does_not_fit_into_memory_lies_on_disk_and_nothing_else_changes(trained, by):
+    model, guide, _ = trained
+    streamed = bmrs.AutoKroneckerLaplace(model, memory=4 * 8 * (40**2 + 30**2) / 2**30)
+    bmrs.fit(model, streamed, blobs(), progress=False)
+    assert streamed.paths == guide.paths
+    for one in streamed.curvatures.values():
+        kept = one.inputs, one.gradients, one.weights, one.of_inputs[1], one.of_outputs[1], one.eigenvalues
+        assert all(tensor.untyped_storage().filename for tensor in kept)
+    assert streamed.room() == streamed.memory
+    assert streamed.log_marginal_likelihood() == pytest.approx(guide.log_marginal_likelihood())
+    order = bmrs.RemovalOrder(by=by)
+    plan, other = (bmrs.reduce(model, one, order).at(-50) for one in (guide, streamed))
+    pd.testing.assert_frame_equal(plan.path, other.path)
+    x, _ = blobs(50, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(plan.apply()(x), other.apply()(x))
+
+
+def test_a_layer_that_does_not_fit_into_memory_stays_and_is_told_of():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 10), nn.ReLU(), nn.Linear(10, 3))
     model = bmrs.Classifier(net)
     with pytest.warns(
-        UserWarning, match=r"no curvature of '0', '2': all of them would need more than memory=0.0005 GiB"
+        UserWarning, match=r"no curvature of '0', '2': alone it would need more than memory=0.0005 GiB"
     ):
         guide = bmrs.AutoKroneckerLaplace(model, memory=0.0005)
     bmrs.fit(model, guide, blobs(), progress=False)
