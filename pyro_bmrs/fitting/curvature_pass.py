@@ -23,7 +23,7 @@ from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import multiply_accumulates
-from pyro_bmrs.networks.curvature import Moments, add_to, moments
+from pyro_bmrs.networks.curvature import Moments, moments
 from pyro_bmrs.networks.inputs import Inputs, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.progress import Progress
@@ -203,8 +203,7 @@ def _add(
         found: Tensor = (each * counted.to(each.dtype)).sum()
         return found
 
-    for path, some in moments(layers, drawn, widest).items():
-        add_to(sums.moments, path, some)
+    moments(layers, drawn, widest, sums.moments)
     with torch.no_grad():
         if not sums.batches:
             batches.count.settle(x, y, poutine.trace(model).get_trace(x, y))

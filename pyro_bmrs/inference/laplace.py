@@ -221,10 +221,9 @@ class AutoKroneckerLaplace(nn.Module):
         return {name: pyro.sample(name, law) for name, law in self.posterior().items()}
 
 
-# A and G, their eigenvectors, an inverse and a moment of the weights, in float64; of a pass, the sums so far and those
-# of a batch.
+# A and G, their eigenvectors, an inverse and a moment of the weights, in float64; a pass needs a quarter of that.
 _MATRICES, _BYTES = 4, 8
-_SUMS = 0.5
+_SUMS = 0.25
 
 
 def _need(module: nn.Module, widest: int) -> float:

@@ -73,14 +73,18 @@ def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def moments(
-    layers: dict[str, nn.Module], log_likelihood: Callable[[], Tensor], widest: int
+    layers: dict[str, nn.Module],
+    log_likelihood: Callable[[], Tensor],
+    widest: int,
+    before: dict[str, Moments] | None = None,
 ) -> dict[str, Moments]:
-    """The moments of layers on one batch.
+    """The moments of layers on one batch, added to those of the batches before it.
 
     Args:
         layers: by path.
         log_likelihood: runs the network, and returns Σ log p(y | x) over the batch, with labels drawn from the model.
         widest: of a convolution with more inputs, channels and positions are taken apart.
+        before: what there is, by path; it is changed in place. None: nothing.
 
     Returns:
         By path; nothing for a layer that does not run, that nothing of the likelihood depends on, or that computes
@@ -91,7 +95,7 @@ def moments(
         value = log_likelihood()
     outputs = [(path, x, y) for path, calls in seen.items() for x, y in calls if y.requires_grad]
     gradients = torch.autograd.grad(-value, [y for _, _, y in outputs], allow_unused=True)
-    found: dict[str, Moments] = {}
+    found = {} if before is None else before
     for (path, x, y), gradient in zip(outputs, gradients, strict=True):
         if gradient is None or not computes_its_matrix(layers[path], x, y):
             continue
@@ -107,7 +111,10 @@ def moments(
             )  # fmt: skip
         else:
             one = Moments(second_moment(module, rows), size, rows.shape[1])
-        add_to(found, path, one)
+        if path in found:
+            found[path].add(one)
+        else:
+            found[path] = one
     return found
 
 
@@ -117,14 +124,6 @@ def _some_places(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     count, most = row_count(module, x), _POSITIONS * x.shape[0]
     return torch.randint(count, (most,), device=x.device) if count > most else None
-
-
-def add_to(sums: dict[str, Moments], path: str, one: Moments) -> None:
-    """Add the moments of a layer to what there is of it."""
-    if path in sums:
-        sums[path].add(one)
-    else:
-        sums[path] = one
 
 
 def _at_least_single(rows: Tensor) -> Tensor:
