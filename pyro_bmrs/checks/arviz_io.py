@@ -20,7 +20,7 @@ from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.joint_draws import JointDraws, joint_draws
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
 from pyro_bmrs.files import write_atomically
-from pyro_bmrs.inference.batches import Data
+from pyro_bmrs.inference.batches import AT_ONCE, Data
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.pruning.reduce import kl_weight_of
 
@@ -44,7 +44,7 @@ def to_datatree(
     draws: int = 1000,
     seed: int = 0,
     *,
-    batch_size: int = 1000,
+    batch_size: int = AT_ONCE,
     constant_data: bool = True,
 ) -> DataTree:
     """Joint draws of a guide, and what the model says of them, as an xarray.DataTree for ArviZ.

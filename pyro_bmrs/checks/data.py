@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pyro.poutine.trace_struct import Trace
-from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import Batches, Data, are_examples
@@ -74,17 +75,28 @@ class DataOfModel:
             return next(iter(self))
 
 
-def first_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
-    """The first examples of data, as pairs. A loader is returned as it is: it decides itself what it shows."""
+def some_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
+    """So many examples, as pairs, evenly spread over the data, which may be sorted by class.
+
+    A loader is returned as it is: it decides itself what it shows.
+    """
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, tuple):
-        return first_of(_stacked(data), count)
-    return data if len(data) <= count else Subset(data, range(count))  # type: ignore[arg-type]
+        return some_of(_stacked(data), count)
+    size = len(data)  # type: ignore[arg-type]
+    if size <= count:
+        return data
+    places = [place * size // count for place in range(count)]
+    if type(data) is TensorDataset:  # read at once, and again and again; a subclass may do more than index
+        return TensorDataset(*(tensor[places] for tensor in data.tensors))
+    return Subset(data, places)
 
 
 def _stacked(value: Any) -> Any:
     """Tensors in tuples and mappings as a data set of examples of the same form."""
+    if isinstance(value, list | tuple) and all(isinstance(part, Tensor) for part in value):
+        return TensorDataset(*value)
     if isinstance(value, Mapping):
         return StackDataset(**{name: _stacked(part) for name, part in value.items()})
     return StackDataset(*map(_stacked, value)) if isinstance(value, list | tuple) else value

@@ -20,7 +20,7 @@ from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.densities import LogDensities, Values, log_densities
 from pyro_bmrs.checks.draws import draw_posterior, parts_of
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
-from pyro_bmrs.inference.batches import Data
+from pyro_bmrs.inference.batches import AT_ONCE, Data
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
 from pyro_bmrs.inference.sites import elementary, read_sites
 from pyro_bmrs.inference.traces import parents_of
@@ -84,7 +84,7 @@ def check_posterior(
     seed: int = 0,
     kl_weight: float | None = None,
     dataset_size: int | None = None,
-    batch_size: int = 1000,
+    batch_size: int = AT_ONCE,
 ) -> PosteriorChecks:
     """Pareto k̂ of the draws' weights p(y, θ)/q(θ), joint and by part; the ELBO; and the contraction of each latent.
 

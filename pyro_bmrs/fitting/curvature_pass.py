@@ -22,7 +22,7 @@ from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
-from pyro_bmrs.networks.cost import multiply_accumulates
+from pyro_bmrs.networks.cost import examples_for
 from pyro_bmrs.networks.curvature import Moments, moments
 from pyro_bmrs.networks.inputs import Inputs, tensors_of
 from pyro_bmrs.networks.modes import in_mode
@@ -171,8 +171,7 @@ def shown_examples(network: nn.Module, x: Inputs) -> int:
         x: some examples.
     """
     with in_mode(network, training=False):
-        each = multiply_accumulates(network, x)
-    return int(min(max(_WORK / max(each, 1), _FEW), _SHOWN))
+        return examples_for(network, x, _WORK, _FEW, _SHOWN)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pyro_bmrs.fitting.loop import Loop, Task, isolated
 from pyro_bmrs.fitting.programs import check_programs
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.stages import STAGE_COLUMNS, Stages
-from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data
 from pyro_bmrs.inference.calls import as_module, home_of
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
@@ -232,7 +232,7 @@ def fit(
     if fabric.world_size > 1:  # each process has data of its own, and the first decides
         settings = settings.changed(**fabric.broadcast({name: getattr(settings, name) for name in SETTLED}))
         batches.batch_size = settings.batch_size
-    held_out = None if validation is None else Batches(validation, 1000, home, "validation")
+    held_out = None if validation is None else Batches(validation, AT_ONCE, home, "validation")
     task = Task(
         model, guide, batches, held_out, settings, None if checkpoints is None else Path(checkpoints),
         keep_checkpoints, overwrite, label, progress, validate,
@@ -260,7 +260,7 @@ def _laplace(
     start, model = time.perf_counter(), guide.model
     home = home_of(model)
     batches = Batches(train, settings.batch_size, home, "train")
-    held_out = None if validation is None else Batches(validation, 1000, home, "validation")
+    held_out = None if validation is None else Batches(validation, AT_ONCE, home, "validation")
     fabric = open_fabric(device, settings.precision, home, None)
     fabric.launch()
     model.to(fabric.device)

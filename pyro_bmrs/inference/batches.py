@@ -19,6 +19,10 @@ from pyro_bmrs.networks.inputs import Inputs, map_tensors, tensors_of
 Data = tuple[Inputs, Inputs] | Dataset[Any] | DataLoader[Any]
 
 
+# Examples that a network predicts at once: more at a time take longer on a CPU, of an MLP, LeNet5, a ResNet and a ViT.
+AT_ONCE = 250
+
+
 def are_examples(data: object) -> TypeGuard[list[Any]]:
     """Whether these are examples (x, y) in a list, which is as good as a Dataset."""
     return isinstance(data, list) and all(isinstance(entry, list | tuple) for entry in data[:1])

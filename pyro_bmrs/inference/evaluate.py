@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data
 from pyro_bmrs.inference.calls import home_of
 from pyro_bmrs.inference.elbo import observed_log_prob
 from pyro_bmrs.inference.likelihoods import own_weights, parts_of
@@ -35,7 +35,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module, data: Data | Batches, theta: Mapping[str, Tensor] | None = None, batch_size: int = 1000
+    model: nn.Module,
+    data: Data | Batches,
+    theta: Mapping[str, Tensor] | None = None,
+    batch_size: int = AT_ONCE,
 ) -> Evaluation:
     """Loss and accuracy of a Pyro model of (x, y), with its noise sites at the given values.
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.distributions import TruncatedLogNormal
-from pyro_bmrs.inference.batches import are_examples, to_device
+from pyro_bmrs.inference.batches import AT_ONCE, are_examples, to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
@@ -33,7 +33,7 @@ def predict(
     x: Inputs | Dataset[Any] | DataLoader[Any],
     *,
     draws: int | None = None,
-    batch_size: int = 1000,
+    batch_size: int = AT_ONCE,
     seed: int = 0,
 ) -> Tensor:
     """Predict, with every structure at its posterior mean or averaged over draws of the posterior.

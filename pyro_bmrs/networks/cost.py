@@ -47,6 +47,12 @@ def multiply_accumulates(network: nn.Module, example_input: Inputs) -> int:
         return _counted(network, example_input) // batch_size(example_input)
 
 
+def examples_for(network: nn.Module, example_input: Inputs, work: float, least: int, most: int) -> int:
+    """How many examples so many multiply-accumulates are enough for, within bounds."""
+    each = multiply_accumulates(network, example_input)
+    return int(min(max(work / max(each, 1), least), most))
+
+
 @torch.no_grad()
 def _counted(network: nn.Module, inputs: Inputs) -> int:
     return int(_counter(network, inputs).get_total_flops()) // 2

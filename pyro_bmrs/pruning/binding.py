@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.cost import multiply_accumulates, multiply_accumulates_by_entry
+from pyro_bmrs.networks.cost import examples_for, multiply_accumulates_by_entry
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.groups import StructureGroup, cuts_of
 from pyro_bmrs.networks.hooked_noise import network_of, without_noise
@@ -107,8 +107,7 @@ def check_examples(network: nn.Module, example_input: Inputs) -> int:
     """How many examples the equality check takes: fewer of a network that is slow in float64."""
     looked_at = copied(network)  # a forward pass may change it
     with in_mode(looked_at, training=False), at_one(looked_at), blamed_on_input(network):
-        one = multiply_accumulates(looked_at, example_input)
-    return min(max(int(_CHECK_MULTIPLY_ACCUMULATES // max(one, 1)), 2), CHECK_EXAMPLES)
+        return examples_for(looked_at, example_input, _CHECK_MULTIPLY_ACCUMULATES, 2, CHECK_EXAMPLES)
 
 
 def input_of(model: nn.Module, arguments: tuple[Any, ...]) -> Inputs:

@@ -12,9 +12,11 @@ import pandas as pd
 from torch import nn
 
 from pyro_bmrs.arguments import check, is_whole
-from pyro_bmrs.checks.data import DataOfModel, first_of
+from pyro_bmrs.checks.data import DataOfModel, some_of
+from pyro_bmrs.inference.batches import AT_ONCE
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.progress import bar
 from pyro_bmrs.pruning.criteria import BMRS_N, BMRS_U, SNR, ExpectedScale, Random, WeightNorm, text_of
 from pyro_bmrs.pruning.reduce import NonFiniteScoreError, reduce_structures
 from pyro_bmrs.pruning.scoring import Criterion
@@ -94,6 +96,9 @@ def criterion_curves(
     data: Data,
     criteria: Mapping[str, Criterion] | None = None,
     notes: list[str] | None = None,
+    *,
+    points: int = 15,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """Accuracy against parameters removed of several criteria on one posterior, without fine-tuning.
 
@@ -102,31 +107,45 @@ def criterion_curves(
         data: of examples that were not used for the fit.
         criteria: by name; default the paper's.
         notes: takes a line for each criterion that can't score these structures.
+        points: of each curve, as of `compression_curve`.
+        progress: show a bar, on a terminal.
 
     Returns:
         As `compression_curve`, with a column criterion. `is_plan` marks the plan, and of each other criterion the plan
         that it would make. Random removal makes none.
     """
-    rule, own = plan.rule, plan.rule.criterion.partition(":")[0]
-    curves = [compression_curve(model, plan, data).assign(criterion=f"{own} (this plan)")]
-    # another guide than this one remembers no arguments to be called with
-    remembers = isinstance(guide, AutoTruncatedLogNormal)
-    arguments = () if remembers else DataOfModel(model, first_of(data, 1000), 1000).first()
-    for name, criterion in (COMPARED if criteria is None else criteria).items():
-        odds = getattr(criterion, "prior_log_odds", None)
-        if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
-            continue
-        try:
-            with untouched(model, guide, seed=0):
-                other = reduce_structures(
-                    model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
-                )
-        except (NonFiniteScoreError, ValueError) as error:
-            if notes is not None:
-                notes.append(f"curve of {name}: {error}")
-            continue
-        # of the same network, whose structures need no second trial
-        other = replace(other, _binding=plan._binding)
-        curve = compression_curve(model, other, data).assign(criterion=name)
-        curves.append(curve.assign(is_plan=False) if isinstance(criterion, Random) else curve)
+    compared = COMPARED if criteria is None else criteria
+    own = plan.rule.criterion.partition(":")[0]
+    with bar("curves of criteria", 1 + len(compared), shown=None if progress else False) as advance:
+        curves = [compression_curve(model, plan, data, points=points).assign(criterion=f"{own} (this plan)")]
+        advance(1)
+        # another guide than this one remembers no arguments to be called with
+        remembers = isinstance(guide, AutoTruncatedLogNormal)
+        arguments = () if remembers else DataOfModel(model, some_of(data, AT_ONCE), AT_ONCE).first()
+        for name, criterion in compared.items():
+            curves += _other_curve(model, guide, plan, data, name, criterion, arguments, notes, points)
+            advance(1)
     return pd.concat(curves, ignore_index=True)
+
+
+def _other_curve(
+    model: nn.Module, guide: Callable[..., Any], plan: NetworkPlan, data: Data, name: str, criterion: Criterion,
+    arguments: tuple[Any, ...], notes: list[str] | None, points: int,
+) -> list[pd.DataFrame]:  # fmt: skip
+    """The curve of one criterion; none of the plan's own, or of one that can't score these structures."""
+    rule, odds = plan.rule, getattr(criterion, "prior_log_odds", None)
+    if (text_of(criterion), odds, 0.0) == (rule.criterion, rule.prior_log_odds, rule.threshold):
+        return []
+    try:
+        with untouched(model, guide, seed=0):
+            other = reduce_structures(
+                model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
+            )
+    except (NonFiniteScoreError, ValueError) as error:
+        if notes is not None:
+            notes.append(f"curve of {name}: {error}")
+        return []
+    # of the same network, whose structures need no second trial
+    other = replace(other, _binding=plan._binding)
+    curve = compression_curve(model, other, data, points=points).assign(criterion=name)
+    return [curve.assign(is_plan=False) if isinstance(criterion, Random) else curve]

@@ -24,8 +24,10 @@ from pyro_bmrs.tables import DIAGNOSIS_COLUMNS, NAME_COLUMNS, require_columns
 FORMAT, VERSION = "pyro_bmrs.diagnosis", 1
 
 FACTS = (
-    "draws", "seed", "examples", "dataset_size", "kl_weight", "out_of_distribution", "curves_of",
+    "draws", "seed", "examples", "dataset_size", "kl_weight", "out_of_distribution", "curves_of", "predictive_draws",
 )  # fmt: skip
+# In the order in which they are made: what takes longest is last.
+PARTS = ("predictions", "curves", "posterior")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +44,9 @@ class Diagnosis:
             out-of-distribution data) and entropy in nats.
         curves: of each criterion on the same posterior, as of `criterion_curves`.
         facts: draws, seed, examples and dataset_size of the checks, kl_weight, name of the out_of_distribution data,
-            and which data the curves are of.
+            which data the curves are of, and how many draws the predictions are from.
         notes: what was left out, and why.
+        parts: which of predictions, curves and posterior were made.
     """
 
     khat: pd.DataFrame | None = None
@@ -57,6 +60,11 @@ class Diagnosis:
     curves: pd.DataFrame | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    parts: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """The parts that were not made."""
+        return [part for part in PARTS if part not in self.parts]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Those that are there, by name."""
@@ -77,7 +85,12 @@ class Diagnosis:
         folder = Path(folder)
         check_folder("folder", folder)
         document = dict(
-            format=FORMAT, version=VERSION, tables=list(self.tables()), facts=self.facts, notes=self.notes
+            format=FORMAT,
+            version=VERSION,
+            tables=list(self.tables()),
+            facts=self.facts,
+            notes=self.notes,
+            parts=self.parts,
         )
         (folder / "diagnosis.json").unlink(missing_ok=True)
         for name, table in self.tables().items():
@@ -106,7 +119,12 @@ class Diagnosis:
             tables = {name: read_table(path.parent / f"{name}.csv", NAME_COLUMNS) for name in columns}
             for name, table in tables.items():
                 require_columns(f"{name}.csv", table, columns[name])
-            return cls(**tables, facts=dict(document["facts"]), notes=list(document["notes"]))
+            return cls(
+                **tables,
+                facts=dict(document["facts"]),
+                notes=list(document["notes"]),
+                parts=tuple(document["parts"]),
+            )
         except NewerFileError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -13,29 +15,35 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.checks.arviz_io import loo, to_datatree
-from pyro_bmrs.checks.data import DataOfModel, first_of
+from pyro_bmrs.checks.data import DataOfModel, some_of
 from pyro_bmrs.checks.draws import draw_posterior
 from pyro_bmrs.checks.posterior import PosteriorChecks, check_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.inference.batches import Batches, Data, are_examples
+from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data, are_examples
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.untouched import untouched
+from pyro_bmrs.networks.cost import examples_for
 from pyro_bmrs.networks.inputs import check_module
-from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.networks.noise import at_one, noise_layers
+from pyro_bmrs.progress import bar
 from pyro_bmrs.pruning.scoring import Criterion, check_criterion
 from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
-from pyro_bmrs.quality.curves import criterion_curves
-from pyro_bmrs.quality.diagnosis import Diagnosis
+from pyro_bmrs.quality.curves import COMPARED, criterion_curves
+from pyro_bmrs.quality.diagnosis import PARTS, Diagnosis
 from pyro_bmrs.quality.predictive import NoClassifierError, predictions
 from pyro_bmrs.tables import MOST_CRITERIA
 
 if TYPE_CHECKING:
     from pyro_bmrs.pruning import NetworkPlan
 
-DRAWS = 200
-# Examples that k̂ and the criteria's curves are made from: they pass through the network once for each draw, or point.
-EXAMPLES = 500
-CURVE_EXAMPLES = 5000
+DRAWS = 100
+# Of predictions: more draws make the mean of their probabilities hardly better, and more examples do.
+PREDICTIVE_DRAWS = 20
+# Multiply-accumulates of all passes of a part; and examples, at least and at most.
+_WORK = 2e10
+_OF_PREDICTIONS, _OF_CURVES, _OF_POSTERIOR = (500, 10_000), (500, 2_000), (200, 500)
+# Of a curve, as of `compression_curve`.
+_POINTS = 8
 
 
 def diagnose(
@@ -50,14 +58,18 @@ def diagnose(
     out_of_distribution: Mapping[str, Tensor] | None = None,
     criteria: Mapping[str, Criterion] | None = None,
     draws: int = DRAWS,
-    examples: int | None = EXAMPLES,
+    examples: int | None = None,
     seed: int = 0,
-    batch_size: int = 1000,
+    batch_size: int = AT_ONCE,
+    progress: bool = True,
 ) -> Diagnosis:
     """Check the posterior, and compare predictions before and after the reduction.
 
     >>> diagnosis = bmrs.diagnose(model, guide, plan, train, test)  # doctest: +SKIP
     >>> bmrs.report(fit, plan, "report.html", diagnosis=diagnosis)  # doctest: +SKIP
+
+    Of large networks and data fewer examples are looked at, evenly spread: at least 500 for predictions and curves,
+    200 for k̂.
 
     Args:
         model, guide: as they were reduced.
@@ -68,10 +80,11 @@ def diagnose(
         fine_tuned: the Pyro model round the small network, in its final state; None: there is none.
         out_of_distribution: inputs by the name of their data set, to be told from the test inputs by entropy.
         criteria: by name, whose curves to draw beside the plan's own; default the paper's. {} draws only the plan's.
-        draws: S, of the posterior, at least 100.
-        examples: of the training data that k̂ is made from, the first ones; None: all.
+        draws: S, of the posterior, at least 100. Predictions are from the first 20 of them.
+        examples: of the training data that k̂ is made from; None: at most 500.
         seed: of the draws.
         batch_size: examples that the network sees at once.
+        progress: show bars, on a terminal.
 
     Returns:
         The tables. What can't be told, such as the accuracy of a regression, is None, and `notes` say why.
@@ -79,63 +92,154 @@ def diagnose(
     Raises:
         TypeError, ValueError: for a bad argument, before anything is computed.
     """
-    check(is_whole(draws, LEAST_DRAWS), "draws", f"an integer of at least {LEAST_DRAWS}", draws)
-    check(is_whole(seed), "seed", "an integer of at least 0", seed)
-    check(is_whole(batch_size, 1), "batch_size", "an integer of at least 1", batch_size)
-    check(
-        examples is None or is_whole(examples, 1), "examples", "an integer of at least 1, or None", examples
-    )
-    _check_programs(model, guide, plan, fine_tuned)
-    _check_criteria(criteria)
-    device, given = next(model.parameters()).device, {"train": train, "test": test}
-    if validation is not None:
-        given["validation"] = validation
-    for name, data in given.items():
-        known = isinstance(data, tuple | Dataset | DataLoader) or are_examples(data)
-        check(known, name, "(x, y) tensors, a Dataset or a DataLoader", type(data), TypeError)
-    sizes = {name: Batches(data, batch_size, device, name).size for name, data in given.items()}
-    first = DataOfModel(model, first_of(test, batch_size), batch_size).first()
-    _check_foreign(out_of_distribution, first[0])
-    foreign = dict(out_of_distribution or {})
-    looked_at = first_of(train, examples or sizes["train"])
-
-    checks = check_posterior(
-        model, guide, looked_at, draws=draws, seed=seed, kl_weight=plan.rule.kl_weight,
-        dataset_size=sizes["train"], batch_size=batch_size,
+    examination = Examination(
+        model, guide, plan, train, test, validation=validation, fine_tuned=fine_tuned,
+        out_of_distribution=out_of_distribution, criteria=criteria, draws=draws, examples=examples, seed=seed,
+        batch_size=batch_size, progress=progress,
     )  # fmt: skip
-    tables = dict(khat=checks.khat, elbo=checks.elbo.reset_index(names="model"))
-    notes = []
-    if len(checks.contraction):
-        tables["contraction"] = checks.contraction
-    else:
-        notes.append("k̂ by part and contraction: the guide does not show a posterior of each site")
-    reason = _no_leave_one_out(checks)
-    if reason is None:
-        tree = to_datatree(model, guide, looked_at, draws, seed, batch_size=batch_size, constant_data=False)
-        found = loo(tree)
-        tables["loo"] = pd.DataFrame([dict(elpd_loo=float(found.elpd), standard_error=float(found.se))])
-    else:
-        notes.append(f"leave-one-out: {reason}")
-    with untouched(model, guide, seed=seed):
-        drawn = draw_posterior(guide, first, draws).values
-    others = sorted(drawn[0].keys() - noise_layers(model).keys())
-    if others:
-        notes.append(
-            f"predictions and curves: the model has latents beside its noise layers: {', '.join(others)}"
-        )
-    else:
+    found = examination.begin()
+    for part in PARTS:
+        found = examination.add(found, part)
+    return found
+
+
+class Examination:
+    """The parts of a diagnosis, which may be made in different processes. Arguments and errors as of `diagnose`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: Callable[..., Any],
+        plan: NetworkPlan,
+        train: Data,
+        test: Data,
+        *,
+        validation: Data | None = None,
+        fine_tuned: nn.Module | None = None,
+        out_of_distribution: Mapping[str, Tensor] | None = None,
+        criteria: Mapping[str, Criterion] | None = None,
+        draws: int = DRAWS,
+        examples: int | None = None,
+        seed: int = 0,
+        batch_size: int = AT_ONCE,
+        progress: bool = True,
+    ) -> None:
+        check(is_whole(draws, LEAST_DRAWS), "draws", f"an integer of at least {LEAST_DRAWS}", draws)
+        check(is_whole(seed), "seed", "an integer of at least 0", seed)
+        check(is_whole(batch_size, 1), "batch_size", "an integer of at least 1", batch_size)
+        good = examples is None or is_whole(examples, 1)
+        check(good, "examples", "an integer of at least 1, or None", examples)
+        _check_programs(model, guide, plan, fine_tuned)
+        _check_criteria(criteria)
+        device, given = next(model.parameters()).device, {"train": train, "test": test}
+        if validation is not None:
+            given["validation"] = validation
+        for name, data in given.items():
+            known = isinstance(data, tuple | Dataset | DataLoader) or are_examples(data)
+            check(known, name, "(x, y) tensors, a Dataset or a DataLoader", type(data), TypeError)
+        sizes = {name: Batches(data, batch_size, device, name).size for name, data in given.items()}
+        self._first = DataOfModel(model, some_of(test, batch_size), batch_size).first()
+        _check_foreign(out_of_distribution, self._first[0])
+        self.model, self.guide, self.plan, self.fine_tuned = model, guide, plan, fine_tuned
+        self.foreign, self.criteria = dict(out_of_distribution or {}), criteria
+        self.draws, self.seed, self.batch_size, self.progress = draws, seed, batch_size, progress
+        self.size, self.test = sizes["train"], test
+        self.curve_data, self.curves_of = (test, "test") if validation is None else (validation, "validation")
+        # together, and each layer alone
+        passes = (1 + len(noise_layers(model))) * draws
+        self.looked_at = some_of(train, examples or self._examples(passes, _OF_POSTERIOR))
+
+    def _examples(self, passes: int, bounds: tuple[int, int]) -> int:
+        """How many examples can pass through the network so often."""
+        binding = self.plan._bound()
+        with untouched(self.model), at_one(binding.network):
+            return examples_for(binding.network, binding.example_input, _WORK / passes, *bounds)
+
+    def begin(self) -> Diagnosis:
+        """One that has no part yet."""
+        facts = dict(
+            draws=self.draws, seed=self.seed,
+            examples=DataOfModel(self.model, self.looked_at, self.batch_size).size, dataset_size=self.size,
+            kl_weight=self.plan.rule.kl_weight, out_of_distribution=next(iter(self.foreign), None),
+            curves_of=self.curves_of, predictive_draws=min(self.draws, PREDICTIVE_DRAWS),
+        )  # fmt: skip
+        return Diagnosis(facts=facts)
+
+    def add(self, found: Diagnosis, part: str) -> Diagnosis:
+        """What was found so far, with another part."""
+        notes = [*found.notes]
+        make = {"predictions": self._predictions, "curves": self._curves, "posterior": self._posterior}[part]
+        tables: dict[str, Any] = {**make(notes)}
+        return replace(found, **tables, notes=notes, parts=(*found.parts, part))
+
+    @cached_property
+    def _values(self) -> list[dict[str, Tensor]]:
+        """Draws of all latents, for predictions."""
+        with untouched(self.model, self.guide, seed=self.seed):
+            return draw_posterior(self.guide, self._first, min(self.draws, PREDICTIVE_DRAWS)).values
+
+    @property
+    def _others(self) -> list[str]:
+        """Latents beside those of noise layers: predictions and curves would draw them from their prior."""
+        return sorted(self._values[0].keys() - noise_layers(self.model).keys())
+
+    def _predictions(self, notes: list[str]) -> dict[str, pd.DataFrame]:
+        if self._others:
+            notes.append(
+                f"predictions and curves: the model has latents beside its noise layers: {', '.join(self._others)}"
+            )
+            return {}
+        # before and after, by draws
+        some = some_of(self.test, self._examples(2 * len(self._values), _OF_PREDICTIONS))
         try:
-            tables |= _predictive_tables(model, guide, plan, test, fine_tuned, drawn, foreign, batch_size)
+            return _predictive_tables(
+                self.model, self.guide, self.plan, some, self.fine_tuned, self._values, self.foreign, self.batch_size,
+                self.progress,
+            )  # fmt: skip
         except NoClassifierError as error:
             notes.append(f"predictions: {error}")
-        curve_data = first_of(test if validation is None else validation, CURVE_EXAMPLES)
-        tables["curves"] = criterion_curves(model, guide, plan, curve_data, criteria, notes)
-    facts = dict(
-        draws=draws, seed=seed, examples=checks.examples, dataset_size=checks.dataset_size,
-        kl_weight=checks.kl_weight, out_of_distribution=next(iter(foreign), None),
-        curves_of="test" if validation is None else "validation",
-    )  # fmt: skip
-    return Diagnosis(**tables, facts=facts, notes=notes)
+            return {}
+
+    def _curves(self, notes: list[str]) -> dict[str, pd.DataFrame]:
+        if self._others:
+            return {}
+        criteria = COMPARED if self.criteria is None else self.criteria
+        passes = (1 + len(criteria)) * (_POINTS + _POINTS // 3)
+        data = some_of(self.curve_data, self._examples(passes, _OF_CURVES))
+        return {
+            "curves": criterion_curves(
+                self.model,
+                self.guide,
+                self.plan,
+                data,
+                criteria,
+                notes,
+                points=_POINTS,
+                progress=self.progress,
+            )
+        }
+
+    def _posterior(self, notes: list[str]) -> dict[str, pd.DataFrame]:
+        checks = check_posterior(
+            self.model, self.guide, self.looked_at, draws=self.draws, seed=self.seed,
+            kl_weight=self.plan.rule.kl_weight, dataset_size=self.size, batch_size=self.batch_size,
+        )  # fmt: skip
+        tables = dict(khat=checks.khat, elbo=checks.elbo.reset_index(names="model"))
+        if len(checks.contraction):
+            tables["contraction"] = checks.contraction
+        else:
+            notes.append("k̂ by part and contraction: the guide does not show a posterior of each site")
+        reason = _no_leave_one_out(checks)
+        if reason is not None:
+            notes.append(f"leave-one-out: {reason}")
+            return tables
+        tree = to_datatree(
+            self.model, self.guide, self.looked_at, self.draws, self.seed, batch_size=self.batch_size,
+            constant_data=False,
+        )  # fmt: skip
+        found = loo(tree)
+        tables["loo"] = pd.DataFrame([dict(elpd_loo=float(found.elpd), standard_error=float(found.se))])
+        return tables
 
 
 def _check_programs(model: object, guide: object, plan: object, fine_tuned: object) -> None:
@@ -224,6 +328,7 @@ def _predictive_tables(
     values: list[dict[str, Tensor]],
     foreign: Mapping[str, Tensor],
     batch_size: int,
+    progress: bool,
 ) -> dict[str, pd.DataFrame]:
     """Quality, reliability, risk and entropy of the networks before and after.
 
@@ -257,20 +362,23 @@ def _predictive_tables(
     if fine_tuned is not None:
         variants.append(("fine-tuned", "E[θ]", fine_tuned, {}))
     rows, bins, coverages, entropies = [], [], [], []
-    for network, prediction, program, theta in variants:
-        seen = {"test": predictions(program, test, theta, batch_size=batch_size)}
-        for name, inputs in foreign.items():
-            unlabelled = inputs, torch.full((len(inputs),), -1)
-            seen[name] = predictions(program, unlabelled, theta, batch_size=batch_size)
-        inside, *outside = seen.values()
-        names = dict(network=network, prediction=prediction)
-        rows.append({**names, **quality(inside, *outside)})
-        bins.append(reliability(inside).assign(**names))
-        coverages.append(risk_coverage(inside).assign(**names))
-        if (network, prediction) == ("reduced", "draws"):
-            entropies = [
-                pd.DataFrame({"data": name, "entropy": found.entropy}) for name, found in seen.items()
-            ]
+    total = sum(len(values) if prediction == "draws" else 1 for _, prediction, _, _ in variants)
+    with bar("predictions", total, shown=None if progress else False) as advance:
+        for network, prediction, program, theta in variants:
+            seen = {"test": predictions(program, test, theta, batch_size=batch_size)}
+            for name, inputs in foreign.items():
+                unlabelled = inputs, torch.full((len(inputs),), -1)
+                seen[name] = predictions(program, unlabelled, theta, batch_size=batch_size)
+            inside, *outside = seen.values()
+            names = dict(network=network, prediction=prediction)
+            rows.append({**names, **quality(inside, *outside)})
+            bins.append(reliability(inside).assign(**names))
+            coverages.append(risk_coverage(inside).assign(**names))
+            if (network, prediction) == ("reduced", "draws"):
+                entropies = [
+                    pd.DataFrame({"data": name, "entropy": found.entropy}) for name, found in seen.items()
+                ]
+            advance(len(values) if prediction == "draws" else 1)
     return {
         "quality": pd.DataFrame(rows),
         "reliability": pd.concat(bins, ignore_index=True),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, is_whole
-from pyro_bmrs.inference.batches import Batches, Data
+from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.predict import output_at
 from pyro_bmrs.inference.untouched import untouched
@@ -109,7 +109,7 @@ class Predictions:
 
 
 def predictions(
-    model: nn.Module, data: Data, theta: Mapping[str, Tensor], *, batch_size: int = 1000
+    model: nn.Module, data: Data, theta: Mapping[str, Tensor], *, batch_size: int = AT_ONCE
 ) -> Predictions:
     """The posterior predictive (1/S) Σ_s softmax(f(x; θ_s)) of a classifier, in evaluation mode.
 

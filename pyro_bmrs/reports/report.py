@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ def report(
     frontier: Frontier | None = None,
     settings: Mapping[str, Any] | None = None,
     command: str = "plan.within(parameters={})",
+    pending: Collection[str] = (),
 ) -> Path:
     """Write a self-contained HTML page about one plan, and beside it the essentials as Markdown.
 
@@ -109,6 +110,7 @@ def report(
         frontier: None, or what ``frontier`` found of this plan: networks of other sizes, under a slider.
         settings: None, or more to print: recipe, data, versions, …
         command: to show beside another size; ``{}`` stands for its number of parameters.
+        pending: what is still being measured, for the page to say so.
 
     Returns:
         The path of the HTML file.
@@ -161,6 +163,7 @@ def report(
         title="Reduction report",
         verdict=verdict(history, plan, curve, evaluation, costs),
         warnings=[*removal_warnings(evaluation), *warnings_of(plan), *posterior_warnings(diagnosis.khat)],
+        pending=", ".join(pending),
         rule=f"{plan.rule}. {decision(plan.rule)}.",
         threshold=finite_threshold(plan.rule),
         costs=[] if costs is None else _costs(costs),

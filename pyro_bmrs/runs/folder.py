@@ -27,7 +27,8 @@ REDUCE_FILES = (
     "evaluation.csv", "costs.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.numbers.safetensors",
     "plan.json",
 )  # fmt: skip
-REPORT_FILES = ("curve.csv", "frontier.csv", "report.md", "report.html")
+SIZES = "frontier.csv"
+REPORT_FILES = (SIZES, "report.md", "report.html")
 STAGES = "stages.csv"  # of a fit along rising KL weights
 DIAGNOSIS = "diagnosis"  # a folder of tables; a run is complete without it
 REMOVAL_COLUMNS = ["phase", *LEDGER_COLUMNS]  # of removals.csv

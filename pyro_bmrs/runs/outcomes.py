@@ -24,8 +24,8 @@ from pyro_bmrs.reports.words import (
     verdict,
     warnings_of,
 )
-from pyro_bmrs.runs.folder import RunFolder
-from pyro_bmrs.tables import MOST_CRITERIA
+from pyro_bmrs.runs.folder import SIZES, RunFolder
+from pyro_bmrs.tables import FRONTIER_COLUMNS, MOST_CRITERIA
 
 type Columns = Sequence[tuple[str, str, str]]
 type Rows = Sequence[Mapping[Any, Any]]
@@ -209,9 +209,9 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
     table, runs = compare_runs(folders), [RunFolder(folder) for folder in folders]
     columns, rows = _run_columns(table), table.to_dict("records")
     curves = [
-        run.read_table("curve.csv").assign(criterion=name)
+        _curve(run).assign(criterion=name)
         for name, run in zip(table.run, runs, strict=True)
-        if run.has("curve.csv")
+        if run.has(SIZES)
     ]
     # Regressions have no accuracy to draw.
     curves = [curve for curve in curves if curve.accuracy.notna().any()]
@@ -232,6 +232,13 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
     write_page(out, "comparison", content)
     write_table(out.with_suffix(".csv"), table)
     return out
+
+
+def _curve(run: RunFolder) -> pd.DataFrame:
+    """Accuracy against the share of parameters removed, of networks of all sizes."""
+    sizes = run.read_table(SIZES, *FRONTIER_COLUMNS)
+    removed = 1 - sizes.parameters / run.evaluation().parameters.iloc[0]
+    return sizes.assign(parameters_removed=removed)[["parameters_removed", "accuracy", "is_plan"]]
 
 
 def _verdict(table: pd.DataFrame) -> str:

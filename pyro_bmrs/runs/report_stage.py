@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,20 +16,24 @@ from pyro_bmrs.arguments import check
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.data.sources import is_at_hand, located
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
-from pyro_bmrs.files import NewerFileError, write_table
+from pyro_bmrs.files import NewerFileError
 from pyro_bmrs.fitting import Fit
+from pyro_bmrs.progress import Progress
 from pyro_bmrs.pruning.network_plan import NetworkPlan
-from pyro_bmrs.quality import Diagnosis, Frontier, compression_curve, diagnose, frontier
-from pyro_bmrs.quality.examination import DRAWS
+from pyro_bmrs.quality import Diagnosis, Frontier, frontier
+from pyro_bmrs.quality.examination import DRAWS, Examination
 from pyro_bmrs.reports import report
-from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS
+from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS, SIZES
 from pyro_bmrs.runs.workplace import Workplace, versions
 
 # By data set: another with inputs of the same form. Does a network know that it does not know these?
 FOREIGN = {"digits": "patches", "mnist": "fashion-mnist", "fashion-mnist": "mnist"}
 FOREIGN_EXAMPLES = 500
 # Of the networks of other sizes, and for all their timings.
-POINTS, SECONDS = 16, 2.0
+POINTS, SECONDS = 12, 2.0
+# Seconds after which a page that still lacks something is written again.
+_EVERY = 30.0
+PART_NAMES = {"predictions": "predictions", "curves": "other criteria", "posterior": "k̂ of the posterior"}
 
 
 class ReportStage:
@@ -52,62 +61,93 @@ class ReportStage:
             self._foreign(self.foreign)
 
     def asks_anew(self) -> bool:
-        """Whether a diagnosis is asked for that the folder does not hold."""
-        return self._differs(self._stored())
+        """Whether a diagnosis is asked for that the folder does not hold, or holds in part."""
+        found = self._stored()
+        return self._differs(found) or (found is not None and bool(found.missing()) and self.draws != 0)
 
     def write(self) -> Path:
-        """Measure what the folder does not hold yet, and write report.html and report.md."""
+        """Measure what the folder does not hold yet, and write report.html and report.md: at once, and at the end."""
         run = self.run
         run.need("plan.json")
         history = run.read_table("history.csv", "phase", "epoch")
         removals = run.read_table("removals.csv", *REMOVAL_COLUMNS)
         evaluation = run.read_table("evaluation.csv", "network", "parameters", "accuracy")
         plan = run.bound(run.plan())
-        if run.has("curve.csv"):
-            curve = run.read_table("curve.csv")
-        else:
-            curve = compression_curve(run.model, plan, run.dataset.validation)
-            write_table(run.folder / "curve.csv", curve)
-        if run.has("frontier.csv"):
-            sizes = Frontier.load(run.folder / "frontier.csv", plan)
-        else:
-            sizes = frontier(
-                plan, run.dataset.validation, points=POINTS, seconds=SECONDS, progress=run.progress
-            )
-            sizes.save(run.folder / "frontier.csv")
-        trained = run.settings.weights is not None
         epochs = int((history.phase == "fit").sum())
         # A page is given to others: it names data and weights, not where they lie on this machine.
         names = {"data": run.settings.data_name, "weights": run.settings.weights_name}
         shown = run.settings.model_copy(update={**run.settled, **names})
         folder = run.folder.name if run.folder.is_absolute() else str(run.folder)
         others = [f" --{name.replace('_', '-')} none" for name in run.settings.budget if name != "parameters"]
-        command = f"pyro-bmrs reduce {shlex.quote(folder)} --parameters {{}}{''.join(others)}"
-        return report(
-            Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan,
-            run.folder / "report.html", costs=run.costs(), curve=curve, evaluation=evaluation,
-            diagnosis=None if self.draws == 0 or trained else self._diagnosis(plan),
-            frontier=sizes, command=command,
+        out = run.folder / "report.html"
+        page = partial(
+            report, Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan, out,
+            costs=run.costs(), evaluation=evaluation,
+            command=f"pyro-bmrs reduce {shlex.quote(folder)} --parameters {{}}{''.join(others)}",
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
         )  # fmt: skip
+        made: dict[str, Any] = {}
+        steps = self._steps(plan, made)
+        written = -math.inf
+        # without a bar: each step has its own
+        with Progress("report", len(steps), shown=run.progress, bar=False) as progress:
+            for number, step in enumerate(steps.values()):
+                pending = [*steps][number:]
+                if time.monotonic() - written > _EVERY:
+                    page(**made, pending=pending)
+                    progress.say(f"{out}, yet without {', '.join(pending)}")
+                    written = time.monotonic()
+                step()
+                progress.advance()
+            return page(**made)
 
-    def _diagnosis(self, plan: NetworkPlan) -> Diagnosis:
-        """The folder's diagnosis; a new one if there is none, or another is asked for."""
-        run, draws, foreign = self.run, self.draws, self.foreign
-        found = self._stored()
-        if found is not None:
-            if not self._differs(found):
-                return found
-            # What is not asked for stays as it is.
-            draws, foreign = draws or found.facts["draws"], foreign or found.facts["out_of_distribution"]
-        tuned = run.model_of(run.small_network()) if run.settings.fine_tune else None
-        data = run.dataset
-        found = diagnose(
-            run.model, run.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=tuned,
-            out_of_distribution=self._foreign(foreign), draws=draws or DRAWS, seed=run.settings.seed,
+    def _steps(self, plan: NetworkPlan, made: dict[str, Any]) -> dict[str, Callable[[], None]]:
+        """What is to be measured, by name; each writes files and puts what it finds into `made`, as `report` takes it.
+
+        What the folder holds is in `made` at once.
+        """
+        run, steps = self.run, dict[str, Callable[[], None]]()
+
+        def sizes() -> None:
+            made["frontier"] = found = frontier(
+                plan, run.dataset.validation, points=POINTS, seconds=SECONDS, progress=run.progress
+            )
+            found.save(run.folder / SIZES)
+
+        if run.has(SIZES):
+            made["frontier"] = Frontier.load(run.folder / SIZES, plan)
+        else:
+            steps["other sizes"] = sizes
+        if self.draws == 0 or run.settings.weights is not None:
+            return steps
+        made["diagnosis"], examination = self._begun(plan)
+        if examination is not None:
+
+            def add(part: str) -> None:
+                made["diagnosis"] = found = examination.add(made["diagnosis"], part)
+                found.save(run.folder / DIAGNOSIS)
+
+            steps |= {PART_NAMES[part]: partial(add, part) for part in made["diagnosis"].missing()}
+        return steps
+
+    def _begun(self, plan: NetworkPlan) -> tuple[Diagnosis, Examination | None]:
+        """The diagnosis as far as it is made, and what makes the rest, if there is any."""
+        run, found = self.run, self._stored()
+        if found is not None and not found.missing() and not self._differs(found):
+            return found, None
+        # What is not asked for stays as it is.
+        facts = {} if found is None else found.facts
+        data, small = run.dataset, run.model_of(run.small_network()) if run.settings.fine_tune else None
+        examination = Examination(
+            run.model, run.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=small,
+            out_of_distribution=self._foreign(self.foreign or facts.get("out_of_distribution")),
+            draws=self.draws or facts.get("draws", DRAWS), seed=run.settings.seed, progress=run.progress,
         )  # fmt: skip
-        found.save(run.folder / DIAGNOSIS)
-        return found
+        begun = examination.begin()
+        if found is None or found.facts != begun.facts:
+            found = begun
+            found.save(run.folder / DIAGNOSIS)
+        return found, examination
 
     def _stored(self) -> Diagnosis | None:
         """The folder's diagnosis. A damaged one is ignored if `draws` asks for one anyway."""

@@ -101,6 +101,7 @@ DAMAGE = {
     "tables of tables": lambda folder: edited(folder, lambda d: d.update(tables=[["khat"]])),
     "facts are a list": lambda folder: edited(folder, lambda d: d.update(facts=[1])),
     "a fact is missing": lambda folder: edited(folder, lambda d: d["facts"].pop("draws")),
+    "no parts": lambda folder: edited(folder, lambda d: d.pop("parts")),
     "notes are a number": lambda folder: edited(folder, lambda d: d.update(notes=3)),
     "a table is missing": lambda folder: (folder / "quality.csv").unlink(),
     "a table is empty": lambda folder: (folder / "quality.csv").write_text(""),

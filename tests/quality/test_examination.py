@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, Regressor
-from pyro_bmrs.checks.data import first_of
+from pyro_bmrs.checks.data import some_of
 from pyro_bmrs.checks.posterior import check_posterior
 from pyro_bmrs.quality import Diagnosis, compression_curve, criterion_curves, diagnose, examination
 from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
 from pyro_bmrs.quality.curves import COMPARED
+from pyro_bmrs.quality.diagnosis import PARTS
+from pyro_bmrs.quality.examination import PREDICTIVE_DRAWS
 from pyro_bmrs.quality.predictive import predictions
 from pyro_bmrs.reports import report
 
@@ -91,7 +93,7 @@ def found(fitted):
     return look(fitted)
 
 
-def drawn(given, draws=DRAWS, seed=SEED):
+def drawn(given, draws=PREDICTIVE_DRAWS, seed=SEED):
     """θ by site as a seed gives them. Shape of each: (draws, features)."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -109,7 +111,8 @@ def same(one, other):
 
 
 def test_the_posterior_is_checked_as_by_hand(fitted, found):
-    some = fitted.train[0][:EXAMPLES], fitted.train[1][:EXAMPLES]
+    chosen = [place * 80 // EXAMPLES for place in range(EXAMPLES)]  # evenly spread
+    some = fitted.train[0][chosen], fitted.train[1][chosen]
     checks = check_posterior(
         fitted.model, fitted.guide, some, draws=DRAWS, seed=SEED, kl_weight=1.0, dataset_size=80
     )
@@ -119,8 +122,10 @@ def test_the_posterior_is_checked_as_by_hand(fitted, found):
     same(found.elbo.drop(columns="model"), checks.elbo)
     assert found.facts == dict(
         draws=DRAWS, seed=SEED, examples=EXAMPLES, dataset_size=80, kl_weight=1.0,
-        out_of_distribution="far away", curves_of="validation",
+        out_of_distribution="far away", curves_of="validation", predictive_draws=PREDICTIVE_DRAWS,
     )  # fmt: skip
+    assert found.parts == PARTS
+    assert not found.missing()
 
 
 def test_predictions_are_as_by_hand(fitted, found):
@@ -184,7 +189,7 @@ def test_by_draws_what_was_removed_is_at_0_and_nothing_is_there_that_was_not_giv
         assert (mean[layer][gone] == 0).all()
         assert (full[layer][:, gone] > 0).all()
         assert torch.equal(reduced[layer][:, kept], full[layer][:, kept])
-        assert full[layer].shape[0] == DRAWS
+        assert full[layer].shape[0] == PREDICTIVE_DRAWS
     assert found.quality.network.tolist() == ["full", "full", "reduced", "reduced"]
     assert found.quality.out_of_distribution_auroc.isna().all()
     assert found.entropy.data.unique().tolist() == ["test"]
@@ -200,15 +205,15 @@ def test_the_curves_are_those_of_the_criteria(fitted, found):
         plan = fitted.plan
         if name in COMPARED:
             plan = bmrs.reduce(fitted.model, fitted.guide, COMPARED[name])
-        expected = compression_curve(fitted.model, plan, fitted.validation)
+        expected = compression_curve(fitted.model, plan, fitted.validation, points=8)
         if name == "random":  # it stops nowhere by itself
             expected["is_plan"] = False
         same(found.curves[found.curves.criterion == name].drop(columns="criterion"), expected)
     without = look(fitted, validation=None, criteria={"one": bmrs.SNR(threshold=2.0)})
     assert without.curves.criterion.unique().tolist() == ["BMRS_N (this plan)", "one"]
     own = without.curves[without.curves.criterion == "BMRS_N (this plan)"].drop(columns="criterion")
-    same(own, compression_curve(fitted.model, fitted.plan, fitted.test))
-    alone = criterion_curves(fitted.model, fitted.guide, fitted.plan, fitted.test, {})
+    same(own, compression_curve(fitted.model, fitted.plan, fitted.test, points=8))
+    alone = criterion_curves(fitted.model, fitted.guide, fitted.plan, fitted.test, {}, points=8)
     same(alone.drop(columns="criterion"), own)
 
 
@@ -249,7 +254,7 @@ def test_what_is_far_away_is_told_apart(found):
 def test_leave_one_out_needs_all_examples_the_right_weight_and_a_good_posterior(fitted):
     notes = look(fitted, criteria={}).notes
     assert notes == ["leave-one-out: needs all training examples, and only some were looked at"]
-    found = look(fitted, criteria={}, examples=None)
+    found = look(fitted, criteria={}, examples=80)
     (note,) = found.notes
     khat = found.khat.khat.iloc[0]
     assert khat > found.khat.threshold.iloc[0]
@@ -263,7 +268,7 @@ def test_leave_one_out_needs_all_examples_the_right_weight_and_a_good_posterior(
         fitted.test,
         draws=DRAWS,
         criteria={},
-        examples=None,
+        examples=80,
     )
     (note,) = found.notes
     assert note.startswith("leave-one-out: at another KL weight than 1")
@@ -504,7 +509,7 @@ def test_data_sets_and_loaders_give_what_tensors_give(fitted, found, kind):
     changes = {name: kind(*getattr(fitted, name)) for name in ("train", "validation", "test")}
     expected = found
     if isinstance(changes["train"], DataLoader):  # which decides itself what it shows
-        expected = look(fitted, criteria={}, examples=None)
+        expected = look(fitted, criteria={}, examples=80)
     given = look(fitted, criteria={}, **changes)
     assert given.facts == expected.facts
     assert given.notes == expected.notes
@@ -531,22 +536,62 @@ class Brightened(TensorDataset):
         return x + 10.0, y
 
 
-def test_the_first_examples_are_as_the_data_set_gives_them():
+def test_some_examples_are_evenly_spread_and_as_the_data_set_gives_them():
     x, y = data(20, 0)
     # of what does more than index its tensors too
     for whole, brighter in (((x, y), 0), (TensorDataset(x, y), 0), (Pairs(x, y), 0), (Brightened(x, y), 10)):
-        for count in (5, 20, 30):
-            first = first_of(whole, count)
-            assert isinstance(first, Dataset)
-            assert len(first) == min(count, 20)
-            inputs, labels = map(
-                torch.stack, zip(*(first[index] for index in range(len(first))), strict=True)
-            )
-            assert torch.equal(inputs, x[:count] + brighter)
-            assert torch.equal(labels, y[:count])
+        for count, places in ((5, [0, 4, 8, 12, 16]), (3, [0, 6, 13]), (20, range(20)), (30, range(20))):
+            some = some_of(whole, count)
+            assert isinstance(some, Dataset)
+            assert len(some) == min(count, 20)
+            inputs, labels = map(torch.stack, zip(*(some[index] for index in range(len(some))), strict=True))
+            assert torch.equal(inputs, x[list(places)] + brighter)
+            assert torch.equal(labels, y[list(places)])
     whole = Pairs(x, y)
     loader = DataLoader(whole)
-    assert first_of(loader, 5) is loader
+    assert some_of(loader, 5) is loader
+
+
+def test_parts_may_be_made_one_after_the_other_from_disk(fitted, found, tmp_path):
+    options = dict(
+        validation=fitted.validation, fine_tuned=fitted.tuned, out_of_distribution=fitted.foreign, draws=DRAWS,
+        seed=SEED, examples=EXAMPLES,
+    )  # fmt: skip
+    given = fitted.model, fitted.guide, fitted.plan, fitted.train, fitted.test
+    again = examination.Examination(*given, **options).begin()
+    assert again.missing() == [*PARTS]
+    assert not again.tables()
+    while again.missing():
+        folder = again.save(tmp_path)
+        again = Diagnosis.load(folder)
+        again = examination.Examination(*given, **options).add(again, again.missing()[0])
+    assert again.facts == found.facts
+    assert again.notes == found.notes
+    assert again.parts == found.parts
+    for name, table in found.tables().items():
+        same(again.tables()[name], table)
+
+
+def test_of_a_large_network_fewer_examples_are_looked_at(fitted, monkeypatch):
+    monkeypatch.setattr(examination, "_WORK", 1.0)
+    for name, bounds in (("_OF_PREDICTIONS", (7, 60)), ("_OF_CURVES", (9, 40)), ("_OF_POSTERIOR", (11, 80))):
+        monkeypatch.setattr(examination, name, bounds)
+    seen = {}
+
+    def watched(program, inputs, scales, **options):
+        seen["predictions"] = len(inputs)
+        return predictions(program, inputs, scales, **options)
+
+    def curves(*arguments, **options):
+        seen["curves"] = len(arguments[3])
+        return criterion_curves(*arguments, **options)
+
+    monkeypatch.setattr(examination, "predictions", watched)
+    monkeypatch.setattr(examination, "criterion_curves", curves)
+    some = look(fitted, examples=None, criteria={}, out_of_distribution=None)
+    assert seen == {"predictions": 7, "curves": 9}
+    assert some.facts["examples"] == 11
+    assert (some.quality.examples == 7).all()
 
 
 # --- bad arguments -------------------------------------------------------------------------------------

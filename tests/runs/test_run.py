@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pyro_bmrs.data import load_data
 from pyro_bmrs.files import held, read_tensors
 from pyro_bmrs.fitting.progress import EpochProgress
+from pyro_bmrs.quality.examination import Examination
 from pyro_bmrs.runs import fit_stage, reduce_stage, report_stage
 from pyro_bmrs.runs.folder import FIT_FILES
 from pyro_bmrs.runs.recipe import Recipe
@@ -29,7 +30,7 @@ from pyro_bmrs.runs.settings import RunSettings
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
 CONTRACT = {
     "posterior.safetensors", "plan.json", "plan.numbers.safetensors", "small.safetensors", "small.pt2", "history.csv",
-    "structures.csv", "removals.csv", "settings.json", "report.html", "evaluation.csv", "curve.csv",
+    "structures.csv", "removals.csv", "settings.json", "report.html", "evaluation.csv",
     "frontier.csv", "recipe.py", "checkpoints", "report.md", "diagnosis", "costs.csv",
 }  # fmt: skip
 # of the two epochs of the recipe
@@ -74,7 +75,9 @@ def stamps(folder):
 def tables(folder):
     """Without what a clock measured."""
     found = {
-        path.name: pd.read_csv(path, dtype={"layer": str}).drop(columns="seconds", errors="ignore")
+        path.name: pd.read_csv(path, dtype={"layer": str}).drop(
+            columns=["seconds", "milliseconds"], errors="ignore"
+        )
         for path in sorted(folder.glob("*.csv"))
     }
     if "costs.csv" in found:
@@ -167,12 +170,47 @@ def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_p
     assert call("fit", RECIPE, "--out", folder, "--quiet") == 0
     assert names(folder) == FIT
     assert call("reduce", folder, "--quiet") == 0
-    assert names(folder) == CONTRACT - {"report.html", "report.md", "curve.csv", "frontier.csv", "diagnosis"}
+    assert names(folder) == CONTRACT - {"report.html", "report.md", "frontier.csv", "diagnosis"}
     assert call("report", folder, "--quiet", *NO_DIAGNOSIS) == 0
     assert names(folder) == UNDIAGNOSED
     assert set(files(folder / "checkpoints")) == CHECKPOINTS
     same_outcome(finished, folder)
     assert "tiny_recipe.py" in (folder / "report.html").read_text()  # not recipe.py, the copy's name
+
+
+def test_a_page_stands_at_once_and_a_report_that_was_interrupted_goes_on(copied, monkeypatch, capsys):
+    shutil.rmtree(copied / "diagnosis")
+    for name in ("frontier.csv", "report.html", "report.md"):
+        (copied / name).unlink()
+    add, made = Examination.add, []
+
+    def stopping(self, found, part):
+        page = (copied / "report.html").read_text()
+        assert "Still being measured: other sizes, predictions, other criteria, k̂ of the posterior." in page
+        if part == "curves" and not made.count("curves"):
+            made.append("curves")
+            raise KeyboardInterrupt
+        made.append(part)
+        return add(self, found, part)
+
+    monkeypatch.setattr(Examination, "add", stopping)
+    assert call("report", copied, "--draws", 100) == 130
+    told = capsys.readouterr().err
+    assert "yet without other sizes, predictions, other criteria, k̂ of the posterior" in told
+    assert "interrupted in the report; fit and reduction are kept" in told
+    assert made == ["predictions", "curves"]
+    sizes = (copied / "frontier.csv").stat().st_mtime_ns
+    monkeypatch.setattr(Examination, "add", lambda *given: made.append(given[2]) or add(*given))
+    # what is not finished is finished, though nothing is asked for
+    assert call("run", RECIPE, "--out", copied, "--quiet") == 0
+    assert made == ["predictions", "curves", "curves", "posterior"]
+    assert (copied / "frontier.csv").stat().st_mtime_ns == sizes
+    assert "Still being measured" not in (copied / "report.html").read_text()
+    assert "Still being measured" not in (copied / "report.md").read_text()
+    again = (copied / "report.html").read_bytes()
+    assert call("report", copied, "--quiet") == 0
+    assert made[4:] == []
+    assert (copied / "report.html").read_bytes() == again
 
 
 @pytest.mark.slow
@@ -188,7 +226,7 @@ def test_another_criterion_needs_no_other_fit_and_leaves_no_stale_report(copied,
     assert ((after.score >= 0) == after.removed).all()
     assert list(pd.read_csv(copied / "evaluation.csv").network) == ["full, E[θ]", "reduced"]
     assert not (copied / "report.html").exists()
-    assert not (copied / "curve.csv").exists()
+    assert not (copied / "frontier.csv").exists()
     # the settings of the first run ask for the first reduction again, not for another fit
     assert call("run", RECIPE, "--out", copied, "--quiet", *NO_DIAGNOSIS) == 0
     assert stamps(copied)["posterior.safetensors"] == posterior
@@ -268,7 +306,7 @@ def test_columns_and_counts_of_the_tables(finished):
     assert (removals.epoch == 2).all()
     assert list(table["history.csv"].phase) == ["fit", "fit", "fine-tune"]
     assert list(table["evaluation.csv"].network) == ["full, E[θ]", "reduced", "fine-tuned"]
-    assert table["curve.csv"].is_plan.sum() == 1
+    assert table["frontier.csv"].is_plan.sum() == 1
 
     kept = {layer: list(rows.unit[~rows.removed]) for layer, rows in structures.groupby("layer")}
     assert Run(finished).plan().kept == kept

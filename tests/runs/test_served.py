@@ -276,8 +276,7 @@ def test_a_new_reduction_says_what_it_removes(reported, capsys):
     assert call("reduce", reported, "--criterion", "SNR", "--quiet") == 0
     printed = capsys.readouterr().out
     assert (
-        "removed, as made for another reduction: curve.csv, frontier.csv, report.md, report.html, diagnosis\n"
-        in printed
+        "removed, as made for another reduction: frontier.csv, report.md, report.html, diagnosis\n" in printed
     )
     assert f"to make them anew: pyro-bmrs report {reported}\n" in printed
     assert not (reported / "report.html").exists()
@@ -291,10 +290,7 @@ def test_a_new_fit_says_what_it_removes(reported, place, capsys):
     line = ("--data", place / "vectors.npz", "--out", reported, *QUICK, "--seed", 3)
     assert call("fit", place / "net.py", *line, "--overwrite") == 0
     printed = capsys.readouterr().out
-    assert (
-        "small.pt2, plan.numbers.safetensors, plan.json, curve.csv, frontier.csv, report.md, report.html\n"
-        in printed
-    )
+    assert "small.pt2, plan.numbers.safetensors, plan.json, frontier.csv, report.md, report.html\n" in printed
     assert f"to make them anew: pyro-bmrs reduce {reported}" in printed
 
 
@@ -319,9 +315,9 @@ def test_ctrl_c_after_the_fit_says_that_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        step = "compression_curve" if stage == "report" else "reduce_network"
+        step = "frontier" if stage == "report" else "reduce_network"
         module = sys.modules["pyro_bmrs.runs.report_stage"] if stage == "report" else stages
-        (reported / "curve.csv").unlink()
+        (reported / "frontier.csv").unlink()
         patched.setattr(module, step, stop)
         assert call(*line) == 130
     told = capsys.readouterr().err

@@ -15,6 +15,7 @@ from torch import nn
 from pyro_bmrs import MultiplicativeNoise, NetworkPlan, Rule
 from pyro_bmrs.quality import Diagnosis, Frontier
 from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.diagnosis import PARTS
 from pyro_bmrs.quality.predictive import Predictions
 
 RECIPE = Path(__file__).parents[1] / "tiny_recipe.py"
@@ -208,9 +209,10 @@ def make_diagnosis(plan, *, foreign="elsewhere", names=("full", "reduced"), note
         ),
         facts=dict(
             draws=100, seed=0, examples=150, dataset_size=200, kl_weight=plan.rule.kl_weight,
-            out_of_distribution=foreign, curves_of=None,
+            out_of_distribution=foreign, curves_of=None, predictive_draws=20,
         ),
         notes=list(notes),
+        parts=PARTS,
     )  # fmt: skip
 
 

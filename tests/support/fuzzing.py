@@ -183,6 +183,7 @@ def targets(place: Path) -> dict[str, Target]:
         kl_weight=1.0,
         out_of_distribution=None,
         curves_of="test",
+        predictive_draws=20,
     )
     Diagnosis(facts=facts, khat=None).save(place / "diagnosis")
     study = {
