@@ -33,6 +33,19 @@ def with_error(value: object, error: object) -> str:
     return f"{number:,.{decimals}f} ± {told}"
 
 
+def percent_with_error(value: object, error: object) -> str:
+    """A fraction with its standard error, both in per cent, the error in two digits; without one as `percent` has it.
+
+    >>> percent_with_error(0.98864, 0.00106), percent_with_error(0.9, 0.03), percent_with_error(0.5, None)
+    ('98.86 ± 0.11 %', '90.0 ± 3.0 %', '50.00 %')
+    """
+    number, deviation = finite(value), finite(error)
+    if number is None or not deviation:
+        return percent(value, 2)
+    decimals = min(max(1 - math.floor(math.log10(100 * deviation)), 0), 4)
+    return f"{100 * number:.{decimals}f} ± {100 * deviation:.{decimals}f} %"
+
+
 def percent(value: object, decimals: int = 1) -> str:
     """Print a fraction in per cent, with more decimals where rounding would claim all or nothing."""
     number = finite(value)

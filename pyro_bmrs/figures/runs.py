@@ -20,7 +20,7 @@ def plot_runs(runs: pd.DataFrame) -> Figure:
 
     Args:
         runs: a row per run, numbered from 1: ``run`` (its name), ``parameters`` (left, above 0) and
-            ``accuracy`` (0 to 1).
+            ``accuracy`` (0 to 1); maybe ``accuracy_error``, drawn as bars.
 
     Returns:
         A figure 5 inches wide: accuracy (%) against parameters, logarithmic.
@@ -52,7 +52,18 @@ def plot_runs(runs: pd.DataFrame) -> Figure:
     with styled_figure(3.0 + LEGEND_LINE * len(lines)) as figure:
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        axes.plot(parameters, accuracy, linestyle="none", marker="o", markersize=6, color=BLUE, alpha=0.8)
+        error = 100 * floats(table, "accuracy_error") if "accuracy_error" in table else None
+        axes.errorbar(
+            parameters,
+            accuracy,
+            error,
+            linestyle="none",
+            marker="o",
+            markersize=6,
+            color=BLUE,
+            alpha=0.8,
+            elinewidth=1,
+        )
         axes.margins(x=0.12, y=0.2)
         if parameters.max() > 10 * parameters.min():
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))

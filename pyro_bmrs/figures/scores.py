@@ -63,6 +63,10 @@ def evidence_label(kl_weight: float) -> str:
     return "ΔF (nats)" if kl_weight == 1 else f"ΔF (nats, KL weight {kl_weight:g})"
 
 
+# Inches of a character of a tick's label.
+_CHARACTER = 0.075
+
+
 def plot_scores(plan: Plan) -> Figure:
     """Draw the histogram of the scores, kept and removed, with a line at the threshold.
 
@@ -157,13 +161,25 @@ def largest_score(scores: NDArray[np.float64]) -> float:
     return float(finite.max(initial=0.0)) or 1.0
 
 
-def decades(lowest: float, highest: float, most: int = 7) -> list[float]:
-    """Return zero and powers of ten of both signs from lowest to highest, every so many that few are left."""
-    largest = math.floor(math.log10(max(-lowest, highest)))
+def decades(lowest: float, highest: float, inches: float = 4.2) -> list[float]:
+    """Zero and powers of ten of both signs from lowest to highest, every so many that their labels have room.
+
+    Args:
+        inches: of an axis that is linear between -1 and 1 and logarithmic beyond.
+    """
+    from matplotlib.scale import SymmetricalLogTransform
+
+    def place(ticks: list[float]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = SymmetricalLogTransform(10, 1.0, 1.0).transform(np.array(ticks))
+        return found
+
+    span = np.ptp(place([lowest, highest])) or 1.0
+    largest = math.floor(math.log10(max(-lowest, highest, 1.0)))
     for every in range(1, largest + 2):
         powers = [10.0**exponent for exponent in range(largest % every, largest + 1, every)]
         ticks = [*(-power for power in reversed(powers)), 0.0, *powers]
         ticks = [tick for tick in ticks if lowest <= tick <= highest]
-        if len(ticks) <= most:
+        widths = np.array([_CHARACTER * (len(f"{tick:,.0f}") + 1) for tick in ticks])
+        if (np.diff(place(ticks)) * inches / span >= (widths[1:] + widths[:-1]) / 2).all():
             break
     return ticks

@@ -32,6 +32,8 @@ from pyro_bmrs.networks.noise import MultiplicativeNoise
 
 # Batch sizes at which latency is measured. Memory is measured at the larger one.
 BATCHES = (1, 128)
+# Timed runs of each network.
+_REPEATS = 30
 
 
 def parameters(network: nn.Module) -> int:
@@ -201,7 +203,11 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def latency_milliseconds(
-    networks: Sequence[nn.Module], example_input: Inputs, *, repeats: int = 30, seconds: float = math.inf
+    networks: Sequence[nn.Module],
+    example_input: Inputs,
+    *,
+    repeats: int = _REPEATS,
+    seconds: float = math.inf,
 ) -> list[float]:
     """Median time of one forward pass of each network, in milliseconds; runs are interleaved in one process.
 
@@ -212,6 +218,18 @@ def latency_milliseconds(
         seconds: limit for all runs together. If they would take longer, fewer runs are made. If not even three
             fit, the times are NaN.
     """
+    times = _latencies(networks, example_input, repeats, seconds)
+    return _medians(times) if times else [math.nan] * len(networks)
+
+
+def _medians(times: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def _latencies(
+    networks: Sequence[nn.Module], example_input: Inputs, repeats: int, seconds: float
+) -> list[list[float]]:
+    """The time of each run, a row for all networks; no rows if there is not enough time."""
     devices = {tensor.device for tensor in tensors_of(example_input)}
 
     def once(network: nn.Module) -> float:
@@ -227,22 +245,31 @@ def latency_milliseconds(
         for network in networks:
             expected += once(network)
             if 3 * expected > seconds:
-                return [math.nan] * len(networks)
+                return []
         affordable = min(repeats, int(seconds / expected)) if math.isfinite(seconds) else repeats
-        times = [[once(network) for network in networks] for _ in range(max(affordable, 3))]
-    return [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
+        return [[1e3 * once(network) for network in networks] for _ in range(max(affordable, 3))]
+
+
+def _ratio_error(times: Sequence[Sequence[float]]) -> float:
+    """Half the width of the 95 % interval of the median ratio of the second network's time to the first one's.
+
+    1.57 times the interquartile range over √n (McGill, Tukey, Larsen, 1978).
+    """
+    first, _, third = statistics.quantiles([after / before for before, after in times], n=4)
+    return 1.57 * (third - first) / math.sqrt(len(times))
 
 
 def compare_costs(
     before: nn.Module, after: nn.Module, example_input: Inputs, *, seconds: float = 4.0
 ) -> pd.DataFrame:
-    """Costs of two networks without noise, in columns before and after.
+    """Costs of two networks without noise, in columns before and after; and error, of their ratio.
 
     Rows: parameters, multiply_accumulates (of one example), file_bytes (of the weights as safetensors),
     peak_bytes_batch_128 (weights and activations), and the medians of interleaved runs
     milliseconds_batch_1_one_thread, …_batch_128_one_thread, …_batch_1_all_threads, …_batch_128_all_threads.
     "All threads" is torch's current thread count. On accelerators threads make no
-    difference, and only the last two are measured.
+    difference, and only the last two are measured. The error is half the width of the 95 % interval of the median of
+    after/before, over the runs; 0 for what is counted. Networks with equal counts are timed as one.
 
     Args:
         example_input: examples; they are repeated to fill the batches.
@@ -263,24 +290,29 @@ def compare_costs(
         rows["parameters"] = [parameters(network) for network in networks]
         rows["multiply_accumulates"] = [multiply_accumulates(network, example_input) for network in networks]
         rows["file_bytes"] = [file_bytes(network) for network in networks]
+        same = all(one == other for one, other in rows.values())
         timed: dict[str, list[float]] = {}
         # a graph has the size that it has
         batches = batch_size(at_most(before, example_input, 1)) == 1
         for words, count in (("one_thread", 1), ("all_threads", torch.get_num_threads())):
             for batch in BATCHES:
-                single = sum(timed.get(f"milliseconds_batch_1_{words}", [0.0])) / 1e3
+                single = sum(timed.get(f"milliseconds_batch_1_{words}", [0.0])[:2]) / 1e3
                 wanted = seconds and batches and (on_cpu or words == "all_threads")
                 # a batch takes at least about a quarter of the time of its examples one by one
-                times = [math.nan, math.nan]
+                times: list[list[float]] = []
                 if wanted and 3 * batch * single / 4 <= seconds / 4:
                     with torch_threads(count):
                         examples = repeated(example_input, batch)
-                        times = latency_milliseconds(networks, examples, seconds=seconds / 4)
-                timed[f"milliseconds_batch_{batch}_{words}"] = times
+                        times = _latencies(networks[: 2 - same], examples, _REPEATS, seconds / 4)
+                found = [math.nan] * 3
+                if times:
+                    found = [*(2 * _medians(times))[:2], 0.0 if same else _ratio_error(times)]
+                timed[f"milliseconds_batch_{batch}_{words}"] = found
         largest = BATCHES[-1]
         affordable = not math.isnan(timed[f"milliseconds_batch_{largest}_all_threads"][0])
         rows[f"peak_bytes_batch_{largest}"] = [
             peak_bytes(network, repeated(example_input, largest)) if affordable else math.nan
             for network in networks
         ]
-    return pd.DataFrame.from_dict(rows | timed, orient="index", columns=["before", "after"])
+    counted = {name: [*both, 0.0 * both[0]] for name, both in rows.items()}
+    return pd.DataFrame.from_dict(counted | timed, orient="index", columns=["before", "after", "error"])

@@ -92,6 +92,16 @@ def as_weight(module: nn.Module, matrix: Tensor) -> Tensor:
     return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *kernel) if kernel else matrix.squeeze(0)
 
 
+def kind_of(module: nn.Module) -> str:
+    """A layer in two words: its class, and the sides of its kernel.
+
+    >>> kind_of(nn.Conv2d(1, 2, (3, 5))), kind_of(nn.Linear(1, 2))
+    ('Conv2d 3×5', 'Linear')
+    """
+    sides = "×".join(map(str, module.kernel_size)) if isinstance(module, _ConvNd) else ""
+    return f"{type(module).__name__} {sides}".strip()
+
+
 def positions_of(module: nn.Module) -> int:
     """Number of positions in the kernel of a convolution; 1 for other layers."""
     return prod(module.kernel_size) if isinstance(module, _ConvNd) else 1

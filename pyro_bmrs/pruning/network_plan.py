@@ -28,6 +28,7 @@ from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.inputs import Inputs, check_finite, tensors_of
 from pyro_bmrs.networks.inputs import batch_size as examples_in
+from pyro_bmrs.networks.matrices import kind_of
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.surgery import TOLERANCE, remove_structures
@@ -61,10 +62,11 @@ class NetworkPlan(Plan):
     nesting: Nesting = field(default_factory=Nesting)
     channels: Mapping[str, int] = field(default_factory=dict)
     _cuts: Cuts | None = None
+    _kinds: Mapping[str, str] = field(default_factory=dict)
     _binding: Binding | None = field(default=None, metadata={"live": True})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cuts": self.cuts}
+        return {**super().__getstate__(), "_cuts": self.cuts, "_kinds": self.kinds()}
 
     # decisions --------------------------------------------------------------------------------------
 
@@ -234,6 +236,16 @@ class NetworkPlan(Plan):
         """This plan, with a network to apply it to, a function that makes an example input, and its Pyro model."""
         return replace(self, _binding=Binding(network, find_input, model))
 
+    def kinds(self) -> dict[str, str]:
+        """By layer what makes its structures, such as "Conv2d 5×5"."""
+        if self._binding is None:
+            return dict(self._kinds)
+        network = self._binding.network
+        makers = {site: next(iter(group.producers), None) for site, group in self._binding.groups.items()}
+        return {
+            site: kind_of(network.get_submodule(one.path)) for site, one in makers.items() if one is not None
+        }
+
     def _bound(self, network: nn.Module | None = None, example_input: Inputs | None = None) -> Binding:
         """What is given, else what the plan is bound to. Raises ValueError if something is missing."""
         own = self._binding
@@ -314,7 +326,7 @@ class NetworkPlan(Plan):
 
         Returns:
             Rows parameters, multiply_accumulates (of one example), file_bytes, peak_bytes…, milliseconds…; columns
-            before and after.
+            before, after and error, of after/before.
         """
         binding = self._bound(network, example_input)
         return compare_costs(binding.full_network(), small, binding.example_input, seconds=seconds)
@@ -439,6 +451,7 @@ class NetworkPlan(Plan):
             "channels": dict(self.channels),
             "nesting": self.nesting.to_json(),
             "cuts": None if cuts is None else cuts.to_json(),
+            "kinds": self.kinds(),
         }
 
     @classmethod
@@ -450,6 +463,7 @@ class NetworkPlan(Plan):
             "channels": channels,
             "nesting": Nesting.from_json(document["nesting"], document["layers"]),
             "_cuts": None if document["cuts"] is None else Cuts.from_json(document["cuts"]),
+            "_kinds": {str(layer): str(kind) for layer, kind in document["kinds"].items()},
         }
 
 

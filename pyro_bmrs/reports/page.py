@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_bmrs.files import write_atomically
-from pyro_bmrs.numerals import number, percent, plain_number, with_error
+from pyro_bmrs.numerals import finite, number, percent, percent_with_error, plain_number, with_error
 from pyro_bmrs.reports.words import khat_text, khat_value, markdown
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def _environment(*, html: bool) -> Environment:
     made.filters.update(
         number=number,
         percent=percent,
+        percent_with_error=percent_with_error,
+        saved=saved,
+        told=told,
         plain=plain_number,
         md=markdown,
         khat=khat_text,
@@ -57,6 +60,27 @@ def _environment(*, html: bool) -> Environment:
         with_error=with_error,
     )
     return made
+
+
+def saved(row: Mapping[str, Any]) -> str:
+    """The share of a cost that is saved; "none" where it is within the error of a time."""
+    share, error = row["removed"], row["error"]
+    if share is None or error is None:
+        return percent(share)
+    return percent_with_error(share, error) if abs(share) > error else "none"
+
+
+def told(
+    columns: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """The columns of a table that say something in any row."""
+
+    def says(key: str, kind: str) -> bool:
+        if kind == "text":
+            return any(row[key] != "" for row in rows)
+        return kind == "khat" or any(finite(row[key]) is not None for row in rows)
+
+    return [column for column in columns if not rows or says(column[0], column[2])]
 
 
 def svg(name: str, draw: Callable[..., Figure], *given: Any) -> Markup:

@@ -39,9 +39,11 @@ from pyro_bmrs.quality.frontier import Frontier
 from pyro_bmrs.reports.page import svg, write_page
 from pyro_bmrs.reports.sizes import slider
 from pyro_bmrs.reports.words import (
+    asked,
     decision,
     methods,
     posterior_warnings,
+    recommendation,
     removal_warnings,
     verdict,
     warnings_of,
@@ -105,7 +107,8 @@ def report(
         curve: None, or what ``compression_curve`` returned: accuracy against parameters removed.
         evaluation: None, or a row per network and split, in the order of the work, with the columns
             ``network``, ``split``, ``accuracy`` (0 to 1), ``negative_log_likelihood`` (nats per example) and
-            ``parameters``.
+            ``parameters``; maybe ``accuracy_error`` and ``standard_error``, of the two measures. The last row is the
+            network that came out; one called "full, trained as long" is what it is compared with.
         diagnosis: None, or what ``diagnose`` found: k̂, predictions before and after, the curves of other criteria.
         frontier: None, or what ``frontier`` found of this plan: networks of other sizes, under a slider.
         settings: None, or more to print: recipe, data, versions, …
@@ -158,18 +161,26 @@ def report(
     if curve is None and diagnosis.curves is not None:
         curve = diagnosis.curves[diagnosis.curves["criterion"] == diagnosis.curves["criterion"].iloc[0]]
     structures = _structures(plan, diagnosis)
-    shown_widths = widths.assign(removed=1 - widths["after"] / widths["before"].where(widths["before"] > 0))
+    kinds = plan.kinds()
+    shown_widths = widths.assign(
+        kind=[kinds.get(layer, "") for layer in widths["layer"]],
+        removed=1 - widths["after"] / widths["before"].where(widths["before"] > 0),
+    )
     content: dict[str, Any] = dict(
         title="Reduction report",
         verdict=verdict(history, plan, curve, evaluation, costs),
         warnings=[*removal_warnings(evaluation), *warnings_of(plan), *posterior_warnings(diagnosis.khat)],
+        asked=asked(plan.rule),
+        recommendation=recommendation(
+            plan, evaluation, None if frontier is None else frontier.table, command
+        ),
         pending=", ".join(pending),
         rule=f"{plan.rule}. {decision(plan.rule)}.",
         threshold=finite_threshold(plan.rule),
         costs=[] if costs is None else _costs(costs),
         widths=shown_widths.to_dict("records"),
         widths_total=(int(widths["before"].sum()), int(widths["after"].sum())),
-        evaluation=[] if evaluation is None else evaluation.to_dict("records"),
+        evaluation=[] if evaluation is None else _evaluation(evaluation),
         figures=_figures(fit, history, plan, curve, diagnosis, frontier),
         sizes=None if frontier is None else slider(frontier, _parameters_before(frontier, costs), command),
         posterior=_posterior(diagnosis),
@@ -312,6 +323,11 @@ def _structures(plan: NetworkPlan, diagnosis: Diagnosis) -> pd.DataFrame:
     return table.assign(decision=words, gone=removed)
 
 
+def _evaluation(table: pd.DataFrame) -> list[dict[str, Any]]:
+    errors = {name: math.nan for name in ("accuracy_error", "standard_error") if name not in table}
+    return table.assign(**errors).to_dict("records")  # type: ignore[return-value]
+
+
 def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for name, row in costs.iterrows():
@@ -327,6 +343,8 @@ def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:
                 "after": after,
                 "digits": ",.0f" if name in _COUNTS else ",.3f",
                 "removed": 1 - after / before if before and after is not None else None,
+                # of a time; nothing is saved that is within it
+                "error": finite(row.get("error")) if "milliseconds" in str(name) else None,
                 "ratio": before / after if before is not None and after else None,
             }
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_bmrs.numerals import finite, number, percent, plain_number
+from pyro_bmrs.numerals import finite, number, percent, percent_with_error, plain_number
 
 if TYPE_CHECKING:
     from pyro_bmrs.fitting import Fit
@@ -110,9 +110,11 @@ _LIMITS = {
 
 
 def _budget(rule: Rule) -> str:
-    return "as asked for: at most " + ", ".join(
-        _LIMITS[name].format(value) for name, value in rule.budget.items()
-    )
+    return f"as asked for: {_limits(rule)}"
+
+
+def _limits(rule: Rule) -> str:
+    return "at most " + ", ".join(_LIMITS[name].format(value) for name, value in rule.budget.items())
 
 
 def methods(
@@ -199,6 +201,15 @@ def markdown(value: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", text)
 
 
+# The row of an evaluation with the full network that was trained as long as the smaller one.
+BASELINE = "full, trained as long"
+
+
+def asked(rule: Rule) -> str:
+    """What was asked for."""
+    return f"Asked for: {_limits(rule)}." if rule.budget else "No size was asked for: the evidence decided."
+
+
 def verdict(
     history: pd.DataFrame | None,
     plan: Plan,
@@ -206,7 +217,7 @@ def verdict(
     evaluation: pd.DataFrame | None,
     costs: pd.DataFrame | None = None,
 ) -> str:
-    """Say in one sentence how much was removed, and how accurate the result is."""
+    """Say in one sentence how much was removed, how accurate the rest is, and how the full network trained as long."""
     removed = (
         f"{percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} structures removed"
     )
@@ -215,16 +226,11 @@ def verdict(
         if before and after is not None:
             removed = f"{percent(1 - after / before)} of {before:,.0f} parameters removed"
 
-    if evaluation is not None and evaluation["accuracy"].notna().any():
-        splits = evaluation["split"].astype(str)
-        split = "test" if (splits == "test").any() else splits.iloc[-1]
-        rows = evaluation[(splits == split) & evaluation["accuracy"].notna()].to_dict("records")
-        if rows:
-            first, last = rows[0], rows[-1]
-            accuracy = f"{split} accuracy {percent(last['accuracy'], 2)} ({last['network']})"
-            if len(rows) > 1:
-                accuracy += f", from {percent(first['accuracy'], 2)} ({first['network']})"
-            return f"{removed}; {accuracy}."
+    rows = _measured(evaluation)
+    if rows:
+        found = f"{removed}; {rows[-1]['split']} accuracy {_accuracy(rows[-1])} ({rows[-1]['network']})"
+        baseline = next((row for row in rows if row["network"] == BASELINE), None)
+        return found + (f", {_accuracy(baseline)} of the full network trained as long." if baseline else ".")
     if history is not None and history["validation_accuracy"].notna().any():
         measured = history["validation_accuracy"].dropna().iloc[-1]
         return f"{removed}; validation accuracy {percent(measured, 2)} after the last epoch."
@@ -233,6 +239,52 @@ def verdict(
         if len(own):
             return f"{removed}; accuracy {percent(own.iloc[0], 2)}."
     return f"{removed}."
+
+
+def recommendation(
+    plan: Plan, evaluation: pd.DataFrame | None, frontier: pd.DataFrame | None, command: str
+) -> str | None:
+    """What to do now, in a sentence; None where nothing is known.
+
+    Args:
+        frontier: the table of a `Frontier`.
+        command: makes the network of a size; "{}" stands for its parameters.
+    """
+    if frontier is not None and not plan.table["removed"].any():
+        half = int(frontier.parameters.max()) // 2
+        return f"Nothing was removed: ask for a size, such as half of it by {command.format(half)}"
+    rows = _measured(evaluation)
+    if not rows:
+        return None
+    last, before = rows[-1], rows[0]
+    if before is last:
+        return None
+    difference = last["accuracy"] - before["accuracy"]
+    error = math.hypot(*(finite(row.get("accuracy_error")) or 0.0 for row in (last, before)))
+    lost = f"{-100 * difference:.2f} ± {100 * error:.2f} points"
+    if before["network"] == BASELINE:
+        if difference >= -2 * error:
+            return "Use it: what it loses against the full network trained as long is within the error."
+        return f"It costs {lost} against the full network trained as long. Too much? Take a larger one (“Other sizes”)."
+    if last["network"] == "fine-tuned":
+        return "What it costs is not known: the full network was not trained as long. A run with --baseline tells."
+    if difference >= -2 * error:
+        return "Use it: what it loses is within the error. A few epochs of training may even gain."
+    return f"Train it for some epochs, with --fine-tune: as it is it costs {lost}."
+
+
+def _measured(evaluation: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """The rows of an evaluation with an accuracy, of its test examples where it has any."""
+    if evaluation is None:
+        return []
+    splits = evaluation["split"].astype(str)
+    split = "test" if (splits == "test").any() else splits.iloc[-1]
+    chosen = evaluation[(splits == split) & evaluation["accuracy"].notna()]
+    return [{str(name): value for name, value in row.items()} for row in chosen.to_dict("records")]
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    return percent_with_error(row["accuracy"], row.get("accuracy_error"))
 
 
 def warnings_of(plan: Plan) -> list[str]:

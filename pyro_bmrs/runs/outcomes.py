@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from rich.text import Text
 from pyro_bmrs.arguments import check
 from pyro_bmrs.figures import plot_criteria, plot_runs
 from pyro_bmrs.files import check_file, write_table
-from pyro_bmrs.numerals import number, percent
+from pyro_bmrs.numerals import number, percent, percent_with_error
 from pyro_bmrs.reports.page import svg, write_page
 from pyro_bmrs.reports.words import (
     khat_text,
@@ -30,17 +31,18 @@ from pyro_bmrs.tables import FRONTIER_COLUMNS, MOST_CRITERIA
 type Columns = Sequence[tuple[str, str, str]]
 type Rows = Sequence[Mapping[Any, Any]]
 
-# The columns of tables: key, label, and kind: "text", "%" for a share, "khat", or the format of a number.
+# The columns of tables: key, label, and kind: "text", "%" for a share, "%±" for an accuracy, "khat", or the format of a
+# number.
 OUTCOMES: Columns = (
     ("run", "run", "text"), ("recipe", "recipe", "text"), ("data", "data", "text"), ("criterion", "criterion", "text"),
     ("seed", "seed", ".0f"), ("kl_weight", "KL weight", "g"),
     ("parameters_before", "parameters before", ",.0f"), ("parameters", "after", ",.0f"), ("removed", "removed", "%"),
-    ("accuracy", "test accuracy", "%"), ("negative_log_likelihood", "negative log-likelihood (nats)", ".4f"),
+    ("accuracy", "test accuracy", "%±"), ("negative_log_likelihood", "negative log-likelihood (nats)", ".4f"),
     ("brier", "Brier score", ".4f"), ("expected_calibration_error", "calibration error", ".4f"),
     ("khat", "worst k̂ of a part", "khat"),
 )  # fmt: skip
 NETWORKS: Columns = (
-    ("network", "network", "text"), ("parameters", "parameters", ",.0f"), ("accuracy", "test accuracy", "%"),
+    ("network", "network", "text"), ("parameters", "parameters", ",.0f"), ("accuracy", "test accuracy", "%±"),
     ("negative_log_likelihood", "test NLL (nats)", ".4f"),
 )  # fmt: skip
 LAYERS: Columns = (
@@ -51,14 +53,18 @@ KHAT: Columns = (
 )  # fmt: skip
 
 
-def shown(value: Any, kind: str) -> str:
+def shown(row: Mapping[Any, Any], key: str, kind: str) -> str:
     """The text of a table's cell.
 
-    >>> shown(0.25, "%"), shown(1370, ",.0f"), shown(float("nan"), ".4f"), shown(0.456, "khat")
-    ('25.00 %', '1,370', '–', '0.46')
+    >>> row = {"share": 0.25, "count": 1370, "accuracy": 0.982, "accuracy_error": 0.003}
+    >>> shown(row, "share", "%"), shown(row, "count", ",.0f"), shown(row, "accuracy", "%±")
+    ('25.00 %', '1,370', '98.20 ± 0.30 %')
     """
+    value = row[key]
     if kind == "text":
         return str(value)
+    if kind == "%±":
+        return percent_with_error(value, row.get("accuracy_error"))
     if kind == "%":
         return percent(value, 2)
     return khat_text(value) if kind == "khat" else number(value, kind)
@@ -70,7 +76,7 @@ def table_of(columns: Columns, rows: Rows) -> Table:
     for index, (_, label, _) in enumerate(columns):
         table.add_column(Text(label), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(shown(row[key], kind)) for key, _, kind in columns))
+        table.add_row(*(Text(shown(row, key, kind)) for key, _, kind in columns))
     return table
 
 
@@ -83,9 +89,9 @@ def compare_runs(folders: Sequence[Path | str]) -> pd.DataFrame:
     Returns:
         Columns run (the shortest end of the folder's path that tells it from the others), recipe, data, seed,
         kl_weight (NaN: trained weights), criterion, parameters_before, parameters, removed (0 to 1), accuracy (0 to 1)
-        and negative_log_likelihood (nats per example) of the final network on the test examples; and, if the run has a
-        diagnosis, of the final network brier and expected_calibration_error, and khat, the worst of any part of the
-        posterior (NaN: no diagnosis).
+        with its standard error accuracy_error, and negative_log_likelihood (nats per example) of the final network on
+        the test examples; and, if the run has a diagnosis, of the final network brier and expected_calibration_error,
+        and khat, the worst of any part of the posterior (NaN: no diagnosis).
 
     Raises:
         ValueError: for fewer than two folders, one that is named twice, or one that holds no reduced run.
@@ -122,6 +128,7 @@ def _row(name: str, run: RunFolder) -> dict[str, Any]:
         kl_weight=rule.kl_weight if settings.weights is None else float("nan"), criterion=rule.criterion,
         parameters_before=int(evaluation.parameters.iloc[0]), parameters=int(final.parameters),
         removed=run.outcome()["removed"], accuracy=float(final.accuracy),
+        accuracy_error=float(final.get("accuracy_error", float("nan"))),
         negative_log_likelihood=float(final.negative_log_likelihood),
         brier=float("nan"), expected_calibration_error=float("nan"), khat=float("nan"),
     )  # fmt: skip
@@ -154,7 +161,10 @@ def show_runs(folders: Sequence[Path | str], console: Console | None = None) -> 
     table, runs = compare_runs(folders), [RunFolder(folder) for folder in folders]
     # A row for each column of the page, because a terminal is narrow.
     rows = [
-        {"of": label, **{f"run {index}": shown(value, kind) for index, value in enumerate(table[key])}}
+        {
+            "of": label,
+            **{f"run {index}": shown(row, key, kind) for index, row in enumerate(table.to_dict("records"))},
+        }
         for key, label, kind in OUTCOMES[1:]
     ]
     columns = _run_columns(table)
@@ -221,7 +231,7 @@ def report_runs(folders: Sequence[Path | str], out: Path | str = "comparison.htm
         verdict=_verdict(table),
         outcomes=OUTCOMES,
         rows=rows,
-        texts=[[shown(row[key], kind) for key, _, kind in OUTCOMES] for row in rows],
+        texts=[[shown(row, key, kind) for key, _, kind in OUTCOMES] for row in rows],
         columns=columns,
         differing=_differing(columns, runs),
         widths=_widths(columns, runs),
@@ -242,14 +252,19 @@ def _curve(run: RunFolder) -> pd.DataFrame:
 
 
 def _verdict(table: pd.DataFrame) -> str:
-    told = f"{len(table)} runs"
-    if not table.accuracy.notna().any():
-        return told
-    best = table.iloc[int(table.accuracy.argmax())]
-    return (
-        f"{told}; the most accurate, {best.run}, has {100 * best.accuracy:.2f} % with "
-        f"{100 * best.removed:.1f} % of its parameters removed"
-    )
+    """Of each data set the smallest run that is as accurate as the best one, within two standard errors."""
+    told = [f"{len(table)} runs"]
+    for data, runs in table[table.accuracy.notna()].groupby("data", sort=False):
+        best = runs.iloc[int(runs.accuracy.argmax())]
+        error = np.hypot(runs.accuracy_error.fillna(0.0), np.nan_to_num(best.accuracy_error))
+        level = runs[runs.accuracy >= best.accuracy - 2 * error]
+        chosen = level.iloc[int(level.parameters.argmin())]
+        told.append(
+            f"on {data} the smallest that is as accurate as the best, {chosen.run}, has "
+            f"{percent_with_error(chosen.accuracy, chosen.accuracy_error)} with {100 * chosen.removed:.1f} % of its "
+            "parameters removed"
+        )
+    return "; ".join(told)
 
 
 def _run_columns(table: pd.DataFrame) -> Columns:

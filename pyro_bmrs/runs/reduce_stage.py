@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_bmrs.files import read_tensors, write_table
 from pyro_bmrs.fitting import fit
@@ -16,11 +17,14 @@ from pyro_bmrs.fitting.posterior_file import save_posterior
 from pyro_bmrs.fitting.stages import Stages
 from pyro_bmrs.inference import evaluate, recalibrate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_program, save_weights
+from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
+from pyro_bmrs.reports.words import BASELINE
 from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
 from pyro_bmrs.runs.workplace import Interrupted, Workplace
 
@@ -32,7 +36,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     small = plan.apply()
     rows, name = _full_network(run), "reduced"
     if isinstance(plan, LaplacePlan):
-        rows.append((name, *evaluate(run.model_of(small), data.test)[:2], parameters(small)))
+        rows.append(_row(run, name, run.model_of(small)))
         small, name = plan.apply(refit=data.train, progress=run.progress), "refitted"
     elif settings.recalibrate:
         recalibrate(small, data.train, batch_size=settings.batch_size, seed=settings.seed)
@@ -41,7 +45,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     history = run.read_table("history.csv", "phase", "epoch")
     history = history[history.phase != "fine-tune"]
     removals = _removals(run, plan, len(history))
-    rows.append((name, *evaluate(model, data.test)[:2], parameters(small)))
+    rows.append(_row(run, name, model))
     tuning = run.folder / "checkpoints" / f"fine-tune-{_name(run)}"
     if settings.fine_tune:
         tuned = fit(
@@ -55,8 +59,8 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
             )
         kept = sum(map(len, plan.kept.values()))
         history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
-        rows.append(("fine-tuned", *evaluate(model, data.test)[:2], parameters(small)))
-    columns = ["network", "negative_log_likelihood", "accuracy", "parameters"]
+        rows.append(_row(run, "fine-tuned", model))
+    rows = [*_baseline(run), *rows]
     # Files of two reductions never stand side by side.
     run.clear_reduction()
     run.write_settings()
@@ -65,7 +69,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
         save_posterior(posterior, run.model, run.guide)
     write_table(run.folder / "history.csv", history)
     write_table(run.folder / "removals.csv", removals)
-    write_table(run.folder / "evaluation.csv", pd.DataFrame(rows, columns=columns).assign(split="test"))
+    write_table(run.folder / "evaluation.csv", pd.DataFrame(rows).assign(split="test"))
     write_table(run.folder / "costs.csv", costs.reset_index(names="cost"))
     write_table(run.folder / "structures.csv", plan.table)
     small.cpu()  # so that the program can be loaded where there is no accelerator
@@ -103,15 +107,51 @@ def _reduced(run: Workplace) -> NetworkPlan:
     return run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
 
 
-def _full_network(run: Workplace) -> list[tuple[str, float, float, int]]:
+def _row(
+    run: Workplace, name: str, model: nn.Module, theta: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """The evaluation of a network on the test examples, each measure with its standard error."""
+    found = evaluate(model, run.dataset.test, theta)
+    spread = math.sqrt(found.accuracy * (1 - found.accuracy) / len(run.dataset.test))
+    return {
+        "network": name, "negative_log_likelihood": found.loss, "standard_error": found.standard_error,
+        "accuracy": found.accuracy, "accuracy_error": spread, "parameters": parameters(model),
+    }  # fmt: skip
+
+
+def _full_network(run: Workplace) -> list[dict[str, Any]]:
     """Rows of the evaluation for the network before the reduction."""
-    fitted, left = evaluate(run.model, run.dataset.test, run.guide.mean())[:2], parameters(run.network)
-    if run.settings.weights is not None:
-        return [("full", *fitted, left)]
+    trained, left = run.settings.weights is not None, parameters(run.network)
+    name = "full" if trained else "full, E[θ]"
     if left == run.parameters_before:
-        return [("full, E[θ]", *fitted, left)]
+        return [_row(run, name, run.model, run.guide.mean())]
     # The fit removed structures, so the full network was never fitted to its end.
-    return [("full", math.nan, math.nan, run.parameters_before), ("shrunk in the fit, E[θ]", *fitted, left)]
+    return [
+        {"network": "full", "parameters": run.parameters_before},
+        _row(run, "shrunk in the fit, E[θ]", run.model, run.guide.mean()),
+    ]
+
+
+def _baseline(run: Workplace) -> list[dict[str, Any]]:
+    """A row for the full network without noise, trained as long as the smaller one, if it is asked for."""
+    settings, data = run.settings, run.dataset
+    if settings.weights is None:
+        network, epochs = without_noise(run.original_network()), settings.epochs + settings.fine_tune
+    else:
+        network, epochs = without_noise(copied(run.network)), settings.fine_tune
+    if not (settings.baseline and epochs):
+        return []
+    model = run.recipe.model(network).to(run.device)
+    result = fit(
+        model, None, data.train, data.validation, settings.of_fine_tuning().changed(epochs=epochs),
+        checkpoints=run.folder / "checkpoints" / "baseline", logger=run.logger_of("baseline"), progress=run.progress,
+    )  # fmt: skip
+    if result.interrupted:
+        raise Interrupted(
+            f"interrupted in epoch {len(result.history) + 1} of the baseline; the same command, without --overwrite, "
+            "goes on from there"
+        )
+    return [_row(run, BASELINE, model)]
 
 
 def _name(run: Workplace) -> str:

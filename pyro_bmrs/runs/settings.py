@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Settings of the reduction. The fit does not depend on them, unless it removes structures itself.
 BUDGET = ("parameters", "macs", "bytes", "milliseconds", "accuracy_drop", "loss_rise")
 OF_REDUCTION = (
-    "criterion", "prior_log_odds", "min_kept", "round_to", *BUDGET, "recalibrate", "fine_tune",
+    "criterion", "prior_log_odds", "min_kept", "round_to", *BUDGET, "recalibrate", "fine_tune", "baseline",
 )  # fmt: skip
 # Settings that fine-tuning leaves out: it has no posterior, and always runs all its epochs.
 _NOT_OF_TUNING = {
@@ -128,6 +128,10 @@ class RunSettings(Settings):
     )
     recalibrate: bool = Field(default=True, description="Re-estimate BatchNorm statistics after removal.")
     fine_tune: int = Field(default=0, ge=0, description="Epochs of fine-tuning the small network.")
+    baseline: bool = Field(
+        default=False,
+        description="Train the full network, without noise, as long, to tell what the reduction cost.",
+    )
 
     @property
     def budget(self) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def test_apply_computes_the_reduced_model():
     assert plan.costs(small).loc["parameters"].tolist() == [
         4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3,
         4 * 4 + 4 + 4 + 1 + 3 + 3,
+        0,
     ]
     assert "parameters: 83 → 31" in plan.summary()
     other = torch.randn(7, 4)

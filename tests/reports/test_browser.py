@@ -221,7 +221,6 @@ def test_every_text_of_a_user_is_shown_as_text(watch, hostile):
             assert any(name in text for text in shown), (section, name)
     for name, table in ((HOSTILE[1], "evaluation"), (HOSTILE[4], "quality")):
         assert name in watched.text(f"table[data-name={table}]")
-    assert HOSTILE[3] in watched.text("table[data-name=quality] thead")
     assert HOSTILE[0] in watched.text("header")
     assert HOSTILE[2] in watched.text(".verdict").replace("\u00a0", " ")
     assert HOSTILE[0] in watched.page.title()
@@ -308,6 +307,17 @@ class Slider:
         assert ("as decided" in told) == row.is_plan
         assert ("the evidence's own choice" in told) == row.is_evidence
         assert ("within one standard error" in told) == row.is_one_standard_error
+
+
+def test_the_button_copies_the_command(watch, by_hand):
+    watched = watch(by_hand.page, permissions=["clipboard-read", "clipboard-write"])
+    watched.page.locator("#sizes-slider").press("Home")
+    command = watched.text("#sizes-command")
+    watched.page.locator("#sizes-copy").click()
+    assert watched.text("#sizes-copy") == "copied"
+    assert watched.page.evaluate("navigator.clipboard.readText()") == command
+    watched.page.locator("#sizes-slider").press("End")
+    assert watched.text("#sizes-copy") == "copy"
 
 
 @pytest.fixture(params=["run", pytest.param("by_hand", marks=pytest.mark.slow)])

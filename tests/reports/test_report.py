@@ -20,7 +20,7 @@ from pyro_bmrs.numerals import percent
 from pyro_bmrs.pruning import NetworkPlan, Rule
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.reports.report import report
-from pyro_bmrs.reports.words import removal_warnings
+from pyro_bmrs.reports.words import BASELINE, recommendation, removal_warnings
 from pyro_bmrs.tables import (
     COST_COLUMNS,
     CURVE_COLUMNS,
@@ -77,7 +77,7 @@ def make_plan(
         prior_log_odds=0.919 if evidence else None,
         kl_weight=kl_weight,
     )
-    return SimpleNamespace(table=table, rule=rule, widths=widths, cautions=rule.cautions)
+    return SimpleNamespace(table=table, rule=rule, widths=widths, cautions=rule.cautions, kinds=dict)
 
 
 def make_costs() -> pd.DataFrame:
@@ -172,17 +172,80 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_says_the_verdict_and_holds_every_section(page: str) -> None:
-    verdict = (
-        "93.6 % of 61,706 parameters removed; test accuracy 98.86 % (fine-tuned), "
-        "from 99.11 % (full, posterior mean)."
-    )
-    assert verdict in page
+    assert "93.6 % of 61,706 parameters removed; test accuracy 98.86 % (fine-tuned)." in page
+    assert "No size was asked for: the evidence decided." in page
+    assert "the full network was not trained as long. A run with --baseline tells." in page
     identifiers = [attributes.get("id") for _, attributes in Page(page).tags]
     for section in ("warnings", "before-after", "map", "decision", "history", "structures", "settings"):
         assert section in identifiers
     assert page.count("<svg") == 6
     assert "15.63×" in page
     assert "versions.torch" in page
+
+
+def rows(*accuracies: tuple[str, float]) -> pd.DataFrame:
+    table = pd.DataFrame(accuracies, columns=["network", "accuracy"])
+    return table.assign(accuracy_error=0.001, split="test", negative_log_likelihood=0.1, parameters=9)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "told"),
+    [
+        (
+            rows((BASELINE, 0.991), ("full, E[θ]", 0.95), ("fine-tuned", 0.99)),
+            "Use it: what it loses against the full",
+        ),
+        (
+            rows((BASELINE, 0.991), ("fine-tuned", 0.98)),
+            "It costs 1.10 ± 0.14 points against the full network",
+        ),
+        (rows(("full, E[θ]", 0.991), ("reduced", 0.97), ("fine-tuned", 0.99)), "A run with --baseline tells"),
+        (rows(("full", 0.991), ("reduced", 0.990)), "Use it: what it loses is within the error"),
+        (
+            rows(("full", 0.991), ("reduced", 0.90)),
+            "Train it for some epochs, with --fine-tune: as it is it costs 9.10",
+        ),
+        (rows(("reduced", 0.991)), None),
+        (None, None),
+    ],
+)
+def test_recommends_what_the_numbers_say(evaluation: pd.DataFrame | None, told: str | None) -> None:
+    found = recommendation(make_plan(), evaluation, None, "plan.within(parameters={})")
+    assert found is None if told is None else told in str(found)
+
+
+def test_recommends_a_size_where_nothing_was_removed() -> None:
+    plan = make_plan()
+    plan.table["removed"] = False
+    sizes = pd.DataFrame({"parameters": [61706, 20]})
+    found = recommendation(
+        plan, rows((BASELINE, 0.99), ("fine-tuned", 0.99)), sizes, "plan.within(parameters={})"
+    )
+    assert found == "Nothing was removed: ask for a size, such as half of it by plan.within(parameters=30853)"
+
+
+def test_the_verdict_has_errors_and_the_network_that_was_trained_as_long(tmp_path: Path) -> None:
+    evaluation = rows((BASELINE, 0.991), ("full, E[θ]", 0.95), ("fine-tuned", 0.98))
+    page = write(tmp_path / "report.html", evaluation=evaluation).replace("\u00a0", " ")
+    assert (
+        "test accuracy 98.00 ± 0.10 % (fine-tuned), 99.10 ± 0.10 % of the full network trained as long."
+        in page
+    )
+    assert "from 95" not in page
+
+
+def test_columns_that_say_nothing_are_not_shown_and_times_within_their_error_save_nothing(
+    tmp_path: Path,
+) -> None:
+    costs = make_costs().assign(error=0.0)
+    costs.loc["milliseconds_batch_1_one_thread"] = [2.0, 1.96, 0.05]
+    costs.loc["milliseconds_batch_128_one_thread"] = [2.0, 1.0, 0.031]
+    evaluation = make_evaluation().assign(accuracy=np.nan)
+    page = write(tmp_path / "report.html", costs=costs, evaluation=evaluation, curve=None)
+    assert '<button type="button">accuracy</button>' not in page
+    assert "negative log-likelihood (nats per example)</button>" in page
+    assert re.search(r"one thread \(ms\)</td><td>2.000</td><td>1.960</td><td>none</td>", page)
+    assert "<td>50.0 ± 3.1 %</td>" in page
 
 
 @pytest.mark.slow

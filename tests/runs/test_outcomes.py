@@ -13,6 +13,7 @@ import pytest
 from command_line import call
 from diagnosed import DRAWS, RECIPE, RUN_OPTIONS, finished_run
 
+from pyro_bmrs.numerals import percent_with_error
 from pyro_bmrs.quality import Diagnosis
 from pyro_bmrs.runs import outcomes, report_stage
 from pyro_bmrs.runs.folder import FIT_FILES, RunFolder
@@ -191,7 +192,8 @@ def test_the_command_writes_a_page_and_the_same_as_markdown_and_csv(compared, fi
     rows = [
         [
             *(row.run, row.recipe, row.data, row.criterion, "0", "2", "1,370"),
-            *(f"{row.parameters:,}", f"{100 * row.removed:.2f} %", f"{100 * row.accuracy:.2f} %"),
+            *(f"{row.parameters:,}", f"{100 * row.removed:.2f} %"),
+            percent_with_error(row.accuracy, row.accuracy_error),
             f"{row.negative_log_likelihood:.4f}",
             *(
                 "–" if np.isnan(value) else f"{value:.4f}"
@@ -205,8 +207,31 @@ def test_the_command_writes_a_page_and_the_same_as_markdown_and_csv(compared, fi
     in_markdown = markdown_rows(compared.with_suffix(".md"), "")
     assert in_markdown == [page.tables["runs"][0], *rows]
     best = table.loc[table.accuracy.idxmax()]
-    sentence = f"2 runs; the most accurate, {best.run}, has {100 * best.accuracy:.2f} %"
+    sentence = f"2 runs; on digits the smallest that is as accurate as the best, {best.run}, has"
     assert sentence in " ".join("".join(page.text).split()).replace("\u00a0", " ")
+
+
+def test_runs_are_ranked_within_a_data_set_and_its_errors():
+    def told(rows):
+        columns = ["run", "data", "accuracy", "accuracy_error", "parameters", "removed"]
+        return outcomes._verdict(pd.DataFrame(rows, columns=columns))
+
+    level = ["a", "one", 0.992, 0.001, 900, 0.1], ["b", "one", 0.990, 0.001, 300, 0.7]
+    worse, other = ["c", "one", 0.980, 0.001, 100, 0.9], ["d", "two", 0.6, 0.01, 500, 0.5]
+    assert told([*level, worse]) == (
+        "3 runs; on one the smallest that is as accurate as the best, b, has 99.00 ± 0.10 % with 70.0 % of its "
+        "parameters removed"
+    )
+    assert "best, c, has" not in told([*level, worse])
+    both = told([*level, worse, other])
+    assert "; on one the smallest" in both
+    assert both.endswith(
+        "; on two the smallest that is as accurate as the best, d, has 60.0 ± 1.0 % with 50.0 % of its parameters "
+        "removed"
+    )
+    # without errors the most accurate is the best
+    nan = float("nan")
+    assert "best, a, has 99.20 %" in told([[*row[:3], nan, *row[4:]] for row in level])
 
 
 def test_settings_that_differ_are_listed_and_no_others(compared, finished, other):
@@ -280,7 +305,7 @@ def test_regressions_are_compared_without_accuracies(finished, tmp_path, curve):
             (folder / "frontier.csv").unlink()
     page = Page(report_runs(folders, tmp_path / "x.html"))
     assert "svg" not in page.tags
-    assert [row[9] for row in page.rows("runs")] == ["–", "–"]
+    assert "test accuracy" not in page.tables["runs"][0]
     assert "most accurate" not in " ".join(page.text)
 
 
@@ -288,7 +313,7 @@ def test_the_most_accurate_is_one_that_has_an_accuracy(finished, copied, tmp_pat
     evaluation = pd.read_csv(copied / "evaluation.csv").assign(accuracy=np.nan)
     evaluation.to_csv(copied / "evaluation.csv", index=False)
     text = report_runs([copied, finished], tmp_path / "x.html").read_text()
-    assert "the most accurate, spread, has" in text
+    assert "on digits the smallest that is as accurate as the best, spread, has" in text
     assert text.count("<svg") == 2
 
 
@@ -480,15 +505,15 @@ def test_show_says_the_essentials(finished, capsys, monkeypatch):
     first, last = evaluation.iloc[0], evaluation.iloc[-1]
     share = 100 * (1 - last.parameters / first.parameters)
     assert text.startswith(
-        f"{share:.1f} % of 1,370 parameters removed; test accuracy {100 * last.accuracy:.2f} % (fine-tuned), "
-        f"from {100 * first.accuracy:.2f} % (full, E[θ]).\n"
+        f"{share:.1f} % of 1,370 parameters removed; test accuracy "
+        f"{percent_with_error(last.accuracy, last.accuracy_error)} (fine-tuned).\n"
     )
     assert "spread.py on digits, seed 0, KL weight 2, BMRS_N (prior log-odds 0.919)\n" in text
     assert table_of(text, "network") == [
         [
             row.network,
             f"{row.parameters:,}",
-            f"{100 * row.accuracy:.2f} %",
+            percent_with_error(row.accuracy, row.accuracy_error),
             f"{row.negative_log_likelihood:.4f}",
         ]
         for row in evaluation.itertuples()
@@ -515,7 +540,7 @@ def test_show_puts_several_side_by_side_with_the_numbers_of_the_page(
 ):
     text = printed(finished, other, capsys=capsys, monkeypatch=monkeypatch)
     page = Page(compared)
-    assert text.startswith("2 runs; the most accurate, ")
+    assert text.startswith("2 runs; on digits the smallest that is as accurate as the best, ")
     told = [page.tables["runs"][0], *page.rows("runs")]
     assert table_of(text, "run") == [list(row) for row in zip(*(row[1:] for row in told), strict=True)]
     assert sorted(table_of(text, "setting that differs")) == sorted(page.rows("settings"))
@@ -542,7 +567,7 @@ def test_markup_in_names_is_printed_as_it_is(copied, capsys, monkeypatch):
     evaluation.to_csv(copied / "evaluation.csv", index=False)
     text = printed(copied, capsys=capsys, monkeypatch=monkeypatch)
     assert "\x1b" not in text
-    assert text.count(MARKUP) >= 6  # verdict, settings, three tables, warning
+    assert text.count(MARKUP) >= 5  # settings, three tables, warning
     assert f"{MARKUP} on :smile: [/], seed 0" in text
     assert [row[0] for row in table_of(text, "network")] == [MARKUP, "[bold]", "[/bold]"]
     assert [row[0] for row in table_of(text, "layer")] == ["3", MARKUP]

@@ -17,9 +17,11 @@ import torch
 from command_line import call
 from safetensors.torch import load_file
 
+import pyro_bmrs as bmrs
 from pyro_bmrs.data import load_data
 from pyro_bmrs.files import held, read_tensors
 from pyro_bmrs.fitting.progress import EpochProgress
+from pyro_bmrs.inference import evaluate
 from pyro_bmrs.quality.examination import Examination
 from pyro_bmrs.runs import fit_stage, reduce_stage, report_stage
 from pyro_bmrs.runs.folder import FIT_FILES
@@ -176,6 +178,42 @@ def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_p
     assert set(files(folder / "checkpoints")) == CHECKPOINTS
     same_outcome(finished, folder)
     assert "tiny_recipe.py" in (folder / "report.html").read_text()  # not recipe.py, the copy's name
+
+
+def test_a_baseline_is_trained_as_long_and_made_once(copied, capsys):
+    settings = Run(copied).settings
+    before = pd.read_csv(copied / "evaluation.csv")
+    assert call("reduce", copied, "--baseline", "--quiet") == 0
+    table = pd.read_csv(copied / "evaluation.csv")
+    assert [*table.network] == ["full, trained as long", *before.network]
+    assert table.parameters[0] == table.parameters[1]
+    pd.testing.assert_frame_equal(table[1:].reset_index(drop=True), before)
+    run = Run(copied)
+    network = bmrs.without_noise(run.original_network())
+    epochs = settings.epochs + settings.fine_tune
+    model = bmrs.Classifier(network)
+    data = run.dataset
+    bmrs.fit(
+        model,
+        None,
+        data.train,
+        data.validation,
+        settings.of_fine_tuning().changed(epochs=epochs),
+        progress=False,
+    )
+    assert evaluate(model, data.test).loss == pytest.approx(table.negative_log_likelihood[0], rel=1e-5)
+    stamp = max(
+        path.stat().st_mtime_ns for path in (copied / "checkpoints" / "baseline").glob("*.safetensors")
+    )
+    assert (
+        call("reduce", copied, "--parameters", "50%", "--quiet") == 0
+    )  # it stays asked for, and is not made anew
+    assert pd.read_csv(copied / "evaluation.csv").accuracy[0] == table.accuracy[0]
+    assert stamp == max(
+        path.stat().st_mtime_ns for path in (copied / "checkpoints" / "baseline").glob("*.safetensors")
+    )
+    assert call("reduce", copied, "--no-baseline", "--quiet") == 0
+    assert "full, trained as long" not in [*pd.read_csv(copied / "evaluation.csv").network]
 
 
 def test_a_page_stands_at_once_and_a_report_that_was_interrupted_goes_on(copied, monkeypatch, capsys):
