@@ -33,7 +33,7 @@ def with_error(value: object, error: object) -> str:
     return f"{number:,.{decimals}f} ± {told}"
 
 
-def percent_with_error(value: object, error: object) -> str:
+def percent_with_error(value: object, error: object, decimals: int = 2) -> str:
     """A fraction with its standard error, both in per cent, the error in two digits; without one as `percent` has it.
 
     >>> percent_with_error(0.98864, 0.00106), percent_with_error(0.9, 0.03), percent_with_error(0.5, None)
@@ -41,7 +41,7 @@ def percent_with_error(value: object, error: object) -> str:
     """
     number, deviation = finite(value), finite(error)
     if number is None or not deviation:
-        return percent(value, 2)
+        return percent(value, decimals)
     decimals = min(max(1 - math.floor(math.log10(100 * deviation)), 0), 4)
     return f"{100 * number:.{decimals}f} ± {100 * deviation:.{decimals}f} %"
 

@@ -63,11 +63,8 @@ def _environment(*, html: bool) -> Environment:
 
 
 def saved(row: Mapping[str, Any]) -> str:
-    """The share of a cost that is saved; "none" where it is within the error of a time."""
-    share, error = row["removed"], row["error"]
-    if share is None or error is None:
-        return percent(share)
-    return percent_with_error(share, error) if abs(share) > error else "none"
+    """The share of a cost that is saved, of times with its error; "none" of equal costs."""
+    return "none" if row["removed"] == 0 else percent_with_error(row["removed"], row["error"], 1)
 
 
 def told(

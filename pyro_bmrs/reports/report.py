@@ -343,7 +343,7 @@ def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:
                 "after": after,
                 "digits": ",.0f" if name in _COUNTS else ",.3f",
                 "removed": 1 - after / before if before and after is not None else None,
-                # of a time; nothing is saved that is within it
+                # of a time
                 "error": finite(row.get("error")) if "milliseconds" in str(name) else None,
                 "ratio": before / after if before is not None and after else None,
             }

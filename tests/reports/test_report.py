@@ -234,17 +234,17 @@ def test_the_verdict_has_errors_and_the_network_that_was_trained_as_long(tmp_pat
     assert "from 95" not in page
 
 
-def test_columns_that_say_nothing_are_not_shown_and_times_within_their_error_save_nothing(
+def test_columns_that_say_nothing_are_not_shown_and_times_have_errors(
     tmp_path: Path,
 ) -> None:
     costs = make_costs().assign(error=0.0)
-    costs.loc["milliseconds_batch_1_one_thread"] = [2.0, 1.96, 0.05]
+    costs.loc["milliseconds_batch_1_one_thread"] = [2.0, 2.0, 0.0]
     costs.loc["milliseconds_batch_128_one_thread"] = [2.0, 1.0, 0.031]
     evaluation = make_evaluation().assign(accuracy=np.nan)
     page = write(tmp_path / "report.html", costs=costs, evaluation=evaluation, curve=None)
     assert '<button type="button">accuracy</button>' not in page
     assert "negative log-likelihood (nats per example)</button>" in page
-    assert re.search(r"one thread \(ms\)</td><td>2.000</td><td>1.960</td><td>none</td>", page)
+    assert re.search(r"one thread \(ms\)</td><td>2.000</td><td>2.000</td><td>none</td>", page)
     assert "<td>50.0 ± 3.1 %</td>" in page
 
 
