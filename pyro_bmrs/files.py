@@ -100,7 +100,7 @@ def on_disk(tensor: Tensor) -> Tensor:
     files, so that the environment variable TMPDIR says where.
 
     Raises:
-        OSError: if there is no room on the disk.
+        OSError: if it can't be written, such as for lack of room.
     """
     import torch
 
@@ -113,7 +113,7 @@ def on_disk(tensor: Tensor) -> Tensor:
             file.flush()
         except OSError as error:
             raise OSError(
-                f"{tempfile.gettempdir()} has no room for a temporary file: {error.strerror}; "
+                f"a temporary file in {tempfile.gettempdir()} can't be written: {error.strerror}; "
                 "the environment variable TMPDIR names another folder"
             ) from error
         found = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)

@@ -33,6 +33,15 @@ def with_error(value: object, error: object) -> str:
     return f"{number:,.{decimals}f} ± {told}"
 
 
+def nats(value: object, error: object) -> str:
+    """A loss with its standard error, where it is known.
+
+    >>> nats(0.1913, 0.0067), nats(0.1913, float("nan"))
+    ('0.1913 ± 0.0067', '0.1913')
+    """
+    return number(value, ".4f") if finite(error) is None else with_error(value, error)
+
+
 def percent_with_error(value: object, error: object, decimals: int = 2) -> str:
     """A fraction with its standard error, both in per cent, the error in two digits; without one as `percent` has it.
 

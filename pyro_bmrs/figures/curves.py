@@ -31,8 +31,8 @@ def plot_compression_curve(curve: pd.DataFrame) -> Figure:
 
     Args:
         curve: what `compression_curve` returned: a row per plan, in any order, with ``parameters_removed`` and
-            ``accuracy`` (0 to 1), ``score_threshold`` (criterion's unit) and ``is_plan`` (true for the plan
-            itself). Rows without a finite share and accuracy are left out.
+            ``accuracy`` (0 to 1), and ``is_plan`` (true for the plan itself). Rows without a finite share and accuracy
+            are left out.
 
     Returns:
         A figure as that of `plot_criteria`.

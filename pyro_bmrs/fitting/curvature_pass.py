@@ -128,10 +128,12 @@ def curvature_pass(
             sums = _summed(
                 model, {path: guide.layer(path) for path in paths}, batches, fabric, stop, bar,
                 widest=guide.widest, own=own, seed=seed, file=file, identity={**identity, "layers": list(paths)},
+                losses=not number,
             )  # fmt: skip
             if sums.examples < own and stop.asked:
                 return True
-            found, examples, log_likelihood = _all(fabric, sums)
+            found, examples, likelihood = _all(fabric, sums)
+            log_likelihood = log_likelihood if number else likelihood
             together |= {path: some.kept(guide.keep) for path, some in found.items()}
             del sums, found  # the next layers need their room
     guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
@@ -142,8 +144,13 @@ def curvature_pass(
 def _summed(
     model: Likelihood, layers: dict[str, nn.Module], batches: Batches, fabric: Fabric, stop: StopRequest, bar: Progress,
     *, widest: int, own: int, seed: int, file: Path | None, identity: Mapping[str, Any],
+    losses: bool,
 ) -> Sums:  # fmt: skip
-    """The sums of some layers over `own` examples, from where a file stands; over fewer if a stop is asked."""
+    """The sums of some layers over `own` examples, from where a file stands; over fewer if a stop is asked.
+
+    Args:
+        losses: whether to sum log p(y | x, ŵ), too, which is the same for all layers.
+    """
     sums = Sums() if file is None else Sums.load(file, identity, fabric.device)
     generator = torch.Generator().manual_seed(seed)
     saved, start, done = time.monotonic(), sums.batches, min(sums.examples, own)
@@ -153,7 +160,7 @@ def _summed(
         if sums.examples >= own or stop.asked or share < 1:
             break
         torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
-        _add(sums, model, layers, widest, batches, x, y)
+        _add(sums, model, layers, widest, batches, x, y, losses)
         bar.advance(min(sums.examples, own) - done)
         done = min(sums.examples, own)
         if file is not None and time.monotonic() - saved > _EVERY:
@@ -185,7 +192,14 @@ def _without_priors(model: Likelihood) -> Iterator[None]:
 
 
 def _add(
-    sums: Sums, model: Likelihood, layers: dict[str, Any], widest: int, batches: Batches, x: Any, y: Any
+    sums: Sums,
+    model: Likelihood,
+    layers: dict[str, Any],
+    widest: int,
+    batches: Batches,
+    x: Any,
+    y: Any,
+    losses: bool,
 ) -> None:
     """Add a batch, with labels that are drawn from the model."""
     given, weights = model.observed(y)
@@ -206,7 +220,8 @@ def _add(
     with torch.no_grad():
         if not sums.batches:
             batches.count.settle(x, y, poutine.trace(model).get_trace(x, y))
-        sums.log_likelihood += float(model.log_likelihood(x, y))
+        if losses:
+            sums.log_likelihood += float(model.log_likelihood(x, y))
     sums.examples += batches.count(x, y)
     sums.batches += 1
 

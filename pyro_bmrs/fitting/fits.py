@@ -232,7 +232,9 @@ def fit(
     if fabric.world_size > 1:  # each process has data of its own, and the first decides
         settings = settings.changed(**fabric.broadcast({name: getattr(settings, name) for name in SETTLED}))
         batches.batch_size = settings.batch_size
-    held_out = None if validation is None else Batches(validation, AT_ONCE, home, "validation")
+    # of examples that need each other there is one batch of training, and of validation
+    at_once = max(AT_ONCE, settings.batch_size or 0)
+    held_out = None if validation is None else Batches(validation, at_once, home, "validation")
     task = Task(
         model, guide, batches, held_out, settings, None if checkpoints is None else Path(checkpoints),
         keep_checkpoints, overwrite, label, progress, validate,

@@ -138,7 +138,7 @@ def _restore_curvature(
     moments = {}
     for layer, parts in found.items():
         device = guide.layer(layer).get_parameter("weight").device
-        own = {part: tensor.to(device) for part, tensor in parts.items()}
+        own = {part: guide.keep(tensor.to(device)) for part, tensor in parts.items()}
         try:
             moments[layer] = Moments(own["inputs"], own["gradients"], 1, own.get("positions"))
         except KeyError as error:

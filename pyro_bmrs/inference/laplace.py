@@ -60,9 +60,9 @@ class AutoKroneckerLaplace(nn.Module):
         widest: of a convolution with more inputs (channels times positions in the kernel) A is taken as a product of
             channels and positions, so that it needs less time and memory.
         memory: GiB for the matrices of all layers; a refit takes as many examples as fit into what they leave. Where
-            all need more, they lie in temporary files (TMPDIR says where), layers are summed over in several passes,
-            and the mathematics is on the CPU. A layer that alone needs more gets no curvature, with a warning; what it
-            reads stays.
+            all need more, they lie in temporary files, layers are summed over in several passes, and the mathematics is
+            on the CPU. The environment variable TMPDIR says where the files lie: it must be on a disk. A layer that
+            alone needs more gets no curvature, with a warning; what it reads stays.
 
     Raises:
         TypeError, ValueError: for another model, or one without layers that are products with a matrix.
@@ -138,7 +138,7 @@ class AutoKroneckerLaplace(nn.Module):
         curvatures = {}
         for path in self.paths:
             if path in moments:
-                sums, module = moments[path], self.layer(path)
+                sums, module, keep = moments[path], self.layer(path), self.keep
                 weights = as_matrix(module, module.get_parameter("weight").detach().double())
                 positions = sums.positions
                 if positions is not None:
@@ -146,8 +146,7 @@ class AutoKroneckerLaplace(nn.Module):
                     positions = positions / positions.diagonal(dim1=-2, dim2=-1).mean(-1)[
                         :, None, None
                     ].clamp(min=1e-300)
-                    weights = apart(module, weights)
-                keep = self.keep
+                    weights, positions = apart(module, weights), keep(positions)
                 curvatures[path] = KroneckerCurvature(
                     keep(sums.inputs / sums.rows), keep(sums.gradients / seen), keep(weights), dataset_size, positions,
                     keep,

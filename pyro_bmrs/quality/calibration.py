@@ -176,7 +176,7 @@ def _by_confidence(predictions: Predictions) -> tuple[NDArray[np.float64], NDArr
 def _auroc(inside: Predictions, outside: Predictions | None) -> float:
     if outside is None:
         return float("nan")
-    with untouched():  # its first import moves Python's generator
+    with untouched():
         from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
 
     pairs = len(inside.label) * len(outside.label)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_bmrs.files import write_atomically
-from pyro_bmrs.numerals import finite, number, percent, percent_with_error, plain_number, with_error
+from pyro_bmrs.numerals import finite, nats, number, percent, percent_with_error, plain_number, with_error
 from pyro_bmrs.reports.words import khat_text, khat_value, markdown
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
     )
     made.filters.update(
+        nats=nats,
         number=number,
         percent=percent,
         percent_with_error=percent_with_error,

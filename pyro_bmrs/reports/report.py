@@ -171,9 +171,7 @@ def report(
         verdict=verdict(history, plan, curve, evaluation, costs),
         warnings=[*removal_warnings(evaluation), *warnings_of(plan), *posterior_warnings(diagnosis.khat)],
         asked=asked(plan.rule),
-        recommendation=recommendation(
-            plan, evaluation, None if frontier is None else frontier.table, command
-        ),
+        recommendation=recommendation(plan, evaluation, _parameters_left(costs), command),
         pending=", ".join(pending),
         rule=f"{plan.rule}. {decision(plan.rule)}.",
         threshold=finite_threshold(plan.rule),
@@ -349,6 +347,11 @@ def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _parameters_left(costs: pd.DataFrame | None) -> int | None:
+    known = costs is not None and "parameters" in costs.index
+    return int(costs["after"]["parameters"]) if known else None  # type: ignore[index]
 
 
 def _parameters_before(found: Frontier, costs: pd.DataFrame | None) -> int:

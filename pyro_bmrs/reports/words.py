@@ -185,10 +185,11 @@ def methods(
             f"The smaller network was then fine-tuned for {epochs['fine-tune']} epochs by maximum likelihood."
         )
     if diagnosis.quality is not None:
+        draws = diagnosis.facts.get("predictive_draws", "some")
         text.append(
-            f"Predictions were averaged over {diagnosis.facts.get('draws', 'some')} draws of the posterior, or made "
-            "with E[θ]; expected calibration error is of the top label in 15 bins (Guo et al., 2017), the split of "
-            "the predictive entropy that of Depeweg et al. (2018)."
+            f"Predictions were averaged over {draws} draws of the posterior, or made with E[θ]; expected calibration "
+            "error is of the top label in 15 bins (Guo et al., 2017), the split of the predictive entropy that of "
+            "Depeweg et al. (2018)."
         )
     if diagnosis.khat is not None:
         text.append("The approximation was checked by Pareto k̂ (Yao et al., 2018; Vehtari et al., 2024).")
@@ -201,13 +202,16 @@ def markdown(value: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", text)
 
 
-# The row of an evaluation with the full network that was trained as long as the smaller one.
-BASELINE = "full, trained as long"
+# Rows of an evaluation: the full network that was trained as long as the smaller one; what a fit has left.
+BASELINE, SHRUNK = "full, trained as long", "shrunk in the fit, E[θ]"
 
 
 def asked(rule: Rule) -> str:
     """What was asked for."""
-    return f"Asked for: {_limits(rule)}." if rule.budget else "No size was asked for: the evidence decided."
+    if rule.budget:
+        return f"Asked for: {_limits(rule)}."
+    by_evidence = rule.has_evidence and rule.threshold == 0
+    return "No size was asked for: the evidence decided." if by_evidence else "No size was asked for."
 
 
 def verdict(
@@ -241,41 +245,42 @@ def verdict(
     return f"{removed}."
 
 
-def recommendation(
-    plan: Plan, evaluation: pd.DataFrame | None, frontier: pd.DataFrame | None, command: str
-) -> str | None:
-    """What to do now, in a sentence; None where nothing is known.
+def recommendation(plan: Plan, evaluation: pd.DataFrame | None, left: int | None, command: str) -> str | None:
+    """What to do now, in a sentence or two; None where nothing is known.
 
     Args:
-        frontier: the table of a `Frontier`.
+        left: parameters of the network that came out; None: not known.
         command: makes the network of a size; "{}" stands for its parameters.
     """
-    if frontier is not None and not plan.table["removed"].any():
-        half = int(frontier.parameters.max()) // 2
-        return f"Nothing was removed: ask for a size, such as half of it by {command.format(half)}"
+    if not plan.table["removed"].any():
+        half = "" if left is None else f", such as half of it by {command.format(left // 2)}"
+        return f"Nothing was removed: ask for a size{half}"
     rows = _measured(evaluation)
-    if not rows:
+    if len(rows) < 2:
         return None
     last, before = rows[-1], rows[0]
-    if before is last:
-        return None
-    difference = last["accuracy"] - before["accuracy"]
-    error = math.hypot(*(finite(row.get("accuracy_error")) or 0.0 for row in (last, before)))
-    lost = f"{-100 * difference:.2f} ± {100 * error:.2f} points"
-    if before["network"] == BASELINE:
-        if difference >= -2 * error:
-            return "Use it: what it loses against the full network trained as long is within the error."
-        return f"It costs {lost} against the full network trained as long. Too much? Take a larger one (“Other sizes”)."
-    if last["network"] == "fine-tuned":
+    if before["network"] == SHRUNK or (last["network"] == "fine-tuned" and before["network"] != BASELINE):
         return "What it costs is not known: the full network was not trained as long. A run with --baseline tells."
-    if difference >= -2 * error:
-        return "Use it: what it loses is within the error. A few epochs of training may even gain."
-    return f"Train it for some epochs, with --fine-tune: as it is it costs {lost}."
+    lost, errors = (
+        before["accuracy"] - last["accuracy"],
+        [finite(row.get("accuracy_error")) for row in (last, before)],
+    )
+    error = None if None in errors else math.hypot(*filter(None, errors))
+    points = percent_with_error(abs(lost), error).replace("%", "points")
+    against = "the full network trained as long" if before["network"] == BASELINE else "the full network"
+    found = f"Against {against} it {'loses' if lost > 0 else 'gains'} {points}"
+    if error is not None and abs(lost) <= 2 * error:
+        return f"{found}, which is within the error: use it."
+    if lost <= 0:
+        return f"{found}: use it."
+    if before["network"] == BASELINE:
+        return f"{found}. If that is too much, take a larger one."
+    return f"{found}: train it for some epochs, with --fine-tune."
 
 
 def _measured(evaluation: pd.DataFrame | None) -> list[dict[str, Any]]:
     """The rows of an evaluation with an accuracy, of its test examples where it has any."""
-    if evaluation is None:
+    if evaluation is None or evaluation.empty:
         return []
     splits = evaluation["split"].astype(str)
     split = "test" if (splits == "test").any() else splits.iloc[-1]
@@ -327,7 +332,7 @@ def removal_warnings(evaluation: pd.DataFrame | None) -> list[str]:
     if evaluation is None:
         return []
     rows = evaluation.drop_duplicates("network").set_index("network")
-    before = next((name for name in ("full, E[θ]", "shrunk in the fit, E[θ]") if name in rows.index), None)
+    before = next((name for name in ("full, E[θ]", SHRUNK) if name in rows.index), None)
     if before is None or "reduced" not in rows.index:
         return []
     cost = rows["negative_log_likelihood"]["reduced"] - rows["negative_log_likelihood"][before]

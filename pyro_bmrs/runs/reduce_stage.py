@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_bmrs.files import read_tensors, write_table
 from pyro_bmrs.fitting import fit
@@ -24,7 +24,7 @@ from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
-from pyro_bmrs.reports.words import BASELINE
+from pyro_bmrs.reports.words import BASELINE, SHRUNK
 from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
 from pyro_bmrs.runs.workplace import Interrupted, Workplace
 
@@ -36,7 +36,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     small = plan.apply()
     rows, name = _full_network(run), "reduced"
     if isinstance(plan, LaplacePlan):
-        rows.append(_row(run, name, run.model_of(small)))
+        rows.append(_row(run, name, small, run.model_of(small)))
         small, name = plan.apply(refit=data.train, progress=run.progress), "refitted"
     elif settings.recalibrate:
         recalibrate(small, data.train, batch_size=settings.batch_size, seed=settings.seed)
@@ -45,7 +45,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     history = run.read_table("history.csv", "phase", "epoch")
     history = history[history.phase != "fine-tune"]
     removals = _removals(run, plan, len(history))
-    rows.append(_row(run, name, model))
+    rows.append(_row(run, name, small, model))
     tuning = run.folder / "checkpoints" / f"fine-tune-{_name(run)}"
     if settings.fine_tune:
         tuned = fit(
@@ -59,7 +59,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
             )
         kept = sum(map(len, plan.kept.values()))
         history = pd.concat([history, tuned.history.assign(kept=kept)], ignore_index=True)
-        rows.append(_row(run, "fine-tuned", model))
+        rows.append(_row(run, "fine-tuned", small, model))
     rows = [*_baseline(run), *rows]
     # Files of two reductions never stand side by side.
     run.clear_reduction()
@@ -108,27 +108,26 @@ def _reduced(run: Workplace) -> NetworkPlan:
 
 
 def _row(
-    run: Workplace, name: str, model: nn.Module, theta: Mapping[str, Tensor] | None = None
+    run: Workplace, name: str, network: nn.Module, model: nn.Module, theta: Any = None
 ) -> dict[str, Any]:
     """The evaluation of a network on the test examples, each measure with its standard error."""
     found = evaluate(model, run.dataset.test, theta)
     spread = math.sqrt(found.accuracy * (1 - found.accuracy) / len(run.dataset.test))
     return {
         "network": name, "negative_log_likelihood": found.loss, "standard_error": found.standard_error,
-        "accuracy": found.accuracy, "accuracy_error": spread, "parameters": parameters(model),
+        "accuracy": found.accuracy, "accuracy_error": spread, "parameters": parameters(network),
     }  # fmt: skip
 
 
 def _full_network(run: Workplace) -> list[dict[str, Any]]:
     """Rows of the evaluation for the network before the reduction."""
-    trained, left = run.settings.weights is not None, parameters(run.network)
-    name = "full" if trained else "full, E[θ]"
-    if left == run.parameters_before:
-        return [_row(run, name, run.model, run.guide.mean())]
+    name = "full, E[θ]" if run.settings.weights is None else "full"
+    if parameters(run.network) == run.parameters_before:
+        return [_row(run, name, run.network, run.model, run.guide.mean())]
     # The fit removed structures, so the full network was never fitted to its end.
     return [
         {"network": "full", "parameters": run.parameters_before},
-        _row(run, "shrunk in the fit, E[θ]", run.model, run.guide.mean()),
+        _row(run, SHRUNK, run.network, run.model, run.guide.mean()),
     ]
 
 
@@ -141,24 +140,32 @@ def _baseline(run: Workplace) -> list[dict[str, Any]]:
         network, epochs = without_noise(copied(run.network)), settings.fine_tune
     if not (settings.baseline and epochs):
         return []
+    training = settings.of_fine_tuning(epochs)
+    checkpoints, known = run.folder / "checkpoints", (run.fitted_with, training.model_dump(mode="json"))
+    own = checkpoints / f"baseline-{_digest(run.recipe.path.read_bytes(), json.dumps(known).encode())}"
     model = run.recipe.model(network).to(run.device)
     result = fit(
-        model, None, data.train, data.validation, settings.of_fine_tuning().changed(epochs=epochs),
-        checkpoints=run.folder / "checkpoints" / "baseline", logger=run.logger_of("baseline"), progress=run.progress,
+        model, None, data.train, data.validation, training, checkpoints=own, logger=run.logger_of("baseline"),
+        progress=run.progress,
     )  # fmt: skip
     if result.interrupted:
         raise Interrupted(
             f"interrupted in epoch {len(result.history) + 1} of the baseline; the same command, without --overwrite, "
             "goes on from there"
         )
-    return [_row(run, BASELINE, model)]
+    for other in {*checkpoints.glob("baseline-*")} - {own}:
+        shutil.rmtree(other)
+    return [_row(run, BASELINE, network, model)]
+
+
+def _digest(*contents: bytes) -> str:
+    return hashlib.blake2b(b"".join(contents), digest_size=4).hexdigest()
 
 
 def _name(run: Workplace) -> str:
     """A text that differs for each posterior and each way of reducing it."""
-    content = (run.folder / "posterior.safetensors").read_bytes()
-    content += run.settings.model_dump_json().encode()
-    return hashlib.blake2b(content, digest_size=4).hexdigest()
+    posterior = (run.folder / "posterior.safetensors").read_bytes()
+    return _digest(posterior, run.settings.model_dump_json().encode())
 
 
 def _removals(run: Workplace, plan: NetworkPlan, epochs: int) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The last stage of a run: curve, diagnosis and page."""
+"""The last stage of a run: other sizes, diagnosis and page."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ class ReportStage:
         with Progress("report", len(steps), shown=run.progress, bar=False) as progress:
             for number, step in enumerate(steps.values()):
                 pending = [*steps][number:]
-                if time.monotonic() - written > _EVERY:
+                # alone the other sizes take seconds
+                if len(steps) > 1 and time.monotonic() - written > _EVERY:
                     page(**made, pending=pending)
+                    out.with_suffix(".md").unlink()  # a file of the stage, which is not done
                     progress.say(f"{out}, yet without {', '.join(pending)}")
                     written = time.monotonic()
                 step()
@@ -144,10 +146,10 @@ class ReportStage:
             draws=self.draws or facts.get("draws", DRAWS), seed=run.settings.seed, progress=run.progress,
         )  # fmt: skip
         begun = examination.begin()
-        if found is None or found.facts != begun.facts:
-            found = begun
-            found.save(run.folder / DIAGNOSIS)
-        return found, examination
+        if found is None:
+            begun.save(run.folder / DIAGNOSIS)  # so that it is known to be asked for
+        # another one stays until a part of the new one is there
+        return found if found is not None and found.facts == begun.facts else begun, examination
 
     def _stored(self) -> Diagnosis | None:
         """The folder's diagnosis. A damaged one is ignored if `draws` asks for one anyway."""

@@ -201,11 +201,11 @@ class RunSettings(Settings):
             found["weights"] = digest_of(self.weights)
         return found
 
-    def of_fine_tuning(self) -> Settings:
-        """The settings of the fit that tunes the small network."""
+    def of_fine_tuning(self, epochs: int | None = None) -> Settings:
+        """The settings of the fit that tunes the small network, or of one like it with other epochs."""
         shared = {
             name: value
             for name, value in self.given().items()
             if name in Settings.model_fields and name not in _NOT_OF_TUNING
         }
-        return Settings(**{**shared, "epochs": self.fine_tune, "schedule": "cosine"})
+        return Settings(**{**shared, "epochs": epochs or self.fine_tune, "schedule": "cosine"})

@@ -246,6 +246,20 @@ def test_what_does_not_fit_into_memory_lies_on_disk_and_nothing_else_changes(tra
         torch.testing.assert_close(plan.apply()(x), other.apply()(x))
 
 
+def test_wide_convolutions_lie_on_disk_with_their_positions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(20, 3))
+    model, data = bmrs.Classifier(net), (torch.randn(60, 1, 6, 6), torch.randint(3, (60,)))
+    plans = []
+    for memory in (4.0, 4 * 8 * (20**2 + 5**2) / 2**30):
+        guide = bmrs.AutoKroneckerLaplace(model, widest=1, memory=memory)
+        bmrs.fit(model, guide, data, progress=False)
+        plans.append(bmrs.reduce(model, guide))
+    positions = guide.curvatures["2"].positions
+    assert positions.untyped_storage().filename
+    pd.testing.assert_frame_equal(plans[0].path, plans[1].path)
+
+
 def test_a_layer_that_does_not_fit_into_memory_stays_and_is_told_of():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 10), nn.ReLU(), nn.Linear(10, 3))

@@ -181,6 +181,12 @@ def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_p
 
 
 def test_a_baseline_is_trained_as_long_and_made_once(copied, capsys):
+    def states():
+        return {
+            path: path.stat().st_mtime_ns
+            for path in (copied / "checkpoints").glob("baseline-*/*.safetensors")
+        }
+
     settings = Run(copied).settings
     before = pd.read_csv(copied / "evaluation.csv")
     assert call("reduce", copied, "--baseline", "--quiet") == 0
@@ -202,16 +208,21 @@ def test_a_baseline_is_trained_as_long_and_made_once(copied, capsys):
         progress=False,
     )
     assert evaluate(model, data.test).loss == pytest.approx(table.negative_log_likelihood[0], rel=1e-5)
-    stamp = max(
-        path.stat().st_mtime_ns for path in (copied / "checkpoints" / "baseline").glob("*.safetensors")
-    )
+    stamps = states()
+    assert stamps
     assert (
         call("reduce", copied, "--parameters", "50%", "--quiet") == 0
     )  # it stays asked for, and is not made anew
     assert pd.read_csv(copied / "evaluation.csv").accuracy[0] == table.accuracy[0]
-    assert stamp == max(
-        path.stat().st_mtime_ns for path in (copied / "checkpoints" / "baseline").glob("*.safetensors")
-    )
+    assert states() == stamps
+    # as long as another fine-tuning, and without one
+    for tuning in (3, 0):
+        assert call("reduce", copied, "--fine-tune", tuning, "--quiet") == 0
+        assert (
+            pd.read_csv(copied / "evaluation.csv").negative_log_likelihood[0]
+            != table.negative_log_likelihood[0]
+        )
+        assert len([*(copied / "checkpoints").glob("baseline-*")]) == 1
     assert call("reduce", copied, "--no-baseline", "--quiet") == 0
     assert "full, trained as long" not in [*pd.read_csv(copied / "evaluation.csv").network]
 
@@ -237,6 +248,7 @@ def test_a_page_stands_at_once_and_a_report_that_was_interrupted_goes_on(copied,
     assert "yet without other sizes, predictions, other criteria, k̂ of the posterior" in told
     assert "interrupted in the report; fit and reduction are kept" in told
     assert made == ["predictions", "curves"]
+    assert not (copied / "report.md").exists()  # the stage is not done
     sizes = (copied / "frontier.csv").stat().st_mtime_ns
     monkeypatch.setattr(Examination, "add", lambda *given: made.append(given[2]) or add(*given))
     # what is not finished is finished, though nothing is asked for
