@@ -45,6 +45,9 @@ DIAGNOSIS_COLUMNS = {
         "expected_calibration_error", "entropy", "aleatoric", "epistemic", "out_of_distribution_auroc",
         "area_under_risk_coverage",
     ),
+    "regression": (
+        "network", "prediction", "examples", "rmse", "mae", "r2", "negative_log_likelihood", "coverage", "width",
+    ),
     "reliability": RELIABILITY_COLUMNS,
     "risk_coverage": RISK_COLUMNS,
     "entropy": ENTROPY_COLUMNS,

@@ -8,8 +8,9 @@ from pyro_bmrs.quality.examination import diagnose
 # Imported now, not on demand: the function has its module's name, and a later import would bind the module.
 from pyro_bmrs.quality.frontier import Frontier, frontier
 from pyro_bmrs.quality.predictive import Predictions, predictions
+from pyro_bmrs.quality.regression import regression_quality
 
 __all__ = [
     "Diagnosis", "Frontier", "Predictions", "compression_curve", "criterion_curves", "diagnose", "frontier",
-    "predictions", "quality", "reliability", "risk_coverage",
+    "predictions", "quality", "regression_quality", "reliability", "risk_coverage",
 ]  # fmt: skip

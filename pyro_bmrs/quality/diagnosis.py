@@ -39,6 +39,7 @@ class Diagnosis:
         loo: elpd_loo and its standard_error, in nats, corrected for the approximate posterior.
         quality: a row per network ("full" or "shrunk in the fit", "reduced", "fine-tuned") and prediction ("draws" of
             the posterior, or "E[θ]"), with the columns of the function `quality`.
+        regression: the same of a `Regressor`, with those of `regression_quality`.
         reliability, risk_coverage: as the functions of that name, with network and prediction.
         entropy: of the reduced network's predictive, from draws: a row per example, data ("test" or the name of the
             out-of-distribution data) and entropy in nats.
@@ -54,6 +55,7 @@ class Diagnosis:
     contraction: pd.DataFrame | None = None
     loo: pd.DataFrame | None = None
     quality: pd.DataFrame | None = None
+    regression: pd.DataFrame | None = None
     reliability: pd.DataFrame | None = None
     risk_coverage: pd.DataFrame | None = None
     entropy: pd.DataFrame | None = None

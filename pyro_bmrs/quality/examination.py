@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pyro_bmrs.checks.posterior import PosteriorChecks, check_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
 from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data, are_examples
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
+from pyro_bmrs.inference.likelihoods import Regressor
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import examples_for
 from pyro_bmrs.networks.inputs import check_module
@@ -31,6 +32,7 @@ from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
 from pyro_bmrs.quality.curves import COMPARED, criterion_curves
 from pyro_bmrs.quality.diagnosis import PARTS, Diagnosis
 from pyro_bmrs.quality.predictive import NoClassifierError, predictions
+from pyro_bmrs.quality.regression import regression_quality
 from pyro_bmrs.tables import MOST_CRITERIA
 
 if TYPE_CHECKING:
@@ -191,11 +193,11 @@ class Examination:
             return {}
         # before and after, by draws
         some = some_of(self.test, self._examples(2 * len(self._values), _OF_PREDICTIONS))
+        variants = _variants(self.model, self.guide, self.plan, self.fine_tuned, self._values)
         try:
-            return _predictive_tables(
-                self.model, self.guide, self.plan, some, self.fine_tuned, self._values, self.foreign, self.batch_size,
-                self.progress,
-            )  # fmt: skip
+            if isinstance(self.model, Regressor):
+                return _regression_table(variants, some, self.batch_size, self.progress)
+            return _predictive_tables(variants, some, self.foreign, self.batch_size, self.progress)
         except NoClassifierError as error:
             notes.append(f"predictions: {error}")
             return {}
@@ -319,24 +321,21 @@ def _no_leave_one_out(checks: PosteriorChecks) -> str | None:
     return None
 
 
-def _predictive_tables(
+# A network before or after, how it predicts, its Pyro model, and θ.
+type Variant = tuple[str, str, nn.Module, Mapping[str, Tensor]]
+
+
+def _variants(
     model: nn.Module,
     guide: Callable[..., Any],
     plan: NetworkPlan,
-    test: Data,
     fine_tuned: nn.Module | None,
     values: list[dict[str, Tensor]],
-    foreign: Mapping[str, Tensor],
-    batch_size: int,
-    progress: bool,
-) -> dict[str, pd.DataFrame]:
-    """Quality, reliability, risk and entropy of the networks before and after.
+) -> list[Variant]:
+    """The networks before and after, by draws and at E[θ].
 
     Args:
         values: draws of θ, by noise layer.
-
-    Raises:
-        NoClassifierError: for a model that is no classifier.
     """
     device = next(model.parameters()).device
     drawn = {
@@ -353,32 +352,59 @@ def _predictive_tables(
     means = {name: mean.to(device).float() for name, mean in plan.theta_mean().items()}
     # of a network that shrank while it was fitted, the full one was never fitted to its end
     before = "full" if plan.table.present.all() else "shrunk in the fit"
-    variants: list[tuple[str, str, nn.Module, Mapping[str, Tensor]]] = [
-        (before, "draws", model, drawn),
-        (before, "E[θ]", model, full),
-        ("reduced", "draws", model, reduced),
-        ("reduced", "E[θ]", model, means),
+    found: list[Variant] = [
+        (before, "draws", model, drawn), (before, "E[θ]", model, full),
+        ("reduced", "draws", model, reduced), ("reduced", "E[θ]", model, means),
+    ]  # fmt: skip
+    return found if fine_tuned is None else [*found, ("fine-tuned", "E[θ]", fine_tuned, {})]
+
+
+def _looked_at(variants: list[Variant], progress: bool) -> Iterator[Variant]:
+    """The variants, one after the other, with a bar."""
+    with bar("predictions", len(variants), shown=None if progress else False) as advance:
+        for variant in variants:
+            yield variant
+            advance(1)
+
+
+def _regression_table(
+    variants: list[Variant], test: Data, batch_size: int, progress: bool
+) -> dict[str, pd.DataFrame]:
+    rows = [
+        {
+            "network": network,
+            "prediction": prediction,
+            **regression_quality(program, test, theta, batch_size=batch_size),
+        }
+        for network, prediction, program, theta in _looked_at(variants, progress)
+        if isinstance(program, Regressor)
     ]
-    if fine_tuned is not None:
-        variants.append(("fine-tuned", "E[θ]", fine_tuned, {}))
+    return {"regression": pd.DataFrame(rows)}
+
+
+def _predictive_tables(
+    variants: list[Variant], test: Data, foreign: Mapping[str, Tensor], batch_size: int, progress: bool
+) -> dict[str, pd.DataFrame]:
+    """Quality, reliability, risk and entropy of the networks before and after.
+
+    Raises:
+        NoClassifierError: for a model that is no classifier.
+    """
     rows, bins, coverages, entropies = [], [], [], []
-    total = sum(len(values) if prediction == "draws" else 1 for _, prediction, _, _ in variants)
-    with bar("predictions", total, shown=None if progress else False) as advance:
-        for network, prediction, program, theta in variants:
-            seen = {"test": predictions(program, test, theta, batch_size=batch_size)}
-            for name, inputs in foreign.items():
-                unlabelled = inputs, torch.full((len(inputs),), -1)
-                seen[name] = predictions(program, unlabelled, theta, batch_size=batch_size)
-            inside, *outside = seen.values()
-            names = dict(network=network, prediction=prediction)
-            rows.append({**names, **quality(inside, *outside)})
-            bins.append(reliability(inside).assign(**names))
-            coverages.append(risk_coverage(inside).assign(**names))
-            if (network, prediction) == ("reduced", "draws"):
-                entropies = [
-                    pd.DataFrame({"data": name, "entropy": found.entropy}) for name, found in seen.items()
-                ]
-            advance(len(values) if prediction == "draws" else 1)
+    for network, prediction, program, theta in _looked_at(variants, progress):
+        seen = {"test": predictions(program, test, theta, batch_size=batch_size)}
+        for name, inputs in foreign.items():
+            unlabelled = inputs, torch.full((len(inputs),), -1)
+            seen[name] = predictions(program, unlabelled, theta, batch_size=batch_size)
+        inside, *outside = seen.values()
+        names = dict(network=network, prediction=prediction)
+        rows.append({**names, **quality(inside, *outside)})
+        bins.append(reliability(inside).assign(**names))
+        coverages.append(risk_coverage(inside).assign(**names))
+        if (network, prediction) == ("reduced", "draws"):
+            entropies = [
+                pd.DataFrame({"data": name, "entropy": found.entropy}) for name, found in seen.items()
+            ]
     return {
         "quality": pd.DataFrame(rows),
         "reliability": pd.concat(bins, ignore_index=True),

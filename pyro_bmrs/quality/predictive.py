@@ -150,7 +150,7 @@ def predictions(
     check_module("model", model)
     check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
     device = next(model.parameters()).device
-    thetas = _split_draws(model, theta, device)
+    thetas = split_draws(model, theta, device)
     draws = len(thetas)
     class_dim, ignore_index = getattr(model, "class_dim", 1), getattr(model, "ignore_index", -100)
     parts = []
@@ -178,7 +178,7 @@ def predictions(
     return Predictions(probabilities, entropies, labels, draws)
 
 
-def _split_draws(
+def split_draws(
     model: nn.Module, theta: Mapping[str, Tensor], device: torch.device
 ) -> list[dict[str, Tensor]]:
     """θ by site, one mapping per draw, checked against the noise layers of `model`."""

@@ -183,6 +183,7 @@ def report(
         sizes=None if frontier is None else slider(frontier, _parameters_before(frontier, costs), command),
         posterior=_posterior(diagnosis),
         quality=[] if diagnosis.quality is None else diagnosis.quality.to_dict("records"),
+        regression=[] if diagnosis.regression is None else diagnosis.regression.to_dict("records"),
         # None for what is not known of a diagnosis that was put together by hand
         facts={**dict.fromkeys(FACTS), **diagnosis.facts},
         structures=structures.to_dict("records"),
@@ -206,7 +207,7 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sizes", "other sizes", content["sizes"]),
         ("posterior", "posterior", content["posterior"]),
         ("forest", "by layer", figures["forest"]),
-        ("predictions", "predictions", content["quality"]),
+        ("predictions", "predictions", content["quality"] or content["regression"]),
         ("history", "training", figures["history"]),
         ("structures", "every structure", True),
         ("methods", "methods", True),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_bmrs.numerals import finite, number, percent, percent_with_error, plain_number
+from pyro_bmrs.numerals import finite, nats, number, percent, percent_with_error, plain_number
 
 if TYPE_CHECKING:
     from pyro_bmrs.fitting import Fit
@@ -235,6 +235,10 @@ def verdict(
         found = f"{removed}; {rows[-1]['split']} accuracy {_accuracy(rows[-1])} ({rows[-1]['network']})"
         baseline = next((row for row in rows if row["network"] == BASELINE), None)
         return found + (f", {_accuracy(baseline)} of the full network trained as long." if baseline else ".")
+    if evaluation is not None and evaluation["negative_log_likelihood"].notna().any():
+        last = evaluation.iloc[-1]
+        told = nats(last["negative_log_likelihood"], last.get("standard_error"))
+        return f"{removed}; {last['split']} negative log-likelihood {told} nats ({last['network']})."
     if history is not None and history["validation_accuracy"].notna().any():
         measured = history["validation_accuracy"].dropna().iloc[-1]
         return f"{removed}; validation accuracy {percent(measured, 2)} after the last epoch."

@@ -28,6 +28,7 @@ from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.quality.diagnosis import PARTS
 from pyro_bmrs.quality.examination import PREDICTIVE_DRAWS
 from pyro_bmrs.quality.predictive import predictions
+from pyro_bmrs.quality.regression import regression_quality
 from pyro_bmrs.reports import report
 
 DRAWS, SEED, EXAMPLES = 100, 3, 50
@@ -349,14 +350,19 @@ def test_a_regression_has_no_accuracy_and_a_report_all_the_same(empty_store, tmp
     fit(model, guide, data, epochs=1)
     plan = bmrs.reduce(model, guide, bmrs.BMRS_N())
     found = diagnose(model, guide, plan, data, data, draws=DRAWS)
-    (note,) = [note for note in found.notes if note.startswith("predictions")]
-    assert "integer labels" in note
+    assert not [note for note in found.notes if note.startswith("predictions")]
     assert found.quality is found.reliability is found.risk_coverage is found.entropy is None
+    assert found.regression[["network", "prediction"]].to_numpy().tolist() == [
+        ["full", "draws"], ["full", "E[θ]"], ["reduced", "draws"], ["reduced", "E[θ]"],
+    ]  # fmt: skip
+    expected = regression_quality(model, data, guide.mean())
+    assert found.regression.iloc[1][[*expected]].astype(float).to_dict() == pytest.approx(expected, rel=1e-6)
     assert found.curves.accuracy.isna().all()
     assert found.curves.loss.notna().all()
     found.save(tmp_path)
     page = report(None, plan, tmp_path / "report.html", diagnosis=Diagnosis.load(tmp_path)).read_text()
-    assert 'id="predictions"' not in page
+    assert "root mean square error" in page
+    assert "RMSE" in (tmp_path / "report.md").read_text()
     assert "Accuracy against parameters removed" not in page
 
 
