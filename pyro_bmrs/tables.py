@@ -19,7 +19,7 @@ HISTORY_COLUMNS = (
 )  # fmt: skip
 REMOVAL_COLUMNS = ("phase", "epoch", "layer", "unit")
 # accuracy at thresholds, of one criterion and of several
-CURVE_COLUMNS = ("parameters_removed", "accuracy", "is_plan")
+CURVE_COLUMNS = ("parameters_removed", "accuracy", "loss", "is_plan")
 CRITERIA_COLUMNS = ("criterion", *CURVE_COLUMNS)
 # of networks of all sizes
 FRONTIER_COLUMNS = (

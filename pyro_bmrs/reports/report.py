@@ -233,8 +233,10 @@ def _figures(
         "scores": (plot_scores, plan),
         "widths": (plot_widths, plan.widths()),
         "forest": (plot_forest, plan if np.isfinite(plan.table["loc"].astype(float)).any() else None),
-        # a regression has losses, and no accuracy to draw
-        "curve": (draw_curve, curves if curves is not None and curves["accuracy"].notna().any() else None),
+        "curve": (
+            draw_curve,
+            curves if curves is not None and curves[["accuracy", "loss"]].notna().any(axis=None) else None,
+        ),
         "frontier": (lambda sizes: plot_frontier(sizes.table, sizes.budget), sizes),
         "path": (
             lambda found: plot_removal_path(found.path, found.steps),

@@ -248,7 +248,7 @@ def _curve(run: RunFolder) -> pd.DataFrame:
     """Accuracy against the share of parameters removed, of networks of all sizes."""
     sizes = run.read_table(SIZES, *FRONTIER_COLUMNS)
     removed = 1 - sizes.parameters / run.evaluation().parameters.iloc[0]
-    return sizes.assign(parameters_removed=removed)[["parameters_removed", "accuracy", "is_plan"]]
+    return sizes.assign(parameters_removed=removed)[["parameters_removed", "accuracy", "loss", "is_plan"]]
 
 
 def _verdict(table: pd.DataFrame) -> str:

@@ -44,3 +44,13 @@ def test_criteria_need_no_second_panel_when_all_are_near_the_top():
     near = table[table.accuracy > table.accuracy.max() - 0.05]
     assert len(plot_criteria(near).axes) == 1
     assert plot_criteria(table.assign(accuracy=table.accuracy * 0.01)).axes[0].get_ylim()[0] < 0.5
+
+
+def test_without_classes_the_loss_is_drawn():
+    table = curves(["BMRS_N", "SNR"]).assign(accuracy=np.nan)
+    figure = plot_criteria(table)
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "loss (nats)"
+    ordered = table[table.criterion == "SNR"].sort_values("parameters_removed")
+    np.testing.assert_allclose(axes.lines[2].get_xdata(), 100 * ordered.parameters_removed)
+    np.testing.assert_allclose(axes.lines[2].get_ydata(), ordered.loss)

@@ -116,6 +116,7 @@ def make_curve() -> pd.DataFrame:
         {
             "parameters_removed": removed,
             "accuracy": 0.99 - 0.6 * removed**40,
+            "loss": 0.1 + 0.9 * removed**40,
             "score_threshold": np.linspace(5, -5000, 30),
             "is_plan": np.arange(30) == 28,
         }

@@ -80,6 +80,7 @@ def curves(criteria: list[str]) -> pd.DataFrame:
                 "criterion": criterion,
                 "parameters_removed": removed,
                 "accuracy": 0.99 - 0.01 * index * removed - 0.6 * removed**20,
+                "loss": np.linspace(0.1, 1.0, 12),
                 "score_threshold": np.linspace(5, -500, 12),
                 "is_plan": np.arange(12) == 10 - index,
             }
