@@ -105,6 +105,17 @@ def diagnose(
     return found
 
 
+def affordable(plan: NetworkPlan, passes: int, bounds: tuple[int, int]) -> int:
+    """How many examples can pass through a plan's network so often, in the time of a part of a report.
+
+    Args:
+        bounds: examples at least and at most.
+    """
+    binding = plan._bound()
+    with untouched(binding.network), at_one(binding.network):
+        return examples_for(binding.network, binding.example_input, _WORK / passes, *bounds)
+
+
 class Examination:
     """The parts of a diagnosis, which may be made in different processes. Arguments and errors as of `diagnose`."""
 
@@ -149,13 +160,7 @@ class Examination:
         self.curve_data, self.curves_of = (test, "test") if validation is None else (validation, "validation")
         # together, and each layer alone
         passes = (1 + len(noise_layers(model))) * draws
-        self.looked_at = some_of(train, examples or self._examples(passes, _OF_POSTERIOR))
-
-    def _examples(self, passes: int, bounds: tuple[int, int]) -> int:
-        """How many examples can pass through the network so often."""
-        binding = self.plan._bound()
-        with untouched(self.model), at_one(binding.network):
-            return examples_for(binding.network, binding.example_input, _WORK / passes, *bounds)
+        self.looked_at = some_of(train, examples or affordable(plan, passes, _OF_POSTERIOR))
 
     def begin(self) -> Diagnosis:
         """One that has no part yet."""
@@ -192,7 +197,7 @@ class Examination:
             )
             return {}
         # before and after, by draws
-        some = some_of(self.test, self._examples(2 * len(self._values), _OF_PREDICTIONS))
+        some = some_of(self.test, affordable(self.plan, 2 * len(self._values), _OF_PREDICTIONS))
         variants = _variants(self.model, self.guide, self.plan, self.fine_tuned, self._values)
         try:
             if isinstance(self.model, Regressor):
@@ -207,7 +212,7 @@ class Examination:
             return {}
         criteria = COMPARED if self.criteria is None else self.criteria
         passes = (1 + len(criteria)) * (_POINTS + _POINTS // 3)
-        data = some_of(self.curve_data, self._examples(passes, _OF_CURVES))
+        data = some_of(self.curve_data, affordable(self.plan, passes, _OF_CURVES))
         return {
             "curves": criterion_curves(
                 self.model,

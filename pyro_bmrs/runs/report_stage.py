@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_bmrs.arguments import check
+from pyro_bmrs.checks.data import some_of
 from pyro_bmrs.data import DataError, load_data
 from pyro_bmrs.data.sources import is_at_hand, located
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
@@ -21,7 +22,7 @@ from pyro_bmrs.fitting import Fit
 from pyro_bmrs.progress import Progress
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.quality import Diagnosis, Frontier, frontier
-from pyro_bmrs.quality.examination import DRAWS, Examination
+from pyro_bmrs.quality.examination import DRAWS, Examination, affordable
 from pyro_bmrs.reports import report
 from pyro_bmrs.runs.folder import DIAGNOSIS, REMOVAL_COLUMNS, SIZES
 from pyro_bmrs.runs.workplace import Workplace, versions
@@ -31,6 +32,7 @@ FOREIGN = {"digits": "patches", "mnist": "fashion-mnist", "fashion-mnist": "mnis
 FOREIGN_EXAMPLES = 500
 # Of the networks of other sizes, and for all their timings.
 POINTS, SECONDS = 12, 2.0
+OF_SIZES = 1000, 10_000  # examples that they are measured on, at least and at most
 # Seconds after which a page that still lacks something is written again.
 _EVERY = 30.0
 PART_NAMES = {"predictions": "predictions", "curves": "other criteria", "posterior": "k̂ of the posterior"}
@@ -111,8 +113,9 @@ class ReportStage:
         run, steps = self.run, dict[str, Callable[[], None]]()
 
         def sizes() -> None:
+            data = some_of(run.dataset.validation, affordable(plan, POINTS, OF_SIZES))
             made["frontier"] = found = frontier(
-                plan, run.dataset.validation, points=POINTS, seconds=SECONDS, progress=run.progress
+                plan, data, points=POINTS, seconds=SECONDS, progress=run.progress
             )
             found.save(run.folder / SIZES)
 

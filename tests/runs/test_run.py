@@ -180,6 +180,7 @@ def test_the_parts_give_what_run_gives_and_so_does_the_same_seed(finished, tmp_p
     assert "tiny_recipe.py" in (folder / "report.html").read_text()  # not recipe.py, the copy's name
 
 
+@pytest.mark.slow
 def test_a_baseline_is_trained_as_long_and_made_once(copied, capsys):
     def states():
         return {
