@@ -42,7 +42,7 @@ DRAWS = 100
 # Of predictions: more draws make the mean of their probabilities hardly better, and more examples do.
 PREDICTIVE_DRAWS = 20
 # Multiply-accumulates of all passes of a part; and examples, at least and at most.
-_WORK = 2e10
+_WORK = 1.7e10
 _OF_PREDICTIONS, _OF_CURVES, _OF_POSTERIOR = (500, 10_000), (500, 2_000), (200, 500)
 # Of a curve, as of `compression_curve`.
 _POINTS = 8
