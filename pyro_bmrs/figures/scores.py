@@ -63,8 +63,8 @@ def evidence_label(kl_weight: float) -> str:
     return "ΔF (nats)" if kl_weight == 1 else f"ΔF (nats, KL weight {kl_weight:g})"
 
 
-# Inches of a character of a tick's label.
-_CHARACTER = 0.075
+# Inches of a character of a tick's label, and of an axis in a figure of this room.
+_CHARACTER, _AXIS = 0.075, 4.2
 
 
 def plot_scores(plan: Plan) -> Figure:
@@ -161,11 +161,10 @@ def largest_score(scores: NDArray[np.float64]) -> float:
     return float(finite.max(initial=0.0)) or 1.0
 
 
-def decades(lowest: float, highest: float, inches: float = 4.2) -> list[float]:
+def decades(lowest: float, highest: float) -> list[float]:
     """Zero and powers of ten of both signs from lowest to highest, every so many that their labels have room.
 
-    Args:
-        inches: of an axis that is linear between -1 and 1 and logarithmic beyond.
+    The axis is linear between -1 and 1, and logarithmic beyond.
     """
     from matplotlib.scale import SymmetricalLogTransform
 
@@ -180,6 +179,6 @@ def decades(lowest: float, highest: float, inches: float = 4.2) -> list[float]:
         ticks = [*(-power for power in reversed(powers)), 0.0, *powers]
         ticks = [tick for tick in ticks if lowest <= tick <= highest]
         widths = np.array([_CHARACTER * (len(f"{tick:,.0f}") + 1) for tick in ticks])
-        if (np.diff(place(ticks)) * inches / span >= (widths[1:] + widths[:-1]) / 2).all():
+        if (np.diff(place(ticks)) * _AXIS / span >= (widths[1:] + widths[:-1]) / 2).all():
             break
     return ticks

@@ -123,14 +123,16 @@ def load_posterior(
 
 
 def _restore_curvature(
-    guide: AutoKroneckerLaplace, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    guide: AutoKroneckerLaplace, header: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """Give the guide its posterior; raises ValueError if it does not belong to its layers."""
+    """Give the guide its posterior; raises ValueError if it does not belong to its layers.
+
+    Its tensors are taken out of `tensors`, so that those that go to disk leave the memory.
+    """
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(_CURVATURE):
-            part, _, layer = name.removeprefix(_CURVATURE).partition(".")
-            found.setdefault(layer, {})[part] = tensor
+    for name in [name for name in tensors if name.startswith(_CURVATURE)]:
+        part, _, layer = name.removeprefix(_CURVATURE).partition(".")
+        found.setdefault(layer, {})[part] = tensors.pop(name)
     if not set(found) <= set(guide.paths):
         raise ValueError(
             f"it has curvature of {sorted(set(found) - set(guide.paths))}, which are no layers here"
@@ -138,7 +140,7 @@ def _restore_curvature(
     moments = {}
     for layer, parts in found.items():
         device = guide.layer(layer).get_parameter("weight").device
-        own = {part: guide.keep(tensor.to(device)) for part, tensor in parts.items()}
+        own = {part: guide.keep(parts.pop(part).to(device)) for part in [*parts]}
         try:
             moments[layer] = Moments(own["inputs"], own["gradients"], 1, own.get("positions"))
         except KeyError as error:

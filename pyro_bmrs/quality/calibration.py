@@ -7,7 +7,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_bmrs.arguments import check, is_whole
-from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.quality.predictive import Predictions
 
 
@@ -176,8 +175,7 @@ def _by_confidence(predictions: Predictions) -> tuple[NDArray[np.float64], NDArr
 def _auroc(inside: Predictions, outside: Predictions | None) -> float:
     if outside is None:
         return float("nan")
-    with untouched():
-        from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
+    from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]  # slow to import
 
     pairs = len(inside.label) * len(outside.label)
     return float(mannwhitneyu(outside.entropy, inside.entropy, method="asymptotic").statistic / pairs)

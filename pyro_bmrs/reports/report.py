@@ -171,7 +171,7 @@ def report(
         verdict=verdict(history, plan, curve, evaluation, costs),
         warnings=[*removal_warnings(evaluation), *warnings_of(plan), *posterior_warnings(diagnosis.khat)],
         asked=asked(plan.rule),
-        recommendation=recommendation(plan, evaluation, _parameters_left(costs), command),
+        recommendation=recommendation(plan, evaluation, _parameters(costs, "after"), command),
         pending=", ".join(pending),
         rule=f"{plan.rule}. {decision(plan.rule)}.",
         threshold=finite_threshold(plan.rule),
@@ -352,16 +352,15 @@ def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _parameters_left(costs: pd.DataFrame | None) -> int | None:
+def _parameters(costs: pd.DataFrame | None, column: str) -> int | None:
     known = costs is not None and "parameters" in costs.index
-    return int(costs["after"]["parameters"]) if known else None  # type: ignore[index]
+    return int(costs[column]["parameters"]) if known else None  # type: ignore[index]
 
 
 def _parameters_before(found: Frontier, costs: pd.DataFrame | None) -> int:
     """Of the full network; without its costs, of the largest of the frontier, of which a fit may have left less."""
-    if costs is not None and "parameters" in costs.index:
-        return int(costs["before"]["parameters"])
-    return int(found.table.parameters.max())
+    known = _parameters(costs, "before")
+    return int(found.table.parameters.max()) if known is None else known
 
 
 def _settings(

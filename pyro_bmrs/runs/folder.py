@@ -21,7 +21,8 @@ from pyro_bmrs.tables import NAME_COLUMNS
 
 FORMAT, VERSION = "pyro_bmrs.run", 1
 
-# The files of each stage. The last of them is written last: if it is there, the stage is done.
+# The files of each stage. If all are there, it is done: the last is written last, and a page that lacks something has
+# no report.md beside it.
 FIT_FILES = ("settings.json", "recipe.py", "history.csv", "removals.csv", "posterior.safetensors")
 REDUCE_FILES = (
     "evaluation.csv", "costs.csv", "structures.csv", "small.safetensors", "small.pt2", "plan.numbers.safetensors",

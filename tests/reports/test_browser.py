@@ -314,6 +314,7 @@ def test_the_button_copies_the_command(watch, by_hand):
     watched.page.locator("#sizes-slider").press("Home")
     command = watched.text("#sizes-command")
     watched.page.locator("#sizes-copy").click()
+    watched.page.get_by_role("button", name="copied", exact=True).wait_for()  # the clipboard answers later
     assert watched.text("#sizes-copy") == "copied"
     assert watched.page.evaluate("navigator.clipboard.readText()") == command
     watched.page.locator("#sizes-slider").press("End")
