@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
+from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
 from pyro_bmrs.networks.matrices import as_matrix, as_weight, input_dim, input_rows, is_matrix, output_rows
 from pyro_bmrs.networks.modes import in_mode
@@ -45,7 +45,8 @@ class _Masks:
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         self.noisy = bmrs.insert_noise(copied(network).eval(), example)
-        every = list(Binding(self.noisy, lambda: example).groups.values())
+        self.binding = Binding(self.noisy, lambda: example)
+        every = list(self.binding.groups.values())
         inner = Nesting.of(every).owners
         self.every, self.example = every, example
         self.groups = [group for group in every if group.site not in inner]
@@ -61,9 +62,7 @@ class _Masks:
         return found
 
     def left(self, stays: Tensor) -> int:
-        small = copied(bmrs.without_noise(copied(self.noisy)))
-        cuts_of(self.noisy, self.every, self.kept(stays)).cut(small)
-        return parameters(small)
+        return self.binding.parameters_left(self.kept(stays))
 
     def cheapest(self, scores: Tensor, target: int) -> Tensor:
         """Which stay when structures go by ascending score until about `target` parameters are left."""
@@ -190,6 +189,7 @@ def _scale(
     """Scale what layers read of the structures that stay, in the order of the forward pass, in place."""
     x = data.train[:FITTED][0]
     cuts, plain, outputs = cuts_of(masks.noisy, masks.every, masks.kept(stays)), copied(full).eval(), {}
+    separate_attention(plain)  # fused attention calls none of its layers
     readers: dict[str, tuple[Tensor, Tensor]] = {}
     for group in groups:
         for member in group.consumers:

@@ -44,7 +44,7 @@ class Study:
 
     def plain(self) -> torch.nn.Module:
         torch.manual_seed(0)
-        return self.recipe.module.plain(self.data.input_shape, self.data.num_classes)
+        return self.recipe.module.plain(self.data.input_shape, self.data.num_outputs)
 
     def train(self, net: torch.nn.Module, epochs: int, rate: float, name: str) -> torch.nn.Module:
         """Plain training with a cosine schedule, or what an earlier call has left."""

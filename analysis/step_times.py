@@ -114,7 +114,7 @@ def kinds(name: str) -> dict[str, Callable[[], None]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *shape, generator=generator)
     y = torch.randint(10, (batch,), generator=generator)
-    noisy = recipe.network(SimpleNamespace(input_shape=shape, num_classes=10), options, 0)
+    noisy = recipe.network(SimpleNamespace(input_shape=shape, num_outputs=10), options, 0)
     steps: dict[str, Callable[[], None]] = {}
     for kind in ("plain", "plain again"):
         net = bmrs.without_noise(copy.deepcopy(noisy))

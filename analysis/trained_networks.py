@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=16)
     parser.add_argument("--tune", type=int, nargs="+", default=[0, 1, 3, 6])
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
-    parser.add_argument("--peers", nargs="+", default=PEERS)
+    parser.add_argument("--peers", nargs="*", default=PEERS)
     parser.add_argument("--batch-size", type=int, help="of training and tuning; default: the recipe's")
     parser.add_argument("--network", help="sizes of the network as JSON; default: the recipe's")
     parser.add_argument("--limit", type=int, help="of training examples; default: all")

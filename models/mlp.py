@@ -36,6 +36,12 @@ SETTINGS = {
         "posterior_learning_rate": 5e-3,
         "fine_tune": 12,
     },
+    "diabetes": {
+        "network": {"widths": (50, 50), "select_inputs": True},
+        "epochs": 200,
+        "batch_size": 32,
+        "weight_decay": 0.05,
+    },
     "cifar10": {
         "image_size": 32,
         "network": {"widths": (150,) * 5},
@@ -50,13 +56,13 @@ SETTINGS = {
 
 def network(
     input_shape: tuple[int, ...],
-    num_classes: int,
+    num_outputs: int,
     widths: tuple[int, ...] = (100,) * 3,
     select_inputs: bool = False,
 ) -> nn.Sequential:
     """Hidden layers of the given widths. Noise stands after each tanh, where the next layer reads.
 
-    With `select_inputs` every pixel is a structure too.
+    With `select_inputs` every pixel or feature is a structure too.
     """
     layers = nn.Sequential()
     layers.add_module("flatten", nn.Flatten())
@@ -69,5 +75,5 @@ def network(
         layers.add_module(f"tanh{number}", nn.Tanh())
         layers.add_module(f"units{number}", MultiplicativeNoise(width))
         inputs = width
-    layers.add_module("output", nn.Linear(inputs, num_classes))
+    layers.add_module("output", nn.Linear(inputs, num_outputs))
     return layers

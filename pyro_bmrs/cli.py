@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pyro_bmrs import __version__
+from pyro_bmrs.numerals import with_error
 from pyro_bmrs.options import (
     DataRoot,
     Device,
@@ -117,12 +118,12 @@ def _print_outcome(run: Run) -> None:
     console = Console()
     console.print(table_of(NETWORKS, run.evaluation().to_dict("records")))
     console.print(run.plan().summary(), markup=False, highlight=False, soft_wrap=True)
-    outcome = run.outcome()
-    console.print(
-        f"{100 * outcome['removed']:.1f} % of the parameters physically removed, "
-        f"test accuracy {100 * outcome['accuracy']:.2f} %",
-        highlight=False,
-    )
+    outcome, final = run.outcome(), run.evaluation().iloc[-1]
+    found = f"accuracy {100 * outcome['accuracy']:.2f} %"
+    if "rmse" in final:
+        found = f"RMSE {with_error(final.rmse, final.rmse_error)}"
+    removed = f"{100 * outcome['removed']:.1f} % of the parameters physically removed"
+    console.print(f"{removed}, test {found}", highlight=False)
 
 
 def _print_cells(study: Study) -> None:

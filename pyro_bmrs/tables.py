@@ -23,11 +23,13 @@ CURVE_COLUMNS = ("parameters_removed", "accuracy", "loss", "is_plan")
 CRITERIA_COLUMNS = ("criterion", *CURVE_COLUMNS)
 # of networks of all sizes
 FRONTIER_COLUMNS = (
-    "parameters", "multiply_accumulates", "milliseconds", "loss", "standard_error", "accuracy", "is_plan",
+    "parameters", "multiply_accumulates", "milliseconds", "loss", "standard_error", "accuracy", "rmse", "is_plan",
     "is_evidence", "is_one_standard_error",
 )  # fmt: skip
 # of networks: measured, and in bins, by coverage and by example
 EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
+# of a regression, beside these
+REGRESSION_COLUMNS = ("rmse", "rmse_error", "mae", "r2", "coverage", "width")
 RELIABILITY_COLUMNS = ("network", "prediction", "lower", "upper", "count", "confidence", "accuracy")
 RISK_COLUMNS = ("network", "prediction", "coverage", "risk")
 ENTROPY_COLUMNS = ("data", "entropy")
@@ -45,9 +47,7 @@ DIAGNOSIS_COLUMNS = {
         "expected_calibration_error", "entropy", "aleatoric", "epistemic", "out_of_distribution_auroc",
         "area_under_risk_coverage",
     ),
-    "regression": (
-        "network", "prediction", "examples", "rmse", "mae", "r2", "negative_log_likelihood", "coverage", "width",
-    ),
+    "regression": ("network", "prediction", "examples", "negative_log_likelihood", *REGRESSION_COLUMNS),
     "reliability": RELIABILITY_COLUMNS,
     "risk_coverage": RISK_COLUMNS,
     "entropy": ENTROPY_COLUMNS,

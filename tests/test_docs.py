@@ -100,6 +100,7 @@ SLOW = {
         "sweeps",
         "trained_network",
         "two_milliseconds",
+        "regression",
         "evidence",
         "serve_it",
     )

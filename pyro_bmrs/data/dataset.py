@@ -15,17 +15,18 @@ from torch.utils.data import TensorDataset
 
 from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.data.arrays import Array, DataError
-from pyro_bmrs.data.preparation import Preparation, resize, scale
+from pyro_bmrs.data.preparation import Preparation, Targets, resize, scale
 from pyro_bmrs.data.sources import KNOWN_NAMES, read_source
-from pyro_bmrs.data.split import Examples, RawData, stratified
+from pyro_bmrs.data.split import Examples, RawData
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no truth value
 class Dataset:
-    """A classification data set in three parts, each a `TensorDataset` of (inputs, labels) in memory.
+    """A data set in three parts, each a `TensorDataset` of (inputs, labels or targets) in memory.
 
     Inputs are float32, images (N, C, H, W) or vectors (N, F), in units of the training part's standard
-    deviation; labels are int64 (N,) from 0 to `num_classes` - 1.
+    deviation. Labels of classes are int64 (N,) from 0 to `num_outputs` - 1. Targets of a regression are float32
+    (N, T), standardised as the inputs are; `preparation.targets` says how.
 
     >>> from pyro_bmrs.data import load_data
     >>> digits = load_data("digits")
@@ -41,7 +42,7 @@ class Dataset:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their labels.
+        """The names of the classes, in the order of their labels; none of a regression.
 
         >>> load_data("patches").class_names
         ('china', 'flower')
@@ -49,9 +50,9 @@ class Dataset:
         return self.preparation.class_names
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return self.preparation.num_classes
+    def num_outputs(self) -> int:
+        """How many outputs a network has: one for each class, or for each target of a regression."""
+        return self.preparation.num_outputs
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -103,9 +104,11 @@ class Dataset:
         return self.preparation.standardise(other.test.tensors[0] * theirs.deviation + theirs.mean)
 
     def __str__(self) -> str:
+        targets = self.preparation.targets
+        outputs = f"{self.num_outputs} classes" if targets is None else f"targets {', '.join(targets.names)}"
         return (
             f"{self.name}: {len(self.train)} train, {len(self.validation)} validation, "
-            f"{len(self.test)} test, input {self.input_shape}, {self.num_classes} classes"
+            f"{len(self.test)} test, input {self.input_shape}, {outputs}"
         )
 
 
@@ -124,7 +127,7 @@ def load_data(
     part, stratified: each class has its share in both, and one example at least. The test part stays as it
     is. Pixels of type uint8 are scaled to [0, 1]. Then every channel (of vectors: every feature) is
     standardised with the mean and the standard deviation of the training part. A channel that is constant in
-    the training part is only centred.
+    the training part is only centred. Targets of a regression are standardised in the same way.
 
     Args:
         name: One of
@@ -133,12 +136,15 @@ def load_data(
               the same for every `seed`, is the test part.
             - `"patches"`: 8480 grey squares of 8 x 8 pixels of the two photographs that come with scikit-learn;
               the label is the photograph. They are out of distribution for a network of digits.
+            - `"diabetes"`: a regression, 442 patients by 10 features, that comes with scikit-learn. A fifth, the
+              same for every `seed`, is the test part.
             - `"mnist"`, `"fashion-mnist"`, `"cifar10"`: read by torchvision, which downloads them if they
               are not under `data_root` yet.
             - a path ending in `.npz`, with `x_train`, `y_train`, `x_test`, `y_test`: images (N, H, W),
               (N, H, W, C) with C in 1, 3, 4, or (N, C, H, W), or vectors (N, F), as uint8 or floating
-              point; labels (N,), integers from 0, each class at least once in `y_train`. Optionally
-              `class_names`, a text for each class.
+              point; labels (N,), integers from 0, each class at least once in `y_train`, or targets (N,) or
+              (N, T), floating point. Optionally `class_names`, `target_names` and, of vectors, `feature_names`: a
+              text for each.
             - a folder of images, one folder a class, with any folders below: either these class folders
               themselves, of which a stratified fifth, the same for every `seed`, is the test part; or
               `train/` and `test/` (or `training/` and `testing/`) with the class folders in each; or
@@ -158,7 +164,7 @@ def load_data(
         limit: keep at most this many of the training examples, stratified, before the split, for quick tries.
 
     Returns:
-        The three parts, as float32 (N, C, H, W) or (N, F) and int64 (N,).
+        The three parts, as float32 (N, C, H, W) or (N, F), and int64 (N,) or float32 (N, T).
 
     Raises:
         DataError: if an argument is out of range, or the data are missing, unreadable, or not as above; if no
@@ -193,12 +199,13 @@ def load_data(
             stacklevel=2,
         )
     inputs = [scale(part[0], raw.form, size) for part in (train, validation, raw.test)]
-    mean, deviation = _channel_statistics(inputs[0])
-    preparation = Preparation(raw.form, size, mean, deviation, raw.class_names)
-    parts = [
-        TensorDataset(preparation.standardise(x), y)
-        for x, (_, y) in zip(inputs, (train, validation, raw.test), strict=True)
-    ]
+    labels, targets = [part[1] for part in (train, validation, raw.test)], None
+    if raw.target_names:
+        targets = Targets(raw.target_names, *_channel_statistics(labels[0]))
+        labels = [(y - targets.mean) / targets.deviation for y in labels]
+    statistics = _channel_statistics(inputs[0])
+    preparation = Preparation(raw.form, size, *statistics, raw.class_names, raw.feature_names, targets)
+    parts = [TensorDataset(preparation.standardise(x), y) for x, y in zip(inputs, labels, strict=True)]
     return Dataset(os.path.basename(os.path.abspath(name)), parts[0], parts[1], parts[2], preparation)
 
 
@@ -210,7 +217,7 @@ def _split(raw: RawData, limit: int | None, fraction: float, seed: int) -> tuple
     if limit is not None and limit < len(labels):
         enough = f"at least {classes}, one for each class; else it leaves out {_rarest(raw, classes - limit)}"
         check(limit >= classes, "limit", enough, limit, DataError)
-        order = order[stratified(labels, limit, seed)[order]]
+        order = order[raw.chosen(labels, limit, seed)[order]]
     if raw.validation is not None:
         return (inputs[order], labels[order]), raw.validation
     wanted = round(len(order) * fraction)
@@ -225,15 +232,17 @@ def _split(raw: RawData, limit: int | None, fraction: float, seed: int) -> tuple
         "validation_fraction", f"such that {len(order)} training examples leave 1 or more of each class to train on: "
         f"of {train_count} there would be none for {_rarest(raw, classes - train_count)}", fraction, DataError,
     )  # fmt: skip
-    held_out = stratified(labels[order], wanted, seed, leave=1)
+    held_out = raw.chosen(labels[order], wanted, seed, leave=1)
     train, validation = order[~held_out], order[held_out]
     return (inputs[train], labels[train]), (inputs[validation], labels[validation])
 
 
 def _rarest(raw: RawData, count: int) -> str:
     """The names of the classes with the fewest training examples."""
+    if count <= 0:
+        return ""
     order = torch.bincount(raw.train[1]).argsort(stable=True)
-    return ", ".join(raw.class_names[label] for label in order[: max(count, 0)].tolist())
+    return ", ".join(raw.class_names[label] for label in order[:count].tolist())
 
 
 def _whole(name: str, value: object, least: int) -> int:

@@ -69,8 +69,7 @@ def read_folder(path: Path, resize: Resize | None) -> RawData:
         f"a folder with at least 2 images of each class, or with train/ and test/ (1 of {', '.join(single)})"
     )
     check(not single, "name", two, str(path), DataError)
-    split = split_test(*parts["train"], classes, form)
-    return RawData(split.train, split.test, classes, form, parts.get("validation"))
+    return split_test(parts["train"], classes, form, validation=parts.get("validation"))
 
 
 def image_files(folder: Path) -> list[Path]:

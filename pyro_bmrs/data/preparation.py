@@ -21,6 +21,33 @@ from pyro_bmrs.data.folders import image_files, read_image
 _MAXIMUM_PADDING = 8
 
 
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The targets of a regression: y = (target - mean) / deviation.
+
+    >>> from pyro_bmrs.data import load_data
+    >>> targets = load_data("diabetes").preparation.targets
+    >>> targets.names, targets.restored(torch.zeros(1, 1)).round()
+    (('progression',), tensor([[152.]]))
+    """
+
+    names: tuple[str, ...]
+    mean: Tensor  # (1, T), of the training part
+    deviation: Tensor  # (1, T)
+
+    def restored(self, y: Tensor) -> Tensor:
+        """From standardised values (N, T) to those of the source."""
+        return y * self.deviation + self.mean
+
+
+class _TargetsDocument(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    names: list[str] = Field(min_length=1)
+    mean: list[float]
+    deviation: list[Annotated[float, Field(gt=0)]]
+
+
 class _Document(BaseModel):
     """The part of a document that can't be worked out from the rest."""
 
@@ -32,7 +59,9 @@ class _Document(BaseModel):
     image_size: Annotated[int, Field(gt=0)] | None
     mean: list[float]
     deviation: list[Annotated[float, Field(gt=0)]]
-    class_names: list[str] = Field(min_length=1)
+    class_names: list[str]
+    feature_names: list[str]
+    targets: _TargetsDocument | None
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors gives no truth value
@@ -51,12 +80,14 @@ class Preparation:
     image_size: int | None  # as given to `load_data`
     mean: Tensor  # (1, C, 1, 1) or (1, F), of the training part, in scaled units
     deviation: Tensor  # (1, C, 1, 1) or (1, F), 1 where the training part is constant
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # empty: a regression
+    feature_names: tuple[str, ...] = ()  # of vectors, where they are known
+    targets: Targets | None = None  # of a regression
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
+    def num_outputs(self) -> int:
+        """How many outputs a network has: one for each class, or for each target of a regression."""
+        return len(self.class_names) if self.targets is None else len(self.targets.names)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -129,7 +160,13 @@ class Preparation:
             "mean": self.mean.flatten().tolist(),
             "deviation": self.deviation.flatten().tolist(),
             "class_names": list(self.class_names),
-        }
+            "feature_names": list(self.feature_names),
+            "targets": None if self.targets is None else {
+                "names": list(self.targets.names),
+                "mean": self.targets.mean.flatten().tolist(),
+                "deviation": self.targets.deviation.flatten().tolist(),
+            },
+        }  # fmt: skip
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
@@ -143,23 +180,39 @@ class Preparation:
         sized = told.image_size is not None or None not in form.shape
         whole = len(told.mean) == len(told.deviation) == form.shape[0] and len(form.shape) in (1, 3) and sized
         check(whole, "inputs", "a mean and a deviation for each channel or feature", told.raw_shape)
+        either = bool(told.class_names) != (told.targets is not None)
+        check(either, "inputs", "class_names or targets", told.class_names)
+        targets = None if told.targets is None else _targets_of(told.targets)
         shape = (1, -1, 1, 1) if len(form.shape) == 3 else (1, -1)
         mean, deviation = (
             torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (told.mean, told.deviation)
         )
-        return cls(form, told.image_size, mean, deviation, tuple(told.class_names))
+        names = tuple(told.class_names), tuple(told.feature_names)
+        return cls(form, told.image_size, mean, deviation, *names, targets)
 
     def is_like(self, other: Preparation) -> bool:
         """Whether inputs are treated in the same way, up to the rounding of sums."""
-        own, others = self.document(), other.document()
-        near = all(
-            len(own[name]) == len(others[name])
-            and torch.allclose(
-                torch.tensor(own.pop(name)), torch.tensor(others.pop(name)), rtol=1e-4, atol=1e-6
-            )
-            for name in ("mean", "deviation")
-        )
-        return near and own == others
+        pairs = [(self.document(), other.document())]
+        if self.targets is not None and other.targets is not None:
+            pairs.append((pairs[0][0].pop("targets"), pairs[0][1].pop("targets")))
+        return all(_near(own, others) for own, others in pairs)
+
+
+def _near(own: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether two documents are equal, and their means and deviations nearly."""
+    near = all(
+        len(own[name]) == len(others[name])
+        and torch.allclose(torch.tensor(own.pop(name)), torch.tensor(others.pop(name)), rtol=1e-4, atol=1e-6)
+        for name in ("mean", "deviation")
+    )
+    return near and own == others
+
+
+def _targets_of(told: _TargetsDocument) -> Targets:
+    whole = len(told.names) == len(told.mean) == len(told.deviation)
+    check(whole, "inputs", "a mean and a deviation for each target", told.names)
+    mean, deviation = (torch.tensor([values], dtype=torch.float32) for values in (told.mean, told.deviation))
+    return Targets(tuple(told.names), mean, deviation)
 
 
 def scale(inputs: Tensor, form: InputForm, image_size: int | None) -> Tensor:

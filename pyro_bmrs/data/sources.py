@@ -30,7 +30,9 @@ from pyro_bmrs.data.folders import Resize, read_folder
 from pyro_bmrs.data.split import RawData, split_test
 
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-KNOWN_SETS = ("digits", "patches", *TORCHVISION_NAMES)
+# Those that come with scikit-learn.
+_AT_HAND = ("digits", "patches", "diabetes")
+KNOWN_SETS = (*_AT_HAND, *TORCHVISION_NAMES)
 KNOWN_NAMES = f"{', '.join(map(repr, KNOWN_SETS))}, a path ending in .npz, or an image folder"
 
 
@@ -50,6 +52,8 @@ def read_source(name: str, data_root: str | Path | None = None, resize: Resize |
         return _read_digits()
     if name == "patches":
         return _read_patches()
+    if name == "diabetes":
+        return _read_diabetes()
     if name in TORCHVISION_NAMES:
         return _read_torchvision(name, _resolve_data_root(data_root))
     path = Path(name).expanduser()
@@ -73,7 +77,7 @@ def located(name: str) -> str:
 def is_at_hand(name: str, data_root: str | Path | None = None) -> bool:
     """Whether a data set of a known name can be read without a download."""
     if name not in TORCHVISION_NAMES:
-        return name in ("digits", "patches")
+        return name in _AT_HAND
     try:
         _torchvision_reader(name)(_resolve_data_root(data_root), train=False, download=False)
     except DataError:
@@ -90,7 +94,20 @@ def _read_digits() -> RawData:
     inputs = torch.from_numpy(digits.images.astype(np.float32)).unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     names = tuple(map(str, digits.target_names))
-    return split_test(inputs, labels, names, InputForm((1, 8, 8), "counts", "grey"))
+    return split_test((inputs, labels), names, InputForm((1, 8, 8), "counts", "grey"))
+
+
+def _read_diabetes() -> RawData:
+    from sklearn.datasets import load_diabetes
+
+    found = load_diabetes(scaled=False)
+    inputs, targets = (
+        torch.from_numpy(part.astype(np.float32)) for part in (found.data, found.target[:, None])
+    )
+    return split_test(
+        (inputs, targets), (), InputForm((inputs.shape[1],), "numbers"),
+        target_names=("progression",), feature_names=tuple(found.feature_names),
+    )  # fmt: skip
 
 
 def _read_patches() -> RawData:
@@ -105,7 +122,7 @@ def _read_patches() -> RawData:
         parts.append(squares.reshape(-1, 1, side, side))
     labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)])
     names = tuple(Path(file).stem for file in samples.filenames)
-    return split_test(torch.cat(parts), labels, names, InputForm((1, side, side), "bytes", "grey"))
+    return split_test((torch.cat(parts), labels), names, InputForm((1, side, side), "bytes", "grey"))
 
 
 def _read_torchvision(name: str, root: Path) -> RawData:
@@ -143,15 +160,49 @@ def _open_torchvision(name: str, root: Path, *, train: bool) -> Any:
 
 def _read_npz(path: Path) -> RawData:
     keys = ("x_train", "y_train", "x_test", "y_test")
-    arrays = read_arrays("name", path, keys, optional=("class_names",))
+    arrays = read_arrays("name", path, keys, optional=("class_names", "target_names", "feature_names"))
     x_train, y_train, x_test, y_test = (arrays[key] for key in keys)
     train, test = _checked_inputs("x_train", x_train), _checked_inputs("x_test", x_test)
-    for key, inputs, labels in (("y_train", train, y_train), ("y_test", test, y_test)):
-        right = labels.dtype.kind in "iu" and labels.shape == (len(inputs),)
-        check(right, key, f"integers of shape ({len(inputs)},), one per example", describe(labels), DataError)
     # If the types differed, one part would be scaled from 0..255 and the other not.
     alike = train.shape[1:] == test.shape[1:] and train.dtype == test.dtype
     check(alike, "x_test", f"like x_train, {describe(x_train)}", describe(x_test), DataError)
+    form = InputForm(tuple(train.shape[1:]), "bytes" if train.dtype == torch.uint8 else "numbers")
+    features = _names("feature_names", arrays.get("feature_names"), train.shape[1], "feature")
+    check(
+        not features or train.ndim == 2, "feature_names", "left out for images", describe(x_train), DataError
+    )
+    if y_train.dtype.kind == "f":
+        check(
+            "class_names" not in arrays,
+            "class_names",
+            "left out where y_train is floating point",
+            "them",
+            DataError,
+        )
+        targets = _targets("y_train", y_train, len(train)), _targets("y_test", y_test, len(test))
+        count = targets[0].shape[1]
+        alike = targets[1].shape[1] == count
+        check(alike, "y_test", f"like y_train, {describe(y_train)}", describe(y_test), DataError)
+        constant = [
+            number
+            for number in range(count)
+            if not bool((targets[0][:, number] != targets[0][0, number]).any())
+        ]
+        check(not constant, "y_train", "of different values", f"one value in column {constant}", DataError)
+        names = _names("target_names", arrays.get("target_names"), count, "target")
+        names = names or (("y",) if count == 1 else tuple(f"y{number}" for number in range(count)))
+        return RawData(
+            (train, targets[0]), (test, targets[1]), (), form, target_names=names, feature_names=features
+        )
+    check(
+        "target_names" not in arrays, "target_names", "left out where y_train holds labels", "them", DataError
+    )
+    for key, inputs, labels in (("y_train", train, y_train), ("y_test", test, y_test)):
+        right = labels.dtype.kind in "iu" and labels.shape == (len(inputs),)
+        allowed = (
+            f"integers of shape ({len(inputs)},), a label for each example, or floating point, as targets are"
+        )
+        check(right, key, allowed, describe(labels), DataError)
     classes = np.unique(y_train)
     check(
         np.array_equal(classes, np.arange(max(len(classes), 2))),
@@ -164,23 +215,34 @@ def _read_npz(path: Path) -> RawData:
         f"labels from {y_test.min()} to {y_test.max()}", DataError,
     )  # fmt: skip
     train_labels, test_labels = (torch.from_numpy(labels.astype(np.int64)) for labels in (y_train, y_test))
-    form = InputForm(tuple(train.shape[1:]), "bytes" if train.dtype == torch.uint8 else "numbers")
+    names = _names("class_names", arrays.get("class_names"), len(classes), "class")
     return RawData(
         (train, train_labels),
         (test, test_labels),
-        _class_names(arrays.get("class_names"), len(classes)),
+        names or tuple(map(str, range(len(classes)))),
         form,
+        feature_names=features,
     )
 
 
-def _class_names(given: Array | None, count: int) -> tuple[str, ...]:
-    """The names of the classes; their numbers if none are given."""
+def _names(key: str, given: Array | None, count: int, what: str) -> tuple[str, ...]:
+    """The names of classes, targets or features; none if none are given."""
     if given is None:
-        return tuple(map(str, range(count)))
+        return ()
     right = given.dtype.kind == "U" and given.shape == (count,) and len(set(given.tolist())) == count
-    allowed = f"{count} different texts, one for each class, as an array of shape ({count},)"
-    check(right, "class_names", allowed, describe(given), DataError)
+    allowed = f"{count} different texts, one for each {what}, as an array of shape ({count},)"
+    check(right, key, allowed, describe(given), DataError)
     return tuple(given.tolist())
+
+
+def _targets(key: str, array: Array, examples: int) -> Tensor:
+    """Targets (N,) or (N, T) as float32 (N, T)."""
+    right = array.dtype.kind == "f" and array.ndim in (1, 2) and len(array) == examples and array.size > 0
+    allowed = (
+        f"floating point of shape ({examples},) or ({examples}, T), as y_train is: targets of each example"
+    )
+    check(right, key, allowed, describe(array), DataError)
+    return to_tensor(key, array.reshape(examples, -1))
 
 
 def _checked_inputs(key: str, array: Array) -> Tensor:

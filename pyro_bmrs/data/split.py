@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from pyro_bmrs.data.arrays import InputForm
 TEST_FRACTION = 0.2
 TEST_SEED = 20240601
 
-type Examples = tuple[Tensor, Tensor]  # inputs (N, C, H, W) or (N, F), and labels (N,)
+type Examples = tuple[Tensor, Tensor]  # inputs (N, C, H, W) or (N, F), and labels (N,) or targets (N, T)
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,26 @@ class RawData:
 
     train: Examples
     test: Examples
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # empty: a regression
     form: InputForm
     validation: Examples | None = None  # if the source has this part
+    target_names: tuple[str, ...] = ()  # of a regression
+    feature_names: tuple[str, ...] = ()  # of vectors, where they are known
+
+    def chosen(self, labels: Tensor, total: int, seed: int, *, leave: int = 0) -> Tensor:
+        """Choose examples at random, (N,) true for those chosen: `stratified` by class, where there are classes."""
+        if self.class_names:
+            return stratified(labels, total, seed, leave=leave)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        return torch.isin(torch.arange(len(labels)), order[:total])
 
 
-def split_test(inputs: Tensor, labels: Tensor, class_names: tuple[str, ...], form: InputForm) -> RawData:
-    """Set a stratified fifth aside for the test, the same for every seed."""
-    test = stratified(labels, round(len(labels) * TEST_FRACTION), TEST_SEED, leave=1)
-    return RawData((inputs[~test], labels[~test]), (inputs[test], labels[test]), class_names, form)
+def split_test(examples: Examples, class_names: tuple[str, ...], form: InputForm, **more: Any) -> RawData:
+    """Set a fifth aside for the test, of each class its share, the same for every seed."""
+    inputs, labels = examples
+    raw = RawData(examples, examples, class_names, form, **more)
+    test = raw.chosen(labels, round(len(labels) * TEST_FRACTION), TEST_SEED, leave=1)
+    return replace(raw, train=(inputs[~test], labels[~test]), test=(inputs[test], labels[test]))
 
 
 def stratified(labels: Tensor, total: int, seed: int, *, leave: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Accuracy, or loss, against what networks of all sizes cost."""
+"""Accuracy, error or loss, against what networks of all sizes cost."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # How far below the best accuracy the figure reaches, in points.
 SHOWN = 15.0
+# What is drawn: the first that is known.
+_HEIGHTS = {"accuracy": "accuracy (%)", "rmse": "root mean square error", "loss": "loss (nats)"}
 # Of the full network's cost: the column and its name, and what a budget calls it.
 _COSTS = {
     "parameters": ("parameters", "parameters left (%)"),
@@ -40,7 +42,7 @@ _MARKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def plot_frontier(table: pd.DataFrame, budget: Mapping[str, float] | None = None) -> Figure:
-    """Draw accuracy, or loss where there are no classes, against the share that is left of each cost.
+    """Draw accuracy, or where there are no classes the error or else the loss, against the share left of each cost.
 
     Args:
         table: of a `Frontier`, the largest network first, whose costs count as 100 %.
@@ -57,7 +59,7 @@ def plot_frontier(table: pd.DataFrame, budget: Mapping[str, float] | None = None
         >>> import pandas as pd
         >>> figure = plot_frontier(pd.DataFrame({
         ...     "parameters": [100, 50, 10], "multiply_accumulates": [900, 300, 50], "milliseconds": float("nan"),
-        ...     "loss": [0.1, 0.11, 0.5], "standard_error": 0.01, "accuracy": [0.97, 0.97, 0.8],
+        ...     "loss": [0.1, 0.11, 0.5], "standard_error": 0.01, "accuracy": [0.97, 0.97, 0.8], "rmse": float("nan"),
         ...     "is_plan": [False, True, False], "is_evidence": [False, True, False],
         ...     "is_one_standard_error": [False, True, False],
         ... }), {"parameters": 60.0})
@@ -67,8 +69,9 @@ def plot_frontier(table: pd.DataFrame, budget: Mapping[str, float] | None = None
     from matplotlib.lines import Line2D
 
     table = finite_rows("table", table, FRONTIER_COLUMNS, ("parameters", "loss"))
-    classes = bool(np.isfinite(floats(table, "accuracy")).any())
-    height = 100 * floats(table, "accuracy") if classes else floats(table, "loss")
+    measure = next(name for name in _HEIGHTS if np.isfinite(floats(table, name)).any())
+    classes = measure == "accuracy"
+    height = floats(table, measure) * (100 if classes else 1)
     shown = {name: cost for name, cost in _COSTS.items() if np.isfinite(floats(table, cost[0])).all()}
     marks = [(name, *mark) for name, mark in _MARKS.items() if table[name].any()]
     limits = {name: limit for name, limit in (budget or {}).items() if name in shown}
@@ -89,7 +92,7 @@ def plot_frontier(table: pd.DataFrame, budget: Mapping[str, float] | None = None
                 linewidth=1.3,
                 linestyle=line,
             )
-            if not classes:
+            if measure == "loss":
                 error = np.nan_to_num(floats(table, "standard_error"))
                 axes.fill_between(
                     left[order], (height - error)[order], (height + error)[order], color=BLUE, alpha=0.15
@@ -103,7 +106,7 @@ def plot_frontier(table: pd.DataFrame, budget: Mapping[str, float] | None = None
                 axes.set_ylim(bottom=max(height.min(), height.max() - SHOWN) - 0.5)
             axes.invert_xaxis()
             axes.set_xlabel(label)
-            axes.set_ylabel("accuracy (%)" if classes else "loss (nats)")
+            axes.set_ylabel(_HEIGHTS[measure])
             axes.ticklabel_format(axis="y", useOffset=False)
         handles = [Line2D([], [], color=BLUE, marker="o", markersize=3.5)]
         handles += [Line2D([], [], linestyle="none", markeredgecolor=BLACK, **look) for _, _, look in marks]

@@ -20,7 +20,7 @@ from pyro_bmrs.fitting.generators import seed_of
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
-from pyro_bmrs.inference.likelihoods import Likelihood
+from pyro_bmrs.inference.likelihoods import Likelihood, Regressor
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import examples_for
 from pyro_bmrs.networks.curvature import Moments, moments
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _SHOWN, _FEW, _WORK = 500, 50, 1e11
 # Seconds between two files of the sums so far.
 _EVERY = 20.0
+# Of a regression whose network fits its data exactly.
+_LEAST_VARIANCE = 1e-12
 
 
 @dataclass
@@ -92,6 +94,7 @@ def curvature_pass(
     model: Likelihood,
     guide: AutoKroneckerLaplace,
     batches: Batches,
+    held_out: Batches | None,
     fabric: Fabric,
     *,
     seed: int,
@@ -101,10 +104,14 @@ def curvature_pass(
 ) -> bool:
     """Sum over the data, and give the guide its posterior.
 
+    Args:
+        held_out: data for the scale of a regression; None: those that are summed over, which it may fit too well.
+
     Returns:
         Whether Ctrl-C or SIGTERM ended the pass early. The guide is then as it was.
     """
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
+    _settle_scale(model, batches if held_out is None else held_out.shared(fabric.device, 0, 1), fabric)
     size = batches.size
     wanted = min(guide.examples, size)
     few = batches.some(1, seed)
@@ -139,6 +146,25 @@ def curvature_pass(
     guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
+
+
+def _settle_scale(model: Likelihood, batches: Batches, fabric: Fabric) -> None:
+    """The scale of a regression that would learn it, where its likelihood of the data is largest: their root mean
+    square error.
+    """
+    if not (isinstance(model, Regressor) and model.log_scale.requires_grad):
+        return
+    sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
+    with untouched(model):
+        for x, y in batches:
+            given, weights = model.observed(y)
+            squares = (given - model.predict(x)).double().square()
+            weights = torch.ones_like(squares) if weights is None else weights.double()
+            sums += torch.stack([(weights * squares).sum(), weights.sum()])
+    total = fabric.all_reduce(sums, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    with torch.no_grad():
+        model.log_scale.copy_((total[0] / total[1]).clamp(min=_LEAST_VARIANCE).log() / 2)
 
 
 def _summed(

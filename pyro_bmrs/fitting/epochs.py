@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches
-from pyro_bmrs.inference.evaluate import evaluate
+from pyro_bmrs.inference.evaluate import Evaluation, evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.inference.predict import posterior_point
@@ -55,7 +55,7 @@ class Measure:
 
     def row(self, epoch: int, loss: float, likelihood: float, kl_weight: float) -> dict[str, Any]:
         """The epoch's row of the history, without its seconds."""
-        validation = (math.nan, math.nan, math.nan)
+        validation = Evaluation(math.nan, math.nan, math.nan)
         if self.held_out is not None:
             point = {}
             if self.guide is not None:
@@ -68,8 +68,8 @@ class Measure:
             "log_likelihood": likelihood,
             "kl": self._kl(),
             "kl_weight": math.nan if self.guide is None else kl_weight,
-            "validation_loss": validation[0],
-            "validation_accuracy": validation[1],
+            "validation_loss": validation.loss,
+            "validation_accuracy": validation.accuracy,
             "kept": self._kept(),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }

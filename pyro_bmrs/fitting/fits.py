@@ -272,8 +272,9 @@ def _laplace(
             old.unlink()
     with _without_tables_of_sites():
         interrupted = curvature_pass(
-            model, guide, batches, fabric, seed=settings.seed, checkpoint=file, label=label, progress=progress
-        )
+            model, guide, batches, held_out, fabric, seed=settings.seed, checkpoint=file, label=label,
+            progress=progress,
+        )  # fmt: skip
         row: dict[str, Any] = dict.fromkeys(HISTORY_COLUMNS, float("nan")) | {
             "phase": "curvature",
             "epoch": 1,

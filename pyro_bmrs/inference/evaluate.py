@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data
 from pyro_bmrs.inference.calls import home_of
 from pyro_bmrs.inference.elbo import observed_log_prob
-from pyro_bmrs.inference.likelihoods import own_weights, parts_of
+from pyro_bmrs.inference.likelihoods import Regressor, own_weights, parts_of
 from pyro_bmrs.inference.sites import Sites, plate_scale, read_sites, weights_of
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.noise import FROM_PRIOR, FixedScales, noise_layers
@@ -27,11 +27,13 @@ class Evaluation(NamedTuple):
         loss: -log p(y | x, θ) in nats.
         accuracy: 0 to 1; NaN where there are no classes.
         standard_error: of the loss; NaN where the likelihood does not tell examples apart, or there is one.
+        rmse: root mean square error of a `Regressor`, in its `unit`; else NaN.
     """
 
     loss: float
     accuracy: float
     standard_error: float
+    rmse: float = float("nan")
 
 
 def evaluate(
@@ -51,6 +53,7 @@ def evaluate(
     batches = data if isinstance(data, Batches) else Batches(data, batch_size, home_of(model), "data")
     likelihood, correct, counted, examples = 0.0, 0.0, 0.0, 0
     each: list[Tensor | None] = []
+    squares: list[Tensor] = []
     if set(noise_layers(model)) - set(theta):
         warnings.warn(FROM_PRIOR, stacklevel=2)
     with untouched(model):
@@ -68,10 +71,16 @@ def evaluate(
             of_each = by_example([node for name, node in sites.data.items() if name not in without], count)
             each.append(None if of_each is None else of_each / scale)
             examples += count
-            right, valid = _count_correct(model, trace.nodes["_RETURN"]["value"], y)
+            output = trace.nodes["_RETURN"]["value"]
+            if isinstance(model, Regressor):
+                squares.append(model.errors(output, y).square().flatten())
+            right, valid = _count_correct(model, output, y)
             correct, counted = correct + right, counted + valid
     return Evaluation(
-        -likelihood / examples, correct / counted if counted else float("nan"), _standard_error(each)
+        -likelihood / examples,
+        correct / counted if counted else math.nan,
+        _standard_error(each),
+        float(torch.cat(squares).mean().sqrt()) if squares else math.nan,
     )
 
 

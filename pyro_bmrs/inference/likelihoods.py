@@ -288,9 +288,14 @@ class Regressor(Likelihood):
     Args:
         net: the network, with output (batch,) or (batch, *dimensions); y has its shape.
         mean: finds the mean in the network's output where that is a dict or a tuple.
-        scale: standard deviation of the observations in the units of y; None learns one, from 1.
+        scale: standard deviation of the observations in the units of y; None learns one, from 1. The curvature of a
+            trained network takes the root mean square error on the validation data then, or else on its own.
         dataset_size: as in `Classifier`.
+        unit: what 1 in y is worth in reported errors, a number or a tensor that broadcasts with y: the standard
+            deviation of the targets, where y is in units of that.
     """
+
+    unit: Tensor
 
     finder = "mean"
 
@@ -301,8 +306,13 @@ class Regressor(Likelihood):
         *,
         scale: float | None = None,
         dataset_size: int | None = None,
+        unit: float | Tensor = 1.0,
     ) -> None:
         super().__init__(net, mean, dataset_size)
+        unit = torch.as_tensor(unit, dtype=torch.float64)
+        good = bool((unit.isfinite() & (unit > 0)).all())
+        check(good, "unit", "positive and finite", unit)
+        self.register_buffer("unit", unit, persistent=False)
         good = scale is None or (isinstance(scale, Real) and 0 < scale < math.inf)
         check(good, "scale", "positive or None, and finite", scale)
         log_scale = torch.tensor(float(scale or 1.0)).log()
@@ -320,6 +330,10 @@ class Regressor(Likelihood):
             _weigh(stack, weights)
             pyro.sample("y", self._law(mean), obs=given)
         return mean
+
+    def errors(self, mean: Tensor, y: Any) -> Tensor:
+        """y − mean in the units of `unit`, float64, on the CPU. Shape: that of the mean."""
+        return (self.observed(y)[0] - mean).cpu().double() * self.unit.cpu()
 
     def observed(self, y: Any) -> tuple[Tensor, Tensor | None]:
         given, weights = super().observed(y)

@@ -34,8 +34,9 @@ class Frontier:
     Attributes:
         table: a row per network, the largest first: structures, parameters, multiply_accumulates (of one example),
             milliseconds (of one example; NaN: not measured), loss (nats per example) with its standard_error, accuracy
-            (0 to 1; NaN without classes); and which is_plan, is_evidence (the evidence's own choice) and
-            is_one_standard_error (the smallest with a loss within one standard error of the least).
+            (0 to 1; NaN without classes), rmse (of a `Regressor`, in its `unit`; else NaN); and which is_plan,
+            is_evidence (the evidence's own choice) and is_one_standard_error (the smallest with a loss within one
+            standard error of the least).
         plans: of the rows.
         budget: what the plan was asked for.
     """
@@ -165,7 +166,7 @@ def _made(
             {
                 "structures": int((~one.table.removed).sum()), "parameters": int(cost["parameters"]),
                 "multiply_accumulates": int(cost["macs"]), "milliseconds": time, "loss": seen.loss,
-                "standard_error": seen.standard_error, "accuracy": seen.accuracy,
+                "standard_error": seen.standard_error, "accuracy": seen.accuracy, "rmse": seen.rmse,
                 "is_plan": one is plan, "is_evidence": one is own, "plan": one,
             }
         )  # fmt: skip

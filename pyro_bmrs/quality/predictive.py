@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data
-from pyro_bmrs.inference.likelihoods import Likelihood
+from pyro_bmrs.inference.likelihoods import Likelihood, own_weights
 from pyro_bmrs.inference.predict import output_at
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import check_module
@@ -181,7 +181,7 @@ def predictions(
 def split_draws(
     model: nn.Module, theta: Mapping[str, Tensor], device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """θ by site, one mapping per draw, checked against the noise layers of `model`."""
+    """θ by site, one mapping per draw, checked against the noise layers; with the weights where these are latents."""
     layers = noise_layers(model)
     check(set(theta) == set(layers), "theta", f"of the noise sites {sorted(layers)}", sorted(theta))
     stacks = {}
@@ -195,7 +195,8 @@ def split_draws(
     counts = {site: len(stack) for site, stack in stacks.items()}
     check(len(set(counts.values())) <= 1, "theta", "of the same number of draws for all sites", counts)
     draws = next(iter(counts.values()), 1)
-    return [{site: stack[draw] for site, stack in stacks.items()} for draw in range(draws)]
+    own = own_weights(model)
+    return [{**own, **{site: stack[draw] for site, stack in stacks.items()}} for draw in range(draws)]
 
 
 def _softmax(logits: object, class_dim: int, examples: int) -> Tensor:

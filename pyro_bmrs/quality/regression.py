@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -42,9 +43,9 @@ def regression_quality(
         batch_size: examples per pass through the network; a loader keeps its own.
 
     Returns:
-        examples; rmse and mae of the mean, in units of y; r2 = 1 − Σ(y − mean)²/Σ(y − ȳ)², of all outputs together;
-        negative_log_likelihood (nats per example); coverage, the share of y in its central interval of 90 %, and width,
-        the mean width of these (units of y).
+        examples; rmse of the mean with its standard error rmse_error, and mae, in the model's `unit`;
+        r2 = 1 − Σ(y − mean)²/Σ(y − ȳ)², of all outputs together; negative_log_likelihood (nats per example);
+        coverage, the share of y in its central interval of 90 %, and width, the mean width of these (in `unit`).
 
     Raises:
         TypeError, ValueError: for a bad argument, named.
@@ -63,15 +64,20 @@ def regression_quality(
             low, high = (_quantile(law, means, scale, (1 + sign * LEVEL) / 2) for sign in (-1, 1))
             parts.append((given, law.mean, law.log_prob(given), low, high))  # type: ignore[no-untyped-call]
     y, mean, log_likelihood, low, high = (torch.cat(part) for part in zip(*parts, strict=True))
-    error, examples = y - mean, len(y)
+    error, examples, unit = model.errors(mean, y), len(y), model.unit.cpu()
+    squares = error.square().reshape(examples, -1).mean(1)
+    rmse = float(squares.mean().sqrt())
+    # of a root, by its slope
+    spread = float(squares.std()) / math.sqrt(examples) / (2 * rmse) if examples > 1 and rmse else math.nan
     return {
         "examples": examples,
-        "rmse": float(error.square().mean().sqrt()),
+        "rmse": rmse,
+        "rmse_error": spread,
         "mae": float(error.abs().mean()),
-        "r2": 1 - float(error.square().sum() / (y - y.mean(0)).square().sum()),
+        "r2": 1 - float(error.square().sum() / ((y - y.mean(0)) * unit).square().sum()),
         "negative_log_likelihood": -float(log_likelihood.sum()) / examples,
         "coverage": float(((low <= y) & (y <= high)).double().mean()),
-        "width": float((high - low).mean()),
+        "width": float(((high - low) * unit).mean()),
     }
 
 

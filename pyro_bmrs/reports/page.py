@@ -76,7 +76,7 @@ def told(
     def says(key: str, kind: str) -> bool:
         if kind == "text":
             return any(row[key] != "" for row in rows)
-        return kind == "khat" or any(finite(row[key]) is not None for row in rows)
+        return kind == "khat" or any(finite(row.get(key)) is not None for row in rows)
 
     return [column for column in columns if not rows or says(column[0], column[2])]
 

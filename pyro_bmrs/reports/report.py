@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from pyro_bmrs.figures import (
 )
 from pyro_bmrs.figures.scores import evidence_label, finite_threshold, score_label
 from pyro_bmrs.files import check_file
+from pyro_bmrs.networks.selection import InputSelection
 from pyro_bmrs.numerals import finite
 from pyro_bmrs.quality.diagnosis import FACTS, Diagnosis
 from pyro_bmrs.quality.frontier import Frontier
@@ -53,6 +54,7 @@ from pyro_bmrs.tables import (
     CURVE_COLUMNS,
     EVALUATION_COLUMNS,
     HISTORY_COLUMNS,
+    REGRESSION_COLUMNS,
     REMOVAL_COLUMNS,
     TABLE_COLUMNS,
     require_columns,
@@ -93,6 +95,7 @@ def report(
     frontier: Frontier | None = None,
     settings: Mapping[str, Any] | None = None,
     command: str = "plan.within(parameters={})",
+    feature_names: Sequence[str] = (),
     pending: Collection[str] = (),
 ) -> Path:
     """Write a self-contained HTML page about one plan, and beside it the essentials as Markdown.
@@ -107,12 +110,15 @@ def report(
         curve: None, or what ``compression_curve`` returned: accuracy against parameters removed.
         evaluation: None, or a row per network and split, in the order of the work, with the columns
             ``network``, ``split``, ``accuracy`` (0 to 1), ``negative_log_likelihood`` (nats per example) and
-            ``parameters``; maybe ``accuracy_error`` and ``standard_error``, of the two measures. The last row is the
-            network that came out; one called "full, trained as long" is what it is compared with.
+            ``parameters``; maybe ``accuracy_error`` and ``standard_error``, of the two measures; of a regression, whose
+            accuracy is NaN, ``rmse``, ``rmse_error``, ``mae``, ``r2``, ``coverage`` and ``width`` as of
+            ``regression_quality``. The last row is the network that came out; one called "full, trained as long" is
+            what it is compared with.
         diagnosis: None, or what ``diagnose`` found: k̂, predictions before and after, the curves of other criteria.
         frontier: None, or what ``frontier`` found of this plan: networks of other sizes, under a slider.
         settings: None, or more to print: recipe, data, versions, …
         command: to show beside another size; ``{}`` stands for its number of parameters.
+        feature_names: of the network's inputs, for the structures of an `InputSelection` of as many features.
         pending: what is still being measured, for the page to say so.
 
     Returns:
@@ -160,8 +166,17 @@ def report(
     settings = settings or {}
     if curve is None and diagnosis.curves is not None:
         curve = diagnosis.curves[diagnosis.curves["criterion"] == diagnosis.curves["criterion"].iloc[0]]
-    structures = _structures(plan, diagnosis)
     kinds = plan.kinds()
+    named = {
+        layer: [*feature_names]
+        for layer, before in zip(map(str, widths["layer"]), widths["before"], strict=True)
+        if feature_names and kinds.get(layer) == InputSelection.__name__ and before == len(feature_names)
+    }
+    structures = _structures(plan, diagnosis)
+    structures["name"] = [
+        named[layer][int(unit)] if layer in named else ""
+        for layer, unit in zip(map(str, structures["layer"]), structures["unit"], strict=True)
+    ]
     shown_widths = widths.assign(
         kind=[kinds.get(layer, "") for layer in widths["layer"]],
         removed=1 - widths["after"] / widths["before"].where(widths["before"] > 0),
@@ -177,10 +192,14 @@ def report(
         threshold=finite_threshold(plan.rule),
         costs=[] if costs is None else _costs(costs),
         widths=shown_widths.to_dict("records"),
+        inputs=[_inputs(plan, layer, names) for layer, names in named.items()],
         widths_total=(int(widths["before"].sum()), int(widths["after"].sum())),
         evaluation=[] if evaluation is None else _evaluation(evaluation),
+        by_error=evaluation is not None and "rmse" in evaluation,
         figures=_figures(fit, history, plan, curve, diagnosis, frontier),
-        sizes=None if frontier is None else slider(frontier, _parameters_before(frontier, costs), command),
+        sizes=None
+        if frontier is None
+        else slider(frontier, _parameters_before(frontier, costs), command, named),
         posterior=_posterior(diagnosis),
         quality=[] if diagnosis.quality is None else diagnosis.quality.to_dict("records"),
         regression=[] if diagnosis.regression is None else diagnosis.regression.to_dict("records"),
@@ -299,6 +318,7 @@ def _structure_columns(rule: Rule, *, contraction: bool) -> list[tuple[str, str,
     return [
         ("layer", "layer", "text"),
         ("unit", "structure", ".0f"),
+        ("name", "input", "text"),
         ("decision", "decision", "text"),
         *([] if rule.is_path else of_theta),  # a path is of weights
         *([("contraction", "contraction (nats)", ".4g")] if contraction else []),
@@ -324,9 +344,20 @@ def _structures(plan: NetworkPlan, diagnosis: Diagnosis) -> pd.DataFrame:
     return table.assign(decision=words, gone=removed)
 
 
+def _inputs(plan: NetworkPlan, layer: str, names: Sequence[str]) -> str:
+    """Which inputs are kept and removed, by name, those with the most evidence for them first."""
+    rows = plan.table[plan.table["layer"] == layer].sort_values("score", kind="stable")
+    every = list(zip(rows["unit"].astype(int), rows["removed"].astype(bool), strict=True))
+    found = {
+        said: [names[unit] for unit, removed in every if removed == gone]
+        for said, gone in (("kept", False), ("removed", True))
+    }
+    return "; ".join(f"{said}: {', '.join(some)}" for said, some in found.items() if some)
+
+
 def _evaluation(table: pd.DataFrame) -> list[dict[str, Any]]:
-    errors = {name: math.nan for name in ("accuracy_error", "standard_error") if name not in table}
-    return table.assign(**errors).to_dict("records")  # type: ignore[return-value]
+    optional = ("accuracy_error", "standard_error", *REGRESSION_COLUMNS)
+    return table.assign(**{name: math.nan for name in optional if name not in table}).to_dict("records")  # type: ignore[return-value]
 
 
 def _costs(costs: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,23 +21,28 @@ _MARKS = {
 }
 
 
-def slider(found: Frontier, before: int, command: str) -> Markup:
+def slider(found: Frontier, before: int, command: str, named: Mapping[str, Sequence[str]]) -> Markup:
     """JSON, safe inside a script element.
 
     Args:
         found: of the plan on the page.
         before: parameters of the full network.
         command: makes the network of a size; "{}" stands for its parameters.
+        named: names of a layer's structures, where they have any.
     """
     from markupsafe import Markup
 
     table = found.plans[0].table
     layers = [
-        {"name": layer, "units": rows.unit.tolist(), "cells": len(rows) <= MOST_CELLS}
+        {
+            "name": layer,
+            "units": [*named.get(str(layer), rows.unit.tolist())],
+            "cells": len(rows) <= MOST_CELLS,
+        }
         for layer, rows in table.groupby("layer", sort=False)
     ]
     # JSON knows no NaN
-    columns = ["parameters", "multiply_accumulates", "milliseconds", "loss", "accuracy"]
+    columns = ["parameters", "multiply_accumulates", "milliseconds", "loss", "accuracy", "rmse"]
     rows = [
         {name: value if math.isfinite(value) else None for name, value in row.items()}
         for row in found.table[columns].astype(float).to_dict("records")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_bmrs.numerals import finite, nats, number, percent, percent_with_error, plain_number
+from pyro_bmrs.numerals import finite, nats, number, percent, percent_with_error, plain_number, with_error
 
 if TYPE_CHECKING:
     from pyro_bmrs.fitting import Fit
@@ -221,7 +221,7 @@ def verdict(
     evaluation: pd.DataFrame | None,
     costs: pd.DataFrame | None = None,
 ) -> str:
-    """Say in one sentence how much was removed, how accurate the rest is, and how the full network trained as long."""
+    """Say in one sentence how much was removed, how good the rest is, and how the full network trained as long."""
     removed = (
         f"{percent(plan.table['removed'].astype(bool).mean())} of {len(plan.table):,} structures removed"
     )
@@ -230,11 +230,14 @@ def verdict(
         if before and after is not None:
             removed = f"{percent(1 - after / before)} of {before:,.0f} parameters removed"
 
-    rows = _measured(evaluation)
+    measure, rows = _measured(evaluation)
     if rows:
-        found = f"{removed}; {rows[-1]['split']} accuracy {_accuracy(rows[-1])} ({rows[-1]['network']})"
+        name = "accuracy" if measure == "accuracy" else "root mean square error"
+        found = f"{removed}; {rows[-1]['split']} {name} {_shown(rows[-1], measure)} ({rows[-1]['network']})"
         baseline = next((row for row in rows if row["network"] == BASELINE), None)
-        return found + (f", {_accuracy(baseline)} of the full network trained as long." if baseline else ".")
+        return found + (
+            f", {_shown(baseline, measure)} of the full network trained as long." if baseline else "."
+        )
     if evaluation is not None and evaluation["negative_log_likelihood"].notna().any():
         last = evaluation.iloc[-1]
         told = nats(last["negative_log_likelihood"], last.get("standard_error"))
@@ -259,20 +262,25 @@ def recommendation(plan: Plan, evaluation: pd.DataFrame | None, left: int | None
     if not plan.table["removed"].any():
         half = "" if left is None else f", such as half of it by {command.format(left // 2)}"
         return f"Nothing was removed: ask for a size{half}"
-    rows = _measured(evaluation)
+    measure, rows = _measured(evaluation)
     if len(rows) < 2:
         return None
     last, before = rows[-1], rows[0]
     if before["network"] == SHRUNK or (last["network"] == "fine-tuned" and before["network"] != BASELINE):
         return "What it costs is not known: the full network was not trained as long. A run with --baseline tells."
     lost, errors = (
-        before["accuracy"] - last["accuracy"],
-        [finite(row.get("accuracy_error")) for row in (last, before)],
+        last[measure] - before[measure],
+        [finite(row.get(f"{measure}_error")) for row in (last, before)],
     )
     error = None if None in errors else math.hypot(*filter(None, errors))
-    points = percent_with_error(abs(lost), error).replace("%", "points")
     against = "the full network trained as long" if before["network"] == BASELINE else "the full network"
-    found = f"Against {against} it {'loses' if lost > 0 else 'gains'} {points}"
+    if measure == "accuracy":
+        lost = -lost
+        points = percent_with_error(abs(lost), error).replace("%", "points")
+        found = f"Against {against} it {'loses' if lost > 0 else 'gains'} {points}"
+    else:
+        change = "larger" if lost > 0 else "smaller"
+        found = f"Against {against} its error is {change} by {_with_error(abs(lost), error)}"
     if error is not None and abs(lost) <= 2 * error:
         return f"{found}, which is within the error: use it."
     if lost <= 0:
@@ -282,18 +290,25 @@ def recommendation(plan: Plan, evaluation: pd.DataFrame | None, left: int | None
     return f"{found}: train it for some epochs, with --fine-tune."
 
 
-def _measured(evaluation: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """The rows of an evaluation with an accuracy, of its test examples where it has any."""
+def _measured(evaluation: pd.DataFrame | None) -> tuple[str, list[dict[str, Any]]]:
+    """The rows of an evaluation with an accuracy, or else an rmse, of its test examples where it has any; and which."""
     if evaluation is None or evaluation.empty:
-        return []
+        return "accuracy", []
     splits = evaluation["split"].astype(str)
     split = "test" if (splits == "test").any() else splits.iloc[-1]
-    chosen = evaluation[(splits == split) & evaluation["accuracy"].notna()]
-    return [{str(name): value for name, value in row.items()} for row in chosen.to_dict("records")]
+    regression = "rmse" in evaluation and not evaluation["accuracy"].notna().any()
+    measure = "rmse" if regression else "accuracy"
+    chosen = evaluation[(splits == split) & evaluation[measure].notna()]
+    return measure, [{str(name): value for name, value in row.items()} for row in chosen.to_dict("records")]
 
 
-def _accuracy(row: Mapping[str, Any]) -> str:
-    return percent_with_error(row["accuracy"], row.get("accuracy_error"))
+def _shown(row: Mapping[str, Any], measure: str) -> str:
+    shown = percent_with_error if measure == "accuracy" else _with_error
+    return shown(row[measure], row.get(f"{measure}_error"))
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return number(value) if not finite(error) else with_error(value, error)
 
 
 def warnings_of(plan: Plan) -> list[str]:
@@ -342,10 +357,13 @@ def removal_warnings(evaluation: pd.DataFrame | None) -> list[str]:
     cost = rows["negative_log_likelihood"]["reduced"] - rows["negative_log_likelihood"][before]
     if not cost > COSTLY:
         return []
-    accuracy = rows["accuracy"]
+    measure, shown = (
+        ("rmse", number) if "rmse" in rows and rows["rmse"].notna().any() else ("accuracy", percent)
+    )
+    both = f"{shown(rows[measure][before])} → {shown(rows[measure]['reduced'])}"
     return [
-        f"Cutting out what was removed cost {number(cost, '.2f')} nats per example (test accuracy "
-        f"{percent(accuracy[before])} → {percent(accuracy['reduced'])}): structures that are idle one by one carried "
+        f"Cutting out what was removed cost {number(cost, '.2f')} nats per example (test {measure} "
+        f"{both}): structures that are idle one by one carried "
         'something together. Remove after each epoch (removal "epoch"), so that the fit can answer, or lower the '
         "KL weight."
     ]

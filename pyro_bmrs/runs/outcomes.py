@@ -16,8 +16,8 @@ from rich.text import Text
 from pyro_bmrs.arguments import check
 from pyro_bmrs.figures import plot_criteria, plot_runs
 from pyro_bmrs.files import check_file, write_table
-from pyro_bmrs.numerals import number, percent, percent_with_error
-from pyro_bmrs.reports.page import svg, write_page
+from pyro_bmrs.numerals import number, percent, percent_with_error, with_error
+from pyro_bmrs.reports.page import svg, told, write_page
 from pyro_bmrs.reports.words import (
     khat_text,
     posterior_warnings,
@@ -37,13 +37,15 @@ OUTCOMES: Columns = (
     ("run", "run", "text"), ("recipe", "recipe", "text"), ("data", "data", "text"), ("criterion", "criterion", "text"),
     ("seed", "seed", ".0f"), ("kl_weight", "KL weight", "g"),
     ("parameters_before", "parameters before", ",.0f"), ("parameters", "after", ",.0f"), ("removed", "removed", "%"),
-    ("accuracy", "test accuracy", "%±"), ("negative_log_likelihood", "negative log-likelihood (nats)", ".4f"),
+    ("accuracy", "test accuracy", "%±"), ("rmse", "test RMSE", "r±"), ("r2", "R²", ".4f"),
+    ("negative_log_likelihood", "negative log-likelihood (nats)", ".4f"),
     ("brier", "Brier score", ".4f"), ("expected_calibration_error", "calibration error", ".4f"),
     ("khat", "worst k̂ of a part", "khat"),
 )  # fmt: skip
 NETWORKS: Columns = (
     ("network", "network", "text"), ("parameters", "parameters", ",.0f"), ("accuracy", "test accuracy", "%±"),
-    ("negative_log_likelihood", "test NLL (nats)", ".4f"),
+    ("rmse", "test RMSE", "r±"), ("r2", "R²", ".4f"), ("negative_log_likelihood", "test NLL (nats)", ".4f"),
+    ("coverage", "in the 90 % interval", "%"),
 )  # fmt: skip
 LAYERS: Columns = (
     ("layer", "layer", "text"), ("before", "before", ",.0f"), ("after", "after", ",.0f"), ("removed", "removed", "%"),
@@ -60,19 +62,21 @@ def shown(row: Mapping[Any, Any], key: str, kind: str) -> str:
     >>> shown(row, "share", "%"), shown(row, "count", ",.0f"), shown(row, "accuracy", "%±")
     ('25.00 %', '1,370', '98.20 ± 0.30 %')
     """
-    value = row[key]
+    value = row.get(key, float("nan"))
     if kind == "text":
         return str(value)
     if kind == "%±":
         return percent_with_error(value, row.get("accuracy_error"))
+    if kind == "r±":
+        return with_error(value, row.get("rmse_error"))
     if kind == "%":
         return percent(value, 2)
     return khat_text(value) if kind == "khat" else number(value, kind)
 
 
 def table_of(columns: Columns, rows: Rows) -> Table:
-    """A table for a terminal. Names given by users are shown as they are, without markup."""
-    table = Table()
+    """A table for a terminal, without columns that are empty. Names are shown as they are, without markup."""
+    columns, table = told(columns, rows), Table()
     for index, (_, label, _) in enumerate(columns):
         table.add_column(Text(label), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
@@ -88,10 +92,11 @@ def compare_runs(folders: Sequence[Path | str]) -> pd.DataFrame:
 
     Returns:
         Columns run (the shortest end of the folder's path that tells it from the others), recipe, data, seed,
-        kl_weight (NaN: trained weights), criterion, parameters_before, parameters, removed (0 to 1), accuracy (0 to 1)
-        with its standard error accuracy_error, and negative_log_likelihood (nats per example) of the final network on
-        the test examples; and, if the run has a diagnosis, of the final network brier and expected_calibration_error,
-        and khat, the worst of any part of the posterior (NaN: no diagnosis).
+        kl_weight (NaN: trained weights), criterion, parameters_before, parameters, removed (0 to 1); of the final
+        network on the test examples accuracy (0 to 1) with its standard error accuracy_error, of a regression instead
+        rmse, rmse_error and r2, and negative_log_likelihood (nats per example); and, if the run has a diagnosis, of
+        the final network brier and expected_calibration_error, and khat, the worst of any part of the posterior (NaN:
+        no diagnosis).
 
     Raises:
         ValueError: for fewer than two folders, one that is named twice, or one that holds no reduced run.
@@ -129,7 +134,8 @@ def _row(name: str, run: RunFolder) -> dict[str, Any]:
         parameters_before=int(evaluation.parameters.iloc[0]), parameters=int(final.parameters),
         removed=run.outcome()["removed"], accuracy=float(final.accuracy),
         accuracy_error=float(final.get("accuracy_error", float("nan"))),
-        negative_log_likelihood=float(final.negative_log_likelihood),
+        rmse=float(final.get("rmse", float("nan"))), rmse_error=float(final.get("rmse_error", float("nan"))),
+        r2=float(final.get("r2", float("nan"))), negative_log_likelihood=float(final.negative_log_likelihood),
         brier=float("nan"), expected_calibration_error=float("nan"), khat=float("nan"),
     )  # fmt: skip
     if diagnosis is not None and diagnosis.quality is not None:
@@ -180,8 +186,8 @@ def _show_run(run: RunFolder, console: Console) -> None:
     evaluation, plan, diagnosis = run.evaluation(), run.plan(), run.diagnosis()
     settings, widths = stored["settings"], plan.widths()
     console.print(Text(verdict(None, plan, None, evaluation.assign(split="test"), run.costs()), style="bold"))
-    told = f"{stored['recipe']} on {settings.data_name}, seed {settings.seed}, {settings.posterior_text}"
-    console.print(Text(f"{told}, {plan.rule}"))
+    made = f"{stored['recipe']} on {settings.data_name}, seed {settings.seed}, {settings.posterior_text}"
+    console.print(Text(f"{made}, {plan.rule}"))
     console.print(table_of(NETWORKS, evaluation.to_dict("records")))
     layers = widths.assign(removed=1 - widths.after / widths.before)
     console.print(table_of(LAYERS, layers.to_dict("records")))
@@ -252,19 +258,24 @@ def _curve(run: RunFolder) -> pd.DataFrame:
 
 
 def _verdict(table: pd.DataFrame) -> str:
-    """Of each data set the smallest run that is as accurate as the best one, within two standard errors."""
-    told = [f"{len(table)} runs"]
-    for data, runs in table[table.accuracy.notna()].groupby("data", sort=False):
-        best = runs.iloc[int(runs.accuracy.argmax())]
-        error = np.hypot(runs.accuracy_error.fillna(0.0), np.nan_to_num(best.accuracy_error))
-        level = runs[runs.accuracy >= best.accuracy - 2 * error]
-        chosen = level.iloc[int(level.parameters.argmin())]
-        told.append(
-            f"on {data} the smallest that is as accurate as the best, {chosen.run}, has "
-            f"{percent_with_error(chosen.accuracy, chosen.accuracy_error)} with {100 * chosen.removed:.1f} % of its "
-            "parameters removed"
+    """Of each data set the smallest run that is as good as the best one, within two standard errors."""
+    found = [f"{len(table)} runs"]
+    for data, every in table.groupby("data", sort=False):
+        classes = bool(every.accuracy.notna().any())
+        measure, sign = ("accuracy", 1) if classes else ("rmse", -1)
+        runs = every[every[measure].notna()]
+        if runs.empty:
+            continue
+        value, errors = sign * runs[measure], runs[f"{measure}_error"].fillna(0.0)
+        best = int(value.argmax())
+        level = runs[value >= value.iloc[best] - 2 * np.hypot(errors, errors.iloc[best])]
+        chosen = level.iloc[int(level.parameters.argmin())].to_dict()
+        has = shown(chosen, measure, "%±") if classes else f"an RMSE of {shown(chosen, measure, 'r±')}"
+        found.append(
+            f"on {data} the smallest that is as {'accurate' if classes else 'good'} as the best, {chosen['run']}, has "
+            f"{has} with {100 * chosen['removed']:.1f} % of its parameters removed"
         )
-    return "; ".join(told)
+    return "; ".join(found)
 
 
 def _run_columns(table: pd.DataFrame) -> Columns:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from pyro_bmrs.data import Dataset
-from pyro_bmrs.data.preparation import Preparation
+from pyro_bmrs.data.preparation import Preparation, Targets
 from pyro_bmrs.data.sources import KNOWN_SETS
-from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier
+from pyro_bmrs.inference import AutoTruncatedLogNormal, Classifier, Regressor
 
 _DATA = ("default", *KNOWN_SETS)  # keys of SETTINGS that are no paths
 
@@ -107,16 +108,17 @@ class Recipe:
 
     def network(self, dataset: Dataset | Preparation, options: Mapping[str, Any], seed: int) -> nn.Module:
         """The network with noise layers, its initial weights drawn with `seed`."""
-        arguments = f"{dataset.input_shape}, {dataset.num_classes}"
+        arguments = f"{dataset.input_shape}, {dataset.num_outputs}"
         with torch.random.fork_rng(), self._blamed("network", arguments):
             torch.manual_seed(seed)
-            net = self.module.network(dataset.input_shape, dataset.num_classes, **options)
+            net = self.module.network(dataset.input_shape, dataset.num_outputs, **options)
         return self._checked("network", net, nn.Module)
 
-    def model(self, network: nn.Module) -> nn.Module:
-        """The Pyro model of a network: the recipe's own, or `Classifier`."""
+    def model(self, network: nn.Module, targets: Targets | None = None) -> nn.Module:
+        """The Pyro model of a network: the recipe's own, or `Classifier`; for targets of a regression `Regressor`."""
+        default = Classifier if targets is None else partial(Regressor, unit=targets.deviation)
         with self._blamed("model", "network"):
-            model = getattr(self.module, "model", Classifier)(network)
+            model = getattr(self.module, "model", default)(network)
         return self._checked("model", model, nn.Module)
 
     def guide(self, model: nn.Module) -> AutoTruncatedLogNormal:

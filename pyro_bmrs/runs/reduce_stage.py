@@ -15,18 +15,21 @@ from pyro_bmrs.files import read_tensors, write_table
 from pyro_bmrs.fitting import fit
 from pyro_bmrs.fitting.posterior_file import save_posterior
 from pyro_bmrs.fitting.stages import Stages
-from pyro_bmrs.inference import evaluate, recalibrate
+from pyro_bmrs.inference import Regressor, evaluate, recalibrate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_program, save_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
+from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
+from pyro_bmrs.quality import regression_quality
 from pyro_bmrs.reports.words import BASELINE, SHRUNK
 from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
 from pyro_bmrs.runs.workplace import Interrupted, Workplace
+from pyro_bmrs.tables import REGRESSION_COLUMNS
 
 
 def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
@@ -112,10 +115,15 @@ def _row(
 ) -> dict[str, Any]:
     """The evaluation of a network on the test examples, each measure with its standard error."""
     found = evaluate(model, run.dataset.test, theta)
+    errors = {}
+    if isinstance(model, Regressor):
+        of_noise = {site: theta[site] for site in noise_layers(model)}  # in another guide θ is of weights
+        errors = regression_quality(model, run.dataset.test, of_noise)
+        errors = {name: errors[name] for name in REGRESSION_COLUMNS}
     spread = math.sqrt(found.accuracy * (1 - found.accuracy) / len(run.dataset.test))
     return {
         "network": name, "negative_log_likelihood": found.loss, "standard_error": found.standard_error,
-        "accuracy": found.accuracy, "accuracy_error": spread, "parameters": parameters(network),
+        "accuracy": found.accuracy, "accuracy_error": spread, **errors, "parameters": parameters(network),
     }  # fmt: skip
 
 
@@ -143,7 +151,7 @@ def _baseline(run: Workplace) -> list[dict[str, Any]]:
     training = settings.of_fine_tuning(epochs)
     checkpoints, known = run.folder / "checkpoints", (run.fitted_with, training.model_dump(mode="json"))
     own = checkpoints / f"baseline-{_digest(run.recipe.path.read_bytes(), json.dumps(known).encode())}"
-    model = run.recipe.model(network).to(run.device)
+    model = run.recipe.model(network, run.preparation.targets).to(run.device)
     result = fit(
         model, None, data.train, data.validation, training, checkpoints=own, logger=run.logger_of("baseline"),
         progress=run.progress,

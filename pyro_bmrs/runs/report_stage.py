@@ -84,7 +84,7 @@ class ReportStage:
         out = run.folder / "report.html"
         page = partial(
             report, Fit(history, removals[removals.phase == "fit"], shown, best_epoch=epochs), plan, out,
-            costs=run.costs(), evaluation=evaluation,
+            costs=run.costs(), evaluation=evaluation, feature_names=run.preparation.feature_names,
             command=f"pyro-bmrs reduce {shlex.quote(folder)} --parameters {{}}{''.join(others)}",
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
         )  # fmt: skip

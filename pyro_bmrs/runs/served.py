@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.data.preparation import Preparation
 from pyro_bmrs.files import check_file
-from pyro_bmrs.inference import Classifier
+from pyro_bmrs.inference import Classifier, Regressor
+from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.predict import predict
 from pyro_bmrs.networks.export import export_onnx, export_program
 from pyro_bmrs.networks.hooked_noise import without_noise
@@ -55,7 +57,8 @@ class Served(RunFolder):
 
         Args:
             path: of the file.
-            fold_preprocessing: whether it takes raw inputs, which need no change of size, and gives probabilities.
+            fold_preprocessing: whether it takes raw inputs, which need no change of size, and gives probabilities,
+                or targets in their units.
             tolerance: as of `export_onnx`.
         """
         if path.suffix not in (".onnx", ".pt2"):
@@ -74,12 +77,18 @@ class Served(RunFolder):
         return export_program(network, x, path, inputs=told)
 
     def predict(self, inputs: Tensor) -> pd.DataFrame:
-        """Number and name of the predicted class, and its probability, a row each.
+        """Number and name of the predicted class, and its probability, a row each; of a regression the targets by name.
 
         Args:
             inputs: as `Preparation.prepare` gives them.
         """
         probabilities = predict(self._model(self.small_network()), None, inputs)
+        targets = self.preparation.targets
+        if targets is not None:
+            check(
+                bool(probabilities.isfinite().all()), "inputs", "such that all predictions are finite", "NaN"
+            )
+            return pd.DataFrame(targets.restored(probabilities).numpy(), columns=[*targets.names])
         probability, label = probabilities.max(dim=1)
         if not math.isfinite(float(probability.sum())):
             raise ValueError("inputs must be finite: a prediction is NaN")
@@ -90,9 +99,11 @@ class Served(RunFolder):
             "probability": probability.numpy(),
         })  # fmt: skip
 
-    def _model(self, small: nn.Module) -> Classifier:
-        """The recipe's model if it is a classifier; for any other model the network's outputs count as logits."""
-        model = self.recipe.model(small)
+    def _model(self, small: nn.Module) -> Likelihood:
+        """The recipe's model if it is a classifier, or a regression of targets; else such a one of the network."""
+        model, targets = self.recipe.model(small, self.preparation.targets), self.preparation.targets
+        if targets is not None:
+            return model if isinstance(model, Regressor) else Regressor(small)
         return model if isinstance(model, Classifier) else Classifier(small)
 
     def _examples(self) -> Tensor:
@@ -110,17 +121,23 @@ class Served(RunFolder):
 
 
 class Folded(nn.Module):
-    """A classifier from raw inputs, (N, C, H, W) or (N, F), to probabilities (N, classes)."""
+    """From raw inputs, (N, C, H, W) or (N, F), to probabilities (N, classes) or targets in their units (N, T)."""
 
     mean: Tensor
     deviation: Tensor
+    loc: Tensor
+    scale: Tensor
 
-    def __init__(self, model: Classifier, preparation: Preparation) -> None:
+    def __init__(self, model: Likelihood, preparation: Preparation) -> None:
         super().__init__()
         self.model, self.divisor = model, preparation.form.scale
-        self.register_buffer("mean", preparation.mean)
-        self.register_buffer("deviation", preparation.deviation)
+        targets = preparation.targets
+        loc, scale = (torch.zeros(1), torch.ones(1)) if targets is None else (targets.mean, targets.deviation)
+        values = {"mean": preparation.mean, "deviation": preparation.deviation, "loc": loc, "scale": scale}
+        for name, value in values.items():
+            self.register_buffer(name, value)
 
     def forward(self, raw: Tensor) -> Tensor:
         scaled = raw.to(self.mean.dtype) / self.divisor
-        return self.model.prediction(self.model.predict((scaled - self.mean) / self.deviation))
+        found = self.model.prediction(self.model.predict((scaled - self.mean) / self.deviation))
+        return found * self.scale + self.loc

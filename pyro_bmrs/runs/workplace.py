@@ -123,7 +123,7 @@ class Workplace(Served):
             )  # fmt: skip
         self.network = self.original_network().to(self.device)
         self.parameters_before = parameters(self.network)
-        self.model = recipe.model(self.network).to(self.device)
+        self.model = recipe.model(self.network, self.preparation.targets).to(self.device)
         self.guide = recipe.guide(self.model) if settings.weights is None else self._laplace()
 
     def _laplace(self) -> AutoKroneckerLaplace:
@@ -194,7 +194,7 @@ class Workplace(Served):
 
     def model_of(self, small: nn.Module) -> nn.Module:
         """The Pyro model of the small network, with what the fit learned outside the network."""
-        model = self.recipe.model(small)
+        model = self.recipe.model(small, self.preparation.targets)
         network = {id(tensor) for tensor in self.network.state_dict(keep_vars=True).values()}
         state = self.model.state_dict(keep_vars=True)
         model.load_state_dict({n: t for n, t in state.items() if id(t) not in network}, strict=False)

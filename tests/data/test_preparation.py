@@ -52,7 +52,7 @@ def test_folders_of_any_size_are_prepared_without_their_data(tmp_path):
 def test_names_of_classes_come_from_an_archive(npz):
     named = load_data(npz({**arrays(), "class_names": np.array(["sick", "well"])}))
     assert named.class_names == ("sick", "well")
-    assert named.num_classes == 2
+    assert named.num_outputs == 2
     assert load_data(npz(arrays())).class_names == ("0", "1")
 
 

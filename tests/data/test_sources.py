@@ -73,7 +73,7 @@ def test_digits_test_part_is_a_stratified_fifth_for_every_seed(unscaled):
 
 def test_patches_are_squares_of_two_photographs():
     patches = load_data("patches")
-    assert (patches.input_shape, patches.num_classes) == ((1, 8, 8), 2)
+    assert (patches.input_shape, patches.num_outputs) == ((1, 8, 8), 2)
     assert patches.class_names == ("china", "flower")
     assert sum(map(len, parts(patches))) == 2 * (427 // 8) * (640 // 8)
     assert patches.preparation.form.values == "bytes"
@@ -99,7 +99,7 @@ def test_npz_layouts(npz, unscaled, stored, expected, dtype):
     inputs = np.random.default_rng(1).integers(0, 256, size=stored).astype(dtype)
     dataset = load_data(npz(arrays(inputs)))
     assert dataset.input_shape == expected
-    assert dataset.num_classes == 2
+    assert dataset.num_outputs == 2
     assert [len(part) for part in parts(dataset)] == [16, 4, 6]
     scale = 255 if dtype == "uint8" else 1
     channels_last = len(stored) == 4 and stored[3] in (1, 3, 4)
@@ -139,7 +139,8 @@ def test_npz_keeps_inputs_and_labels_together(npz):
         ({"x_train": np.ones((20, 5), np.uint8)}, ["x_test must be like x_train", "uint8", "float64"]),
         ({"y_train": np.arange(19) % 2}, ["y_train must be integers of shape (20,)", "(19,)"]),
         ({"y_test": np.zeros(0, int)}, ["y_test must be integers of shape (6,)", "(0,)"]),
-        ({"y_train": np.arange(20) % 2 + 0.0}, ["y_train must be integers", "float64"]),
+        ({"y_train": np.arange(20) % 2 + 0.0}, ["y_test must be floating point", "as y_train is", "int64"]),
+        ({"y_test": np.zeros(5)}, ["y_test must be integers of shape", "float64"]),
         ({"y_train": np.arange(20) % 2 == 0}, ["y_train", "bool"]),
         ({"y_train": np.ones((20, 1), int)}, ["y_train", "(20, 1)"]),
         ({"y_train": np.arange(20) % 2 + 1}, ["y_train must be 0 to", "from 1 to 2"]),
@@ -172,7 +173,7 @@ def test_class_folders(tmp_path, unscaled):
     write_class(tmp_path / "dog", 20, level=100)
     first, second = (load_data(str(tmp_path), seed=seed) for seed in (0, 1))
     assert first.input_shape == (1, 6, 7)
-    assert first.num_classes == 2
+    assert first.num_outputs == 2
     assert [len(part) for part in parts(first)] == [19, 5, 6]
     assert torch.bincount(first.test.tensors[1]).tolist() == [2, 4]
     assert grey_levels(first.test) == grey_levels(second.test)
@@ -385,7 +386,7 @@ def test_published_sets(name, counts, shape, first_test_labels):
     dataset = load_data(name, data_root=REAL_ROOT)
     assert [len(part) for part in parts(dataset)] == counts
     assert dataset.input_shape == shape
-    assert dataset.num_classes == 10
+    assert dataset.num_outputs == 10
     assert dataset.test.tensors[1][:5].tolist() == first_test_labels
     train = dataset.train.tensors[0]
     assert all(part.tensors[0].is_contiguous() for part in parts(dataset))

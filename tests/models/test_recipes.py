@@ -44,7 +44,7 @@ def built(name, data):
     channels, side, _ = RAW_SHAPES[data]
     side = settings.image_size or side
     x = torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(0))
-    sized = SimpleNamespace(input_shape=(channels, side, side), num_classes=10)
+    sized = SimpleNamespace(input_shape=(channels, side, side), num_outputs=10)
     network = recipe.network(sized, settings.network or {}, seed=1)
     model = recipe.model(network)
     return settings, network, model, recipe.guide(model), (x, torch.arange(8))

@@ -95,7 +95,7 @@ def test_sizes_are_no_worse_than_what_within_gives(plan):
             assert row.loss <= asked.evaluated(SEEN).loss + 1e-9
 
 
-def test_a_model_without_classes_is_drawn_by_its_loss():
+def test_a_regression_is_drawn_by_its_error_and_another_model_by_its_loss():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), MultiplicativeNoise(12), nn.Linear(12, 1))
     model = Regressor(net, scale=0.5)
@@ -104,7 +104,9 @@ def test_a_model_without_classes_is_drawn_by_its_loss():
     guide(x, x[:, :1])
     found = bmrs.frontier(bmrs.reduce(model, guide), (x, x[:, :1]), points=3, seconds=0, progress=False)
     assert found.table.accuracy.isna().all()
-    assert {axes.get_ylabel() for axes in found.plot().axes} == {"loss (nats)"}
+    assert {axes.get_ylabel() for axes in found.plot().axes} == {"root mean square error"}
+    without = bmrs.figures.plot_frontier(found.table.assign(rmse=math.nan))
+    assert {axes.get_ylabel() for axes in without.axes} == {"loss (nats)"}
     assert all(math.isfinite(loss) for loss in found.table.loss)
 
 

@@ -162,6 +162,7 @@ def make_frontier(plan, points=6):
             "loss": 0.1 + 0.02 * np.arange(len(left)),
             "standard_error": 0.01,
             "accuracy": 0.95 - 0.01 * np.arange(len(left)),
+            "rmse": np.nan,
             "is_plan": [one is plan for one in plans],
             "is_evidence": [one is plan for one in plans],
             "is_one_standard_error": np.arange(len(left)) == 1,
