@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.quality import predictions, quality
+from pyro_bmrs.quality import predictions, quality, temperature, tempered
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
 
@@ -160,10 +160,12 @@ def measured(net: nn.Module, data: Dataset) -> dict[str, float]:
     """Scores of a plain network: validation accuracy, and test accuracy, NLL and calibration error."""
     model = bmrs.Classifier(net)
     none: Mapping[str, Tensor] = {}
-    test = quality(predictions(model, data.test, none))
+    held_out, seen = (predictions(model, part, none) for part in (data.validation, data.test))
+    test = quality(seen)
     return {
-        "validation_accuracy": quality(predictions(model, data.validation, none))["accuracy"],
+        "validation_accuracy": quality(held_out)["accuracy"],
         "accuracy": test["accuracy"],
         "negative_log_likelihood": test["negative_log_likelihood"],
         "expected_calibration_error": test["expected_calibration_error"],
+        "calibrated_error": quality(tempered(seen, temperature(held_out)))["expected_calibration_error"],
     }

@@ -15,7 +15,8 @@ that FOLDER/results.csv has are passed over, so the command can be called again.
 Columns: data, seed, method, size (asked for: a share that leaves, or "evidence"), parameters, removed (share), epochs
 (of tuning), accuracy, negative_log_likelihood (test), predicted (rise of the loss by plan.path at that size, nats per
 example), evidence (ΔF of all that left, nats), seconds (of the processor: curvature, reduce, apply with refit; of a
-peer its pruning).
+peer its pruning), expected_calibration_error (15 bins, test), calibrated_error (the same, at the temperature of the
+validation examples; older rows have neither).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ PEERS = [name for name in (*peers.METHODS, *peers.OTHERS) if name != "random"]
 KEY = ["data", "seed", "method", "size", "epochs"]
 COLUMNS = [
     *KEY, "parameters", "removed", "accuracy", "negative_log_likelihood", "predicted", "evidence", "seconds",
+    "expected_calibration_error", "calibrated_error",
 ]  # fmt: skip
 
 
@@ -84,7 +86,7 @@ class Study:
         row = {
             **dict(zip(KEY, key, strict=True)), "parameters": parameters(network),
             "removed": round(1 - parameters(network) / full, 5), "accuracy": found["accuracy"],
-            "negative_log_likelihood": found["negative_log_likelihood"], **more,
+            **{name: found[name] for name in ("negative_log_likelihood", *COLUMNS[-2:])}, **more,
         }  # fmt: skip
         new = pd.DataFrame([row], columns=COLUMNS)
         self.table = new if self.table.empty else pd.concat([self.table, new], ignore_index=True)

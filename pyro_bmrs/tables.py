@@ -28,7 +28,10 @@ FRONTIER_COLUMNS = (
 )  # fmt: skip
 # of networks: measured, and in bins, by coverage and by example
 EVALUATION_COLUMNS = ("network", "split", "accuracy", "negative_log_likelihood", "parameters")
-# of a regression, beside these
+# of a classifier and of a regression, beside these
+CALIBRATION_COLUMNS = (
+    "expected_calibration_error", "temperature", "calibrated_error", "calibrated_negative_log_likelihood",
+)  # fmt: skip
 REGRESSION_COLUMNS = ("rmse", "rmse_error", "mae", "r2", "coverage", "width")
 RELIABILITY_COLUMNS = ("network", "prediction", "lower", "upper", "count", "confidence", "accuracy")
 RISK_COLUMNS = ("network", "prediction", "coverage", "risk")

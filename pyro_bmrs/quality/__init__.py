@@ -1,6 +1,6 @@
 """Quality: predictions before and after, and what other decisions would have cost."""
 
-from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage, temperature, tempered
 from pyro_bmrs.quality.curves import compression_curve, criterion_curves
 from pyro_bmrs.quality.diagnosis import Diagnosis
 from pyro_bmrs.quality.examination import diagnose
@@ -13,4 +13,5 @@ from pyro_bmrs.quality.regression import regression_quality
 __all__ = [
     "Diagnosis", "Frontier", "Predictions", "compression_curve", "criterion_curves", "diagnose", "frontier",
     "predictions", "quality", "regression_quality", "reliability", "risk_coverage",
+    "temperature", "tempered",
 ]  # fmt: skip

@@ -47,6 +47,7 @@ def _environment(*, html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.tests["finite"] = lambda value: finite(value) is not None
     made.filters.update(
         nats=nats,
         number=number,

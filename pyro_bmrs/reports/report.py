@@ -50,6 +50,7 @@ from pyro_bmrs.reports.words import (
     warnings_of,
 )
 from pyro_bmrs.tables import (
+    CALIBRATION_COLUMNS,
     COST_COLUMNS,
     CURVE_COLUMNS,
     EVALUATION_COLUMNS,
@@ -112,8 +113,9 @@ def report(
             ``network``, ``split``, ``accuracy`` (0 to 1), ``negative_log_likelihood`` (nats per example) and
             ``parameters``; maybe ``accuracy_error`` and ``standard_error``, of the two measures; of a regression, whose
             accuracy is NaN, ``rmse``, ``rmse_error``, ``mae``, ``r2``, ``coverage`` and ``width`` as of
-            ``regression_quality``. The last row is the network that came out; one called "full, trained as long" is
-            what it is compared with.
+            ``regression_quality``; of a classifier ``expected_calibration_error``, ``temperature``, and with it
+            ``calibrated_error`` and ``calibrated_negative_log_likelihood``. The last row is the network that came
+            out; one called "full, trained as long" is what it is compared with.
         diagnosis: None, or what ``diagnose`` found: k̂, predictions before and after, the curves of other criteria.
         frontier: None, or what ``frontier`` found of this plan: networks of other sizes, under a slider.
         settings: None, or more to print: recipe, data, versions, …
@@ -356,7 +358,7 @@ def _inputs(plan: NetworkPlan, layer: str, names: Sequence[str]) -> str:
 
 
 def _evaluation(table: pd.DataFrame) -> list[dict[str, Any]]:
-    optional = ("accuracy_error", "standard_error", *REGRESSION_COLUMNS)
+    optional = ("accuracy_error", "standard_error", *CALIBRATION_COLUMNS, *REGRESSION_COLUMNS)
     return table.assign(**{name: math.nan for name in optional if name not in table}).to_dict("records")  # type: ignore[return-value]
 
 

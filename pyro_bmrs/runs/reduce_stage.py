@@ -9,8 +9,9 @@ import shutil
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
+from pyro_bmrs.checks.data import some_of
 from pyro_bmrs.files import read_tensors, write_table
 from pyro_bmrs.fitting import fit
 from pyro_bmrs.fitting.posterior_file import save_posterior
@@ -25,11 +26,15 @@ from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
-from pyro_bmrs.quality import regression_quality
+from pyro_bmrs.quality import predictions, quality, regression_quality, temperature, tempered
+from pyro_bmrs.quality.predictive import NoClassifierError
 from pyro_bmrs.reports.words import BASELINE, SHRUNK
 from pyro_bmrs.runs.folder import REMOVAL_COLUMNS
 from pyro_bmrs.runs.workplace import Interrupted, Workplace
-from pyro_bmrs.tables import REGRESSION_COLUMNS
+from pyro_bmrs.tables import CALIBRATION_COLUMNS, REGRESSION_COLUMNS
+
+# Examples that a temperature is fitted on, at most.
+_CALIBRATED = 10_000
 
 
 def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
@@ -77,7 +82,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     write_table(run.folder / "structures.csv", plan.table)
     small.cpu()  # so that the program can be loaded where there is no accelerator
     save_weights(small, run.folder / "small.safetensors")
-    told = {**run.preparation.document(), "folded": False}
+    told = {**run.preparation.document(), "temperature": rows[-1].get("temperature"), "folded": False}
     export_program(small, data.test[:2][0], run.folder / "small.pt2", inputs=told)
     plan.save(run.folder / "plan.json")
     shutil.rmtree(tuning, ignore_errors=True)
@@ -115,16 +120,30 @@ def _row(
 ) -> dict[str, Any]:
     """The evaluation of a network on the test examples, each measure with its standard error."""
     found = evaluate(model, run.dataset.test, theta)
-    errors = {}
+    of_noise = {site: theta[site] for site in noise_layers(model)}  # in another guide θ is of weights
+    more = _calibration(run, model, of_noise)
     if isinstance(model, Regressor):
-        of_noise = {site: theta[site] for site in noise_layers(model)}  # in another guide θ is of weights
         errors = regression_quality(model, run.dataset.test, of_noise)
-        errors = {name: errors[name] for name in REGRESSION_COLUMNS}
+        more = {name: errors[name] for name in REGRESSION_COLUMNS}
     spread = math.sqrt(found.accuracy * (1 - found.accuracy) / len(run.dataset.test))
     return {
         "network": name, "negative_log_likelihood": found.loss, "standard_error": found.standard_error,
-        "accuracy": found.accuracy, "accuracy_error": spread, **errors, "parameters": parameters(network),
+        "accuracy": found.accuracy, "accuracy_error": spread, **more, "parameters": parameters(network),
     }  # fmt: skip
+
+
+def _calibration(run: Workplace, model: nn.Module, theta: dict[str, Tensor]) -> dict[str, float]:
+    """A temperature that is fitted on the validation examples, and what it does for the test examples."""
+    parts = some_of(run.dataset.validation, _CALIBRATED), run.dataset.test
+    try:
+        held_out, seen = (predictions(model, part, theta) for part in parts)
+    except NoClassifierError:
+        return {}
+    fitted = temperature(held_out)
+    before, after = quality(seen), quality(tempered(seen, fitted))
+    error = "expected_calibration_error"
+    found = before[error], fitted, after[error], after["negative_log_likelihood"]
+    return dict(zip(CALIBRATION_COLUMNS, found, strict=True))
 
 
 def _full_network(run: Workplace) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.predict import predict
 from pyro_bmrs.networks.export import export_onnx, export_program
 from pyro_bmrs.networks.hooked_noise import without_noise
+from pyro_bmrs.numerals import finite
 from pyro_bmrs.runs.folder import RunFolder
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
@@ -47,6 +48,11 @@ class Served(RunFolder):
         network = self.recipe.network(self.preparation, self.settings.network or {}, self.settings.seed)
         return network if self.settings.weights is None else without_noise(network)
 
+    @property
+    def temperature(self) -> float | None:
+        """What the small network's logits are divided by, for its probabilities; None: no classifier."""
+        return finite(self.evaluation().iloc[-1].get("temperature"))
+
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
         self.need("small.safetensors")
@@ -66,8 +72,13 @@ class Served(RunFolder):
         check_file("out", path)
         network, x = self.small_network(), self._examples()
         if fold_preprocessing:
-            network, x = Folded(self._model(network), self.preparation), self._raw(x)
-        told = {**self.preparation.document(), "folded": fold_preprocessing}
+            network = Folded(self._model(network), self.preparation, self.temperature or 1.0)
+            x = self._raw(x)
+        told = {
+            **self.preparation.document(),
+            "temperature": self.temperature,
+            "folded": fold_preprocessing,
+        }
         if path.suffix == ".onnx":
             return export_onnx(network, x, path, tolerance=tolerance, inputs=told)
         if tolerance is not None:
@@ -77,7 +88,8 @@ class Served(RunFolder):
         return export_program(network, x, path, inputs=told)
 
     def predict(self, inputs: Tensor) -> pd.DataFrame:
-        """Number and name of the predicted class, and its probability, a row each; of a regression the targets by name.
+        """Number and name of the predicted class, and its probability at the `temperature`, a row each; of a regression
+        the targets by name.
 
         Args:
             inputs: as `Preparation.prepare` gives them.
@@ -89,7 +101,7 @@ class Served(RunFolder):
                 bool(probabilities.isfinite().all()), "inputs", "such that all predictions are finite", "NaN"
             )
             return pd.DataFrame(targets.restored(probabilities).numpy(), columns=[*targets.names])
-        probability, label = probabilities.max(dim=1)
+        probability, label = (probabilities.log() / (self.temperature or 1.0)).softmax(1).max(dim=1)
         if not math.isfinite(float(probability.sum())):
             raise ValueError("inputs must be finite: a prediction is NaN")
         names = dict(enumerate(self.preparation.class_names))
@@ -128,9 +140,9 @@ class Folded(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, model: Likelihood, preparation: Preparation) -> None:
+    def __init__(self, model: Likelihood, preparation: Preparation, temperature: float) -> None:
         super().__init__()
-        self.model, self.divisor = model, preparation.form.scale
+        self.model, self.divisor, self.temperature = model, preparation.form.scale, temperature
         targets = preparation.targets
         loc, scale = (torch.zeros(1), torch.ones(1)) if targets is None else (targets.mean, targets.deviation)
         values = {"mean": preparation.mean, "deviation": preparation.deviation, "loc": loc, "scale": scale}
@@ -139,5 +151,6 @@ class Folded(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         scaled = raw.to(self.mean.dtype) / self.divisor
-        found = self.model.prediction(self.model.predict((scaled - self.mean) / self.deviation))
+        output = self.model.predict((scaled - self.mean) / self.deviation)
+        found = self.model.prediction(output / self.temperature)
         return found * self.scale + self.loc

@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage
+from pyro_bmrs.quality.calibration import quality, reliability, risk_coverage, temperature, tempered
 from pyro_bmrs.quality.predictive import Predictions
 
 
@@ -221,3 +224,59 @@ def test_scores_need_labelled_predictions(function):
 def test_bad_arguments_of_scores(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+class Itself(ClassifierMixin, BaseEstimator):
+    """A classifier whose inputs are its logits."""
+
+    def fit(self, x, y):
+        self.classes_ = np.unique(y)
+        return self
+
+    def decision_function(self, x):
+        return x
+
+    def predict(self, x):
+        return self.classes_[x.argmax(1)]
+
+
+@pytest.mark.parametrize(("classes", "sharpness"), [(3, 0.3), (3, 1.0), (10, 3.0)])
+def test_the_temperature_is_that_of_scikit_learn(classes, sharpness):
+    p, label = drawn(400, classes)
+    logits = sharpness * np.log(p)  # so that 1 is right where the sharpness is
+    given = point(torch.from_numpy(logits).softmax(1).numpy(), label)
+    found = tempered(given, temperature(given))
+    model = CalibratedClassifierCV(FrozenEstimator(Itself().fit(logits, label)), method="temperature")
+    theirs = model.fit(logits, label).predict_proba(logits)
+    assert np.abs(found.probability - theirs).max() < 2e-3
+    own, other = (
+        quality(point(some, label))["negative_log_likelihood"] for some in (found.probability, theirs)
+    )
+    assert own <= other + 1e-7  # theirs is found with a coarse tolerance
+    assert temperature(given) == pytest.approx(sharpness, rel=0.25)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 6), st.floats(0.2, 5.0), st.integers(0, 10_000))
+def test_no_other_temperature_is_better_and_no_prediction_changes(classes, sharpness, seed):
+    p, label = drawn(60, classes, seed, sharpness)
+    given_, at = point(p, label), temperature(point(p, label))
+    best = tempered(given_, at)
+    assert (best.predicted == given_.predicted).all()
+    assert np.allclose(best.expected_entropy, best.entropy)
+    least = quality(best)["negative_log_likelihood"]
+    for other in np.geomspace(0.05, 20, 60):
+        assert quality(tempered(given_, float(other)))["negative_log_likelihood"] >= least - 1e-6
+    assert np.allclose(tempered(given_, 1.0).probability, p, atol=1e-12)
+
+
+def test_bad_arguments_of_temperatures():
+    two = Predictions(np.full((1, 2), 0.5), np.zeros(1), np.array([0]), draws=2)
+    with pytest.raises(ValueError, match="predictions must be from a point: got '2 draws'"):
+        temperature(two)
+    with pytest.raises(ValueError, match="predictions must be from a point: got '2 draws'"):
+        tempered(two, 1.0)
+    with pytest.raises(ValueError, match="temperature must be a positive number: got 0"):
+        tempered(SIX, 0)
+    with pytest.raises(ValueError, match="must have labels"):
+        temperature(point([[0.5, 0.5]], [-1]))

@@ -182,7 +182,8 @@ def test_the_folder_says_what_inputs_must_look_like(made):
     assert len(told["mean"]) == len(told["deviation"]) == 3
     extra = {"inputs.json": ""}
     torch.export.load(made("photos") / "small.pt2", extra_files=extra)
-    assert json.loads(extra["inputs.json"]) == {**told, "folded": False}
+    temperature = pd.read_csv(made("photos") / "evaluation.csv").temperature.iloc[-1]
+    assert json.loads(extra["inputs.json"]) == {**told, "temperature": temperature, "folded": False}
     assert json.loads((made("vectors") / "settings.json").read_text())["inputs"]["class_names"] == [
         "a",
         "b",
@@ -340,3 +341,22 @@ def test_freeze_weights_is_an_option_and_leaves_the_weights(place, tmp_path):
     before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
     run.load_posterior()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.network.state_dict().items())
+
+
+def test_the_temperature_of_the_validation_examples_is_in_table_exports_and_predictions(made, tmp_path):
+    folder = made("digits")
+    current, last = Run(folder, progress=False), pd.read_csv(folder / "evaluation.csv").iloc[-1]
+    x, y = current.dataset.test.tensors
+    held_out, labels = current.dataset.validation.tensors
+    small = current.small_network().requires_grad_(False)
+    losses = [float(torch.nn.functional.cross_entropy(small(held_out) / t, labels)) for t in (0.9, 1.0, 1.1)]
+    own = float(torch.nn.functional.cross_entropy(small(held_out) / last.temperature, labels))
+    assert own < min(losses) or last.temperature == pytest.approx(1, abs=0.1)
+    loss = float(torch.nn.functional.cross_entropy(small(x) / last.temperature, y))
+    assert last.calibrated_negative_log_likelihood == pytest.approx(loss, rel=1e-5)
+    confident = (small(x) / last.temperature).softmax(1).amax(1)
+    table = current.predict(x)
+    assert np.allclose(table.probability, confident.detach(), atol=1e-5)
+    extra = {"inputs.json": ""}
+    torch.export.load(folder / "small.pt2", extra_files=extra)
+    assert json.loads(extra["inputs.json"])["temperature"] == pytest.approx(last.temperature)
