@@ -10,6 +10,7 @@ PACKAGE = Path(pyro_bmrs.__file__).parent
 # From the bottom up. An arrow never runs up; those of one line know nothing of each other.
 FLOORS = (
     ("arguments", "files", "numerals", "progress", "tables"),
+    ("notebooks",),
     ("distributions",),
     ("evidence", "networks", "data"),
     ("inference", "figures"),

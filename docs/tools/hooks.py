@@ -5,12 +5,14 @@ nothing above it. So each file that a page links to is copied to `repository/` a
 can't be shown, so a link to one becomes its text; one to the README leads to the first page, one to the
 changelog to its page. A path that does not exist is left as it is, and mkdocs warns of it.
 
-It also writes the help of the command line and the table of settings where a page asks for them.
+It also writes the help of the command line and the table of settings where a page asks for them, and makes a page of
+each notebook: executed, with what its cells show.
 """
 
 import os
 import posixpath
 import re
+import tempfile
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -44,7 +46,33 @@ def on_files(files, config):
     for path in sorted(linked - {None} - set(PAGES)):
         if (root / path).is_file():
             files.append(File.generated(config, f"{FOLDER}/{path}", abs_src_path=str(root / path)))
+    for path in sorted(Path(config.docs_dir, "notebooks").glob("*.ipynb")):
+        for name, content in executed(path).items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
+
+
+def executed(path):
+    """The page of a notebook and its pictures, by name."""
+    import nbclient
+    import nbformat
+    from jupyter_client.manager import AsyncKernelManager
+    from nbconvert import MarkdownExporter
+
+    notebook = nbformat.read(path, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        kernel = AsyncKernelManager(transport="ipc")  # by sockets it warns that these are not encrypted
+        nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources=resources).execute()
+    for number, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:  # of the two the picture
+                data.pop("text/plain", None)
+            assert output.output_type != "error", f"{path.name}, cell {number}"
+    text, more = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
+    told = f"\n\n[The notebook]({path.name}), to run it yourself.\n"
+    return {f"{path.stem}.md": text + told, **more["outputs"]}
 
 
 def command_line_help():

@@ -79,10 +79,11 @@ def styled_figure(height: float, layout: Literal["constrained"] | None = "constr
         layout: matplotlib's layout engine; None for places that are computed by hand.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
+
+    from pyro_bmrs.figures.drawing import Drawing
 
     with rc_context(STYLE):
-        yield Figure(figsize=(FIGURE_WIDTH, height), layout=layout)
+        yield Drawing(figsize=(FIGURE_WIDTH, height), layout=layout)
 
 
 def floats(table: pd.DataFrame, column: str) -> NDArray[np.float64]:

@@ -30,6 +30,7 @@ from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.notebooks import card, folded, grid, lines
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 
 if TYPE_CHECKING:
@@ -115,6 +116,18 @@ class Fit:
 
     def __repr__(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        title, _, told = str(self).partition("; ")
+        if self.stages.empty:
+            return card(title, lines(told))
+        columns = [
+            ("kl_weight", "KL weight", ".4g"), ("kept", "structures", ",.0f"), ("parameters", "parameters", ",.0f"),
+            ("validation_loss", "validation loss (nats)", ".4f"), ("validation_accuracy", "accuracy", "%"),
+            ("taken", "", "text"),
+        ]  # fmt: skip
+        rows = [{**row, "taken": "taken" if row["chosen"] else ""} for row in self.stages.to_dict("records")]
+        return card(title, lines(told), folded(f"{len(rows)} stages", grid(columns, rows, len(rows))))
 
     def __str__(self) -> str:
         ending = ", interrupted" if self.interrupted else ", stopped early" if self.stopped_early else ""

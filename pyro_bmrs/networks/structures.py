@@ -23,6 +23,7 @@ from pyro_bmrs.networks.tracing.findings import matches
 from pyro_bmrs.networks.tracing.grouping import Grouping, Refused
 from pyro_bmrs.networks.tracing.ties import settle
 from pyro_bmrs.networks.tracing.trace import Trace
+from pyro_bmrs.notebooks import card, folded, grid
 
 
 class StructureError(ValueError):
@@ -80,6 +81,28 @@ class Structures:
 
     def __repr__(self) -> str:
         return on_a_screen(str(self))
+
+    def _repr_html_(self) -> str:
+        columns = [
+            ("name", "group", "text"), ("structures", "structures", ",.0f"), ("kind", "", "text"),
+            ("channels", "channels of each", ",.0f"), ("read_by", "read by", "text"),
+        ]  # fmt: skip
+        rows = self.table.to_dict("records")
+        kept = [row for row in rows if row["reason"]]
+        stay = grid(
+            [
+                ("name", "stays", "text"),
+                ("channels", "channels", ",.0f"),
+                ("reason", "because it is", "text"),
+            ],
+            kept,
+        )
+        every = grid(columns, [row for row in rows if not row["reason"]])
+        return card(
+            str(self).partition("\n")[0],
+            every,
+            folded(f"{len(kept)} that can't be removed", stay) if kept else "",
+        )
 
     def __str__(self) -> str:
         lines = [f"{sum(group.features for group in self)} structures in {len(self)} groups"]

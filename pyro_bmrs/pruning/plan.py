@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_bmrs.arguments import on_a_screen
+from pyro_bmrs.notebooks import card, grid, lines
 from pyro_bmrs.pruning.plan_file import read_plan, write_plan
 from pyro_bmrs.pruning.rule import Rule
 
@@ -116,6 +117,16 @@ class Plan:
 
     def __repr__(self) -> str:
         return on_a_screen(str(self))
+
+    def _repr_html_(self) -> str:
+        widths = self.widths()
+        rows = widths.assign(left=widths.after / widths.before.where(widths.before > 0)).to_dict("records")
+        columns = [
+            ("layer", "layer", "text"), ("before", "before", ",.0f"), ("after", "after", ",.0f"),
+            ("left", "left", "bar"),
+        ]  # fmt: skip
+        told = lines(*self._details(), *self.cautions())
+        return card(self.summary().partition("\n")[0], grid(columns, rows), told)
 
     def __getstate__(self) -> dict[str, Any]:
         live = {entry.name for entry in fields(self) if entry.metadata.get("live")}

@@ -19,6 +19,7 @@ from pyro_bmrs.files import (
     write_atomically,
     write_table,
 )
+from pyro_bmrs.notebooks import card, grid, lines
 from pyro_bmrs.tables import DIAGNOSIS_COLUMNS, NAME_COLUMNS, require_columns
 
 FORMAT, VERSION = "pyro_bmrs.diagnosis", 1
@@ -81,6 +82,22 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         return on_a_screen(str(self))
+
+    def _repr_html_(self) -> str:
+        columns = [
+            ("network", "network", "text"), ("prediction", "from", "text"), ("accuracy", "accuracy", "%"),
+            ("rmse", "RMSE", ".4g"), ("r2", "R²", ".4f"), ("coverage", "in the 90 % interval", "%"),
+            ("negative_log_likelihood", "NLL (nats)", ".4f"),
+            ("expected_calibration_error", "calibration error", ".4f"),
+        ]  # fmt: skip
+        khat = [
+            ("part", "part of the posterior", "text"),
+            ("khat", "k̂", ".2f"),
+            ("threshold", "reliable up to", ".2f"),
+        ]
+        parts = [(columns, self.quality), (columns, self.regression), (khat, self.khat)]
+        tables = [grid(shown, rows.to_dict("records")) for shown, rows in parts if rows is not None]
+        return card(str(self).partition("\n")[0], *tables, lines(*self.notes))
 
     def save(self, folder: Path | str) -> Path:
         """Write a CSV per table, and diagnosis.json last; returns the folder."""

@@ -15,6 +15,7 @@ from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.files import read_table, write_table
 from pyro_bmrs.networks.cost import latency_milliseconds
 from pyro_bmrs.networks.inputs import repeated
+from pyro_bmrs.notebooks import card, grid
 from pyro_bmrs.progress import bar
 from pyro_bmrs.pruning.budgets import Costs, first, one_standard_error
 from pyro_bmrs.tables import FRONTIER_COLUMNS, require_columns
@@ -44,6 +45,23 @@ class Frontier:
     table: pd.DataFrame
     plans: tuple[NetworkPlan, ...] = field(repr=False)
     budget: Mapping[str, float]
+
+    def _repr_html_(self) -> str:
+        columns = [
+            ("parameters", "parameters", ",.0f"), ("multiply_accumulates", "multiply-adds", ",.0f"),
+            ("milliseconds", "ms", ".4g"), ("loss", "loss (nats)", ".4f"), ("accuracy", "accuracy", "%"),
+            ("rmse", "RMSE", ".4g"), ("mark", "", "text"),
+        ]  # fmt: skip
+        marks = {
+            "is_plan": "the plan",
+            "is_evidence": "evidence's choice",
+            "is_one_standard_error": "one standard error",
+        }
+        rows = [
+            {**row, "mark": ", ".join(name for mark, name in marks.items() if row[mark])}
+            for row in self.table.to_dict("records")
+        ]
+        return card(f"{len(rows)} networks, each measured", grid(columns, rows))
 
     def kept(self) -> list[str]:
         """Of each row a digit for each structure in the order of the plan's table: 1 where it is kept."""
