@@ -2,7 +2,7 @@
 
 >>> from pyro_bmrs.data import load_data
 >>> digits = load_data("digits")
->>> digits.input_shape, digits.num_classes
+>>> digits.input_shape, digits.num_outputs
 ((1, 8, 8), 10)
 >>> images, labels = digits.train[:64]
 >>> images.shape, labels.shape

@@ -28,7 +28,7 @@ class Targets:
     >>> from pyro_bmrs.data import load_data
     >>> targets = load_data("diabetes").preparation.targets
     >>> targets.names, targets.restored(torch.zeros(1, 1)).round()
-    (('progression',), tensor([[152.]]))
+    (('progression',), tensor([[151.]]))
     """
 
     names: tuple[str, ...]

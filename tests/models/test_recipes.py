@@ -23,6 +23,7 @@ RAW_SHAPES = {
     "fashion-mnist": (1, 28, 28),
     "cifar10": (3, 32, 32),
     "default": (1, 8, 8),
+    "diabetes": (10,),
 }
 CASES = [(name, data) for name, recipe in RECIPES.items() for data in recipe.module.SETTINGS]
 
@@ -41,10 +42,11 @@ def built(name, data):
     """(settings, network, model, guide, batch) for random examples of the shape a data set has."""
     recipe = RECIPES[name]
     settings = RunSettings.of(recipe, data, {})
-    channels, side, _ = RAW_SHAPES[data]
-    side = settings.image_size or side
-    x = torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(0))
-    sized = SimpleNamespace(input_shape=(channels, side, side), num_outputs=10)
+    shape = RAW_SHAPES[data]
+    if settings.image_size:
+        shape = shape[0], settings.image_size, settings.image_size
+    x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    sized = SimpleNamespace(input_shape=shape, num_outputs=10)
     network = recipe.network(sized, settings.network or {}, seed=1)
     model = recipe.model(network)
     return settings, network, model, recipe.guide(model), (x, torch.arange(8))
@@ -90,7 +92,8 @@ def test_every_layer_of_structures_can_be_removed_from(name, data):
     small = remove_structures(network, kept, scales, x).network
     assert not noise_layers(small)
     for site, group in groups.items():
-        rows = small.get_submodule(group.producers[0].path).weight.shape[0]
+        producer = small.get_submodule(group.producers[0].path)
+        rows = producer.features if group.kind == "inputs" else producer.weight.shape[0]
         assert rows == int(kept[site].sum()) * group.channels < group.features * group.channels
     assert parameters(small) < 0.8 * parameters(network)
     assert small(x).shape == (8, 10)

@@ -303,7 +303,7 @@ def test_recipes_select_positions(recipe, shape, kinds):
     from pyro_bmrs.runs.recipe import Recipe
 
     class Shape:
-        input_shape, num_classes = shape, 3
+        input_shape, num_outputs = shape, 3
 
     widths = (4, 5, 12, 8)[: 4 if recipe == "lenet5" else 3]
     options = {"widths": widths, "select_positions": True}

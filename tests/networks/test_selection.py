@@ -119,7 +119,7 @@ def test_the_mlp_recipe_selects_its_inputs():
     from pyro_bmrs.runs.recipe import Recipe
 
     class Shape:
-        input_shape, num_classes = (1, 4, 4), 3
+        input_shape, num_outputs = (1, 4, 4), 3
 
     recipe = Recipe.read(MODELS / "mlp.py")
     net = recipe.network(Shape, {"widths": (5,), "select_inputs": True}, 0)

@@ -1327,7 +1327,8 @@ DATA = [
     ),
     npz_case(
         "fewer labels than examples",
-        r"^y_train must be integers of shape \(40,\), one per example: got 'int64 of shape \(39,\)'$", y_train=TWO[:39],
+        r"^y_train must be integers of shape \(40,\), a label for each example, or floating point, .*: got "
+        r"'int64 of shape \(39,\)'$", y_train=TWO[:39],
     ),
     npz_case(
         "labels 1 and 2", r"^y_train must be 0 to .*: got '2 different labels from 1 to 2'$",

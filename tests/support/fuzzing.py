@@ -195,7 +195,7 @@ def targets(place: Path) -> dict[str, Target]:
         "fit": {"epochs": 3}, "settled": {"batch_size": 16}, "recipe": "net.py",
         "inputs": {
             "raw_shape": [1, 8, 8], "raw_values": "counts", "channels": "grey", "image_size": None, "mean": [0.3],
-            "deviation": [0.4], "class_names": ["odd", "even"],
+            "deviation": [0.4], "class_names": ["odd", "even"], "feature_names": [], "targets": None,
         },
     }  # fmt: skip
     archive = io.BytesIO()

@@ -661,7 +661,9 @@ def folder(*classes, grey=1, **more):
 
 
 works, refused = row("files and folders")
-LABELS_OF_FILES = r"^y_train must be integers of shape \(20,\), one per example: got '{}'$"
+LABELS_OF_FILES = (
+    r"^y_train must be integers of shape \(20,\), a label for each example, or floating point, .*: got '{}'$"
+)
 FILES = [
     works("an .npz with images (N, H, W, C), (N, C, H, W) or (N, H, W)", "read as (N, C, H, W)", lambda: [
         equal(npz(x_train=bytes_of(20, *shape), x_test=bytes_of(6, *shape)).input_shape, found)
@@ -676,8 +678,11 @@ FILES = [
             "refused before any work"),
     refused("an .npz with labels from 1", "^y_train must be 0 to the number of classes less 1, .*: got '2 different "
             "labels from 1 to 2'$", lambda: npz(y_train=np.arange(20) % 2 + 1), "refused before any work"),
-    refused("an .npz with labels of float64", LABELS_OF_FILES.format(r"float64 of shape \(20,\)"),
-            lambda: npz(y_train=np.arange(20) % 2.0), "refused before any work"),
+    refused("an .npz with labels of float64 to train on alone", r"^y_test must be floating point of shape \(6,\) or "
+            r"\(6, T\), as y_train is: .*: got 'int64 of shape \(6,\)'$", lambda: npz(y_train=np.arange(20) % 2.0),
+            "refused before any work"),
+    works("an .npz with y of float64", "a regression", lambda: [
+        equal(npz(y_train=np.arange(20) % 2.0, y_test=np.arange(6) % 2.0).preparation.targets.names, ("y",))]),
     refused("an .npz with one-hot labels", LABELS_OF_FILES.format(r"int64 of shape \(20, 2\)"),
             lambda: npz(y_train=np.eye(2, dtype=int)[np.arange(20) % 2]), "refused before any work"),
     refused("an .npz of bytes to train on and of floats to test on",
