@@ -25,15 +25,18 @@ from io import StringIO
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
 import typer
 import yaml
+from PIL import Image
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import _HOMES
-from pyro_bmrs.cli import app
+from pyro_bmrs.cli import _guarded, app
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_onnx, export_program, save_weights
 from pyro_bmrs.runs.study import Study
@@ -176,6 +179,23 @@ def saved_run(names):
         names.update(make_network=small_network, x=x, plan=plan, small=small, wanted=small(x))
 
 
+def run_on_pictures(names):
+    """A run on a folder of pictures, and its program for raw ones."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 12)):
+        for label, name in enumerate(("cat", "dog", "owl")):
+            folder = Path("pictures", part, name)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 100 + 40 * label, (8, 9, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    recipe = str(ROOT / "models" / "mlp.py")
+    more = ["--epochs", "15", "--draws", "0", "--quiet", "--network", '{"widths": [20]}', "--fine-tune", "0"]
+    made = ["run", recipe, "--data", "pictures", "--out", "run", "--learning-rate", "0.01", *more]
+    assert _guarded(made) == 0
+    assert _guarded(["export", "run", "--out", "small.onnx", "--fold-preprocessing"]) == 0
+
+
 def small_problem(names):
     """A model, a guide and data."""
     x = torch.randn(60, 4)
@@ -209,6 +229,7 @@ def finished_study(_):
 PREPARED = {
     ("docs/fitting.md", 0): small_problem,
     ("docs/serve_it.md", 0): saved_run,
+    ("docs/serve_it.md", 5): run_on_pictures,
     ("docs/sweeps.md", 0): finished_study,
 }
 
@@ -222,6 +243,14 @@ def readme_of_ten_lines(names, printed, _):
     with torch.no_grad():
         assert float((small.eval()(x).argmax(1) == y).float().mean()) > 0.9
     assert "BMRS_N" in printed
+
+
+def the_accuracy_of_the_report(_, printed, __):
+    told = [line.split() for line in printed.splitlines()]
+    right = [Path(file).parent.name == name for file, name, _ in told]
+    assert len(right) == 36
+    assert sum(right) / 36 == pytest.approx(pd.read_csv("run/evaluation.csv").accuracy.iloc[-1])
+    assert sum(right) > 18
 
 
 def readme_of_any_network(names, printed, _):
@@ -269,6 +298,7 @@ CHECKED = {
     ("docs/serve_it.md", 1): same_logits,
     ("docs/serve_it.md", 2): same_logits,
     ("docs/serve_it.md", 3): same_logits,
+    ("docs/serve_it.md", 5): the_accuracy_of_the_report,
 }
 
 

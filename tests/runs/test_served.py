@@ -13,6 +13,7 @@ import torch
 from command_line import call
 from data_files import write_image
 
+from pyro_bmrs.data.sources import read_source
 from pyro_bmrs.runs import run as stages
 from pyro_bmrs.runs.run import Run
 from pyro_bmrs.runs.served import Served
@@ -360,3 +361,20 @@ def test_the_temperature_of_the_validation_examples_is_in_table_exports_and_pred
     extra = {"inputs.json": ""}
     torch.export.load(folder / "small.pt2", extra_files=extra)
     assert json.loads(extra["inputs.json"])["temperature"] == pytest.approx(last.temperature)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bytes", "photos", "digits"])
+def test_raw_test_examples_have_the_accuracy_of_the_report(kind, made, place, tmp_path):
+    """Served by onnxruntime alone."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run = made(kind)
+    source = (
+        str(place / kind) if kind == "photos" else str(place / "bytes.npz") if kind == "bytes" else "digits"
+    )
+    raw, labels = read_source(source).test
+    assert call("export", run, "--out", tmp_path / "small.onnx", "--fold-preprocessing") == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
+    (probabilities,) = session.run(None, {session.get_inputs()[0].name: raw.numpy()})
+    accuracy = (probabilities.argmax(1) == labels.numpy()).mean()
+    assert accuracy == pytest.approx(pd.read_csv(run / "evaluation.csv").accuracy.iloc[-1])
