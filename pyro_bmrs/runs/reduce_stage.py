@@ -82,8 +82,7 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
     write_table(run.folder / "structures.csv", plan.table)
     small.cpu()  # so that the program can be loaded where there is no accelerator
     save_weights(small, run.folder / "small.safetensors")
-    told = {**run.preparation.document(), "temperature": rows[-1].get("temperature"), "folded": False}
-    export_program(small, data.test[:2][0], run.folder / "small.pt2", inputs=told)
+    export_program(small, data.test[:2][0], run.folder / "small.pt2", inputs=run.told(folded=False))
     plan.save(run.folder / "plan.json")
     shutil.rmtree(tuning, ignore_errors=True)
     return plan, small
@@ -121,10 +120,11 @@ def _row(
     """The evaluation of a network on the test examples, each measure with its standard error."""
     found = evaluate(model, run.dataset.test, theta)
     of_noise = {site: theta[site] for site in noise_layers(model)}  # in another guide θ is of weights
-    more = _calibration(run, model, of_noise)
     if isinstance(model, Regressor):
         errors = regression_quality(model, run.dataset.test, of_noise)
         more = {name: errors[name] for name in REGRESSION_COLUMNS}
+    else:
+        more = _calibration(run, model, of_noise)
     spread = math.sqrt(found.accuracy * (1 - found.accuracy) / len(run.dataset.test))
     return {
         "network": name, "negative_log_likelihood": found.loss, "standard_error": found.standard_error,

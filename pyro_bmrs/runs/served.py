@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check
 from pyro_bmrs.data.preparation import Preparation
 from pyro_bmrs.files import check_file
 from pyro_bmrs.inference import Classifier, Regressor
@@ -53,6 +53,14 @@ class Served(RunFolder):
         """What the small network's logits are divided by, for its probabilities; None: no classifier."""
         return finite(self.evaluation().iloc[-1].get("temperature"))
 
+    def told(self, *, folded: bool) -> dict[str, Any]:
+        """What an exported file of the small network tells, as JSON has it.
+
+        Args:
+            folded: whether the file itself does what is told.
+        """
+        return {**self.preparation.document(), "temperature": self.temperature, "folded": folded}
+
     def small_network(self) -> nn.Module:
         """The small network, rebuilt from recipe, plan and small.safetensors; in eval mode."""
         self.need("small.safetensors")
@@ -74,11 +82,7 @@ class Served(RunFolder):
         if fold_preprocessing:
             network = Folded(self._model(network), self.preparation, self.temperature or 1.0)
             x = self._raw(x)
-        told = {
-            **self.preparation.document(),
-            "temperature": self.temperature,
-            "folded": fold_preprocessing,
-        }
+        told = self.told(folded=fold_preprocessing)
         if path.suffix == ".onnx":
             return export_onnx(network, x, path, tolerance=tolerance, inputs=told)
         if tolerance is not None:
@@ -94,16 +98,13 @@ class Served(RunFolder):
         Args:
             inputs: as `Preparation.prepare` gives them.
         """
-        probabilities = predict(self._model(self.small_network()), None, inputs)
+        predicted = predict(self._model(self.small_network()), None, inputs)
+        if not math.isfinite(float(predicted.sum())):
+            raise ValueError("inputs must be finite: a prediction is NaN")
         targets = self.preparation.targets
         if targets is not None:
-            check(
-                bool(probabilities.isfinite().all()), "inputs", "such that all predictions are finite", "NaN"
-            )
-            return pd.DataFrame(targets.restored(probabilities).numpy(), columns=[*targets.names])
-        probability, label = (probabilities.log() / (self.temperature or 1.0)).softmax(1).max(dim=1)
-        if not math.isfinite(float(probability.sum())):
-            raise ValueError("inputs must be finite: a prediction is NaN")
+            return pd.DataFrame(targets.restored(predicted).numpy(), columns=[*targets.names])
+        probability, label = (predicted.log() / (self.temperature or 1.0)).softmax(1).max(dim=1)
         names = dict(enumerate(self.preparation.class_names))
         return pd.DataFrame({
             "label": label.numpy(),
