@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -43,7 +44,9 @@ DRAWS = 100
 PREDICTIVE_DRAWS = 20
 # Multiply-accumulates of all passes of a part; and examples, at least and at most.
 _WORK = 1.7e10
-_OF_PREDICTIONS, _OF_CURVES, _OF_POSTERIOR = (500, 10_000), (500, 2_000), (200, 500)
+_OF_PREDICTIONS, _OF_CURVES, _OF_POSTERIOR = (500, 10_000), (250, 2_000), (100, 500)
+# Of the passes that all parts of a report may take together.
+_SHARE, _SHARE_OF_POSTERIOR = 1 / 6, 1 / 2
 # Of a curve, as of `compression_curve`.
 _POINTS = 8
 
@@ -70,8 +73,8 @@ def diagnose(
     >>> diagnosis = bmrs.diagnose(model, guide, plan, train, test)  # doctest: +SKIP
     >>> bmrs.report(fit, plan, "report.html", diagnosis=diagnosis)  # doctest: +SKIP
 
-    Of large networks and data fewer examples are looked at, evenly spread: at least 500 for predictions and curves,
-    200 for k̂.
+    Of large networks and data fewer examples are looked at, evenly spread: at least 500 for predictions, 250 for
+    curves, 100 for k̂.
 
     Args:
         model, guide: as they were reduced.
@@ -105,19 +108,32 @@ def diagnose(
     return found
 
 
-def affordable(plan: NetworkPlan, passes: int, bounds: tuple[int, int]) -> int:
+def affordable(
+    plan: NetworkPlan, passes: int, bounds: tuple[int, int], seen: float = math.inf, share: float = _SHARE
+) -> int:
     """How many examples can pass through a plan's network so often, in the time of a part of a report.
+
+    An example takes a fit at least four times as long as one of these passes, which are of large batches and without a
+    gradient (analysis/report_times.py). So a report of as many passes as the fit saw examples takes a quarter of its
+    time.
 
     Args:
         bounds: examples at least and at most.
+        seen: examples that the fit saw, over all its epochs.
+        share: of the report's passes.
     """
-    binding = plan._bound()
+    binding, (least, most) = plan._bound(), bounds
+    most = max(least, int(min(most, share * seen / passes)))
     with untouched(binding.network), at_one(binding.network):
-        return examples_for(binding.network, binding.example_input, _WORK / passes, *bounds)
+        return examples_for(binding.network, binding.example_input, _WORK / passes, least, most)
 
 
 class Examination:
-    """The parts of a diagnosis, which may be made in different processes. Arguments and errors as of `diagnose`."""
+    """The parts of a diagnosis, which may be made in different processes. Arguments and errors as of `diagnose`.
+
+    Args:
+        seen: as of `affordable`.
+    """
 
     def __init__(
         self,
@@ -136,6 +152,7 @@ class Examination:
         seed: int = 0,
         batch_size: int = AT_ONCE,
         progress: bool = True,
+        seen: float = math.inf,
     ) -> None:
         check(is_whole(draws, LEAST_DRAWS), "draws", f"an integer of at least {LEAST_DRAWS}", draws)
         check(is_whole(seed), "seed", "an integer of at least 0", seed)
@@ -156,11 +173,12 @@ class Examination:
         self.model, self.guide, self.plan, self.fine_tuned = model, guide, plan, fine_tuned
         self.foreign, self.criteria = dict(out_of_distribution or {}), criteria
         self.draws, self.seed, self.batch_size, self.progress = draws, seed, batch_size, progress
-        self.size, self.test = sizes["train"], test
+        self.size, self.test, self.seen = sizes["train"], test, seen
         self.curve_data, self.curves_of = (test, "test") if validation is None else (validation, "validation")
         # together, and each layer alone
         passes = (1 + len(noise_layers(model))) * draws
-        self.looked_at = some_of(train, examples or affordable(plan, passes, _OF_POSTERIOR))
+        enough = examples or affordable(plan, passes, _OF_POSTERIOR, seen, _SHARE_OF_POSTERIOR)
+        self.looked_at = some_of(train, enough)
 
     def begin(self) -> Diagnosis:
         """One that has no part yet."""
@@ -197,7 +215,8 @@ class Examination:
             )
             return {}
         # before and after, by draws
-        some = some_of(self.test, affordable(self.plan, 2 * len(self._values), _OF_PREDICTIONS))
+        passes = 2 * len(self._values)
+        some = some_of(self.test, affordable(self.plan, passes, _OF_PREDICTIONS, self.seen))
         variants = _variants(self.model, self.guide, self.plan, self.fine_tuned, self._values)
         try:
             if isinstance(self.model, Regressor):
@@ -212,7 +231,7 @@ class Examination:
             return {}
         criteria = COMPARED if self.criteria is None else self.criteria
         passes = (1 + len(criteria)) * (_POINTS + _POINTS // 3)
-        data = some_of(self.curve_data, affordable(self.plan, passes, _OF_CURVES))
+        data = some_of(self.curve_data, affordable(self.plan, passes, _OF_CURVES, self.seen))
         return {
             "curves": criterion_curves(
                 self.model,

@@ -76,6 +76,7 @@ class ReportStage:
         evaluation = run.read_table("evaluation.csv", "network", "parameters", "accuracy")
         plan = run.bound(run.plan())
         epochs = int((history.phase == "fit").sum())
+        seen = epochs * len(run.dataset.train) or math.inf  # a pass of curvature has no epochs
         # A page is given to others: it names data and weights, not where they lie on this machine.
         names = {"data": run.settings.data_name, "weights": run.settings.weights_name}
         shown = run.settings.model_copy(update={**run.settled, **names})
@@ -89,7 +90,7 @@ class ReportStage:
             settings={"recipe": run.recipe.name, "data": str(run.dataset), **versions()},
         )  # fmt: skip
         made: dict[str, Any] = {}
-        steps = self._steps(plan, made)
+        steps = self._steps(plan, made, seen)
         written = -math.inf
         # without a bar: each step has its own
         with Progress("report", len(steps), shown=run.progress, bar=False) as progress:
@@ -105,15 +106,15 @@ class ReportStage:
                 progress.advance()
             return page(**made)
 
-    def _steps(self, plan: NetworkPlan, made: dict[str, Any]) -> dict[str, Callable[[], None]]:
+    def _steps(self, plan: NetworkPlan, made: dict[str, Any], seen: float) -> dict[str, Callable[[], None]]:
         """What is to be measured, by name; each writes files and puts what it finds into `made`, as `report` takes it.
 
-        What the folder holds is in `made` at once.
+        What the folder holds is in `made` at once. `seen` is as of `affordable`.
         """
         run, steps = self.run, dict[str, Callable[[], None]]()
 
         def sizes() -> None:
-            data = some_of(run.dataset.validation, affordable(plan, POINTS, OF_SIZES))
+            data = some_of(run.dataset.validation, affordable(plan, POINTS, OF_SIZES, seen))
             made["frontier"] = found = frontier(
                 plan, data, points=POINTS, seconds=SECONDS, progress=run.progress
             )
@@ -125,7 +126,7 @@ class ReportStage:
             steps["other sizes"] = sizes
         if self.draws == 0 or run.settings.weights is not None:
             return steps
-        made["diagnosis"], examination = self._begun(plan)
+        made["diagnosis"], examination = self._begun(plan, seen)
         if examination is not None:
 
             def add(part: str) -> None:
@@ -135,7 +136,7 @@ class ReportStage:
             steps |= {PART_NAMES[part]: partial(add, part) for part in made["diagnosis"].missing()}
         return steps
 
-    def _begun(self, plan: NetworkPlan) -> tuple[Diagnosis, Examination | None]:
+    def _begun(self, plan: NetworkPlan, seen: float) -> tuple[Diagnosis, Examination | None]:
         """The diagnosis as far as it is made, and what makes the rest, if there is any."""
         run, found = self.run, self._stored()
         if found is not None and not found.missing() and not self._differs(found):
@@ -147,6 +148,7 @@ class ReportStage:
             run.model, run.guide, plan, data.train, data.test, validation=data.validation, fine_tuned=small,
             out_of_distribution=self._foreign(self.foreign or facts.get("out_of_distribution")),
             draws=self.draws or facts.get("draws", DRAWS), seed=run.settings.seed, progress=run.progress,
+            seen=seen,
         )  # fmt: skip
         begun = examination.begin()
         if found is None:

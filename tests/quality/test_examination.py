@@ -578,26 +578,44 @@ def test_parts_may_be_made_one_after_the_other_from_disk(fitted, found, tmp_path
         same(again.tables()[name], table)
 
 
-def test_of_a_large_network_fewer_examples_are_looked_at(fitted, monkeypatch):
-    monkeypatch.setattr(examination, "_WORK", 1.0)
+@pytest.mark.parametrize(
+    ("work", "seen"), [(1.0, math.inf), (1e12, 3)], ids=["a large network", "a short fit"]
+)
+def test_fewer_examples_are_looked_at_of(work, seen, fitted, monkeypatch):
+    monkeypatch.setattr(examination, "_WORK", work)
     for name, bounds in (("_OF_PREDICTIONS", (7, 60)), ("_OF_CURVES", (9, 40)), ("_OF_POSTERIOR", (11, 80))):
         monkeypatch.setattr(examination, name, bounds)
-    seen = {}
+    looked_at = {}
 
     def watched(program, inputs, scales, **options):
-        seen["predictions"] = len(inputs)
+        looked_at["predictions"] = len(inputs)
         return predictions(program, inputs, scales, **options)
 
     def curves(*arguments, **options):
-        seen["curves"] = len(arguments[3])
+        looked_at["curves"] = len(arguments[3])
         return criterion_curves(*arguments, **options)
 
     monkeypatch.setattr(examination, "predictions", watched)
     monkeypatch.setattr(examination, "criterion_curves", curves)
-    some = look(fitted, examples=None, criteria={}, out_of_distribution=None)
-    assert seen == {"predictions": 7, "curves": 9}
-    assert some.facts["examples"] == 11
-    assert (some.quality.examples == 7).all()
+    looking = examination.Examination(
+        fitted.model, fitted.guide, fitted.plan, fitted.train, fitted.test, validation=fitted.validation,
+        criteria={}, draws=DRAWS, seen=seen,
+    )  # fmt: skip
+    found = looking.begin()
+    assert found.facts["examples"] == 11
+    found = looking.add(looking.add(found, "predictions"), "curves")
+    assert looked_at == {"predictions": 7, "curves": 9}
+    assert (found.quality.examples == 7).all()
+
+
+def test_a_report_passes_as_many_examples_as_the_fit_saw(fitted):
+    def enough(passes, share, seen):
+        return examination.affordable(fitted.plan, passes, (1, 10**9), seen, share)
+
+    shares = examination._SHARE, examination._SHARE, examination._SHARE, examination._SHARE_OF_POSTERIOR
+    for seen in (600, 6_000):
+        assert sum(10 * enough(10, share, seen) for share in shares) == seen
+    assert enough(10, 1 / 6, 10**10) == enough(10, 1 / 6, math.inf)  # as the network's work allows
 
 
 # --- bad arguments -------------------------------------------------------------------------------------
