@@ -75,6 +75,12 @@ class DataOfModel:
             return next(iter(self))
 
 
+def spread(size: int, count: int) -> list[int]:
+    """So many of `size` places, or all, evenly spread."""
+    count = min(size, count)
+    return [place * size // count for place in range(count)]
+
+
 def some_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
     """So many examples, as pairs, evenly spread over the data, which may be sorted by class.
 
@@ -87,7 +93,7 @@ def some_of(data: Data, count: int) -> Dataset[Any] | DataLoader[Any]:
     size = len(data)  # type: ignore[arg-type]
     if size <= count:
         return data
-    places = [place * size // count for place in range(count)]
+    places = spread(size, count)
     if type(data) is TensorDataset:  # read at once, and again and again; a subclass may do more than index
         return TensorDataset(*(tensor[places] for tensor in data.tensors))
     return Subset(data, places)

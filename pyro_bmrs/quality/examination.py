@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.checks.arviz_io import loo, to_datatree
-from pyro_bmrs.checks.data import DataOfModel, some_of
+from pyro_bmrs.checks.data import DataOfModel, some_of, spread
 from pyro_bmrs.checks.draws import draw_posterior
 from pyro_bmrs.checks.posterior import PosteriorChecks, check_posterior
 from pyro_bmrs.evidence.importance import LEAST_DRAWS
@@ -73,8 +73,8 @@ def diagnose(
     >>> diagnosis = bmrs.diagnose(model, guide, plan, train, test)  # doctest: +SKIP
     >>> bmrs.report(fit, plan, "report.html", diagnosis=diagnosis)  # doctest: +SKIP
 
-    Of large networks and data fewer examples are looked at, evenly spread: at least 500 for predictions, 250 for
-    curves, 100 for k̂.
+    Of large networks and data fewer examples are looked at, evenly spread: at least 500 for predictions, half as many
+    out-of-distribution inputs, 250 for curves, 100 for k̂.
 
     Args:
         model, guide: as they were reduced.
@@ -214,14 +214,18 @@ class Examination:
                 f"predictions and curves: the model has latents beside its noise layers: {', '.join(self._others)}"
             )
             return {}
-        # before and after, by draws
-        passes = 2 * len(self._values)
-        some = some_of(self.test, affordable(self.plan, passes, _OF_PREDICTIONS, self.seen))
+        # before and after, by draws; and half as many foreign inputs
+        passes = 2 * len(self._values) * (3 if self.foreign else 2) // 2
+        enough = affordable(self.plan, passes, _OF_PREDICTIONS, self.seen)
+        some = some_of(self.test, enough)
+        foreign = {
+            name: inputs[spread(len(inputs), (enough + 1) // 2)] for name, inputs in self.foreign.items()
+        }
         variants = _variants(self.model, self.guide, self.plan, self.fine_tuned, self._values)
         try:
             if isinstance(self.model, Regressor):
                 return _regression_table(variants, some, self.batch_size, self.progress)
-            return _predictive_tables(variants, some, self.foreign, self.batch_size, self.progress)
+            return _predictive_tables(variants, some, foreign, self.batch_size, self.progress)
         except NoClassifierError as error:
             notes.append(f"predictions: {error}")
             return {}

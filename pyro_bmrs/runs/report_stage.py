@@ -114,7 +114,8 @@ class ReportStage:
         run, steps = self.run, dict[str, Callable[[], None]]()
 
         def sizes() -> None:
-            data = some_of(run.dataset.validation, affordable(plan, POINTS, OF_SIZES, seen))
+            passes = 2 * POINTS  # a number of parameters is reached in two orders
+            data = some_of(run.dataset.validation, affordable(plan, passes, OF_SIZES, seen))
             made["frontier"] = found = frontier(
                 plan, data, points=POINTS, seconds=SECONDS, progress=run.progress
             )
