@@ -8,6 +8,7 @@ medians are compared. A step is: loss, backward pass, step of fused Adam, and lo
     plain            the network without noise, in torch alone; plain again is its A/A control
     floor            one Normal site for all units in Pyro, one shared draw: the cheapest noise Pyro can have
     ours             what `fit` does: fused, 16 stratified draws per batch
+    …, compiled      by torch.compile, as `fit(compile=True)` has it
     other rows       `ours` with one lever moved
 
 Writes step_times.csv: network, batch, kind, draws, milliseconds (median), ratio to plain (median of the
@@ -56,7 +57,9 @@ LEVERS = {
     "site by site, in Pyro's ELBO": (dict(draws=16, elbo="pyro"), {}),
     "site by site, a draw per example": (dict(draws=None, elbo="pyro"), {}),
     "Adam not fused": (dict(draws=16), {"fused": False}),
+    "ours, compiled": (dict(draws=16), {}),
 }
+COMPILED = "plain, compiled", "ours, compiled"
 SLOW = ("ResNet-18",)
 OF_SLOW = (
     "ours",
@@ -64,6 +67,7 @@ OF_SLOW = (
     "ours, 1 draw",
     "ours, a draw per example",
     "site by site, in Pyro's ELBO",
+    "ours, compiled",
 )
 
 
@@ -116,8 +120,10 @@ def kinds(name: str) -> dict[str, Callable[[], None]]:
     y = torch.randint(10, (batch,), generator=generator)
     noisy = recipe.network(SimpleNamespace(input_shape=shape, num_outputs=10), options, 0)
     steps: dict[str, Callable[[], None]] = {}
-    for kind in ("plain", "plain again"):
+    for kind in ("plain", "plain again", "plain, compiled"):
         net = bmrs.without_noise(copy.deepcopy(noisy))
+        if kind in COMPILED:
+            net.compile()
         steps[kind] = stepper(lambda net=net: cross_entropy(net(x), y), [net])
     floor = NormalFloor(copy.deepcopy(noisy))
     elbo = TraceMeanField_ELBO()
@@ -131,6 +137,8 @@ def kinds(name: str) -> dict[str, Callable[[], None]]:
         guide = bmrs.AutoTruncatedLogNormal(model)
         guide(x, y)
         model.train()
+        if kind in COMPILED:
+            model.net.compile()
         objective = Objective(model, guide, (x, y), dataset_size=DATASET_SIZE, **options)
         steps[kind] = stepper(lambda objective=objective: objective(x, y, 1.0)[0], [model, guide], **of_adam)
     return steps

@@ -8,6 +8,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.distributions import packed
 from pyro_bmrs.fitting.objective import Objective
 from pyro_bmrs.inference.elbo import LatentsPerBatch
 from pyro_bmrs.networks.noise import noise_layers
@@ -71,6 +72,23 @@ def test_the_fused_step(draws, inserted):
     assert loss.is_meta
     assert likelihood.is_meta
     assert all(parameter.grad.is_meta for parameter in [*model.parameters(), *guide.parameters()])
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_inside_of_the_fused_operations(columns):
+    """Which a mode does not see where they are called."""
+    with torch.device("meta"):
+        loc, low, high = torch.randn(5), torch.full((5,), -20.0), torch.zeros(5)
+        kept = torch.ones(5, dtype=torch.bool)
+        numbers = torch.rand(2, 5, dtype=torch.float64)
+        strata = packed._strata(3, numbers.device)
+    with OnlyMeta():
+        drawn = packed._draw(
+            loc, loc, low, high, kept, packed._probabilities(numbers, strata), columns=columns
+        )
+        gradients = packed._gradients(drawn.theta, drawn.kl, drawn.slopes, drawn.kl_slopes, loc.dtype)
+    assert [gradient.shape for gradient in gradients] == [(5,), (5,)]
+    assert drawn.theta.shape == (3, 5)
 
 
 def test_the_check_itself_can_fail():

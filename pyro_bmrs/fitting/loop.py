@@ -20,7 +20,7 @@ from pyro_bmrs.fitting.checkpoints import LEDGER_COLUMNS, Checkpoints, FitState,
 from pyro_bmrs.fitting.epochs import Measure
 from pyro_bmrs.fitting.generators import generator_states, seed_of, set_generators
 from pyro_bmrs.fitting.objective import Objective
-from pyro_bmrs.fitting.optimizer import load_optimizer, make_optimizer, optimizer_tensors, set_rates, step
+from pyro_bmrs.fitting.optimizer import load_optimizer, make_optimizer, optimizer_tensors, set_rates
 from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.programs import (
     check_batches_apart,
@@ -34,6 +34,7 @@ from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
 from pyro_bmrs.fitting.stages import Rise, Stages
+from pyro_bmrs.fitting.step import Step
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.sites import read_sites
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 # How many steps lie between two occasions at which several processes agree whether to stop.
 _STEPS_BETWEEN_AGREEMENTS = 16
+# Seconds after which the losses of steps on an accelerator are read.
+_BETWEEN_READINGS = 0.5
 
 
 @dataclass
@@ -114,7 +117,6 @@ class Loop:
             self.checkpoints = Checkpoints(task.checkpoints, task.keep_checkpoints, self._identity())
         self.optimizer = make_optimizer(self.model, self.guide, self.settings)
         self.best = state_of(self.model, self.guide)
-        self.module: nn.Module = self.objective
         self.rise: Rise | None = None
         self.stages: Stages | None = None
         if self.settings.kl_weight == "auto":
@@ -164,9 +166,8 @@ class Loop:
             )  # fmt: skip
 
     def _wrap(self) -> None:
-        """Let several processes share the gradients. Called again when tensors have changed their shapes."""
-        if self.fabric.world_size > 1:
-            self.module = self.fabric.strategy.setup_module(self.objective)
+        """Make the step. Called again when tensors have changed their shapes."""
+        self.step = Step(self.fabric, self.objective, self.optimizer, self.settings, len(self.batches))
 
     # the loop ---------------------------------------------------------------------------------------
 
@@ -248,25 +249,23 @@ class Loop:
         if resumed:
             set_generators(resumed, fabric)
         total, ramp = settings.epochs * count, 1.0
+        unread: list[tuple[Tensor, float]] = []
+        read = time.monotonic()
         for x, y, weight, share in batches:
             number = state.epoch * count + state.batch
             if self.guide is not None:
                 ramp = settings.kl_factor(number, total)
             set_rates(self.optimizer, settings.rate_factor(number / total))
-            with fabric.autocast():
-                loss, likelihood = self.module(x, y, kl_weight * ramp)
-            # Both in one synchronisation with an accelerator.
-            value, likelihood = torch.stack([loss.detach(), likelihood]).tolist()
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"loss became {value} at batch {state.batch + 1} of epoch {epoch}; the parameters of epoch "
-                    f"{state.best_epoch} are back in place. Lower learning_rate, or look for NaN in the data"
-                )
+            values = self.step(x, y, kl_weight * ramp, weight, state.batch)
+            unread.append((values, self.batches.count(x, y) * share))
             state.batch += 1
-            self._step(loss * weight, last=state.batch == count)
-            state.steps.append((value, likelihood, self.batches.count(x, y) * share))
             display.step()
-            if state.batch < count and self._is_time_to_stop(stop, number):
+            stops = state.batch < count and self._is_time_to_stop(stop, number)
+            late = time.monotonic() - read > _BETWEEN_READINGS
+            if self.reads_at_once or late or stops or state.batch == count:
+                self._read(unread)
+                unread, read = [], time.monotonic()
+            if stops:
                 self.interrupted = True
                 self.measure.check_finite(epoch, state.best_epoch)
                 self._save()
@@ -281,20 +280,26 @@ class Loop:
         assert not isinstance(self.settings.kl_weight, str)
         return self.settings.kl_weight
 
-    def _step(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of a batch; take a step after every `accumulate` batches."""
-        accumulate, done = self.settings.accumulate, self.state.batch
-        due = last or done % accumulate == 0
-        if accumulate > 1:  # an epoch may end with fewer
-            begun = (done - 1) // accumulate * accumulate
-            loss = loss / min(accumulate, len(self.batches) - begun)
-        if due or self.fabric.world_size == 1:
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            with self.module.no_sync():  # type: ignore[operator]
-                loss.backward()  # type: ignore[no-untyped-call]
-        if due:
-            step(self.optimizer, self.settings.gradient_clip)
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether each loss is read at once. Who waits for an accelerator keeps it waiting for the next step."""
+        return self.fabric.device.type == "cpu"
+
+    def _read(self, unread: list[tuple[Tensor, float]]) -> None:
+        """Read what steps have found, all in one synchronisation with an accelerator.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite.
+        """
+        found = torch.stack([values for values, _ in unread]).tolist()
+        for (value, likelihood), (_, examples) in zip(found, unread, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"loss became {value} at batch {len(self.state.steps) + 1} of epoch {self.state.epoch + 1}; the "
+                    f"parameters of epoch {self.state.best_epoch} are back in place. Lower learning_rate, or look for "
+                    "NaN in the data"
+                )
+            self.state.steps.append((value, likelihood, examples))
 
     def _is_time_to_stop(self, stop: StopRequest, step: int) -> bool:
         """Whether any process was asked to stop. False between two steps of the optimiser."""

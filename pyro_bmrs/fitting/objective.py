@@ -92,12 +92,13 @@ class Objective(nn.Module):
         data = [name for program in read for name in program.data]
         return data == ["y"] and all({*program.latent, *program.auxiliary} == sites for program in read)
 
-    def forward(self, x: Any, y: Any, kl_weight: float) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Any, y: Any, kl_weight: float | Tensor) -> tuple[Tensor, Tensor]:
         """(loss, log-likelihood), both in nats per example, the second detached."""
         batch = self.count(x, y)
         draws = min(self.draws or batch, batch)
         if self.elbo == "fused":
             return self._fused(x, y, kl_weight, draws, batch)
+        assert not isinstance(kl_weight, Tensor)  # which only a CUDA graph has
         # The likelihood is that of `examples` of the N. The KL gets the same share.
         examples = self.dataset_size if self.scaled else batch
         share = examples / self.dataset_size
@@ -110,15 +111,18 @@ class Objective(nn.Module):
             loss = self.pyro_loss(x, y) / examples
         return loss, self.pyro_elbo.log_likelihood / examples
 
-    def _fused(self, x: Any, y: Any, kl_weight: float, draws: int, batch: int) -> tuple[Tensor, Tensor]:
+    def _fused(
+        self, x: Any, y: Any, kl_weight: float | Tensor, draws: int, batch: int
+    ) -> tuple[Tensor, Tensor]:
         if self.packed is None:
-            log_likelihood = self.model.log_likelihood(x, y) / batch  # type: ignore[operator]
-            return -log_likelihood, log_likelihood.detach()
-        drawn = self.packed.draw(draws)
+            total = self.model.log_likelihood(x, y)  # type: ignore[operator]
+            return total * (-1 / batch), total.detach() / batch
+        drawn = self.packed.draw(draws, batch)
         with drawn_together(drawn.values, batch):
-            log_likelihood = self.model.log_likelihood(x, y) / batch  # type: ignore[operator]
-        loss = drawn.kl.to(log_likelihood.dtype) * (kl_weight / self.dataset_size) - log_likelihood
-        return loss, log_likelihood.detach()
+            total = self.model.log_likelihood(x, y)  # type: ignore[operator]
+        # as few operations as possible, also of the gradient
+        loss = torch.add(drawn.kl * (kl_weight / self.dataset_size), total, alpha=-1 / batch)
+        return loss, total.detach() / batch
 
 
 def _no_latents(*_: Any) -> None:

@@ -37,13 +37,22 @@ def make_optimizer(
     ]
     if not groups:
         raise ValueError("there is nothing to fit: no parameter requires a gradient")
-    return torch.optim.AdamW(groups, fused=True)
+    # a CUDA graph reads its rates from tensors
+    on_cuda = groups[0]["params"][0].device.type == "cuda"
+    if on_cuda:
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    return torch.optim.AdamW(groups, fused=True, capturable=on_cuda)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Multiply the given learning rate of each group by a factor."""
     for group in optimizer.param_groups:
-        group["lr"] = group["given_lr"] * factor
+        rate = group["given_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def step(optimizer: torch.optim.Optimizer, clip: float | None) -> None:

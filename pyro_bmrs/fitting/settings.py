@@ -257,6 +257,17 @@ class Settings(Checked):
         description="Implementation of the ELBO. auto: the fastest that model and guide allow.",
     )
 
+    cuda_graph: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Replay a step as one CUDA graph, which spares small networks most of their time. auto: where that "
+        "is possible: on one CUDA device, without accumulation, with the fused ELBO.",
+    )  # fmt: skip
+    compile: bool = Field(
+        default=False,
+        description="Compile the network by torch.compile for the steps of the fit. The first step then takes up to "
+        "minutes.",
+    )
+
     @model_validator(mode="after")
     def _check_criterion(self) -> Self:
         if self.model_fields_set & {"criterion", "prior_log_odds"}:

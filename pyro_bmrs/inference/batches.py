@@ -168,6 +168,8 @@ class Batches:
         order = (
             torch.arange(self.size) if generator is None else torch.randperm(self.size, generator=generator)
         )
+        if self.tensors is not None:  # at once: a copy for each batch would keep an accelerator waiting
+            order = order.to(tensors_of(self.tensors)[0].device)
         parts, weights, shares = [], [], []
         for batch in torch.split(order, self.batch_size)[start:]:
             # BatchNorm needs two examples: a batch that is too small to share goes whole to each process

@@ -103,7 +103,7 @@ class PackedSites(LatentsPerBatch):
 
     def _draw(self, msg: dict[str, Any]) -> None:
         theta = self.drawn.values[msg["name"]]
-        kl = self.drawn.kl.to(theta.dtype)
+        kl = self.drawn.kl
         msg["fn"] = _Packed(theta, kl if msg["name"] == self.first else 0 * kl)
         msg["scale"] = msg["scale"] * self.noise_weight
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from pyro_bmrs.distributions import LogUniform
 from pyro_bmrs.distributions.packed import draw_with_kl, uniforms
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.inference.site_posterior import bounded
 from pyro_bmrs.inference.sites import elementary
-from pyro_bmrs.networks.noise import MultiplicativeNoise
+from pyro_bmrs.networks.noise import MultiplicativeNoise, by_example
 
 
 class Drawn(NamedTuple):
-    """θ by site, (draws, features) or of one draw (features,), 0 where removed; and the KL of all, in nats."""
+    """θ by site, (draws or examples, features) or of one draw (features,), 0 where removed; and the KL, in nats."""
 
     values: dict[str, Tensor]
     kl: Tensor
@@ -53,14 +52,13 @@ class PackedLatents:
             for site, layer in layers.items()
         )
 
-    def draw(self, draws: int) -> Drawn:
-        """`draws` values of every θ, and the KL."""
-
+    def draw(self, draws: int, examples: int | None = None) -> Drawn:
+        """`draws` values of every θ, and the KL; where `examples` are given, each of these with its draw."""
         sizes, low, high, kept = self._constants()
-        loc, scale = bounded(self._joined("loc"), self._joined("log_scale"), low, high)
-        u = uniforms(draws, len(loc), stratified=self.stratified, device=loc.device)
-        theta, kl = draw_with_kl(loc, scale, low, high, kept, u)
-        parts = torch.split(theta if draws > 1 else theta[0], sizes, dim=-1)
+        u = uniforms(draws, len(low), stratified=self.stratified, device=low.device)
+        theta, kl = draw_with_kl(self._joined("loc"), self._joined("log_scale"), low, high, kept, u)
+        theta = theta[0] if draws == 1 else theta if examples is None else by_example(theta, examples)
+        parts = torch.split(theta, sizes, dim=-1)
         return Drawn(dict(zip(self.sites, parts, strict=True)), kl)
 
     def _joined(self, name: str) -> Tensor:

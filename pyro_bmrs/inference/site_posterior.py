@@ -9,24 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
+from pyro_bmrs.distributions.packed import bounded
 from pyro_bmrs.networks.cuts import replace_data
 
-# Within these bounds the distributions' values and gradients are known to be finite, in float32 too. The location
-# stays within LOC_MARGIN of the bounds of log θ.
-LOG_SCALE_BOUNDS = (-20.0, 5.0)
-LOC_MARGIN = 20.0
 # The tensors with an entry per structure.
 _PER_STRUCTURE = ("loc", "log_scale", "log_low", "log_high", "kept")
-
-
-def bounded(loc: Tensor, log_scale: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
-    """(loc, scale) of the law that the parameters of a posterior stand for, clamped to where all is finite.
-
-    The exponential is taken in float64 and rounded. In float32 each device has its own, so that a posterior would
-    have another evidence after it is moved.
-    """
-    loc = torch.clamp(loc, log_low - LOC_MARGIN, log_high + LOC_MARGIN)
-    return loc, log_scale.clamp(*LOG_SCALE_BOUNDS).double().exp().to(log_scale.dtype)
 
 
 def _law(loc: Tensor, log_scale: Tensor, low: Tensor, high: Tensor) -> TruncatedLogNormal:

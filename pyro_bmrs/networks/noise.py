@@ -181,24 +181,29 @@ def scaled(
     layout[dim] = theta.shape[-1]
     if theta.dim() == 1:
         return x * theta.view(layout)
-    draws, batch = theta.shape[0], x.shape[0]
+    draws, layout[0] = theta.shape[0], x.shape[0]
     examples = examples_in_batch.get() if examples is None else examples
-    if theta.dim() == 2 and examples is not None and batch != examples:
+    if theta.dim() == 2 and examples is not None and layout[0] != examples:
         raise not_examples(name, x, examples)
-    if theta.dim() != 2 or draws > batch or examples is None:
+    if theta.dim() != 2 or draws > layout[0] or examples is None:
         raise ValueError(
-            f"θ of {name} must have shape ({theta.shape[-1]},) or (draws ≤ {batch}, {theta.shape[-1]}): "
+            f"θ of {name} must have shape ({theta.shape[-1]},) or (draws ≤ {layout[0]}, {theta.shape[-1]}): "
             f"got {tuple(theta.shape)}; "
             "call the network outside of pyro.plate, and Predictive with parallel=False"
         )
-    if batch % draws:
-        return x * theta[torch.arange(batch, device=x.device) % draws].view(batch, *layout[1:])
-    x_in_groups = x.view(batch // draws, draws, *x.shape[1:])
-    theta = theta.view(1, draws, *layout[1:])
+    theta = by_example(theta, examples)
+    theta = theta if x.dim() == 2 else theta.view(layout)
     if x.numel() < LARGE:
-        return (x_in_groups * theta).view(x.shape)
-    product: Tensor = _ScaleInGroups.apply(x_in_groups, theta, exclusive)
-    return product.view(x.shape)
+        return x * theta
+    product: Tensor = _Scale.apply(x, theta, exclusive)
+    return product
+
+
+def by_example(theta: Tensor, examples: int) -> Tensor:
+    """θ of each example, which takes draw i mod draws. Shape: (draws, features) to (examples, features)."""
+    whole, rest = divmod(examples, len(theta))
+    repeated = theta if whole == 1 else theta.repeat(whole, 1)
+    return torch.cat([repeated, theta[:rest]]) if rest else repeated
 
 
 def not_examples(name: str, x: Tensor, examples: int) -> ValueError:
@@ -209,7 +214,7 @@ def not_examples(name: str, x: Tensor, examples: int) -> ValueError:
     )
 
 
-class _ScaleInGroups(torch.autograd.Function):
+class _Scale(torch.autograd.Function):
     """x · θ, with gradients that allocate as few large tensors as possible: allocating is most of their cost.
 
     The gradient of θ is a dot product over the positions of a feature map. The gradient of x overwrites the incoming
@@ -225,9 +230,9 @@ class _ScaleInGroups(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, theta = ctx.saved_tensors
-        by_positions = x.dim() > 3 and theta.shape[3:].numel() == 1
+        by_positions = x.dim() > 2 and theta.shape[2:].numel() == 1
         if by_positions and grad.is_contiguous() and x.is_contiguous():
-            total = torch.linalg.vecdot(grad.flatten(3), x.flatten(3)).sum(0).view(theta.shape)
+            total = torch.linalg.vecdot(grad.flatten(2), x.flatten(2)).view(theta.shape)
         else:
             total = (grad * x).sum_to_size(theta.shape)
         in_place = ctx.exclusive and not torch.is_grad_enabled()

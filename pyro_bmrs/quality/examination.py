@@ -44,7 +44,7 @@ DRAWS = 100
 PREDICTIVE_DRAWS = 20
 # Multiply-accumulates of all passes of a part; and examples, at least and at most.
 _WORK = 1.7e10
-_OF_PREDICTIONS, _OF_CURVES, _OF_POSTERIOR = (500, 10_000), (250, 2_000), (100, 500)
+_OF_PREDICTIONS, _OF_CURVES, _OF_POSTERIOR = (400, 10_000), (200, 2_000), (100, 500)
 # Of the passes that all parts of a report may take together.
 _SHARE, _SHARE_OF_POSTERIOR = 1 / 6, 1 / 2
 # Of a curve, as of `compression_curve`.
@@ -73,8 +73,8 @@ def diagnose(
     >>> diagnosis = bmrs.diagnose(model, guide, plan, train, test)  # doctest: +SKIP
     >>> bmrs.report(fit, plan, "report.html", diagnosis=diagnosis)  # doctest: +SKIP
 
-    Of large networks and data fewer examples are looked at, evenly spread: at least 500 for predictions, half as many
-    out-of-distribution inputs, 250 for curves, 100 for k̂.
+    Of large networks and data fewer examples are looked at, evenly spread: at least 400 for predictions, half as many
+    out-of-distribution inputs, 200 for curves, 100 for k̂.
 
     Args:
         model, guide: as they were reduced.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,9 +13,19 @@ from reference import golden_rows
 from torch.distributions import kl_divergence
 
 from pyro_bmrs import LogUniform, TruncatedLogNormal
-from pyro_bmrs.distributions.packed import FAR, NEAREST, draw_with_kl, uniforms
+from pyro_bmrs.distributions.packed import (
+    FAR,
+    NEAREST,
+    _draw,
+    _draw_all,
+    _strata,
+    bounded,
+    draw_with_kl,
+    uniforms,
+)
 
 # loc as a distance beyond either bound, or as a place between them; the edges of the box drawn often
+CPU = torch.device("cpu")
 BOUNDS = [(-20.0, 0.0), (-3.0, 2.0), (-20.0, -19.0)]
 PLACE = st.one_of(
     st.tuples(st.just("below"), st.one_of(st.floats(0.0, 20.0), st.sampled_from([0.0, 1e-9, 20.0]))),
@@ -44,23 +55,21 @@ class Units:
             lows.append(low)
             highs.append(high)
         columns = [torch.tensor(column, dtype=torch.float64) for column in (locs, log_scales, lows, highs)]
-        self.loc, self.scale = columns[0].to(dtype), columns[1].exp().to(dtype)
-        self.low, self.high = (column.to(dtype) for column in columns[2:])
+        self.loc, self.log_scale, self.low, self.high = (column.to(dtype) for column in columns)
+        _, self.scale = bounded(self.loc, self.log_scale, self.low, self.high)
         self.u = torch.tensor(u, dtype=torch.float64).unsqueeze(1).expand(len(u), len(units)).contiguous()
         self.kept = torch.ones(len(units), dtype=torch.bool)
 
     def leaves(self, dtype=None):
         """loc and log scale, which is what a guide has as its parameter."""
-        loc, log_scale = self.loc.to(dtype), self.scale.to(dtype).log()
-        return loc.detach().clone().requires_grad_(), log_scale.detach().clone().requires_grad_()
+        leaves = self.loc.to(dtype, copy=True), self.log_scale.to(dtype, copy=True)
+        return leaves[0].requires_grad_(), leaves[1].requires_grad_()
 
     def packed(self, kept=None):
         """((θ, Σ KL), leaves)."""
         loc, log_scale = self.leaves()
         kept = self.kept if kept is None else kept
-        # the scale itself, not a float32 exponential of its logarithm
-        scale = self.scale * (log_scale - log_scale.detach()).exp()
-        return draw_with_kl(loc, scale, self.low, self.high, kept, self.u), (loc, log_scale)
+        return draw_with_kl(loc, log_scale, self.low, self.high, kept, self.u), (loc, log_scale)
 
     def reference(self):
         """((θ, KL of each unit), leaves), float64, unit by unit as the distribution has them."""
@@ -93,7 +102,7 @@ def check(units, u, dtype, relative):
     (theta, kl), leaves = case.packed()
     (expected, divergence), reference_leaves = case.reference()
     assert theta.dtype == dtype
-    assert kl.dtype == torch.float64
+    assert kl.dtype == dtype
     close(theta, expected, relative)
     assert bool(((theta >= case.low.exp()) & (theta <= case.high.exp())).all())
     # the divergence of a unit that is as wide as its bounds is the small difference of two logarithms
@@ -148,14 +157,14 @@ def test_the_golden_values_of_150_digits():
     assert inside.sum() > 100
     for number in torch.nonzero(inside).flatten().tolist():
         one = slice(number, number + 1)
-        leaves = [t[one].clone().requires_grad_() for t in (loc, scale)]
+        leaves = [t[one].clone().requires_grad_() for t in (loc, scale.log())]
         at = u[one, None]
         theta, kl = draw_with_kl(*leaves, low[one], high[one], torch.tensor([True]), at)
         close(kl[None], divergence[one], 1e-6, 1e-13)
         close(theta.log()[0], log_theta[one], 1e-8, 1e-8)
         slope = [g / theta.detach()[0] for g in torch.autograd.grad(theta.sum(), leaves)]
         close(slope[0], by_loc[one], 1e-6, 1e-7)
-        close(slope[1], by_scale[one], 1e-6, 1e-7 / scale[number].item())
+        close(slope[1], by_scale[one] * scale[one], 1e-6, 1e-7)
 
 
 @pytest.mark.parametrize("u", [[0.3], [0.3, 0.9, NEAREST]])
@@ -199,6 +208,41 @@ def test_far_units_among_others_change_nothing_but_themselves():
         for gradient, one in zip(gradients, expected, strict=True):
             assert gradient[number].item() == pytest.approx(one.item(), rel=1e-13)
     assert kl.item() == pytest.approx(total, rel=1e-13)
+
+
+def test_what_runs_on_accelerators_is_the_same_without_looking():
+    """All structures both ways, instead of those beyond FAR by themselves; asymptotic series there have 1e-8."""
+    case = Units(
+        CORNERS + [(place, log_scale, BOUNDS[2]) for place, log_scale, _ in CORNERS], [NEAREST, 0.3, 0.9]
+    )
+    given = case.loc, case.log_scale, case.low, case.high, case.kept, case.u
+    for looked, blind in zip(_draw(*given, columns=True), _draw(*given, columns=False), strict=True):
+        torch.testing.assert_close(blind, looked, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_the_compiled_formulas_are_the_same():
+    case = Units(CORNERS, [0.2, 0.7])
+    given = case.loc, case.log_scale, case.low, case.high, case.kept, case.u
+    for found, wanted in zip(torch.compile(_draw_all)(*given), _draw_all(*given), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_the_operations_keep_torchs_contracts():
+    """Schema, fake tensors, gradients and what `torch.compile` asks of an operation, by torch's own checks."""
+    case = Units(CORNERS[6:14], [0.2, 0.7])
+    leaves = case.leaves()
+    given = (*leaves, case.low, case.high, case.kept, case.u)
+    torch.library.opcheck(torch.ops.pyro_bmrs.draw.default, given)
+    drawn = torch.ops.pyro_bmrs.draw(*(t.detach() for t in given))
+    gradients = torch.rand_like(drawn[0]), torch.tensor(0.7, dtype=torch.float64), *drawn[2:], torch.float64
+    torch.library.opcheck(torch.ops.pyro_bmrs.gradients.default, gradients)
+    for numbers, strata in (
+        (torch.rand(2, 5).double(), [*_strata(16, CPU)]),
+        (torch.rand(3, 5).double(), None),
+    ):
+        torch.library.opcheck(torch.ops.pyro_bmrs.probabilities.default, (numbers, strata))
 
 
 # the probabilities --------------------------------------------------------------------------------------
