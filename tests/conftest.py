@@ -17,6 +17,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def validation():
+    """Whoever calls torch.compile turns off the validation of distributions in the whole process."""
+    yield
+    pyro.enable_validation(True)
+
+
 @pytest.fixture
 def own_parameters():
     """Guides share no parameters, whatever their classes; the same random numbers for each test."""
