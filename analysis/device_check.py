@@ -152,7 +152,7 @@ def step_times(recipe: Recipe, data: Any, device: torch.device, precision: str, 
         model.train()
         settings = bmrs.Settings(precision=precision, **options)
         objective = Objective(model, guide, (x, y), dataset_size=1000, draws=16)
-        step = Step(fabric, objective, make_optimizer(model, guide, settings), settings, 10)
+        step = Step(fabric, objective, make_optimizer(model, guide, settings), settings, (x, y), 10)
         kinds[name] = lambda step=step: step(x, y, 1.0, 1.0, 0)
     first = math.nan
     for name, step in kinds.items():

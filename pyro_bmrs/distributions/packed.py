@@ -1,9 +1,9 @@
 """Draws and KL of many truncated log-normal latents at once, as one operation, for the steps of a fit.
 
 Distribution and gradients are those of `TruncatedLogNormal`. All structures of a network are in one tensor. From their
-parameters to θ and the KL, and back, there are three operations, of which torch's dispatcher, `torch.compile` and a
-CUDA graph see no inside: `uniforms`, `draw_with_kl` and its gradient. On CUDA each is compiled into a few kernels. On
-the CPU each is a sequence of vectorised ones.
+parameters to θ and the KL, and back, there are three operations, of which torch's dispatcher and `torch.compile` see no
+inside: `uniforms`, `draw_with_kl` and its gradient. On CUDA the last two are compiled. On the CPU each is a sequence of
+vectorised ones.
 
 Up to α = FAR, where Φ(-α) is still a float64, one direct formula serves every structure. Its cancellations cost
 at most nine of sixteen digits there; a training step needs six. Beyond FAR a few terms of asymptotic series
@@ -13,6 +13,7 @@ suffice.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -235,9 +236,22 @@ def _far(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _L
 # the operations ------------------------------------------------------------------------------------------
 
 
-@cache
-def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(formula, dynamic=True)
+class _Compiled:
+    """A formula, compiled; as it is where torch can't compile, such as without a compiler or on an old GPU."""
+
+    def __init__(self, formula: Callable[..., Any]) -> None:
+        self.formula = formula
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *given: Any) -> Any:
+        # not before it is needed: it takes long to import, and turns off checks of distributions
+        self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
+        try:
+            return self.compiled(*given)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warnings.warn(f"the draws of noise are not compiled, and take longer: {error}", stacklevel=2)
+            self.compiled = self.formula
+            return self.formula(*given)
 
 
 def _register() -> Any:
@@ -252,8 +266,9 @@ def _register() -> Any:
         full = f"pyro_bmrs::{name}"
         torch.library.define(full, signature)
         torch.library.impl(full, "CompositeExplicitAutograd", formula)
-        torch.library.impl(full, "cuda", lambda *given, formula=formula: _compiled(formula)(*given))
         torch.library.register_fake(full, shapes)
+        if formula is not _probabilities:  # a few kernels
+            torch.library.impl(full, "cuda", _Compiled(formula))
     torch.library.impl("pyro_bmrs::draw", "cpu", _draw_columns)
     torch.library.register_autograd("pyro_bmrs::draw", _backward, setup_context=_keep)
     return torch.ops.pyro_bmrs

@@ -34,7 +34,7 @@ from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.fitting.signals import StopRequest, stop_requests
 from pyro_bmrs.fitting.stages import Rise, Stages
-from pyro_bmrs.fitting.step import Step
+from pyro_bmrs.fitting.step import Step, check_step
 from pyro_bmrs.inference.batches import Batches
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
 from pyro_bmrs.inference.sites import read_sites
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 # How many steps lie between two occasions at which several processes agree whether to stop.
 _STEPS_BETWEEN_AGREEMENTS = 16
+# Settings that say how steps are taken, and not what they do.
+HOW = {"cuda_graph", "compile"}
 # Seconds after which the losses of steps on an accelerator are read.
 _BETWEEN_READINGS = 0.5
 
@@ -108,6 +110,8 @@ class Loop:
                 self.guide(*self.first)  # creates its parameters, on the model's device
             check_parameters(self.model, self.guide, self.first)
         self.objective = self._objective(held_out)
+        check_step(fabric, self.model, self.objective.elbo, self.settings)
+        self.step: Step | None = None
         self.measure = Measure(
             self.model, self.guide, self.settings, self.first, self.batches.size, held_out,
             self.objective.local_sites,
@@ -128,7 +132,7 @@ class Loop:
         """What makes this fit this one and no other: a checkpoint of another is refused."""
         settings, held_out = self.settings, self.measure.held_out
         return {
-            **settings.model_dump(mode="json", include=set(Settings.model_fields)), "phase": self.measure.phase,
+            **settings.model_dump(mode="json", include=set(Settings.model_fields) - HOW), "phase": self.measure.phase,
             "examples": self.batches.size, "batches": len(self.batches),
             "validation_examples": 0 if held_out is None else held_out.size,
             "processes": self.fabric.world_size,
@@ -167,7 +171,11 @@ class Loop:
 
     def _wrap(self) -> None:
         """Make the step. Called again when tensors have changed their shapes."""
-        self.step = Step(self.fabric, self.objective, self.optimizer, self.settings, len(self.batches))
+        if self.step is not None:
+            self.step.close()
+        self.step = Step(
+            self.fabric, self.objective, self.optimizer, self.settings, self.first, len(self.batches)
+        )
 
     # the loop ---------------------------------------------------------------------------------------
 
@@ -204,6 +212,8 @@ class Loop:
             for row in self.state.history:
                 self._log(row)
             self._wrap()
+            assert self.step is not None
+            stack.callback(self.step.close)
             display = stack.enter_context(
                 EpochProgress(self.measure.phase, self.settings.epochs, len(self.batches), enabled=show)
             )
@@ -251,6 +261,7 @@ class Loop:
         total, ramp = settings.epochs * count, 1.0
         unread: list[tuple[Tensor, float]] = []
         read = time.monotonic()
+        assert self.step is not None
         for x, y, weight, share in batches:
             number = state.epoch * count + state.batch
             if self.guide is not None:
@@ -262,7 +273,7 @@ class Loop:
             display.step()
             stops = state.batch < count and self._is_time_to_stop(stop, number)
             late = time.monotonic() - read > _BETWEEN_READINGS
-            if self.reads_at_once or late or stops or state.batch == count:
+            if self.reads_at_once or late or stops:
                 self._read(unread)
                 unread, read = [], time.monotonic()
             if stops:
@@ -270,6 +281,8 @@ class Loop:
                 self.measure.check_finite(epoch, state.best_epoch)
                 self._save()
                 return
+        if unread:
+            self._read(unread)
         self._finish_epoch(epoch, ramp, begin, display)
         self.interrupted = self._is_time_to_stop(stop, 0)
 

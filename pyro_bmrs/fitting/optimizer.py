@@ -41,7 +41,7 @@ def make_optimizer(
     on_cuda = groups[0]["params"][0].device.type == "cuda"
     if on_cuda:
         for group in groups:
-            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
     return torch.optim.AdamW(groups, fused=True, capturable=on_cuda)
 
 

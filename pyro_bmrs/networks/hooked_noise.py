@@ -250,6 +250,7 @@ class _Reader:
         product = scale(x, theta)
         # in a fit only: there θ has a gradient, and nothing looks into tensors as torch.func does
         lean = examples is not None and theta.requires_grad and product.numel() >= LARGE
+        lean = lean and not torch.compiler.is_compiling()  # which decides itself what is saved
         self.under_way.append(_as_factors(product, x, theta, scale) if lean else None)
         if arguments:
             return (product, *arguments[1:]), keywords

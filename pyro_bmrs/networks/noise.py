@@ -201,7 +201,7 @@ def scaled(
 
 def by_example(theta: Tensor, examples: int) -> Tensor:
     """θ of each example, which takes draw i mod draws. Shape: (draws, features) to (examples, features)."""
-    whole, rest = divmod(examples, len(theta))
+    whole, rest = examples // len(theta), examples % len(theta)
     repeated = theta if whole == 1 else theta.repeat(whole, 1)
     return torch.cat([repeated, theta[:rest]]) if rest else repeated
 
@@ -230,7 +230,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, theta = ctx.saved_tensors
-        by_positions = x.dim() > 2 and theta.shape[2:].numel() == 1
+        by_positions = x.dim() > 2 and theta.shape == (*x.shape[:2], *[1] * (x.dim() - 2))
         if by_positions and grad.is_contiguous() and x.is_contiguous():
             total = torch.linalg.vecdot(grad.flatten(2), x.flatten(2)).view(theta.shape)
         else:

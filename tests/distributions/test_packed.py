@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -227,6 +228,23 @@ def test_the_compiled_formulas_are_the_same():
     given = case.loc, case.log_scale, case.low, case.high, case.kept, case.u
     for found, wanted in zip(torch.compile(_draw_all)(*given), _draw_all(*given), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_where_torch_can_not_compile_the_formula_itself_is_taken(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def compiled(formula, **options):
+        def fails(*given):
+            raise TorchDynamoException("no compiler")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    doubled = _Compiled(lambda x: 2 * x)
+    with pytest.warns(UserWarning, match="not compiled, and take longer: no compiler"):
+        assert doubled(3) == 6
+    with warnings.catch_warnings(action="error"):  # once
+        assert doubled(4) == 8
 
 
 def test_the_operations_keep_torchs_contracts():
