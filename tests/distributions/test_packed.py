@@ -17,6 +17,7 @@ from pyro_bmrs import LogUniform, TruncatedLogNormal
 from pyro_bmrs.distributions.packed import (
     FAR,
     NEAREST,
+    _Compiled,
     _draw,
     _draw_all,
     _strata,
