@@ -80,12 +80,10 @@ def test_the_inside_of_the_fused_operations(columns):
     with torch.device("meta"):
         loc, low, high = torch.randn(5), torch.full((5,), -20.0), torch.zeros(5)
         kept = torch.ones(5, dtype=torch.bool)
-        numbers = torch.rand(2, 5, dtype=torch.float64)
-        strata = packed._strata(3, numbers.device)
+    strata = packed._strata(3, loc.device)
     with OnlyMeta():
-        drawn = packed._draw(
-            loc, loc, low, high, kept, packed._probabilities(numbers, strata), columns=columns
-        )
+        u = packed._uniforms(strata, 3, 5, loc.device)
+        drawn = packed._draw(loc, loc, low, high, kept, u, columns=columns)
         gradients = packed._gradients(drawn.theta, drawn.kl, drawn.slopes, drawn.kl_slopes, loc.dtype)
     assert [gradient.shape for gradient in gradients] == [(5,), (5,)]
     assert drawn.theta.shape == (3, 5)

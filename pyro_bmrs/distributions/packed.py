@@ -56,19 +56,19 @@ def uniforms(draws: int, units: int, *, stratified: bool, device: torch.device |
             uniform, so an average over b keeps its expectation and has less variance. False: all are
             independent.
     """
-    numbers = torch.rand(2 if stratified else draws, units, dtype=torch.float64, device=device)
-    strata = _strata(draws, numbers.device) if stratified else None
-    result: Tensor = _OPERATIONS.probabilities(numbers, strata)
+    device = device or torch.get_default_device()
+    strata = _strata(draws, device) if stratified else ()
+    result: Tensor = _OPERATIONS.uniforms(strata, draws, units, device)
     return result
 
 
-def _probabilities(numbers: Tensor, strata: Sequence[Tensor] | None) -> Tensor:
-    """Probabilities of uniform numbers: of (U, a choice of a) for strata, or these numbers themselves for none."""
-    if strata is None:
-        return numbers.clamp(NEAREST, 1 - NEAREST)
+def _uniforms(strata: Sequence[Tensor], draws: int, units: int, device: torch.device) -> Tensor:
+    if not strata:
+        return torch.rand(draws, units, dtype=torch.float64, device=device).clamp_(NEAREST, 1 - NEAREST)
     b, steps = strata
-    step = steps[(numbers[1] * len(steps)).long()]
-    return (b * step).add_(numbers[0]).frac_().clamp_(NEAREST, 1 - NEAREST)
+    step = steps[torch.randint(len(steps), (units,), device=device)]
+    u = torch.rand(units, dtype=torch.float64, device=device)
+    return (b * step).add_(u).frac_().clamp_(NEAREST, 1 - NEAREST)
 
 
 @cache
@@ -259,7 +259,12 @@ def _register() -> Any:
     laws = "Tensor loc, Tensor log_scale, Tensor low, Tensor high, Tensor kept, Tensor u"
     of_gradients = "Tensor? theta, Tensor? kl, Tensor slopes, Tensor kl_slopes, ScalarType dtype"
     for name, formula, shapes, signature in (
-        ("probabilities", _probabilities, _probabilities, "(Tensor numbers, Tensor[]? strata) -> Tensor"),
+        (
+            "uniforms",
+            _uniforms,
+            _uniforms,
+            "(Tensor[] strata, int draws, int units, Device device) -> Tensor",
+        ),
         ("draw", _draw_all, _shapes, f"({laws}) -> (Tensor, Tensor, Tensor, Tensor)"),
         ("gradients", _gradients, _gradients, f"({of_gradients}) -> (Tensor, Tensor)"),
     ):
@@ -267,11 +272,15 @@ def _register() -> Any:
         torch.library.define(full, signature)
         torch.library.impl(full, "CompositeExplicitAutograd", formula)
         torch.library.register_fake(full, shapes)
-        if formula is not _probabilities:  # a few kernels
+        if formula is not _uniforms:  # a few kernels
             torch.library.impl(full, "cuda", _Compiled(formula))
     torch.library.impl("pyro_bmrs::draw", "cpu", _draw_columns)
     torch.library.register_autograd("pyro_bmrs::draw", _backward, setup_context=_keep)
     return torch.ops.pyro_bmrs
+
+
+def _shape_of_uniforms(strata: Sequence[Tensor], draws: int, units: int, device: torch.device) -> Tensor:
+    return torch.empty(draws, units, dtype=torch.float64, device=device)
 
 
 def _shapes(
