@@ -28,8 +28,9 @@ help:
 	.venv/bin/pip install -q -e '.[dev]'
 	@touch $@
 
+# One thread: a network this small is no faster with more, and what it ends with would depend on their number.
 demo: .venv/installed
-	.venv/bin/pyro-bmrs run models/lenet5.py --data digits --out runs/demo --draws 100 --require-removed 0.60 --require-accuracy 0.95
+	OMP_NUM_THREADS=1 .venv/bin/pyro-bmrs run models/lenet5.py --data digits --out runs/demo --draws 100 --require-removed 0.60 --require-accuracy 0.95
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile
