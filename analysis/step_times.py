@@ -137,9 +137,9 @@ def kinds(name: str) -> dict[str, Callable[[], None]]:
         guide = bmrs.AutoTruncatedLogNormal(model)
         guide(x, y)
         model.train()
-        if kind in COMPILED:
-            model.net.compile()
         objective = Objective(model, guide, (x, y), dataset_size=DATASET_SIZE, **options)
+        if kind in COMPILED:  # as in a fit: not where Pyro traces the model, which breaks the graph
+            model.net.compile()
         steps[kind] = stepper(lambda objective=objective: objective(x, y, 1.0)[0], [model, guide], **of_adam)
     return steps
 

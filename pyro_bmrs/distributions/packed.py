@@ -132,10 +132,10 @@ def _draw(
             would have to wait for; otherwise all are computed both ways.
     """
     dtype = loc.dtype
-    centre, held = torch.clamp(loc, low - LOC_MARGIN, high + LOC_MARGIN), log_scale.clamp(*LOG_SCALE_BOUNDS)
-    moves = torch.stack((loc == centre, log_scale == held)).logical_and_(kept)
-    scale = held.double().exp_().to(dtype).double()
-    loc, low, high = centre.double(), low.double(), high.double()
+    centre, scale = bounded(loc, log_scale, low, high)
+    # a parameter that is held at the edge of its box has no gradient
+    moves = torch.stack((loc == centre, log_scale == log_scale.clamp(*LOG_SCALE_BOUNDS))).logical_and_(kept)
+    loc, scale, low, high = centre.double(), scale.double(), low.double(), high.double()
     below, above = (low - loc).div_(scale), (loc - high).div_(scale)
     from_low = below >= above
     sign = from_low.double().mul_(2).sub_(1)

@@ -143,7 +143,6 @@ class Replayed:
         self.run, self.capture, self.required, self.before = run, capture, required, _BEFORE_CAPTURE
         self.form = _form(first)
         self.replay: Callable[[], Tensor] | None = None
-        self.places: list[Tensor] = []
 
     def __call__(self, x: Any, y: Any, kl_weight: float) -> Tensor:
         if self.form is None or _form((x, y)) != self.form:
@@ -151,15 +150,14 @@ class Replayed:
         if self.before:
             self.before -= 1
             return self.capture.aside(lambda: self.run(x, y, kl_weight))
-        weight = torch.tensor(kl_weight)
-        tensors = [*tree_leaves((x, y)), weight]
+        tensors = tree_leaves((x, y))
         if self.replay is None:
             # what a graph reads stays where it is
-            self.places = [tensor.to(tensors[0].device, copy=True) for tensor in tensors]
-            structure = tree_structure((x, y))
+            self.places = [tensor.clone() for tensor in tensors]
+            self.kl_weight = torch.tensor(kl_weight, device=tensors[0].device)
             try:
-                own_x, own_y = tree_unflatten(self.places[:-1], structure)
-                self.replay = self.capture.graph(lambda: self.run(own_x, own_y, self.places[-1]))
+                own_x, own_y = tree_unflatten(self.places, tree_structure((x, y)))
+                self.replay = self.capture.graph(lambda: self.run(own_x, own_y, self.kl_weight))
             except Exception as error:
                 if self.required:
                     raise RuntimeError(
@@ -171,9 +169,9 @@ class Replayed:
                 )
                 self.form = None
                 return self.run(x, y, kl_weight)
-        for place, tensor in zip(self.places[:-1], tensors, strict=False):
+        for place, tensor in zip(self.places, tensors, strict=True):
             place.copy_(tensor)
-        self.places[-1].fill_(kl_weight)
+        self.kl_weight.fill_(kl_weight)
         return self.replay().clone()  # the next replay overwrites it
 
 
