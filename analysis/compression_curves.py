@@ -8,7 +8,7 @@ trained from scratch, all with the total number of epochs of the reduction. Then
 cell at `--criteria-at`, networks of several sizes by the rankings of all criteria, each with a short fine-tuning,
 and each where its criterion stops by itself. Called again it goes on where it was stopped.
 
-Writes to `--out`: reductions.csv, the study's table; peers.csv, a row per network; criteria.csv; curves.svg.
+Writes to `--out`: reductions.csv, the study's table; peers.csv, a row per network; criteria.csv. figures.py draws them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import nn
 from trials import Rows, figures
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.files import write_atomically, write_table
+from pyro_bmrs.files import write_table
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import save_weights
 from pyro_bmrs.quality.curves import COMPARED
@@ -237,29 +237,17 @@ def main() -> None:
     parser.add_argument(
         "--criteria-at", type=float, metavar="KL_WEIGHT", help="default: no curves of criteria"
     )
-    parser.add_argument("--draw-only", action="store_true", help="the figure, from the CSVs that are there")
-    parser.add_argument("--figure", type=Path, help="default curves.svg beside the CSVs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     study = Study.read(given.study, out=given.runs)
     out = given.out or Path(__file__).parent / "results" / "compression_curves" / given.study.stem
     peers = Rows(out / "peers.csv", ("seed", "kl_weight", "method"))
     criteria = Rows(out / "criteria.csv", ("criterion", "share"))
-    if not given.draw_only:
-        write_table(
-            out / "reductions.csv", run_study(study, data_root=given.data_root).drop(columns="folder")
-        )
-        for cell in cells_of(study):
-            compare_with_peers(cell, peers, given.methods, given.data_root)
-        for cell in [cell for cell in cells_of(study) if cell.settings.kl_weight == given.criteria_at][:1]:
-            compare_criteria(cell, criteria, given.data_root)
-    elif peers.table.empty:
-        parser.error(f"--draw-only needs {peers.path}, which is written without it")
-    figure = draw(peers.table, criteria.table, given.study.stem)
-    write_atomically(
-        given.figure or out / "curves.svg",
-        lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None}),
-    )
+    write_table(out / "reductions.csv", run_study(study, data_root=given.data_root).drop(columns="folder"))
+    for cell in cells_of(study):
+        compare_with_peers(cell, peers, given.methods, given.data_root)
+    for cell in [cell for cell in cells_of(study) if cell.settings.kl_weight == given.criteria_at][:1]:
+        compare_criteria(cell, criteria, given.data_root)
 
 
 if __name__ == "__main__":

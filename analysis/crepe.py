@@ -10,7 +10,8 @@ The likelihood is categorical over the 360 bins of 20 cents. --frames: of which 
 at as many. --tune: epochs over --train frames, with the bin of the true pitch as the label.
 
 Columns of FOLDER/results.csv: network, removed, parameters, epochs, sound, cents (median of the absolute error),
-within_50 (share of frames with an error below 50 cents), seconds (of the processor, so far).
+within_50 (share of frames with an error below 50 cents), seconds (of the processor, so far), real_time_factor (seconds
+on one thread for a second of sound, of 100 frames in one batch: medians of rounds in which all networks take turns).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,6 +136,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     start, rows = time.process_time(), []
+    kept: dict[int, nn.Module] = {}  # by parameters: one network of each size, to be timed
     full, tiny = loaded("full"), loaded("tiny")
     tests = {"tones": sounds(given.tested, False, 1), "spoken": sounds(given.tested, True, 2)}
     parts = sounds(given.train // 2, False, 3), sounds(given.train // 2, True, 4)
@@ -148,6 +151,7 @@ def main() -> None:
                 heard(network, frames, (lambda z: z.softmax(1)) if epochs else torch.sigmoid) - truth
             ).abs()
             left = parameters(network)
+            kept.setdefault(left, network)
             rows.append(
                 {
                     "network": name, "removed": round(1 - left / parameters(full), 4), "parameters": left,
@@ -185,6 +189,19 @@ def main() -> None:
         add(size, small)
         tuned(size, small)
     tuned("tiny", tiny)
+    table, second = pd.DataFrame(rows), tests["tones"][0][:100]
+    times: dict[int, list[float]] = {left: [] for left in kept}
+    with torch.no_grad():
+        for _ in range(11):
+            for left, network in kept.items():
+                begin = time.perf_counter()
+                network(second)
+                times[left].append(time.perf_counter() - begin)
+    table["real_time_factor"] = table.parameters.map(
+        {left: median(some) for left, some in times.items()}
+    ).round(4)
+    print(table.to_string(), flush=True)
+    write_table(given.out / "results.csv", table)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ log evidence of each model, and with the evidence lower bounds of `diabetes_refi
 Then 2²⁰ models of 20 synthetic regressors, for time and memory.
 
 Writes ranking.csv (a row per model: ΔF in nats by each way), summary.csv (per way: Spearman's rank correlation with the
-exact evidence, the largest and the median error in nats, seconds), twenty_groups.csv and ranking.svg. Times are medians
-of 7 runs, interleaved, of one thread, except where they are sums of fits.
+exact evidence, the largest and the median error in nats, seconds) and twenty_groups.csv. Times are medians of 7 runs,
+interleaved, of one thread, except where they are sums of fits. figures.py draws.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pyro
@@ -182,8 +181,6 @@ def main() -> None:
         ("twenty_groups.csv", million),
     ):
         write_atomically(given.out / name, lambda beside, frame=frame: frame.to_csv(beside, index=False))
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs"}):
-        draw(table).savefig(given.out / "ranking.svg", metadata={"Date": None})
     print(summary.to_string(index=False), million.to_string(index=False), sep="\n")
 
 

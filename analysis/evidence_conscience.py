@@ -6,7 +6,7 @@ Eight schools, a logistic regression whose first two regressors have correlation
 values are by quadrature. False alarms are counted over simulated regressions whose guide is the exact posterior.
 
 Writes cases.csv (a row per reduction and guide, in nats; warned: whether a warning names this reduction),
-alarms.csv and cases.svg. It takes about five minutes.
+alarms.csv; figures.py draws. It takes about five minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 import pyro
 import pyro.distributions as dist
@@ -146,9 +145,6 @@ def main() -> None:
     table, counted = cases(), alarms()
     for name, frame in (("cases.csv", table.round(4)), ("alarms.csv", counted)):
         write_atomically(given.out / name, lambda beside, frame=frame: frame.to_csv(beside, index=False))
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs"}):
-        figure = draw(table)
-        figure.savefig(given.out / "cases.svg", metadata={"Date": None})
     print(table.round(3).to_string(index=False), counted.to_string(index=False), sep="\n")
 
 

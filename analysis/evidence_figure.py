@@ -1,17 +1,13 @@
-"""The figures of docs/evidence.md: a prior, a posterior and two reductions; the models of the diabetes data.
-
-python analysis/evidence_figure.py [--out FOLDER]
-"""
+"""The figures of docs/evidence.md: a prior, a posterior and two reductions; the models of the diabetes data."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pyro.distributions as dist
 import torch
+from matplotlib.figure import Figure
 
 import pyro_bmrs as bmrs
 
@@ -20,10 +16,8 @@ sys.path.insert(0, str(ROOT / "models"))
 import linear_regression as regression  # noqa: E402
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
-    given = parser.parse_args()
+def draw() -> dict[str, Figure]:
+    """By name."""
     reductions = bmrs.plot_reductions(
         posterior=dist.Normal(0.25, 0.25),
         prior=dist.Normal(0.0, 1.0),
@@ -44,15 +38,8 @@ def main() -> None:
         y,
         scale=scales[scales < regression.PRIOR_SCALE],
     )
-    figures = {
+    return {
         "evidence_reductions": reductions,
         "evidence_models": bmrs.plot_models(found),
         "evidence_curve": bmrs.plot_evidence_curve(curve),
     }
-    for name, figure in figures.items():
-        with mpl.rc_context({"svg.hashsalt": "pyro_bmrs"}):
-            figure.savefig(given.out / f"{name}.svg", metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()

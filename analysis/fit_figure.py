@@ -1,12 +1,7 @@
-"""The figure of what fits cost, from committed CSVs: steps, and whole fits that shrink.
+"""The figure of what fits cost, from committed CSVs: steps, and whole fits that shrink."""
 
-python analysis/fit_figure.py docs/images/fit_costs.svg
-"""
-
-import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -83,10 +78,3 @@ def draw() -> Figure:
     for axes in (left, right):
         axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs"}):
-        draw().savefig(sys.argv[1], metadata={"Date": None})

@@ -4,7 +4,7 @@
 
 For 100 to 1,000,000 units in one layer, one thread: the draw of 16 values of θ per unit and the KL with their
 backward pass (what a step pays beside the network), a step's Adam of their parameters, and `reduce` by BMRS_N
-(posterior to table). Medians of several repeats. Writes fit_scaling.csv and the figure.
+(posterior to table). Medians of several repeats. Writes fit_scaling.csv; figures.py draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -99,8 +98,6 @@ def main() -> None:
     torch.manual_seed(0)
     table = pd.DataFrame([measured(units) for units in UNITS])
     write_atomically(given.out / "fit_scaling.csv", lambda beside: table.to_csv(beside, index=False))
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs"}):
-        draw(table).savefig(given.out / "fit_scaling.svg", metadata={"Date": None})
     print(table.to_string(index=False))
 
 

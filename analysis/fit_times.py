@@ -40,7 +40,7 @@ CASES = {
     "lenet5_w200": ("lenet5", {}, 200.0, 1.4e-3, ("epoch", "end")),
     "lenet5_w100_ordinary": ("lenet5", {}, 100.0, 1.4e-3, ("ordinary",)),
     "lenet5_caffe_w100": ("lenet5_caffe", {}, 100.0, 1e-3, ("epoch",)),
-    "mlp_3x1000_w100": ("mlp", {"widths": (1000,) * 3}, 100.0, 8.5e-4, ("epoch",)),
+    "mlp_3x1000_w100": ("mlp", {"widths": (1000,) * 3, "select_inputs": False}, 100.0, 8.5e-4, ("epoch",)),
 }
 SETTINGS = bmrs.Settings(batch_size=128, posterior_learning_rate=5e-3, keep_best=False)
 

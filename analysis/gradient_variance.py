@@ -4,7 +4,7 @@
 
 LeNet5 on MNIST after `--epochs` epochs of a fit; one batch of 128, whose gradient is drawn again and again.
 Writes gradient_variance.csv: draws, stratified, and the standard deviation of the gradients of loc and of
-log scale (root mean square over all units) over that of 128 independent draws, one per example.
+log scale (root mean square over all units) over that of 128 independent draws, one per example. figures.py draws it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -89,8 +88,6 @@ def main() -> None:
     for name in ("loc", "log_scale"):
         table[name] = (table[name] / reference[name]).round(3)
     write_atomically(given.out / "gradient_variance.csv", lambda beside: table.to_csv(beside, index=False))
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs"}):
-        draw(table).savefig(given.out / "gradient_variance.svg", metadata={"Date": None})
     print(table.to_string(index=False))
 
 

@@ -24,6 +24,8 @@ import yaml
 
 from pyro_bmrs.files import write_atomically, write_table
 from pyro_bmrs.runs.folder import RunFolder
+from pyro_bmrs.runs.recipe import Recipe
+from pyro_bmrs.runs.settings import RunSettings
 from pyro_bmrs.runs.study import Study
 from pyro_bmrs.runs.sweep import run_study
 
@@ -54,9 +56,14 @@ def study_of(name: str, released: bool, weight: float, seeds: list[int], runs: P
         text = recipe.read_text() + "\n\n" + (HERE / "released_weighting.py").read_text()
         write_atomically(made, lambda beside: beside.write_text(text))
         recipe = made
+    settings: dict[str, object] = {"schedule": "cosine", "weight_decay": 0.0}
+    if stem == "mlp":
+        own = RunSettings.of(Recipe.read(recipe), data, {}).network or {}
+        settings["network"] = {**own, "select_inputs": False}
     document = {
         "out": str(runs), "recipes": [str(recipe.resolve())], "data": [data], "seeds": seeds,
-        "kl_weights": [1.0 if released else weight], "criteria": [*CRITERIA], "settings": {"schedule": "cosine"},
+        "kl_weights": [1.0 if released else weight], "criteria": [*CRITERIA],
+        "settings": settings,
     }  # fmt: skip
     manifest = runs / "studies" / f"{name}-{'released' if released else 'uniform'}.yaml"
     write_atomically(manifest, lambda beside: beside.write_text(yaml.safe_dump(document, sort_keys=False)))

@@ -1,17 +1,10 @@
-"""The figure of what else makes a network as small: accuracy at equal parameters and equal epochs, from committed CSVs.
+"""The figure of what else makes a network as small: accuracy at equal parameters and epochs, from committed CSVs."""
 
-python analysis/peers_figure.py docs/images/peers.svg
-"""
-
-import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from pyro_bmrs.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "compression_curves"
 # (folder, KL weight, title)
@@ -32,7 +25,7 @@ METHODS = {
 NEAR = ("taylor in steps", "same widths from scratch")
 
 
-def draw(axes: Axes, table: pd.DataFrame, title: str) -> None:
+def _panel(axes: Axes, table: pd.DataFrame, title: str) -> None:
     """A dot per method: the mean over seeds with its standard error, and each seed."""
     near = [100 * table[table.method == method].accuracy for method in ("BMRS_N", *NEAR)]
     best = near[0].mean()
@@ -73,21 +66,12 @@ def draw(axes: Axes, table: pd.DataFrame, title: str) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    mpl.rcParams["svg.hashsalt"] = "pyro_bmrs"
+def draw() -> Figure:
     figure = Figure(figsize=(11.5, 2.9), layout="constrained")
     for axes, (folder, weight, title) in zip(
         figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True
     ):
         table = pd.read_csv(RESULTS / folder / "peers.csv")
-        draw(axes, table[table.kl_weight == weight], title)
+        _panel(axes, table[table.kl_weight == weight], title)
         axes.set_yticks(range(len(METHODS)), [label for label, _ in METHODS.values()], fontsize=8.5)
-    write_atomically(
-        sys.argv[1], lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None})
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return figure

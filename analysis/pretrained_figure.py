@@ -1,12 +1,7 @@
-"""The figure of the pretrained networks: what was kept of each layer, and the accuracy, from committed CSVs.
+"""The figure of the pretrained networks: what was kept of each layer, and the accuracy, from committed CSVs."""
 
-python analysis/pretrained_figure.py docs/images/pretrained.svg
-"""
-
-import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -44,10 +39,3 @@ def draw() -> Figure:
         "CIFAR-10: structures kept (filled) and removed (crossed) of trained networks", fontsize=10
     )
     return figure
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs", "hatch.linewidth": 0.6}):
-        draw().savefig(sys.argv[1], metadata={"Date": None})

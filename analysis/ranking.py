@@ -6,7 +6,7 @@ For each run of `pyro-bmrs run`, with its fitted posterior: every structure in t
 E[θ], nothing is tuned, and the NLL of the validation data is measured. Beside it stand the scores of all criteria.
 Writes to `--out`: units.csv, a row per structure; ranking.csv, Spearman's correlation between the true rise in NLL
 and what keeps a structure, per run and criterion: over all structures, within layers (mean weighted by structures)
-and among those that BMRS_N keeps; ranking.svg. Called again it does the runs that are missing.
+and among those that BMRS_N keeps. Called again it does the runs that are missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.files import write_atomically, write_table
+from pyro_bmrs.files import write_table
 from pyro_bmrs.quality import predictions, quality
 from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.runs.folder import RunFolder
@@ -128,7 +128,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ranking")
-    parser.add_argument("--figure", type=Path, help="default ranking.svg beside the CSVs")
     parser.add_argument("--data-root", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,11 +142,6 @@ def main() -> None:
         units = pd.concat([units, units_of(folder, given.data_root)], ignore_index=True)
         write_table(path, units)
     write_table(given.out / "ranking.csv", correlations(units))
-    figure = draw(units)
-    write_atomically(
-        given.figure or given.out / "ranking.svg",
-        lambda beside: figure.savefig(beside, format="svg", metadata={"Date": None}),
-    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,7 @@
-"""The README's figure: kept and removed structures, and accuracy against parameters, from committed CSVs.
+"""The README's figure: kept and removed structures, and accuracy against parameters, from committed CSVs."""
 
-python analysis/readme_figure.py analysis/results/lenet5_mnist docs/images/lenet5_mnist.svg
-"""
-
-import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -51,10 +46,3 @@ def draw(folder: Path) -> Figure:
         fontsize=11,
     )
     return figure
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    with mpl.rc_context({"svg.hashsalt": "pyro_bmrs", "hatch.linewidth": 0.6}):
-        draw(Path(sys.argv[1])).savefig(sys.argv[2], metadata={"Date": None})

@@ -43,7 +43,7 @@ DATASET_SIZE = 48_000
 # recipe, arguments of its network, input shape, batch, rounds
 CASES = {
     "LeNet5": ("lenet5", {}, (1, 32, 32), 128, 200),
-    "MLP 7×100": ("mlp", {"widths": (100,) * 7}, (1, 32, 32), 128, 600),
+    "MLP 7×100": ("mlp", {"widths": (100,) * 7, "select_inputs": False}, (1, 32, 32), 128, 600),
     "ResNet-18": ("resnet", {"depth": 18}, (3, 32, 32), 32, 15),
 }
 # kind → options of the objective, and of Adam

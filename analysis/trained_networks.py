@@ -3,7 +3,6 @@
     OMP_NUM_THREADS=1 python analysis/trained_networks.py models/lenet5.py fashion-mnist --out FOLDER
         [--seeds 0 1 2] [--train 16] [--tune 0 1 3 6] [--removed 0.5 0.7 0.8 0.9] [--peers magnitude taylor …]
         [--batch-size 128] [--network '{"patch": 8}'] [--limit IMAGES] [--data-root DIR]
-    python analysis/trained_networks.py --figure FOLDER/results.csv
 
 The recipe's network without noise is trained with --train epochs and decay 0.05 of the weights (`peers.trained`), once
 a seed. Then the Laplace posterior of its weights is taken, `reduce` decides, and `apply(refit=…)` gives the smaller
@@ -28,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import peers
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_bmrs as bmrs
@@ -175,11 +174,14 @@ class Study:
             self.add((*key, epochs), network, full, **more)
 
 
-def figure(table: pd.DataFrame, path: Path) -> None:
+def draw(csv: Path, data: str) -> Figure:
     """Accuracy against the share that left, before training and after, for each method."""
+    table = pd.read_csv(csv, dtype={"size": str})
+    table = table[table.data == data]
     epochs = sorted(set(table.epochs) - {0})
     columns = [0, *epochs[-1:]]
-    figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.6), sharey=True, squeeze=False)
+    figure = Figure(figsize=(5 * len(columns), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)
     full = table[table.method == "full"].accuracy.mean()
     methods = [*dict.fromkeys(table.method)]
     for axis, number in zip(axes[0], columns, strict=True):
@@ -205,15 +207,14 @@ def figure(table: pd.DataFrame, path: Path) -> None:
         axis.set_ylim(bottom=max(0.0, 100 * full - 25))
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[0, 0].legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path, nargs="?")
-    parser.add_argument("data", nargs="?")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=16)
     parser.add_argument("--tune", type=int, nargs="+", default=[0, 1, 3, 6])
@@ -223,14 +224,7 @@ def main() -> None:
     parser.add_argument("--network", help="sizes of the network as JSON; default: the recipe's")
     parser.add_argument("--limit", type=int, help="of training examples; default: all")
     parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--figure", type=Path, help="draw this CSV, a figure for each data set beside it")
     given = parser.parse_args()
-    if given.figure:
-        for data, rows in pd.read_csv(given.figure, dtype={"size": str}).groupby("data"):
-            figure(rows, given.figure.with_name(f"{data}.svg"))
-        return
-    if not (given.recipe and given.data and given.out):
-        parser.error("recipe, data and --out are needed")
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     Study(given).run()

@@ -12,7 +12,6 @@ SETTINGS = {
         "batch_size": 32,
         "learning_rate": 1.4e-3,
         "posterior_learning_rate": 1e-2,
-        "kl_weight": 3.0,
         "fine_tune": 20,
     },
     "mnist": {
@@ -21,7 +20,6 @@ SETTINGS = {
         "batch_size": 128,
         "learning_rate": 1.4e-3,
         "posterior_learning_rate": 5e-3,
-        "kl_weight": 100.0,
         "fine_tune": 12,
     },
 }

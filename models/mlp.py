@@ -37,10 +37,9 @@ SETTINGS = {
         "fine_tune": 12,
     },
     "diabetes": {
-        "network": {"widths": (50, 50), "select_inputs": True},
+        "network": {"widths": (50, 50)},
         "epochs": 200,
         "batch_size": 32,
-        "weight_decay": 0.05,
     },
     "cifar10": {
         "image_size": 32,
@@ -58,11 +57,11 @@ def network(
     input_shape: tuple[int, ...],
     num_outputs: int,
     widths: tuple[int, ...] = (100,) * 3,
-    select_inputs: bool = False,
+    select_inputs: bool = True,
 ) -> nn.Sequential:
     """Hidden layers of the given widths. Noise stands after each tanh, where the next layer reads.
 
-    With `select_inputs` every pixel or feature is a structure too.
+    With `select_inputs` every pixel or feature is a structure too: the first layer has most of the parameters.
     """
     layers = nn.Sequential()
     layers.add_module("flatten", nn.Flatten())

@@ -80,6 +80,9 @@ class RunSettings(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="How the learning rates change: constant, cosine or linear (to zero)."
     )
+    weight_decay: float = Field(
+        default=0.05, ge=0, description=Settings.model_fields["weight_decay"].description
+    )
     data: Annotated[str, AfterValidator(_located)] = Field(
         default="digits",
         description="digits, patches, mnist, fashion-mnist, cifar10, a .npz file or an image folder.",
@@ -208,4 +211,5 @@ class RunSettings(Settings):
             for name, value in self.given().items()
             if name in Settings.model_fields and name not in _NOT_OF_TUNING
         }
-        return Settings(**{**shared, "epochs": epochs or self.fine_tune, "schedule": "cosine"})
+        own = {"epochs": epochs or self.fine_tune, "schedule": "cosine", "weight_decay": self.weight_decay}
+        return Settings(**shared | own)

@@ -14,7 +14,7 @@ from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.shipped import find_recipe
 
 # name, arguments of its network, and what a step took without noise and may take more with it
-NETWORKS = {"lenet5": ({}, 44, 30), "mlp": ({"widths": (100,) * 7}, 61, 40)}
+NETWORKS = {"lenet5": ({}, 44, 30), "mlp": ({"widths": (100,) * 7, "select_inputs": False}, 61, 40)}
 
 
 class Operations(TorchDispatchMode):

@@ -147,6 +147,7 @@ def test_the_small_network_is_tuned_with_what_is_not_about_a_posterior():
     assert run.of_fine_tuning().given() == {
         "epochs": 4, "batch_size": 16, "weight_decay": 0.1, "seed": 3, "schedule": "cosine",
     }  # fmt: skip
+    assert RunSettings(fine_tune=4).of_fine_tuning().weight_decay == RunSettings().weight_decay == 0.05
 
 
 def test_what_a_fitted_posterior_depends_on():

@@ -122,6 +122,6 @@ def test_the_mlp_recipe_selects_its_inputs():
         input_shape, num_outputs = (1, 4, 4), 3
 
     recipe = Recipe.read(MODELS / "mlp.py")
-    net = recipe.network(Shape, {"widths": (5,), "select_inputs": True}, 0)
+    net = recipe.network(Shape, {"widths": (5,)}, 0)
     found = bmrs.structures(bmrs.without_noise(net), torch.randn(16, 1, 4, 4))
     assert {group.kind: group.features for group in found} == {"inputs": 16, "units": 5}

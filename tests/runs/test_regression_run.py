@@ -19,7 +19,7 @@ from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
 
 MLP = Path(__file__).parents[2] / "models" / "mlp.py"
-SMALL = '{"widths": [12], "select_inputs": true}'
+SMALL = '{"widths": [12]}'
 
 
 @pytest.fixture(scope="module")
