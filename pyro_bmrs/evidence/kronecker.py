@@ -2,9 +2,10 @@
 
 The posterior of a layer's weights W (outputs × inputs) round their values ŵ is normal, with precision N A ⊗ G + δ I: A
 is the second moment of the inputs, G that of the gradients at the outputs, δ the precision of the prior N(0, 1/δ) of
-each weight (Ritter, Botev, Barber, 2018; MacKay, 1992). Of a wide convolution A is itself a product, of channels and
-positions in the kernel (Grosse & Martens, 2016). The functions take a layer as several independent blocks, which a
-convolution in groups has. All is in float64, ΔF in nats.
+each weight (Ritter, Botev, Barber, 2018; MacKay, 1992). Where the layer has a bias, of flat prior, A is about the mean
+of the inputs: the bias is integrated out, and takes over what is constant. Of a wide convolution A is itself a product,
+of channels and positions in the kernel (Grosse & Martens, 2016). The functions take a layer as several independent
+blocks, which a convolution in groups has. All is in float64, ΔF in nats.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class KroneckerCurvature:
     """The curvature of a layer's log-likelihood, N A ⊗ G, and its weights.
 
     Attributes:
-        inputs: A, mean of x xᵀ over examples and positions. Shape: (blocks, inputs, inputs), or (blocks, inputs) where
-            it is diagonal, as of an embedding.
+        inputs: A, mean of x xᵀ over examples and positions; of (x − μ)(x − μ)ᵀ where there is a mean. Shape: (blocks,
+            inputs, inputs), or (blocks, inputs) where it is diagonal, as of an embedding.
         gradients: G, mean over examples of Σ g gᵀ over positions. Shape: (blocks, outputs, outputs).
         weights: ŵ. Shape: (blocks, outputs, inputs); with positions (blocks, outputs, positions, inputs).
         examples: N, of the whole data set.
         positions: B, where A is B ⊗ inputs, of mean diagonal 1. Shape: (blocks, positions, positions).
+        mean: μ, of the inputs of a layer with a bias. Shape: (blocks, inputs).
         keep: what is done with a large tensor that is kept, such as eigenvectors: `files.on_disk` makes room in memory.
     """
 
@@ -44,6 +46,7 @@ class KroneckerCurvature:
     weights: Tensor
     examples: int
     positions: Tensor | None = None
+    mean: Tensor | None = None
     keep: Callable[[Tensor], Tensor] = as_it_is
 
     @property

@@ -58,7 +58,7 @@ class Sums:
         tensors = {
             f"{name}.{layer}": getattr(some, name)
             for layer, some in self.moments.items()
-            for name in ("inputs", "gradients", "positions")
+            for name in ("inputs", "gradients", "positions", "means")
             if getattr(some, name) is not None
         }
         numbers = {
@@ -78,10 +78,12 @@ class Sums:
                 return cls()
             found = {
                 layer: Moments(
-                    tensors[f"inputs.{layer}"].to(device),
-                    tensors[f"gradients.{layer}"].to(device),
-                    rows,
-                    tensors[f"positions.{layer}"].to(device) if f"positions.{layer}" in tensors else None,
+                    rows=rows,
+                    **{
+                        name: tensors[f"{name}.{layer}"].to(device)
+                        for name in ("inputs", "gradients", "positions", "means")
+                        if f"{name}.{layer}" in tensors
+                    },
                 )
                 for layer, rows in header["rows"].items()
             }
@@ -141,7 +143,7 @@ def curvature_pass(
                 return True
             found, examples, likelihood = _all(fabric, sums)
             log_likelihood = log_likelihood if number else likelihood
-            together |= {path: some.kept(guide.keep) for path, some in found.items()}
+            together |= {path: some.about_the_mean().kept(guide.keep) for path, some in found.items()}
             del sums, found  # the next layers need their room
     guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
     guide.set_moments(together, examples, size, size * log_likelihood)
@@ -267,6 +269,7 @@ def _all(fabric: Fabric, sums: Sums) -> tuple[dict[str, Moments], int, float]:
             total(some.gradients),
             int(total(torch.tensor(some.rows, dtype=torch.float64))),
             None if some.positions is None else total(some.positions),
+            None if some.means is None else total(some.means),
         )
         for path, some in sums.moments.items()
     }

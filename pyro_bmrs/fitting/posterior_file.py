@@ -20,7 +20,7 @@ from pyro_bmrs.pruning.shrink import shrink
 
 FORMAT, VERSION = "pyro_bmrs.posterior", 2
 # Of a Laplace posterior: what the file holds of each layer, and how their names begin.
-_PARTS, _CURVATURE = ("inputs", "gradients", "positions"), "curvature."
+_PARTS, _CURVATURE = ("inputs", "gradients", "positions", "mean"), "curvature."
 
 
 def save_posterior(
@@ -142,7 +142,9 @@ def _restore_curvature(
         device = guide.layer(layer).get_parameter("weight").device
         own = {part: guide.keep(parts.pop(part).to(device)) for part in [*parts]}
         try:
-            moments[layer] = Moments(own["inputs"], own["gradients"], 1, own.get("positions"))
+            moments[layer] = Moments(
+                own["inputs"], own["gradients"], 1, own.get("positions"), own.get("mean")
+            )
         except KeyError as error:
             raise ValueError(f"it has no {error} of layer {layer!r}") from None
     guide.set_moments(moments, 1, int(header["dataset_size"]), float(header["log_likelihood"]))

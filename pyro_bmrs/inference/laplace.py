@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -33,8 +34,9 @@ class AutoKroneckerLaplace(nn.Module):
 
     A is the second moment of a layer's inputs, G that of the gradients of −log p(y | x) at its outputs, with labels y
     drawn from the model: Kronecker-factored curvature (Martens & Grosse, 2015; Ritter, Botev, Barber, 2018). δ is the
-    precision of the prior N(0, 1/δ) of each weight, at the largest marginal likelihood. Biases and parameters of
-    normalisations have a flat prior and stay at their values.
+    precision of the prior N(0, 1/δ) of each weight, at the largest marginal likelihood. Biases have a flat prior: ΔF is
+    integrated over them, and a smaller network's biases take over what was constant. Draws of q, and `mean`, leave them
+    at their values, as parameters of normalisations are.
 
     >>> import torch, pyro_bmrs as bmrs
     >>> from torch import nn
@@ -130,7 +132,7 @@ class AutoKroneckerLaplace(nn.Module):
         """Make the posterior of sums over examples.
 
         Args:
-            moments: by path; layers without any get no posterior.
+            moments: by path, about the mean of inputs; layers without any get no posterior.
             seen: number of examples that were summed over.
             dataset_size: N.
             log_likelihood: log p(data | ŵ), of all N, in nats.
@@ -149,7 +151,7 @@ class AutoKroneckerLaplace(nn.Module):
                     weights, positions = apart(module, weights), keep(positions)
                 curvatures[path] = KroneckerCurvature(
                     keep(sums.inputs / sums.rows), keep(sums.gradients / seen), keep(weights), dataset_size, positions,
-                    keep,
+                    None if sums.means is None else sums.means / sums.rows, keep,
                 )  # fmt: skip
         self.curvatures = curvatures
         shared = prior_precision(list(curvatures.values())) if self.shared_prior else None
@@ -168,7 +170,7 @@ class AutoKroneckerLaplace(nn.Module):
         return max(self.memory - size / 2**30, self.memory / 4)
 
     def log_marginal_likelihood(self) -> float:
-        """log p(data) of the network by Laplace's approximation, with flat priors of biases left out, in nats."""
+        """log p(data) of the network by Laplace's approximation, but for the flat priors of biases, in nats."""
         self.check_ready()
         layers = (log_marginal_likelihood(one, self.deltas[path]) for path, one in self.curvatures.items())
         return self.log_likelihood + sum(layers)
@@ -190,6 +192,9 @@ class AutoKroneckerLaplace(nn.Module):
 
     def _law(self, path: str) -> KroneckerNormal:
         one, weight = self.curvatures[path], self.layer(path).get_parameter("weight").detach()
+        if one.mean is not None:  # given the bias, which stays at its value
+            outer = one.mean.unsqueeze(-1) * one.mean.unsqueeze(-2)
+            one = replace(one, inputs=one.inputs + outer, mean=None)
         precision = one.eigenvalues + self.deltas[path]
         first: Tensor | None = one.of_outputs[1]
         second = one.of_inputs[1]

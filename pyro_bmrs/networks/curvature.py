@@ -38,12 +38,14 @@ class Moments:
         rows: number of examples times positions that `inputs` are from.
         positions: of a wide convolution, Σ x xᵀ over positions in the kernel, the mean over channels; else None.
             Shape: (groups, positions, positions).
+        means: of a layer with a bias, Σ x over the same examples and positions; else None. Shape: (groups, inputs).
     """
 
     inputs: Tensor
     gradients: Tensor
     rows: int = 0
     positions: Tensor | None = None
+    means: Tensor | None = None
 
     def add(self, other: Moments) -> None:
         self.inputs = self.inputs + other.inputs
@@ -51,6 +53,15 @@ class Moments:
         self.rows += other.rows
         if self.positions is not None and other.positions is not None:
             self.positions = self.positions + other.positions
+        if self.means is not None and other.means is not None:
+            self.means = self.means + other.means
+
+    def about_the_mean(self) -> Moments:
+        """The same with Σ (x − μ)(x − μ)ᵀ, of a layer with a bias, which takes over what is constant in its inputs."""
+        if self.means is None:
+            return self
+        outer = self.means.unsqueeze(-1) * self.means.unsqueeze(-2) / self.rows
+        return replace(self, inputs=self.inputs - outer)
 
     def kept(self, keep: Callable[[Tensor], Tensor]) -> Moments:
         """The same, with its two large matrices as `keep` gives them."""
@@ -110,12 +121,24 @@ def moments(
                 (positions.mT @ positions).double() / split.shape[-1],
             )  # fmt: skip
         else:
-            one = Moments(second_moment(module, rows), size, rows.shape[1])
+            biased = rows.dim() == 3 and getattr(module, "bias", None) is not None
+            second, means = _with_sums(rows) if biased else (second_moment(module, rows), None)
+            one = Moments(second, size, rows.shape[1], means=means)
         if path in found:
             found[path].add(one)
         else:
             found[path] = one
     return found
+
+
+def _with_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ x xᵀ and Σ x, in float64, so that what is left about the mean has the precision of what varies."""
+    centre = rows.mean(1, keepdim=True)
+    rows = rows - centre
+    centre, rest = centre.double(), rows.sum(1, keepdim=True, dtype=torch.float64)
+    shift = centre.mT @ rest
+    second = (rows.mT @ rows).double() + shift + shift.mT + rows.shape[1] * centre.mT @ centre
+    return second, (rest + rows.shape[1] * centre).squeeze(1)
 
 
 def _some_places(module: nn.Module, x: Tensor) -> Tensor | None:

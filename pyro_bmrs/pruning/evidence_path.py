@@ -155,7 +155,7 @@ def _loss(model: Likelihood, shown: tuple[Inputs, Any]) -> float:
 
 @torch.no_grad()
 def take_over(small: nn.Module, guide: AutoKroneckerLaplace, cuts: Cuts) -> None:
-    """Give the layers of a smaller network that read structures the means of the reduced posterior, in place."""
+    """Give layers of a smaller network that read structures, and their biases, the means of the reduced posterior."""
     for path, curvature in guide.curvatures.items():
         module = guide.layer(path)
         dims = cuts.tensors.get(joined(path, "weight"), {})
@@ -166,11 +166,15 @@ def take_over(small: nn.Module, guide: AutoKroneckerLaplace, cuts: Cuts) -> None
         channels[left] = False
         away = channels.to(curvature.weights.device)
         if curvature.positions is None:
-            weight = reduced_weights(curvature, away.repeat_interleave(positions_of(module)))
+            own = reduced_weights(curvature, away.repeat_interleave(positions_of(module)))
         else:
-            weight = together(reduced_weights(curvature, away))
-        weight = as_weight(module, weight)
+            own = reduced_weights(curvature, away)
+        weight = as_weight(module, own if curvature.positions is None else together(own))
         for dim, kept in dims.items():
             weight = weight.index_select(dim, torch.tensor(kept, device=weight.device))
-        target = small.get_submodule(path).get_parameter("weight")
-        target.copy_(weight)
+        target = small.get_submodule(path)
+        target.get_parameter("weight").copy_(weight)
+        if curvature.mean is not None:
+            constant = ((curvature.weights - own) @ curvature.mean.unsqueeze(-1)).flatten()
+            rows = cuts.tensors.get(joined(path, "bias"), {}).get(0)
+            target.get_parameter("bias").add_(constant if rows is None else constant[rows])

@@ -56,6 +56,41 @@ def test_all_subsets_of_ten_inputs_have_the_exact_change_of_evidence():
     assert worst < 1e-9
 
 
+def test_a_bias_of_flat_prior_is_integrated_out():
+    """Inputs far from 0, one of them constant. Exact: contrasts, of which the intercept is no part."""
+    examples, noise, delta = 60, 0.7, 1.3
+    torch.manual_seed(1)
+    x = torch.randn(examples, 6, dtype=F64) + 3.0
+    x[:, 2] = -4.0
+    y = x @ torch.randn(6, 2, dtype=F64) + 5.0 + noise * torch.randn(examples, 2, dtype=F64)
+    contrasts = torch.linalg.svd(torch.ones(1, examples, dtype=F64)).Vh[1:]
+
+    def log_marginal(kept):
+        own = contrasts @ x[:, kept]
+        covariance = noise**2 * torch.eye(examples - 1, dtype=F64) + own @ own.T / delta
+        law = torch.distributions.MultivariateNormal(torch.zeros(examples - 1, dtype=F64), covariance)
+        return float(law.log_prob((contrasts @ y).T).sum())
+
+    mean = x.mean(0)
+    centred = x - mean
+    precision = centred.T @ centred / noise**2 + delta * torch.eye(6, dtype=F64)
+    weights = torch.linalg.solve(precision, centred.T @ (y - y.mean(0)) / noise**2).T
+    curvature = KroneckerCurvature(
+        (centred.T @ centred / examples)[None], (torch.eye(2, dtype=F64) / noise**2)[None], weights[None], examples,
+        mean=mean[None],
+    )  # fmt: skip
+    full = log_marginal(torch.ones(6, dtype=torch.bool))
+    for size in range(1, 6):
+        for chosen in itertools.combinations(range(6), size):
+            away = torch.zeros(6, dtype=torch.bool)
+            away[list(chosen)] = True
+            found = evidence_without(curvature, delta, away, NONE)
+            assert found == pytest.approx(log_marginal(~away) - full, abs=1e-9)
+    # a constant says nothing
+    constant = torch.tensor([False, False, True, False, False, False])
+    assert abs(evidence_without(curvature, delta, constant, NONE)) < 1e-9
+
+
 def dense(curvature, delta):
     """(precision matrix, mean) of all weights of a single block, outputs first."""
     a = curvature.inputs[0] if curvature.inputs.dim() == 3 else curvature.inputs[0].diag()

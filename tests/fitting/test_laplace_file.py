@@ -41,7 +41,7 @@ def test_what_is_read_back_decides_as_what_was_written(fitted, tmp_path):
     bmrs.load_posterior(path, other, fresh)
     assert guide.curvatures["2"].positions is not None
     for layer, one in guide.curvatures.items():
-        for part in ("inputs", "gradients", "weights", "positions"):
+        for part in ("inputs", "gradients", "weights", "positions", "mean"):
             written, read = getattr(one, part), getattr(fresh.curvatures[layer], part)
             assert (written is None) == (read is None)
             assert written is None or torch.allclose(written, read, rtol=1e-12, atol=0)

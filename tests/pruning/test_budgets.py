@@ -206,6 +206,7 @@ def test_a_model_without_classes_has_no_accuracy_to_lose():
     x = torch.randn(100, 6)
     y = x[:, :1] ** 2
     model = bmrs.Regressor(net, scale=0.3)
+    bmrs.fit(model, None, (x, y), epochs=100, batch_size=25, learning_rate=1e-2, progress=False)
     guide = bmrs.AutoKroneckerLaplace(model)
     bmrs.fit(model, guide, (x, y), progress=False)
     plan = bmrs.reduce(model, guide)
