@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch_pruning
-from fisher_peers import fisher_masks, posterior_damage, squared_gradients
+from fisher_peers import AT_ONCE, fisher_masks, posterior_damage, squared_gradients
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -132,7 +132,8 @@ def _set_gradients(net: nn.Module, importance: str, data: Dataset) -> None:
     x, y = data.train[:GRADIENT_EXAMPLES]
     if importance == "taylor":
         net.zero_grad()
-        cross_entropy(net(x), y).backward()
+        for some, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
+            (cross_entropy(net(some), labels, reduction="sum") / len(x)).backward()
     if importance == "hessian":
         # torch-pruning 1.6.1 reads mean squared gradients from .grad, but its own sum keeps the last example's only
         for name, square in squared_gradients(net, x, y).items():
