@@ -15,6 +15,8 @@ A part is a network and a way, and takes at most some minutes on a GPU. Each has
 - variational: half of the epochs a fit with noise from the trained weights, `within`, then the other half;
 - torch-pruning: Taylor's importance in 100 steps, then all epochs.
 
+Every other image of a batch, at random, is seen in a mirror while a network is trained.
+
 Rows that FOLDER/results.csv has are passed over, and what was trained is kept, so the command can be called again.
 Columns: network, device, images (of training), way, epochs, parameters, removed (share), accuracy_untrained (before
 these epochs) and accuracy of the test images, their negative_log_likelihood (nats), seconds (of the clock, the part
@@ -35,6 +37,7 @@ import peers
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.checks.data import some_of
@@ -78,6 +81,21 @@ ON_CPU = {
 }
 
 
+class Mirrored(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of images by their numbers, about half of them left to right."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        x = self.x[numbers]
+        turned = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+        return torch.where(turned, x.flip(-1), x), self.y[numbers]
+
+
 class Study:
     """The parts of one network."""
 
@@ -104,10 +122,12 @@ class Study:
         return torch.cat(parts).contiguous(memory_format=torch.channels_last), y.to(device)
 
     def fit(self, net: nn.Module, epochs: int, guide: Any = None, model: Any = None) -> None:
+        images = Mirrored(*self.parts["train"])
+        batches = BatchSampler(RandomSampler(images), self.case.batch, drop_last=False)
         bmrs.fit(
-            model or bmrs.Classifier(net), guide, self.parts["train"], self.parts["validation"], epochs=epochs,
-            batch_size=self.case.batch, learning_rate=self.case.rate, weight_decay=0.05, schedule="cosine",
-            precision=self.precision, device=self.device,
+            model or bmrs.Classifier(net), guide, DataLoader(images, sampler=batches, batch_size=None),
+            self.parts["validation"], epochs=epochs, learning_rate=self.case.rate, weight_decay=0.05,
+            schedule="cosine", precision=self.precision, device=self.device,
         )  # fmt: skip
 
     def plain(self) -> nn.Module:
