@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import cells_figure
 import compression_curves
 import diabetes_ranking
 import evidence_conscience
@@ -52,8 +51,6 @@ def _evidence(name: str) -> Figure:
 IMAGES = "docs/images"
 FIGURES: dict[str, Callable[[], Figure]] = {
     f"{IMAGES}/lenet5_mnist.svg": partial(readme_figure.draw, RESULTS / "lenet5_mnist"),
-    f"{IMAGES}/cells.svg": cells_figure.draw_cells,
-    f"{IMAGES}/foresight.svg": cells_figure.draw_foresight,
     f"{IMAGES}/peers.svg": peers_figure.draw,
     f"{IMAGES}/curves.svg": _curves,
     f"{IMAGES}/ranking.svg": _of(ranking.draw, "ranking/units.csv"),
@@ -65,9 +62,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     },
     f"{IMAGES}/gallery_resnet20.svg": partial(gallery_figure.trained, "resnet20"),
     f"{IMAGES}/gallery_vit.svg": partial(gallery_figure.trained, "vit"),
-    f"{IMAGES}/gallery_efficientnet.svg": partial(gallery_figure.large, "EfficientNet-Lite0"),
-    f"{IMAGES}/gallery_crepe.svg": gallery_figure.crepe,
-    f"{IMAGES}/gallery_minilm.svg": gallery_figure.minilm,
     f"{IMAGES}/gallery_diabetes.svg": gallery_figure.diabetes,
     f"{IMAGES}/gallery_schools.svg": gallery_figure.schools,
     "analysis/results/diabetes/ranking.svg": _of(diabetes_ranking.draw, "diabetes/ranking.csv"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -37,7 +37,7 @@ class KroneckerCurvature:
         weights: ŵ. Shape: (blocks, outputs, inputs); with positions (blocks, outputs, positions, inputs).
         examples: N, of the whole data set.
         positions: B, where A is B ⊗ inputs, of mean diagonal 1. Shape: (blocks, positions, positions).
-        mean: μ, of the inputs of a layer with a bias. Shape: (blocks, inputs).
+        mean: μ, of the inputs of a layer with a bias. Shape: (blocks, inputs), or (blocks, positions, inputs).
         keep: what is done with a large tensor that is kept, such as eigenvectors: `files.on_disk` makes room in memory.
     """
 
@@ -53,6 +53,18 @@ class KroneckerCurvature:
     def shape(self) -> tuple[int, int, int]:
         """(blocks, outputs, inputs)."""
         return self.weights.shape[0], self.weights.shape[1], self.weights.shape[-1]
+
+    @cached_property
+    def given_bias(self) -> KroneckerCurvature:
+        """The same about 0: that of the weights where the bias stays at its value."""
+        if self.mean is None:
+            return self
+        mean, positions = self.mean if self.positions is not None else self.mean.unsqueeze(1), None
+        inputs = self.inputs + mean.mT @ mean / mean.shape[1]
+        if self.positions is not None:
+            own = _mean_diagonal(self.inputs) * self.positions + mean @ mean.mT / mean.shape[2]
+            positions = self.keep(own / _mean_diagonal(own).clamp(min=1e-300))
+        return replace(self, inputs=self.keep(inputs), positions=positions, mean=None)
 
     @cached_property
     def of_inputs(self) -> tuple[Tensor, Tensor | None]:
@@ -104,6 +116,11 @@ class KroneckerCurvature:
         """Those of N A ⊗ G. Shape: (blocks, rows, inputs)."""
         values = torch.stack([one for one, _ in self.rotated])
         return self.keep(self.examples * values.unsqueeze(-1) * self.of_inputs[0].unsqueeze(-2))
+
+
+def _mean_diagonal(matrix: Tensor) -> Tensor:
+    """Shape: (blocks, 1, 1)."""
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
 
 
 def prior_precision(curvatures: Sequence[KroneckerCurvature]) -> float:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood, Regressor
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import examples_for
-from pyro_bmrs.networks.curvature import Moments, moments
+from pyro_bmrs.networks.curvature import Moments, moments, own_biases
 from pyro_bmrs.networks.inputs import Inputs, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.progress import Progress
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 # Examples on which the loss of smaller networks is measured: at most, at least, and by the work that they make.
 _SHOWN, _FEW, _WORK = 500, 50, 1e11
+# Of a file of sums.
+_FORMAT = 2
+# Tensors of `Moments`.
+_SUMS = "inputs", "gradients", "positions", "mean"
 # Seconds between two files of the sums so far.
 _EVERY = 20.0
 # Of a regression whose network fits its data exactly.
@@ -58,7 +62,7 @@ class Sums:
         tensors = {
             f"{name}.{layer}": getattr(some, name)
             for layer, some in self.moments.items()
-            for name in ("inputs", "gradients", "positions", "means")
+            for name in _SUMS
             if getattr(some, name) is not None
         }
         numbers = {
@@ -81,7 +85,7 @@ class Sums:
                     rows=rows,
                     **{
                         name: tensors[f"{name}.{layer}"].to(device)
-                        for name in ("inputs", "gradients", "positions", "means")
+                        for name in _SUMS
                         if f"{name}.{layer}" in tensors
                     },
                 )
@@ -118,7 +122,8 @@ def curvature_pass(
     wanted = min(guide.examples, size)
     few = batches.some(1, seed)
     identity = {
-        "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size, "world": fabric.world_size,
+        "format": _FORMAT, "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size,
+        "world": fabric.world_size,
         "widest": guide.widest, "label": label, "weights": digest_of(model.state_dict().values()),
         "data": digest_of(tensors_of(few)),
     }  # fmt: skip
@@ -143,7 +148,7 @@ def curvature_pass(
                 return True
             found, examples, likelihood = _all(fabric, sums)
             log_likelihood = log_likelihood if number else likelihood
-            together |= {path: some.about_the_mean().kept(guide.keep) for path, some in found.items()}
+            together |= {path: some.kept(guide.keep) for path, some in found.items()}
             del sums, found  # the next layers need their room
     guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
     guide.set_moments(together, examples, size, size * log_likelihood)
@@ -244,7 +249,7 @@ def _add(
         found: Tensor = (each * counted.to(each.dtype)).sum()
         return found
 
-    moments(layers, drawn, widest, sums.moments)
+    moments(layers, drawn, widest, sums.moments, own_biases(model.net))
     with torch.no_grad():
         if not sums.batches:
             batches.count.settle(x, y, poutine.trace(model).get_trace(x, y))
@@ -263,14 +268,16 @@ def _all(fabric: Fabric, sums: Sums) -> tuple[dict[str, Moments], int, float]:
         return found
 
     counts = total(torch.tensor([sums.examples, sums.log_likelihood], dtype=torch.float64))
-    together = {
-        path: Moments(
-            total(some.inputs),
-            total(some.gradients),
-            int(total(torch.tensor(some.rows, dtype=torch.float64))),
-            None if some.positions is None else total(some.positions),
-            None if some.means is None else total(some.means),
-        )
-        for path, some in sums.moments.items()
-    }
+    together = {}
+    for path, some in sums.moments.items():
+        rows = int(total(torch.tensor(some.rows, dtype=torch.float64)))
+        mean = some.mean
+        if mean is not None:
+            own, some = mean, replace(some)
+            mean = total(own * (some.rows / max(rows, 1)))
+            some.move(mean - own, some.rows)
+        together[path] = Moments(
+            total(some.inputs), total(some.gradients), rows,
+            None if some.positions is None else total(some.positions), mean,
+        )  # fmt: skip
     return together, int(counts[0]), float(counts[1] / counts[0])

@@ -18,7 +18,7 @@ from pyro_bmrs.networks.noise import MultiplicativeNoise
 from pyro_bmrs.pruning.binding import input_of
 from pyro_bmrs.pruning.shrink import shrink
 
-FORMAT, VERSION = "pyro_bmrs.posterior", 2
+FORMAT, VERSION = "pyro_bmrs.posterior", 3
 # Of a Laplace posterior: what the file holds of each layer, and how their names begin.
 _PARTS, _CURVATURE = ("inputs", "gradients", "positions", "mean"), "curvature."
 

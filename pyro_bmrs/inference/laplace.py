@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -34,9 +33,11 @@ class AutoKroneckerLaplace(nn.Module):
 
     A is the second moment of a layer's inputs, G that of the gradients of −log p(y | x) at its outputs, with labels y
     drawn from the model: Kronecker-factored curvature (Martens & Grosse, 2015; Ritter, Botev, Barber, 2018). δ is the
-    precision of the prior N(0, 1/δ) of each weight, at the largest marginal likelihood. Biases have a flat prior: ΔF is
-    integrated over them, and a smaller network's biases take over what was constant. Draws of q, and `mean`, leave them
-    at their values, as parameters of normalisations are.
+    precision of the prior N(0, 1/δ) of each weight, at the largest marginal likelihood.
+
+    A bias that belongs to one layer has a flat prior. ΔF is integrated over it, so that A is then about the mean of the
+    inputs, and the bias of a smaller network takes over what was constant. Draws of q, and `mean`, leave biases, and
+    parameters of normalisations, at their values.
 
     >>> import torch, pyro_bmrs as bmrs
     >>> from torch import nn
@@ -132,7 +133,7 @@ class AutoKroneckerLaplace(nn.Module):
         """Make the posterior of sums over examples.
 
         Args:
-            moments: by path, about the mean of inputs; layers without any get no posterior.
+            moments: by path; layers without any get no posterior.
             seen: number of examples that were summed over.
             dataset_size: N.
             log_likelihood: log p(data | ŵ), of all N, in nats.
@@ -151,7 +152,7 @@ class AutoKroneckerLaplace(nn.Module):
                     weights, positions = apart(module, weights), keep(positions)
                 curvatures[path] = KroneckerCurvature(
                     keep(sums.inputs / sums.rows), keep(sums.gradients / seen), keep(weights), dataset_size, positions,
-                    None if sums.means is None else sums.means / sums.rows, keep,
+                    None if sums.mean is None else keep(sums.mean), keep,
                 )  # fmt: skip
         self.curvatures = curvatures
         shared = prior_precision(list(curvatures.values())) if self.shared_prior else None
@@ -191,10 +192,7 @@ class AutoKroneckerLaplace(nn.Module):
         return {f"{path}.weight".lstrip("."): self._law(path) for path in self.curvatures}
 
     def _law(self, path: str) -> KroneckerNormal:
-        one, weight = self.curvatures[path], self.layer(path).get_parameter("weight").detach()
-        if one.mean is not None:  # given the bias, which stays at its value
-            outer = one.mean.unsqueeze(-1) * one.mean.unsqueeze(-2)
-            one = replace(one, inputs=one.inputs + outer, mean=None)
+        one, weight = self.curvatures[path].given_bias, self.layer(path).get_parameter("weight").detach()
         precision = one.eigenvalues + self.deltas[path]
         first: Tensor | None = one.of_outputs[1]
         second = one.of_inputs[1]

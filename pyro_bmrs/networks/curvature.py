@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,36 +32,40 @@ class Moments:
     """Sums over examples of one layer, in float64.
 
     Attributes:
-        inputs: Σ x xᵀ over examples and positions, or some of these. Shape: (groups, inputs, inputs); of an embedding
-            (1, entries). Of a wide convolution over channels alone, the mean over positions in the kernel.
+        inputs: Σ x xᵀ over examples and positions, or some of these; of a layer with a bias of its own
+            Σ (x − μ)(x − μ)ᵀ, since the bias takes over what is constant. Shape: (groups, inputs, inputs); of an
+            embedding (1, entries). Of a wide convolution over channels alone, the mean over positions in the kernel.
         gradients: Σ g gᵀ, g the gradient of −log p(y | x) at the layer's output. Shape: (groups, outputs, outputs).
         rows: number of examples times positions that `inputs` are from.
-        positions: of a wide convolution, Σ x xᵀ over positions in the kernel, the mean over channels; else None.
+        positions: of a wide convolution, the same over positions in the kernel, the mean over channels; else None.
             Shape: (groups, positions, positions).
-        means: of a layer with a bias, Σ x over the same examples and positions; else None. Shape: (groups, inputs).
+        mean: μ of a layer with a bias of its own, else None. Shape: (groups, inputs), or (groups, positions, channels).
     """
 
     inputs: Tensor
     gradients: Tensor
     rows: int = 0
     positions: Tensor | None = None
-    means: Tensor | None = None
+    mean: Tensor | None = None
 
     def add(self, other: Moments) -> None:
+        rows = self.rows + other.rows
+        if self.mean is not None and other.mean is not None:
+            apart = other.mean - self.mean
+            self.move(apart, self.rows * other.rows / max(rows, 1))
+            self.mean = self.mean + apart * (other.rows / max(rows, 1))
         self.inputs = self.inputs + other.inputs
         self.gradients = self.gradients + other.gradients
-        self.rows += other.rows
+        self.rows = rows
         if self.positions is not None and other.positions is not None:
             self.positions = self.positions + other.positions
-        if self.means is not None and other.means is not None:
-            self.means = self.means + other.means
 
-    def about_the_mean(self) -> Moments:
-        """The same with Σ (x − μ)(x − μ)ᵀ, of a layer with a bias, which takes over what is constant in its inputs."""
-        if self.means is None:
-            return self
-        outer = self.means.unsqueeze(-1) * self.means.unsqueeze(-2) / self.rows
-        return replace(self, inputs=self.inputs - outer)
+    def move(self, by: Tensor, rows: float) -> None:
+        """Add what so many rows have about a mean that is so far from their own. Nothing is ever subtracted."""
+        by = by if self.positions is not None else by.unsqueeze(1)  # (groups, positions, inputs)
+        self.inputs = self.inputs + by.mT @ by * (rows / by.shape[1])
+        if self.positions is not None:
+            self.positions = self.positions + by @ by.mT * (rows / by.shape[2])
 
     def kept(self, keep: Callable[[Tensor], Tensor]) -> Moments:
         """The same, with its two large matrices as `keep` gives them."""
@@ -83,11 +87,22 @@ def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def own_biases(network: nn.Module) -> frozenset[str]:
+    """Paths of layers with a bias that is a parameter of theirs alone."""
+    owners = Counter(
+        id(p) for module in network.modules() for p in module._parameters.values() if p is not None
+    )
+    return frozenset(
+        path for path, module in network.named_modules() if owners[id(module._parameters.get("bias"))] == 1
+    )
+
+
 def moments(
     layers: dict[str, nn.Module],
     log_likelihood: Callable[[], Tensor],
     widest: int,
     before: dict[str, Moments] | None = None,
+    biased: Collection[str] = (),
 ) -> dict[str, Moments]:
     """The moments of layers on one batch, added to those of the batches before it.
 
@@ -96,6 +111,7 @@ def moments(
         log_likelihood: runs the network, and returns Σ log p(y | x) over the batch, with labels drawn from the model.
         widest: of a convolution with more inputs, channels and positions are taken apart.
         before: what there is, by path; it is changed in place. None: nothing.
+        biased: paths of the layers whose bias takes over what is constant.
 
     Returns:
         By path; nothing for a layer that does not run, that nothing of the likelihood depends on, or that computes
@@ -111,34 +127,29 @@ def moments(
         if gradient is None or not computes_its_matrix(layers[path], x, y):
             continue
         rows = _at_least_single(input_rows(layers[path], x, _some_places(layers[path], x)))
+        if not rows.numel():  # an expert without tokens
+            continue
         g = _at_least_single(output_rows(layers[path], gradient))
-        module, size = layers[path], (g.mT @ g).double()
-        if rows.dim() == 3 and rows.shape[-1] > widest and positions_of(module) > 1:
-            split = apart(module, rows)  # (groups, rows, positions, channels)
-            channels, positions = split.flatten(1, 2), split.mT.flatten(1, 2)
+        module, size, mean = layers[path], (g.mT @ g).double(), None
+        wide = rows.dim() == 3 and rows.shape[-1] > widest and positions_of(module) > 1
+        if wide:
+            rows = apart(module, rows)  # (groups, rows, positions, channels)
+        if path in biased and rows.is_floating_point():
+            mean = rows.mean(1)
+            rows, mean = rows - mean.unsqueeze(1), mean.double()
+        if wide:
+            channels, positions = rows.flatten(1, 2), rows.mT.flatten(1, 2)
             one = Moments(
-                (channels.mT @ channels).double() / split.shape[-2], size, rows.shape[1],
-                (positions.mT @ positions).double() / split.shape[-1],
+                (channels.mT @ channels).double() / rows.shape[2], size, rows.shape[1],
+                (positions.mT @ positions).double() / rows.shape[3], mean,
             )  # fmt: skip
         else:
-            biased = rows.dim() == 3 and getattr(module, "bias", None) is not None
-            second, means = _with_sums(rows) if biased else (second_moment(module, rows), None)
-            one = Moments(second, size, rows.shape[1], means=means)
+            one = Moments(second_moment(module, rows), size, rows.shape[1], None, mean)
         if path in found:
             found[path].add(one)
         else:
             found[path] = one
     return found
-
-
-def _with_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ x xᵀ and Σ x, in float64, so that what is left about the mean has the precision of what varies."""
-    centre = rows.mean(1, keepdim=True)
-    rows = rows - centre
-    centre, rest = centre.double(), rows.sum(1, keepdim=True, dtype=torch.float64)
-    shift = centre.mT @ rest
-    second = (rows.mT @ rows).double() + shift + shift.mT + rows.shape[1] * centre.mT @ centre
-    return second, (rest + rows.shape[1] * centre).squeeze(1)
 
 
 def _some_places(module: nn.Module, x: Tensor) -> Tensor | None:

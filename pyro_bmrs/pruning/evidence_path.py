@@ -175,6 +175,7 @@ def take_over(small: nn.Module, guide: AutoKroneckerLaplace, cuts: Cuts) -> None
         target = small.get_submodule(path)
         target.get_parameter("weight").copy_(weight)
         if curvature.mean is not None:
-            constant = ((curvature.weights - own) @ curvature.mean.unsqueeze(-1)).flatten()
-            rows = cuts.tensors.get(joined(path, "bias"), {}).get(0)
-            target.get_parameter("bias").add_(constant if rows is None else constant[rows])
+            change = (curvature.weights - own).flatten(2) @ curvature.mean.flatten(1).unsqueeze(-1)
+            rows, bias = cuts.tensors.get(joined(path, "bias"), {}).get(0), target.get_parameter("bias")
+            constant = change.flatten() if rows is None else change.flatten()[rows]
+            bias.add_(constant.to(bias.device))

@@ -91,7 +91,8 @@ class LaplacePlan(NetworkPlan):
         """The smaller network, with the weights of the reduced posterior.
 
         First the structures are cut out, and the smaller network is proved equal to the full one in which what reads
-        them is 0. Then weights change: those that stay take over what they can of those that left.
+        them is 0. Then weights change: those that stay take over what they can of those that left, and biases what was
+        constant of it.
 
         Args:
             network, example_input, tolerance: as in `NetworkPlan.apply`.
@@ -309,9 +310,14 @@ def _believed(path: pd.DataFrame, examples: int) -> int:
 
 
 def _largest_error(path: pd.DataFrame) -> float:
-    """The largest factor between the measured and the predicted rise of the loss, where it was measured."""
-    known = path[path.measured_loss_rise.notna() & (path.total_loss_rise > 0)]
-    return float((known.measured_loss_rise / known.total_loss_rise).max()) if len(known) else 1.0
+    """The largest factor between the measured and the predicted rise of the loss, where it was measured.
+
+    What is predicted counts as a nat over the data set at least: below that it is rounding.
+    """
+    known = path[path.measured_loss_rise.notna()]
+    return (
+        float((known.measured_loss_rise / known.total_loss_rise.clip(lower=1.0)).max()) if len(known) else 1.0
+    )
 
 
 def _table(

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, pad
 
+from pyro_bmrs.evidence.kronecker import KroneckerCurvature
 from pyro_bmrs.networks import curvature
-from pyro_bmrs.networks.curvature import matrix_layers, moments
+from pyro_bmrs.networks.curvature import matrix_layers, moments, own_biases
 from pyro_bmrs.networks.matrices import (
     apart,
     as_matrix,
@@ -115,6 +116,55 @@ def test_layers_that_compute_something_else_have_no_moments():
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
     found = moments(matrix_layers(net), lambda: -cross_entropy(net(x), y, reduction="sum"), 10_000)
     assert list(found) == ["0", "4"]
+
+
+@pytest.mark.parametrize("widest", [100, 5])
+@pytest.mark.parametrize("counts", [(40,), (1, 9, 30), (0, 25, 15)])
+def test_moments_of_a_layer_with_a_bias_are_about_the_mean(widest, counts):
+    """In batches as at once, far from 0 in float32, and about 0 again as KroneckerCurvature gives them back."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 2))
+    x = torch.randn(40, 3, 3, 3) + 1000.0
+    x[:, 1] = 500.0
+    found, start = {}, 0
+    for count in counts:
+        some = x[start : start + count]
+        moments(matrix_layers(net), lambda some=some: net(some).sum(), widest, found, own_biases(net))
+        start += count
+    one = found["0"]
+    rows = input_rows(net[0], x)[0].double()
+    split = rows.view(-1, 3, 4).mT - rows.view(-1, 3, 4).mT.mean(0)  # (rows, positions, channels)
+    if widest == 100:
+        expected, mean = (rows - rows.mean(0)).T @ (rows - rows.mean(0)), rows.mean(0)
+    else:
+        expected, mean = torch.einsum("rpi,rpj->ij", split, split) / 4, rows.view(-1, 3, 4).mT.mean(0)
+        positions = torch.einsum("rpi,rqi->pq", split, split) / 3
+        torch.testing.assert_close(one.positions[0], positions, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one.inputs[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one.mean[0], mean, rtol=1e-6, atol=0)
+    assert torch.linalg.eigvalsh(one.inputs[0]).min() > -1e-9
+    curvature = KroneckerCurvature(
+        one.inputs / len(rows), torch.eye(4, dtype=torch.float64)[None], torch.ones(1, 4, 12), 40,
+        None if one.positions is None else one.positions / one.positions[0].diagonal().mean(), one.mean,
+    )  # fmt: skip
+    about_zero = curvature.given_bias
+    if widest == 100:
+        torch.testing.assert_close(about_zero.inputs[0], rows.T @ rows / len(rows), rtol=1e-5, atol=0)
+    else:
+        each = rows.view(-1, 3, 4).mT
+        second = torch.einsum("rpi,rpj->ij", each, each) / 4 / len(rows)
+        torch.testing.assert_close(about_zero.inputs[0], second, rtol=1e-5, atol=0)
+        ratio = torch.einsum("rpi,rqi->pq", each, each)
+        torch.testing.assert_close(
+            about_zero.positions[0], ratio / ratio.diagonal().mean(), rtol=1e-5, atol=0
+        )
+
+
+def test_a_bias_of_two_layers_takes_nothing_over():
+    first, second, third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    second.bias = first.bias
+    plain = nn.Linear(3, 3, bias=False)
+    assert own_biases(nn.Sequential(first, second, third, plain)) == {"2"}
 
 
 def fisher(network, layer, x):
