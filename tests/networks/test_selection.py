@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pyro_bmrs as bmrs
+from pyro_bmrs.networks.surgery import remove_structures
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -28,43 +29,47 @@ def network():
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[pytest.param("end", marks=pytest.mark.slow), "epoch"])
-def small(request):
-    """A network that was reduced at the end of the fit, or in it."""
-    data = examples()
-    model = bmrs.Classifier(network())
-    guide = bmrs.AutoTruncatedLogNormal(model)
-    bmrs.fit(
-        model, guide, data, epochs=60, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2,
-        kl_weight=2.0, removal=request.param, criterion=bmrs.BMRS_N(), seed=1, progress=False,
-    )  # fmt: skip
-    return bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
+@pytest.fixture
+def cut():
+    """The network without the features that say nothing."""
+    kept = {"1": torch.isin(torch.arange(10), torch.tensor(NEEDED)), "4": torch.ones(16, dtype=torch.bool)}
+    ones = {site: torch.ones(len(some), dtype=torch.float64) for site, some in kept.items()}
+    return remove_structures(network(), kept, ones, examples(8)[0]).network.eval()
 
 
 @pytest.mark.slow
-def test_the_features_that_say_nothing_go(small):
+@pytest.mark.parametrize("removal", ["end", "epoch"])
+def test_the_features_that_say_nothing_go(removal):
+    """At the end of the fit, or in it."""
+    model = bmrs.Classifier(network())
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    bmrs.fit(
+        model, guide, examples(), epochs=60, batch_size=50, learning_rate=1e-2, posterior_learning_rate=5e-2,
+        kl_weight=2.0, removal=removal, criterion=bmrs.BMRS_N(), seed=1, progress=False,
+    )  # fmt: skip
+    small = bmrs.reduce(model, guide, bmrs.BMRS_N()).apply()
     assert small[0].index.tolist() == NEEDED
     assert small[2].weight.shape[1] == 2
     x, y = examples(200)
     assert (small(x).argmax(1) == y).float().mean() > 0.9
 
 
-def test_the_small_network_takes_the_whole_input_and_ignores_the_rest(small):
+def test_the_small_network_takes_the_whole_input_and_ignores_the_rest(cut):
     x, _ = examples(20)
     changed = x.clone()
     changed[:, [i for i in range(10) if i not in NEEDED]] = 1e3
-    assert torch.equal(small(x), small(changed))
+    assert torch.equal(cut(x), cut(changed))
     with pytest.raises(ValueError, match="input must have 10 features in dimension 1: got shape"):
-        small(x[:, NEEDED])
+        cut(x[:, NEEDED])
 
 
-def test_it_is_exported_and_saved(small, tmp_path):
+def test_it_is_exported_and_saved(cut, tmp_path):
     from pyro_bmrs.networks.export import export_program, load_weights, save_weights
 
     x, _ = examples(7)
-    program = torch.export.load(export_program(small, x, tmp_path / "small.pt2")).module()
-    assert torch.allclose(program(x), small(x))
-    assert load_weights(save_weights(small, tmp_path / "small.safetensors"))["0.index"].tolist() == NEEDED
+    program = torch.export.load(export_program(cut, x, tmp_path / "small.pt2")).module()
+    assert torch.allclose(program(x), cut(x))
+    assert load_weights(save_weights(cut, tmp_path / "small.safetensors"))["0.index"].tolist() == NEEDED
 
 
 def test_a_single_feature_is_measured_after_a_shrink():
