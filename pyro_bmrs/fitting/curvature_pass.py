@@ -123,9 +123,8 @@ def curvature_pass(
     few = batches.some(1, seed)
     identity = {
         "format": _FORMAT, "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size,
-        "world": fabric.world_size,
-        "widest": guide.widest, "label": label, "weights": digest_of(model.state_dict().values()),
-        "data": digest_of(tensors_of(few)),
+        "world": fabric.world_size, "widest": guide.widest, "label": label,
+        "weights": digest_of(model.state_dict().values()), "data": digest_of(tensors_of(few)),
     }  # fmt: skip
     own = -(-wanted // fabric.world_size)
     together: dict[str, Moments] = {}

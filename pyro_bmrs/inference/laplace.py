@@ -140,7 +140,7 @@ class AutoKroneckerLaplace(nn.Module):
         """
         curvatures = {}
         for path in self.paths:
-            if path in moments:
+            if path in moments and moments[path].rows:
                 sums, module, keep = moments[path], self.layer(path), self.keep
                 weights = as_matrix(module, module.get_parameter("weight").detach().double())
                 positions = sums.positions

@@ -127,15 +127,13 @@ def moments(
         if gradient is None or not computes_its_matrix(layers[path], x, y):
             continue
         rows = _at_least_single(input_rows(layers[path], x, _some_places(layers[path], x)))
-        if not rows.numel():  # an expert without tokens
-            continue
         g = _at_least_single(output_rows(layers[path], gradient))
         module, size, mean = layers[path], (g.mT @ g).double(), None
         wide = rows.dim() == 3 and rows.shape[-1] > widest and positions_of(module) > 1
         if wide:
             rows = apart(module, rows)  # (groups, rows, positions, channels)
         if path in biased and rows.is_floating_point():
-            mean = rows.mean(1)
+            mean = rows.sum(1) / max(rows.shape[1], 1)  # none of an expert without tokens
             rows, mean = rows - mean.unsqueeze(1), mean.double()
         if wide:
             channels, positions = rows.flatten(1, 2), rows.mT.flatten(1, 2)

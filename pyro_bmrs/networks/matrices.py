@@ -109,7 +109,8 @@ def positions_of(module: nn.Module) -> int:
 
 def apart(module: nn.Module, matrix: Tensor) -> Tensor:
     """Rows or weights of a convolution, (…, channels · positions), as (…, positions, channels)."""
-    return matrix.view(*matrix.shape[:-1], -1, positions_of(module)).mT
+    positions = positions_of(module)
+    return matrix.view(*matrix.shape[:-1], matrix.shape[-1] // positions, positions).mT
 
 
 def together(matrix: Tensor) -> Tensor:

@@ -165,11 +165,9 @@ def take_over(small: nn.Module, guide: AutoKroneckerLaplace, cuts: Cuts) -> None
         channels = torch.ones(module.get_parameter("weight").shape[input_dim(module)], dtype=torch.bool)
         channels[left] = False
         away = channels.to(curvature.weights.device)
-        if curvature.positions is None:
-            own = reduced_weights(curvature, away.repeat_interleave(positions_of(module)))
-        else:
-            own = reduced_weights(curvature, away)
-        weight = as_weight(module, own if curvature.positions is None else together(own))
+        wide = curvature.positions is not None
+        own = reduced_weights(curvature, away if wide else away.repeat_interleave(positions_of(module)))
+        weight = as_weight(module, together(own) if wide else own)
         for dim, kept in dims.items():
             weight = weight.index_select(dim, torch.tensor(kept, device=weight.device))
         target = small.get_submodule(path)

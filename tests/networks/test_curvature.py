@@ -160,6 +160,19 @@ def test_moments_of_a_layer_with_a_bias_are_about_the_mean(widest, counts):
         )
 
 
+@pytest.mark.parametrize("widest", [100, 5])
+def test_a_call_without_rows_adds_nothing(widest):
+    """As of an expert that gets no tokens."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 2))
+    x, none, found = torch.randn(5, 3, 4, 4), torch.empty(0, 3, 4, 4), {}
+    for some in (none, x, none):
+        moments(matrix_layers(net), lambda some=some: net(some).sum(), widest, found, own_biases(net))
+    (alone,) = moments(matrix_layers(net), lambda: net(x).sum(), widest, None, own_biases(net)).values()
+    assert found["0"].rows == alone.rows
+    for name in ("inputs", "gradients", "mean"):
+        torch.testing.assert_close(getattr(found["0"], name), getattr(alone, name))
+
+
 def test_a_bias_of_two_layers_takes_nothing_over():
     first, second, third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
     second.bias = first.bias
