@@ -20,8 +20,8 @@ pruned to the parameters of laplace at each of them. Training, fine-tuning and p
 the best validation loss. Rows that FOLDER/cells.csv has are passed over, and trained networks are kept.
 
 Columns: cell, seed, way, size (asked for), epochs (in all), parameters, removed (share), widths, kl_weight, accuracy,
-negative_log_likelihood, expected_calibration_error (test, 15 bins), calibrated_nll and calibrated_error (the same at
-the temperature of the validation examples), validation_accuracy, untuned_accuracy (test, before the last epochs),
+negative_log_likelihood, expected_calibration_error (test, 15 bins), calibrated_error (the same at the temperature of
+the validation examples), validation_accuracy, untuned_accuracy (test, before the last epochs),
 loss_before and loss_after (validation, of the full model and of the reduced one before training, nats an example),
 predicted (rise of the loss along the path, nats an example; laplace only), evidence (ΔF of all that left, nats;
 laplace only), seconds (of the processor, without the training of the full network).

@@ -279,10 +279,6 @@ def _register() -> Any:
     return torch.ops.pyro_bmrs
 
 
-def _shape_of_uniforms(strata: Sequence[Tensor], draws: int, units: int, device: torch.device) -> Tensor:
-    return torch.empty(draws, units, dtype=torch.float64, device=device)
-
-
 def _shapes(
     loc: Tensor, log_scale: Tensor, low: Tensor, high: Tensor, kept: Tensor, u: Tensor
 ) -> tuple[Tensor, ...]:

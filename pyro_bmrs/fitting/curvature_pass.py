@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,6 +185,7 @@ def _summed(
     """
     sums = Sums() if file is None else Sums.load(file, identity, fabric.device)
     generator = torch.Generator().manual_seed(seed)
+    biased = own_biases(model.net)
     saved, start, done = time.monotonic(), sums.batches, min(sums.examples, own)
     bar.resume(done)
     for x, y, _, share in batches.epoch(generator, start=start):
@@ -192,7 +193,7 @@ def _summed(
         if sums.examples >= own or stop.asked or share < 1:
             break
         torch.manual_seed(seed_of(seed, fabric.global_rank, sums.batches))
-        _add(sums, model, layers, widest, batches, x, y, losses)
+        _add(sums, model, layers, widest, biased, batches, x, y, losses)
         bar.advance(min(sums.examples, own) - done)
         done = min(sums.examples, own)
         if file is not None and time.monotonic() - saved > _EVERY:
@@ -228,6 +229,7 @@ def _add(
     model: Likelihood,
     layers: dict[str, Any],
     widest: int,
+    biased: Collection[str],
     batches: Batches,
     x: Any,
     y: Any,
@@ -248,7 +250,7 @@ def _add(
         found: Tensor = (each * counted.to(each.dtype)).sum()
         return found
 
-    moments(layers, drawn, widest, sums.moments, own_biases(model.net))
+    moments(layers, drawn, widest, sums.moments, biased)
     with torch.no_grad():
         if not sums.batches:
             batches.count.settle(x, y, poutine.trace(model).get_trace(x, y))

@@ -72,14 +72,19 @@ class Moments:
         return replace(self, inputs=keep(self.inputs), gradients=keep(self.gradients))
 
 
+def _owners(network: nn.Module) -> Counter[int]:
+    """How many modules have each parameter, by its id."""
+    return Counter(
+        id(p) for module in network.modules() for p in module._parameters.values() if p is not None
+    )
+
+
 def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers of a network that are products with a matrix of their own, by path, each once.
 
     Not those that share their weight with another layer: its curvature is of both.
     """
-    owners = Counter(
-        id(p) for module in network.modules() for p in module._parameters.values() if p is not None
-    )
+    owners = _owners(network)
     return {
         path: module
         for path, module in network.named_modules()
@@ -89,9 +94,7 @@ def matrix_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 def own_biases(network: nn.Module) -> frozenset[str]:
     """Paths of layers with a bias that is a parameter of theirs alone."""
-    owners = Counter(
-        id(p) for module in network.modules() for p in module._parameters.values() if p is not None
-    )
+    owners = _owners(network)
     return frozenset(
         path for path, module in network.named_modules() if owners[id(module._parameters.get("bias"))] == 1
     )
