@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from pyro_bmrs.files import read_tensors, write_tensors
 from pyro_bmrs.fitting.checkpoints import digest_of
@@ -235,7 +236,7 @@ def _add(
     y: Any,
     losses: bool,
 ) -> None:
-    """Add a batch, with labels that are drawn from the model."""
+    """Add a batch, with gradients that are drawn from the model, not those of its labels."""
     given, weights = model.observed(y)
     counted = torch.ones((), device=given.device) if weights is None else weights.sqrt()
     if not given.is_floating_point():
@@ -244,8 +245,13 @@ def _add(
     def drawn() -> Tensor:
         sites = poutine.trace(model).get_trace(x).nodes
         labels = sites["y"]
-        # the labels are data: a draw of a normal would follow its mean
-        each = labels["fn"].log_prob(labels["value"].detach())
+        law = labels["fn"]
+        if isinstance(law, Categorical):
+            chances = law.probs.detach()
+            each = (law.logits * _signed(chances, torch.randint_like(chances, 2) * 2 - 1)).sum(-1)
+        else:
+            # the labels are data: a draw of a normal would follow its mean
+            each = law.log_prob(labels["value"].detach())
         # g gᵀ of √w log p is w times that of log p, as the curvature of w log p is
         found: Tensor = (each * counted.to(each.dtype)).sum()
         return found
@@ -258,6 +264,24 @@ def _add(
             sums.log_likelihood += float(model.log_likelihood(x, y))
     sums.examples += batches.count(x, y)
     sums.batches += 1
+
+
+def _signed(probabilities: Tensor, signs: Tensor) -> Tensor:
+    """Gradients by logits, of shape (…, classes): over random signs, the mean of g gᵀ is the curvature H.
+
+    H = diag p − p pᵀ = diag u (I − u uᵀ) diag u with u = √p. The reflection that takes class c, the likeliest, to −u takes
+    the other classes to a basis of what is orthogonal to u; g = u ⊙ w, where w sums that basis with random signs
+    (as Martens, Sutskever and Swersky, 2012, do with a root of H). Between two classes nothing is left to chance.
+
+    The gradient of a label that is drawn from p has the same mean of g gᵀ. But where the network is sure, the label that
+    says something is drawn once in a thousand examples, while each of these gradients tells of it.
+    """
+    roots = probabilities.sqrt()
+    likeliest, place = roots.max(-1, keepdim=True)
+    signs = signs.scatter(-1, place, 0.0)
+    along = (signs * roots).sum(-1, keepdim=True)
+    orthogonal = signs - along / (1 + likeliest) * roots.scatter_add(-1, place, torch.ones_like(likeliest))
+    return roots * orthogonal
 
 
 def _all(fabric: Fabric, sums: Sums) -> tuple[dict[str, Moments], int, float]:
