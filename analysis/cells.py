@@ -46,7 +46,6 @@ from pyro_bmrs.fitting import Fit
 from pyro_bmrs.inference.evaluate import evaluate
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.export import load_weights, save_weights
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
@@ -97,13 +96,9 @@ class Cell:
     def trained(self, epochs: int) -> nn.Module:
         """The network without noise after so many epochs, or what an earlier call has left."""
         name = f"{self.recipe.path.stem}-{self.settings.data}-{self.seed}-{epochs}.safetensors"
-        weights = self.out / "trained" / name
-        if not weights.exists():
-            weights.parent.mkdir(exist_ok=True)
-            save_weights(peers.trained(self.recipe, self.settings, self.data, epochs), weights)
-        net = self._plain()
-        net.load_state_dict(load_weights(weights))
-        return net.eval()
+        return peers.trained(
+            self.recipe, self.settings, self.data, epochs, weights=self.out / "trained" / name
+        )
 
     @cached_property
     def start(self) -> nn.Module:

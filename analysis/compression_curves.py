@@ -25,14 +25,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from peers import METHODS, measured, pruned, trained, tune, widths_of
-from safetensors.torch import load_file
 from torch import nn
 from trials import Rows, figures
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_table
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.export import save_weights
 from pyro_bmrs.quality.curves import COMPARED
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.run import Run
@@ -88,11 +86,7 @@ def full_network(cell: Cell, run: Run) -> nn.Module:
     settings = cell.settings
     how = f"{settings.epochs}-epochs-decay-{settings.weight_decay:g}-seed{settings.seed}"
     path = cell.folder.parent / f"{cell.recipe.stem}-{Path(settings.data).name}-full-{how}.safetensors"
-    if not path.exists():
-        save_weights(trained(run.recipe, run.settings, run.dataset, run.settings.epochs), path)
-    net = bmrs.without_noise(run.recipe.network(run.dataset, run.settings.network or {}, run.settings.seed))
-    net.load_state_dict(load_file(path))
-    return net
+    return trained(run.recipe, run.settings, run.dataset, run.settings.epochs, weights=path)
 
 
 def compare_criteria(cell: Cell, rows: Rows, data_root: Path | None) -> None:

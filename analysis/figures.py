@@ -1,6 +1,6 @@
-"""Every figure of README and docs that is drawn from committed CSVs, drawn again.
+"""Every figure and table of README and docs that is made of committed CSVs, made again.
 
-python analysis/figures.py [NAME …]
+python analysis/figures.py [NAME …]    # of figures; tables are written in any case
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import cells_figure
 import compression_curves
 import diabetes_ranking
 import evidence_conscience
 import evidence_figure
 import fit_figure
 import fit_scaling
+import foresight
 import gallery_figure
 import gradient_variance
 import matplotlib as mpl
@@ -24,6 +26,7 @@ import peers_figure
 import pretrained_figure
 import ranking
 import readme_figure
+import tables
 import trained_networks
 from matplotlib.figure import Figure
 
@@ -52,6 +55,8 @@ IMAGES = "docs/images"
 FIGURES: dict[str, Callable[[], Figure]] = {
     f"{IMAGES}/lenet5_mnist.svg": partial(readme_figure.draw, RESULTS / "lenet5_mnist"),
     f"{IMAGES}/peers.svg": peers_figure.draw,
+    f"{IMAGES}/cells.svg": cells_figure.draw,
+    f"{IMAGES}/foresight.svg": foresight.draw,
     f"{IMAGES}/curves.svg": _curves,
     f"{IMAGES}/ranking.svg": _of(ranking.draw, "ranking/units.csv"),
     f"{IMAGES}/pretrained.svg": pretrained_figure.draw,
@@ -62,6 +67,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     },
     f"{IMAGES}/gallery_resnet20.svg": partial(gallery_figure.trained, "resnet20"),
     f"{IMAGES}/gallery_vit.svg": partial(gallery_figure.trained, "vit"),
+    f"{IMAGES}/gallery_efficientnet.svg": partial(gallery_figure.large, "EfficientNet-Lite0"),
     f"{IMAGES}/gallery_diabetes.svg": gallery_figure.diabetes,
     f"{IMAGES}/gallery_schools.svg": gallery_figure.schools,
     "analysis/results/diabetes/ranking.svg": _of(diabetes_ranking.draw, "diabetes/ranking.csv"),
@@ -95,6 +101,12 @@ def main() -> None:
                     ),
                 )
             print(path)
+    for page in tables.pages():
+        text = page.read_text(encoding="utf-8")
+        if tables.written(text) != text:
+            made = tables.written(text)
+            write_atomically(page, lambda beside, made=made: beside.write_text(made, encoding="utf-8"))
+            print(page.relative_to(ROOT))
 
 
 if __name__ == "__main__":

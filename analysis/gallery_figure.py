@@ -79,21 +79,20 @@ def minilm() -> Figure:
 
 def large(network: str) -> Figure:
     table = pd.read_csv(RESULTS / "large_networks" / "results.csv")
-    table = table[table.network == network]
+    table = table[table.network == network].sort_values(["way", "rate"])
     with styled_figure(2.6) as figure:
         axes = figure.add_subplot()
         rows = table[table.way != "full"]
         places = range(len(rows))
-        axes.axvline(
-            100 * table[table.way == "full"].accuracy.iloc[0], color=GREY, linestyle="--", linewidth=1
-        )
+        full = 100 * table[table.way == "full"].accuracy.iloc[0]
+        axes.axvline(full, color=GREY, linestyle="--", linewidth=1, label="full network")
         axes.plot(100 * rows.accuracy_untrained, places, "s", color=ORANGE, label="before the last epochs")
         axes.plot(100 * rows.accuracy, places, "o", color=BLUE, label="after them")
-        labels = [f"{row.way}, {100 * row.removed:.0f} % removed" for row in rows.itertuples(index=False)]
+        labels = [f"{row.way}, rate {row.rate:g}" for row in rows.itertuples(index=False)]
         axes.set_yticks(list(places), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("test accuracy (%); dashed: full network")
-        figure.legend(loc="outside upper left", ncols=2)
+        axes.set_xlabel("test accuracy (%)")
+        figure.legend(loc="outside upper left", ncols=3)
     return figure
 
 

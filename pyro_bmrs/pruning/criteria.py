@@ -104,7 +104,7 @@ class BMRS_U(EvidenceCriterion):  # noqa: N801 the paper's name
             these are removed too.
         prior_log_odds: as in `BMRS_N`, and with the same default, so that both agree about idle structures. At 0, as in
             the paper and its released code, a posterior that equals its prior has a score of 0: in six fits on image
-            data, idle structures had ΔF from -0.01 to 0, and none was removed (docs/results.md).
+            data, idle structures had ΔF from -0.01 to 0, and none was removed (docs/results/criteria.md).
     """
 
     bits: float = 8

@@ -245,9 +245,12 @@ def test_what_may_be_lost(fitted):
     before = plan.at(math.inf).evaluated(data)
     for limit in (0.5, 5.0):
         own = plan.within(data, accuracy_drop=limit)
-        assert 100 * (before.accuracy - own.evaluated(data).accuracy) <= limit
+        lost = round(
+            100 * (before.accuracy - own.evaluated(data).accuracy), 6
+        )  # a share of 2,000 may be the limit
+        assert lost <= limit
         further = plan.at(own.rule.threshold - 1)
-        assert 100 * (before.accuracy - further.evaluated(data).accuracy) > limit
+        assert round(100 * (before.accuracy - further.evaluated(data).accuracy), 6) > limit
     assert own.steps > plan.within(data, accuracy_drop=0.5).steps
     little = plan.within(data, loss_rise=0.01)
     assert little.evaluated(data).loss <= before.loss + 0.01

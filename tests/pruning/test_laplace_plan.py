@@ -214,7 +214,7 @@ def test_several_of_a_layer_at_once_are_as_one_after_the_other(by, monkeypatch):
     Over six seeds the order shifts by 0.2 to 3.7 % of its length, and totals by at most 4 %.
     """
     ratios, shifted = [], []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         torch.manual_seed(seed)
         x = torch.randn(2000, 100)
         y = (x @ torch.randn(100, 3)).argmax(1)

@@ -1,0 +1,197 @@
+"""Tables of README and docs that are made of committed CSVs. `python analysis/figures.py` writes them into their pages.
+
+A table stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "analysis" / "results"
+OURS = {
+    "laplace": "a trained network, by curvature",
+    "variational": "variational, from scratch",
+    "both": "curvature, then variational",
+}
+PEERS = {
+    "scratch": "the same widths from scratch",
+    "taylor in steps": "Taylor in 100 steps (torch-pruning)",
+    "fisher masks": "masks (Kwon et al.)",
+    "posterior damage": "posterior damage (SpaM)",
+}
+LABELS = OURS | PEERS
+# Removed and test accuracy in per cent: BMRS_N of Wright et al. (2024), Table 1.
+PUBLISHED = {
+    "MLP, MNIST": (48.9, 96.95),
+    "MLP, Fashion-MNIST": (93.2, 84.99),
+    "MLP, CIFAR-10": (76.4, 43.59),
+    "LeNet5, MNIST": (86.9, 95.59),
+    "LeNet5, Fashion-MNIST": (88.0, 77.90),
+    "LeNet5 × 3, CIFAR-10": (62.9, 66.14),
+}
+# Of study 1, whose KL weight was chosen for each cell: docs/results/kl_weight.md.
+CHOSEN = {
+    "MLP, MNIST": [(80.3, 97.47), (89.0, 97.32)],
+    "MLP, Fashion-MNIST": [(92.1, 87.55), (93.8, 87.19)],
+    "MLP, CIFAR-10": [(87.9, 49.36)],
+    "LeNet5, MNIST": [(89.9, 99.05), (94.7, 98.74)],
+    "LeNet5, Fashion-MNIST": [(91.2, 90.09)],
+    "LeNet5 × 3, CIFAR-10": [(96.1, 69.84)],
+    "LeNet-5-Caffe, MNIST": [(98.72, 98.94), (99.11, 98.82)],
+}
+
+
+def cells() -> pd.DataFrame:
+    """Rows of the cells that were begun: with a way of ours beside the full network."""
+    table = pd.read_csv(RESULTS / "cells" / "cells.csv", dtype={"size": str})
+    return table[table.cell.isin(table[table.way.isin(OURS)].cell)]
+
+
+def rows_of(heads: list[str], lines: list[list[str]]) -> str:
+    every = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every)
+
+
+def _mean(values: pd.Series, digits: int, factor: float = 1.0) -> str:
+    """A mean and, of several seeds, its standard error."""
+    error = f" ± {factor * values.sem():.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * values.mean():.{digits}f}{error}"
+
+
+def _removed_and_accuracy(rows: pd.DataFrame) -> str:
+    return f"{100 * rows.removed.mean():.1f} / {_mean(rows.accuracy, 2, 100)}" if len(rows) else ""
+
+
+def own_sizes() -> str:
+    """Nothing chosen: parameters removed and accuracy at the size that each way chooses itself."""
+    table, lines = cells(), []
+    own = table[table["size"] == "own"]
+    for cell, rows in own.groupby("cell", sort=False):
+        published = "{:.1f} / {:.2f}".format(*PUBLISHED[cell]) if cell in PUBLISHED else ""
+        full = rows[rows.way == "full"]
+        lines.append([
+            cell, published, _mean(full.accuracy, 2, 100),
+            *(_removed_and_accuracy(rows[rows.way == way]) for way in OURS),
+            str(rows[rows.way.isin(OURS)].seed.nunique()),
+        ])  # fmt: skip
+    return rows_of(["", "published BMRS_N", "full network", *OURS.values(), "seeds"], lines)
+
+
+def in_short() -> str:
+    """For the README: the size that is chosen by curvature, then variational."""
+    table, lines = cells(), []
+    own = table[(table["size"] == "own") & (table.way == "both")]
+    for cell, rows in own.groupby("cell", sort=False):
+        published = "{:.1f} / {:.2f}".format(*PUBLISHED[cell]) if cell in PUBLISHED else ""
+        lines.append([cell, published, _removed_and_accuracy(rows)])
+    return rows_of(["", "published BMRS_N", "ours"], lines)
+
+
+def _by_size(
+    value: Callable[[pd.DataFrame], pd.Series], digits: int, best: Callable[[pd.Series], float]
+) -> str:
+    """A column for each way, a row for each cell and size asked for; the best of a row is bold."""
+    table, lines = cells(), []
+    table = table[(table.way != "full") & (table["size"] != "own")]
+    for (cell, size), rows in table.groupby(["cell", "size"], sort=False):
+        found = {way: value(rows[rows.way == way]) for way in LABELS}
+        means = pd.Series({way: round(values.mean(), digits) for way, values in found.items()})
+        told = [
+            "" if values.empty
+            else f"**{_mean(values, digits)}**" if means[way] == best(means) else _mean(values, digits)
+            for way, values in found.items()
+        ]  # fmt: skip
+        lines.append([cell, f"{100 * (1 - float(size)):.0f} %", *told])
+    order = {cell: place for place, cell in enumerate(dict.fromkeys(table.cell))}
+    lines.sort(key=lambda line: (order[line[0]], line[1]))
+    return rows_of(["", "removed", *LABELS.values()], lines)
+
+
+def accuracies() -> str:
+    return _by_size(lambda rows: 100 * rows.accuracy, 2, pd.Series.max)
+
+
+def losses() -> str:
+    return _by_size(lambda rows: rows.negative_log_likelihood, 3, pd.Series.min)
+
+
+def calibration() -> str:
+    return _by_size(lambda rows: rows.calibrated_error, 4, pd.Series.min)
+
+
+def chosen_weights() -> str:
+    """What study 1 had with a KL weight chosen for the cell, and what today's defaults have at that size."""
+    table, lines = cells(), []
+    for cell, points in CHOSEN.items():
+        mine = table[(table.cell == cell) & table.way.isin(OURS)]
+        for removed, accuracy in points:
+            told = []
+            for way in OURS:
+                curve = 100 * mine[mine.way == way].groupby("size")[["removed", "accuracy"]].mean()
+                between = _between(curve.sort_values("removed"), removed)
+                told.append("" if between is None else f"{between:.2f}")
+            if any(told):
+                lines.append([cell, f"{removed:.1f} %", f"{accuracy:.2f}", *told])
+    return rows_of(["", "removed", "study 1, weight chosen", *OURS.values()], lines)
+
+
+def _between(curve: pd.DataFrame, removed: float) -> float | None:
+    """The accuracy at that share, on the line between the sizes beside it."""
+    below, above = curve[curve.removed <= removed], curve[curve.removed >= removed]
+    if below.empty or above.empty:
+        return None
+    a, b = below.iloc[-1], above.iloc[0]
+    span = b.removed - a.removed
+    return float(a.accuracy + (b.accuracy - a.accuracy) * ((removed - a.removed) / span if span else 0.0))
+
+
+def foresight() -> str:
+    """Trained networks: what the evidence says of sizes, and what came."""
+    every, lines = pd.read_csv(RESULTS / "foresight" / "foresight.csv", dtype={"removed": str}), []
+    for (name, _), rows in every.groupby(["network", "seed"], sort=False):
+        full, own = (rows[rows.removed == size].iloc[0] for size in ("0.0", "own"))
+        best = rows.loc[rows.refitted_loss.idxmin()]
+        away = rows[rows.removed != "0.0"]
+
+        def share(row: pd.Series, full: pd.Series = full) -> str:
+            return f"{100 * (1 - row.parameters / full.parameters):.0f} %"
+
+        lines.append([
+            name, share(own), f"{own.predicted:.4f}", f"{own.train_loss - full.train_loss:.4f}",
+            f"{full.validation_loss:.3f} → {own.refitted_loss:.3f}", f"{share(best)}: {best.refitted_loss:.3f}",
+            f"{away.predicted.corr(away.train_loss, method='spearman'):.2f}",
+            f"{away.evidence.corr(-away.refitted_loss, method='spearman'):.2f}",
+        ])  # fmt: skip
+    heads = ["", "its size", "rise predicted", "rise, training", "validation loss there", "least validation loss",
+             "predicted ~ rise", "ΔF ~ − validation loss"]  # fmt: skip
+    return rows_of(heads, lines)
+
+
+TABLES = {
+    "foresight": foresight,
+    "own sizes": own_sizes,
+    "in short": in_short,
+    "accuracies": accuracies,
+    "losses": losses,
+    "calibration": calibration,
+    "chosen weights": chosen_weights,
+}
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n\n?).*?(\n?<!-- end of table -->)", re.S)
+
+
+def written(text: str) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        KeyError: for a table that is not in TABLES.
+    """
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}\n{found[3].lstrip()}", text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
