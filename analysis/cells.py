@@ -160,16 +160,22 @@ class Cell:
                 predicted=last.total_loss_rise / len(self.data.train), evidence=last.total_evidence_change,
             )  # fmt: skip
 
-    def by_fit(self, way: str, model: nn.Module, epochs: int, tuned: int, begin: float) -> None:
-        """Rows of a fit with noise of so many epochs: its own size, and those it is asked for."""
+    def fitted(self, model: nn.Module, epochs: int, name: str) -> tuple[Fit, Any]:
+        """A fit with noise of so many epochs, which goes on where one of that name was stopped, and its guide."""
         guide = bmrs.AutoTruncatedLogNormal(model)
-        name = f"{way}-{self.recipe.path.stem}-{self.settings.data}-{self.seed}"
         result = bmrs.fit(
             model, guide, self.data.train, self.data.validation, self.settings, epochs=epochs,
             checkpoints=self.out / "fits" / name, label=name, progress=False,
         )  # fmt: skip
         if result.interrupted:
             raise KeyboardInterrupt
+        return result, guide
+
+    def by_fit(self, way: str, model: nn.Module, epochs: int, tuned: int, begin: float) -> None:
+        """Rows of a fit with noise of so many epochs: its own size, and those it is asked for."""
+        result, guide = self.fitted(
+            model, epochs, f"{way}-{self.recipe.path.stem}-{self.settings.data}-{self.seed}"
+        )
         spent, before = time.process_time() - begin, float(result.stages.validation_loss.min())
         for size, plan in self._plans(way, result, model, guide):
             begin = time.process_time()

@@ -28,7 +28,10 @@ class Rows:
 
     def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
         self.path, self.keys = path, keys
-        self.table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(keys))
+        # sizes are words too
+        self.table = (
+            pd.read_csv(path, dtype={"size": str}) if path.exists() else pd.DataFrame(columns=list(keys))
+        )
 
     def has(self, *values: object) -> bool:
         same = pd.Series(True, index=self.table.index)
