@@ -32,9 +32,9 @@ class AutoKroneckerLaplace(nn.Module):
     """q(W) = Π over layers of Normal(ŵ, (N A ⊗ G + δ I)⁻¹): the Laplace posterior of a trained network's weights.
 
     A is the second moment of a layer's inputs, G that of the gradients of −log p(y | x) at its outputs, expected over y
-    drawn from the model: Kronecker-factored curvature (Martens & Grosse, 2015; Ritter, Botev, Barber, 2018). A draw of y
-    stands for the expectation, or for classes random signs, which have the same one (Martens, Sutskever, Swersky, 2012).
-    δ is the precision of the prior N(0, 1/δ) of each weight, at the largest marginal likelihood.
+    drawn from the model: Kronecker-factored curvature (Martens & Grosse, 2015; Ritter, Botev, Barber, 2018). A draw
+    of y stands for the expectation, or for classes random signs, which have the same (Martens, Sutskever, Swersky,
+    2012). δ is the precision of the prior N(0, 1/δ) of each weight, at the largest marginal likelihood.
 
     A bias that belongs to one layer has a flat prior. ΔF is integrated over it, so that A is then about the mean of the
     inputs, and the bias of a smaller network takes over what was constant. Draws of q, and `mean`, leave biases, and
