@@ -56,7 +56,8 @@ def attempt(cell: Cell, way: str, given: argparse.Namespace) -> tuple[nn.Module,
         return in_steps(cell, share, given.rounds, given.epochs), given.last
     net = in_steps(cell, 2 * share, given.rounds, given.epochs)
     model = bmrs.Classifier(bmrs.insert_noise(net, cell.data.train[:8][0]))
-    name = f"attempt-{cell.recipe.path.stem}-{cell.settings.data}-{cell.seed}-{share:g}"
+    how = f"{share:g}-{given.rounds}-{given.epochs}-{given.last}"
+    name = f"attempt-{cell.recipe.path.stem}-{cell.settings.data}-{cell.seed}-{how}"
     result, _ = cell.fitted(model, given.last // 2, name)
     small = result.within(parameters=round(share * cell.before), progress=False).apply()
     return bmrs.recalibrate(small, cell.data.train), given.last - given.last // 2

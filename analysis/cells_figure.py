@@ -1,4 +1,4 @@
-"""The figure of the seven cells in docs/results.md. `python analysis/figures.py cells` draws it."""
+"""The figure of the cells in docs/results.md. `python analysis/figures.py cells` draws it."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def laplace(recipe: Recipe, data: Any, device: torch.device, checks: Checks) -> 
         checks.add(check=f"Laplace, to the refit, on {place}", milliseconds=1e3 * seconds)
         with torch.no_grad():
             results.append((torch.tensor(guide.log_likelihood), small(data.test[:200][0].to(place))))
-    # labels are drawn from each device's own generator, so that curvatures differ by their sampling error
+    # signs are drawn from each device's own generator, so that curvatures differ by their sampling error
     checks.compare("log-likelihood of the Laplace posterior", results[1][0], results[0][0], 1e-4)
     agree = (results[0][1].argmax(1) == results[1][1].argmax(1).cpu()).float().mean()
     checks.compare("classes by the refitted networks, half as large", agree, torch.tensor(1.0), 0.1)

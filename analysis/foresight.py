@@ -1,7 +1,7 @@
-"""Does the evidence of a trained network foresee what its removal costs? Loss along the path, without training.
+"""Does the evidence of a trained network foresee what removal costs? Loss along the path, before and after the refit.
 
     OMP_NUM_THREADS=1 python analysis/foresight.py NAME RECIPE DATA WEIGHTS [--out analysis/results/foresight]
-        [--network '{"patch": 8}'] [--limit IMAGES] [--seed 0] [--data-root DIR]
+        [--network '{"patch": 8}'] [--image-size PIXELS] [--limit IMAGES] [--seed 0] [--data-root DIR]
 
 The network is what cells.py, trained_networks.py or large_networks.py have trained and left as WEIGHTS. One curvature
 of the training data gives the path. At every size of SIZES, and at the size that `reduce` chooses, the plan is applied
@@ -21,6 +21,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+import tables
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -52,9 +53,9 @@ def along(net: nn.Module, data: bmrs.Dataset, rows: Rows, name: str, seed: int) 
     rises = [0.0, *plan.path.total_loss_rise]
     evidence = pd.Series([0.0, *plan.path.total_evidence_change]).interpolate()  # it is known at some places
     steps = {str(size): int((plan.path.parameters >= full * (1 - size)).sum()) for size in SIZES}
-    for size, number in ({"own": plan.steps} | steps).items():
-        if number > len(plan.path) or (number == len(plan.path) and size != "own"):
-            continue  # the path ends before this size
+    for size, number in (steps | {"own": plan.steps}).items():  # the last tells that a network is done
+        if rows.has(name, seed, size) or (number == len(plan.path) and size != "own"):
+            continue  # done, or the path ends before this size
         one = plan.at(-number if number else math.inf)
         cut = _measured(one.apply(), some, data)
         refitted = _measured(one.apply(refit=data.train, progress=False), some, data)
@@ -72,25 +73,17 @@ def _measured(net: nn.Module, train: bmrs.Dataset, data: bmrs.Dataset) -> dict[s
     return {name: evaluate(bmrs.Classifier(net.eval()), part) for name, part in parts.items()}
 
 
-def table() -> pd.DataFrame:
-    """The rows, with the share (%) that left, in the order of the path."""
-    rows = pd.read_csv(RESULTS / "foresight.csv", dtype={"removed": str})
-    full = rows[rows.removed == "0.0"].set_index(["network", "seed"]).parameters
-    before = full.loc[pd.MultiIndex.from_frame(rows[["network", "seed"]])].to_numpy()
-    return rows.assign(share=100 * (1 - rows.parameters / before)).sort_values("share", kind="stable")
-
-
 def draw() -> Figure:
     """For each network the loss that was predicted and those that came, and below its evidence."""
-    rows = table()
+    rows = tables.paths()
     rows = rows[rows.seed == 0]
-    networks = [*dict.fromkeys(pd.read_csv(RESULTS / "foresight.csv").network)]
+    networks = [*dict.fromkeys(rows.network)]
     lines = math.ceil(len(networks) / 4)
     figure = Figure(figsize=(11, 3.6 * lines), layout="constrained")
     panels = figure.subplots(2 * lines, 4, sharex=True, squeeze=False)
     for place, name in enumerate(networks):
         above, below = panels[2 * (place // 4) : 2 * (place // 4) + 2, place % 4]
-        mine = rows[rows.network == name]
+        mine = rows[rows.network == name].sort_values("share", kind="stable")
         full, own = mine[mine.removed == "0.0"].iloc[0], mine[mine.removed == "own"].share.iloc[0]
         above.plot(
             mine.share, full.train_loss + mine.predicted, "--", color=BLACK, label="training, predicted"
@@ -124,7 +117,12 @@ def main() -> None:
     parser.add_argument("--network", type=json.loads, default={}, help="sizes of the network as JSON")
     parser.add_argument("--limit", type=int, help="of training examples; default: all")
     parser.add_argument("--image-size", type=int, help="default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the split (of trained_networks.py always 0), and of the curvature",
+    )
     parser.add_argument("--data-root", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)

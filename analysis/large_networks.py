@@ -105,7 +105,6 @@ class Study:
         self.name, self.case, self.device, self.given = name, case, device, given
         self.file = given.out / "results.csv"
         self.train, self.epochs = given.train or case.train, given.epochs or case.epochs
-        self.rate = given.rate or case.rate
         self.data = bmrs.load_data(
             "cifar10", image_size=None if device.type == "cuda" else case.side, data_root=given.data_root,
             limit=given.limit or case.limit,
@@ -170,7 +169,7 @@ class Study:
     def variational(self, net: nn.Module, target: int) -> tuple[nn.Module, int]:
         model = bmrs.Classifier(bmrs.insert_noise(net, self.parts["train"][0][:2]))
         guide, epochs = bmrs.AutoTruncatedLogNormal(model), max(self.epochs // 2, 1)
-        self.fit(net, epochs, self.rate, guide, model)
+        self.fit(net, epochs, self.rate_of("variational", self.case, self.given), guide, model)
         return bmrs.reduce(model, guide).within(parameters=target).apply(), self.epochs - epochs
 
     def torch_pruning(self, net: nn.Module, target: int) -> tuple[nn.Module, int]:
@@ -180,7 +179,7 @@ class Study:
         return small, self.epochs
 
     def run(self, way: str) -> dict[str, Any]:
-        begin = time.perf_counter()
+        begin, rate = time.perf_counter(), self.rate_of(way, self.case, self.given)
         net = self.trained().eval()
         full, untrained, left = parameters(net), float("nan"), 0
         small = net
@@ -192,11 +191,11 @@ class Study:
             small, left = make(net, round(full * (1 - self.given.removed)))
             untrained = self.measured(small)["accuracy"]
             if left:
-                self.fit(small, left, self.rate)
+                self.fit(small, left, rate)
         return {
             "network": self.name, "device": str(self.device.type), "images": len(self.parts["train"][0]), "way": way,
             "epochs": self.train if way == "full" else self.epochs,
-            "rate": self.case.rate if way == "full" else self.rate, "parameters": parameters(small),
+            "rate": rate, "parameters": parameters(small),
             "removed": round(1 - parameters(small) / full, 4), "accuracy_untrained": untrained,
             **self.measured(small), "seconds": round(time.perf_counter() - begin, 1),
         }  # fmt: skip
@@ -228,7 +227,7 @@ def main() -> None:
         study = None
         for way in given.ways:
             table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["network", "way", "rate"])
-            rate = cases[name].rate if way == "full" else given.rate or cases[name].rate
+            rate = Study.rate_of(way, cases[name], given)
             if ((table.network == name) & (table.way == way) & (table.rate == rate)).any():
                 continue
             study = study or Study(name, cases[name], device, given)

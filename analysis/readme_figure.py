@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 def draw(folder: Path) -> Figure:
     table = pd.read_csv(folder / "structures.csv", dtype={"layer": str})
-    curve = pd.read_csv(folder / "curve.csv")
+    curve = pd.read_csv(folder / "diagnosis" / "curves.csv")
+    curve = curve[curve.criterion == "BMRS_N (this plan)"]
     evaluation = pd.read_csv(folder / "evaluation.csv")
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -32,7 +33,7 @@ def draw(folder: Path) -> Figure:
     own = curve[curve.is_plan].iloc[0]
     right.plot(100 * own.parameters_removed, 100 * own.accuracy, "*", ms=15, color="#d0552b")
     right.annotate(
-        "where the evidence stops", (100 * own.parameters_removed, 100 * own.accuracy), (30, 55), fontsize=9,
+        "the size that is chosen", (100 * own.parameters_removed, 100 * own.accuracy), (30, 55), fontsize=9,
         arrowprops=dict(arrowstyle="-", color="#888"),
     )  # fmt: skip
     right.set_xlabel("parameters removed (%)")

@@ -1,5 +1,7 @@
 """Tables of README and docs that are made of committed CSVs. `python analysis/figures.py` writes them into their pages.
 
+Two lists are typed: what others have published, and what study 1 had at weights that it chose.
+
 A table stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
@@ -88,8 +90,8 @@ def in_short() -> str:
     own = table[(table["size"] == "own") & (table.way == "both")]
     for cell, rows in own.groupby("cell", sort=False):
         published = "{:.1f} / {:.2f}".format(*PUBLISHED[cell]) if cell in PUBLISHED else ""
-        lines.append([cell, published, _removed_and_accuracy(rows)])
-    return rows_of(["", "published BMRS_N", "ours"], lines)
+        lines.append([cell, published, _removed_and_accuracy(rows), str(rows.seed.nunique())])
+    return rows_of(["", "published BMRS_N", "ours", "seeds"], lines)
 
 
 def _by_size(
@@ -103,7 +105,8 @@ def _by_size(
         means = pd.Series({way: round(values.mean(), digits) for way, values in found.items()})
         told = [
             "" if values.empty
-            else f"**{_mean(values, digits)}**" if means[way] == best(means) else _mean(values, digits)
+            else f"**{_mean(values, digits)}**" if means.count() > 1 and means[way] == best(means)
+            else _mean(values, digits)
             for way, values in found.items()
         ]  # fmt: skip
         lines.append([cell, f"{100 * (1 - float(size)):.0f} %", *told])
@@ -150,25 +153,29 @@ def _between(curve: pd.DataFrame, removed: float) -> float | None:
     return float(a.accuracy + (b.accuracy - a.accuracy) * ((removed - a.removed) / span if span else 0.0))
 
 
+def paths() -> pd.DataFrame:
+    """Sizes of trained networks (foresight.py), with the share of parameters (%) that left."""
+    rows = pd.read_csv(RESULTS / "foresight" / "foresight.csv", dtype={"removed": str})
+    full = rows[rows.removed == "0.0"].set_index(["network", "seed"]).parameters
+    before = full.loc[pd.MultiIndex.from_frame(rows[["network", "seed"]])].to_numpy()
+    return rows.assign(share=100 * (1 - rows.parameters / before))
+
+
 def foresight() -> str:
     """Trained networks: what the evidence says of sizes, and what came."""
-    every, lines = pd.read_csv(RESULTS / "foresight" / "foresight.csv", dtype={"removed": str}), []
-    for (name, _), rows in every.groupby(["network", "seed"], sort=False):
+    lines = []
+    for (name, _), rows in paths().groupby(["network", "seed"], sort=False):
         full, own = (rows[rows.removed == size].iloc[0] for size in ("0.0", "own"))
-        best = rows.loc[rows.refitted_loss.idxmin()]
-        away = rows[rows.removed != "0.0"]
-
-        def share(row: pd.Series, full: pd.Series = full) -> str:
-            return f"{100 * (1 - row.parameters / full.parameters):.0f} %"
-
+        asked = rows[rows.removed != "own"]
+        highest, best = rows.loc[rows.evidence.idxmax()], rows.loc[rows.refitted_loss.idxmin()]
+        rise = own.train_loss - full.train_loss
         lines.append([
-            name, share(own), f"{own.predicted:.4f}", f"{own.train_loss - full.train_loss:.4f}",
-            f"{full.validation_loss:.3f} → {own.refitted_loss:.3f}", f"{share(best)}: {best.refitted_loss:.3f}",
-            f"{away.predicted.corr(away.train_loss, method='spearman'):.2f}",
-            f"{away.evidence.corr(-away.refitted_loss, method='spearman'):.2f}",
+            name, f"{own.share:.0f} %", f"{highest.share:.0f} %", f"{best.share:.0f} %",
+            f"{full.validation_loss:.3f} → {own.refitted_loss:.3f}", f"{own.predicted:.4f}", f"{rise:.4f}",
+            f"{rise / own.predicted:.1f}", f"{asked.evidence.corr(-asked.refitted_loss, method='spearman'):.2f}",
         ])  # fmt: skip
-    heads = ["", "its size", "rise predicted", "rise, training", "validation loss there", "least validation loss",
-             "predicted ~ rise", "ΔF ~ − validation loss"]  # fmt: skip
+    heads = ["", "chosen size", "maximum of ΔF", "least validation loss", "validation loss, full → chosen and refitted",
+             "rise predicted", "rise", "ratio", "ΔF ~ − validation loss"]  # fmt: skip
     return rows_of(heads, lines)
 
 

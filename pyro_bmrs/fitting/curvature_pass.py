@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Categorical
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from pyro_bmrs.files import read_tensors, write_tensors
 from pyro_bmrs.fitting.checkpoints import digest_of
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 # Examples on which the loss of smaller networks is measured: at most, at least, and by the work that they make.
 _SHOWN, _FEW, _WORK = 500, 50, 1e11
+# A subclass may have another log p.
+_OF_CLASSES = torch.distributions.Categorical, Categorical
 # Of a file of sums.
-_FORMAT = 2
+_FORMAT = 3
 # Tensors of `Moments`.
 _SUMS = "inputs", "gradients", "positions", "mean"
 # Seconds between two files of the sums so far.
@@ -246,7 +248,7 @@ def _add(
         sites = poutine.trace(model).get_trace(x).nodes
         labels = sites["y"]
         law = labels["fn"]
-        if isinstance(law, Categorical):
+        if type(law) in _OF_CLASSES:
             chances = law.probs.detach()
             each = (law.logits * _signed(chances, torch.randint_like(chances, 2) * 2 - 1)).sum(-1)
         else:
@@ -270,8 +272,9 @@ def _signed(probabilities: Tensor, signs: Tensor) -> Tensor:
     """Gradients g by logits, of shape (…, classes): over random signs, the mean of g gᵀ is the curvature H.
 
     H = diag p − p pᵀ = diag u (I − u uᵀ) diag u with u = √p. The reflection that takes class c, the likeliest, to −u
-    takes the other classes to a basis of what is orthogonal to u. g = u ⊙ w, where w sums that basis with random signs,
-    as Martens, Sutskever and Swersky (2012) do with a root of H. Between two classes nothing is left to chance.
+    takes the other classes to a basis of what is orthogonal to u. g = u ⊙ w: w sums that basis with random signs, as
+    Martens, Sutskever and Swersky (2012) do with a root of H. Between two classes nothing is left to chance, where an
+    example has one label.
 
     The gradient of a label that is drawn from p has the same mean of g gᵀ. But where the network is sure, the label
     that says something is drawn once in a thousand examples, while each of these gradients tells of it.

@@ -19,6 +19,7 @@ from pyro_bmrs.inference.posteriors import read_posterior
 from pyro_bmrs.inference.predict import posterior_point
 from pyro_bmrs.inference.sites import elementary
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.pruning.binding import Binding
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
 
@@ -52,6 +53,7 @@ class Measure:
         self.phase = "fine-tune" if self.guide is None else "fit"
         countable = isinstance(self.guide, AutoTruncatedLogNormal)
         self.criterion = self.settings.made_criterion() if countable else None
+        self._known: Binding | None = None
 
     def row(self, epoch: int, loss: float, likelihood: float, kl_weight: float) -> dict[str, Any]:
         """The epoch's row of the history, without its seconds."""
@@ -89,7 +91,11 @@ class Measure:
         """What the settings' criterion would remove now."""
         assert self.guide is not None
         assert self.criterion is not None
-        return reduce_structures(self.model, self.guide, self.criterion, min_kept=self.settings.min_kept)
+        plan = reduce_structures(
+            self.model, self.guide, self.criterion, min_kept=self.settings.min_kept, known=self._known
+        )
+        self._known = plan._binding
+        return plan
 
     def check_finite(self, epoch: int, best_epoch: int) -> None:
         """Raise FloatingPointError if a parameter is not finite: no later loss would tell of the last step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import Evaluation
-from pyro_bmrs.pruning.binding import Binding
 from pyro_bmrs.pruning.budgets import Budget, first, one_standard_error
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 
@@ -79,7 +78,7 @@ class Stages:
 
     Args:
         model, guide: whose states these are.
-        reduce: makes a plan of their present state.
+        reduce: makes a plan of their present state; also the attribute `plan`.
         held_out: validation data.
         folder: where states are written, a file each; None: they are kept in memory.
     """
@@ -93,8 +92,7 @@ class Stages:
         folder: Path | None = None,
     ) -> None:
         self.model, self.guide, self.held_out, self.folder = model, guide, held_out, folder
-        self._reduce = reduce
-        self._binding: Binding | None = None
+        self.plan = reduce
         self._rows: dict[int, dict[str, Any]] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         if folder is not None:
@@ -125,15 +123,6 @@ class Stages:
     def epoch(self, number: int) -> int:
         """The last epoch of a stage."""
         return int(self._rows[number]["epoch"])
-
-    def plan(self) -> NetworkPlan:
-        """What `reduce` says of the present state. Its structures are found once, for all."""
-        plan = self._reduce()
-        if self._binding is None or plan._binding is None:
-            self._binding = plan._binding
-        else:
-            self._binding.others = plan._binding.others
-        return replace(plan, _binding=self._binding)
 
     def measured(self) -> dict[str, Any]:
         """The present state's part of a row."""

@@ -35,7 +35,8 @@ class Moments:
         inputs: Σ x xᵀ over examples and positions, or some of these; of a layer with a bias of its own
             Σ (x − μ)(x − μ)ᵀ, since the bias takes over what is constant. Shape: (groups, inputs, inputs); of an
             embedding (1, entries). Of a wide convolution over channels alone, the mean over positions in the kernel.
-        gradients: Σ g gᵀ, g the gradient of −log p(y | x) at the layer's output. Shape: (groups, outputs, outputs).
+        gradients: Σ g gᵀ, g the gradient at the layer's output of what `moments` is given. Shape: (groups, outputs,
+            outputs).
         rows: number of examples times positions that `inputs` are from.
         positions: of a wide convolution, the same over positions in the kernel, the mean over channels; else None.
             Shape: (groups, positions, positions).

@@ -35,6 +35,7 @@ class Binding:
         model: the Pyro model that the network is in.
         arguments: what that was called with.
         others: values of latents beside the noise sites, to predict with.
+        known: an earlier binding. What it has found holds for the same network, as long as that has the same shapes.
     """
 
     def __init__(
@@ -44,9 +45,13 @@ class Binding:
         model: nn.Module | None = None,
         arguments: tuple[Any, ...] = (),
         others: Mapping[str, Tensor] | None = None,
+        known: Binding | None = None,
     ) -> None:
         self.network, self._find_input = network, find_input
         self.model, self.arguments, self.others = model, arguments, dict(others or {})
+        self._found: tuple[dict[str, torch.Size], dict[str, StructureGroup]] | None = None
+        if known is not None and known.network is network:
+            self._found = known._found
 
     @property
     def has_input(self) -> bool:
@@ -56,7 +61,7 @@ class Binding:
     @property
     def has_groups(self) -> bool:
         """Whether `groups` have been found already, which may take seconds."""
-        return "groups" in vars(self)
+        return self._found is not None
 
     @cached_property
     def example_input(self) -> Inputs:
@@ -69,10 +74,13 @@ class Binding:
             raise ValueError("example_input must be given: a batch of inputs of the network")
         return self._find_input()
 
-    @cached_property
+    @property
     def groups(self) -> dict[str, StructureGroup]:
         """What is removed with the structures of each site. Found once: it tries each removal."""
-        return structure_groups(self.network, self.example_input)
+        shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
+        if self._found is None or self._found[0] != shapes:
+            self._found = shapes, structure_groups(self.network, self.example_input)
+        return self._found[1]
 
     def cuts(self, kept: Mapping[str, Tensor]) -> Cuts:
         """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""

@@ -234,7 +234,7 @@ class NetworkPlan(Plan):
         self, network: nn.Module, find_input: Callable[[], Inputs], model: nn.Module | None = None
     ) -> Self:
         """This plan, with a network to apply it to, a function that makes an example input, and its Pyro model."""
-        return replace(self, _binding=Binding(network, find_input, model))
+        return replace(self, _binding=Binding(network, find_input, model, known=self._binding))
 
     def kinds(self) -> dict[str, str]:
         """By layer what makes its structures, such as "Conv2d 5×5"."""

@@ -75,8 +75,13 @@ def reduce_structures(
     min_kept: float = 1,
     round_to: int | None = None,
     kl_weight: float | None = None,
+    known: Binding | None = None,
 ) -> NetworkPlan:
-    """The plan of a network by a criterion: see `pyro_bmrs.reduce`."""
+    """The plan of a network by a criterion: see `pyro_bmrs.reduce`.
+
+    Args:
+        known: of an earlier plan of this network, whose structures need not be found again.
+    """
     check_criterion(criterion)
     check(isinstance(model, nn.Module), "model", "a torch.nn.Module", type(model), TypeError)
     assert isinstance(model, nn.Module)
@@ -88,7 +93,7 @@ def reduce_structures(
         if isinstance(guide, AutoTruncatedLogNormal)
         else {}
     )
-    binding = Binding(network_of(model), find_input, model, arguments, others)
+    binding = Binding(network_of(model), find_input, model, arguments, others, known)
     structures = {
         site: _layer(guide, site, layer, posteriors[site], binding) for site, layer in layers.items()
     }

@@ -139,13 +139,12 @@ def _other_curve(
     try:
         with untouched(model, guide, seed=0):
             other = reduce_structures(
-                model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to
-            )
+                model, guide, criterion, arguments, min_kept=rule.min_kept, round_to=rule.round_to,
+                known=plan._binding,
+            )  # fmt: skip
     except (NonFiniteScoreError, ValueError) as error:
         if notes is not None:
             notes.append(f"curve of {name}: {error}")
         return []
-    # of the same network, whose structures need no second trial
-    other = replace(other, _binding=plan._binding)
     curve = compression_curve(model, other, data, points=points).assign(criterion=name)
     return [curve.assign(is_plan=False) if isinstance(criterion, Random) else curve]

@@ -23,6 +23,7 @@ from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.export import export_program, save_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
 from pyro_bmrs.networks.noise import noise_layers
+from pyro_bmrs.pruning.binding import Binding
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
@@ -91,8 +92,16 @@ def reduce_network(run: Workplace) -> tuple[NetworkPlan, nn.Module]:
 def _plan(run: Workplace) -> NetworkPlan:
     """What the posterior and the settings say; of a fit with stages model and guide are put into the best of these."""
     settings, folder = run.settings, run.folder / "checkpoints" / "fit"
+    known: Binding | None = None
+
+    def reduced() -> NetworkPlan:
+        nonlocal known
+        plan = _reduced(run, known)
+        known = plan._binding
+        return plan
+
     if settings.weights is None:
-        stages = Stages(run.model, run.guide, lambda: _reduced(run), run.dataset.validation, folder)
+        stages = Stages(run.model, run.guide, reduced, run.dataset.validation, folder)
         if len(stages):
             stages.measure_anew()
             if settings.budget:
@@ -100,18 +109,19 @@ def _plan(run: Workplace) -> NetworkPlan:
             choice = stages.choice()
             if run.guide.kl_weight != stages.kl_weight(choice):  # as an earlier reduction has left it
                 stages.restore(choice)
-    plan = _reduced(run)
+    plan = reduced()
     if not settings.budget:
         return plan
     return plan.within(run.dataset.validation, **settings.budget, progress=run.progress)
 
 
-def _reduced(run: Workplace) -> NetworkPlan:
+def _reduced(run: Workplace, known: Binding | None) -> NetworkPlan:
     settings, guide = run.settings, run.guide
     floors: dict[str, Any] = {"min_kept": settings.min_kept, "round_to": settings.round_to}
     if isinstance(guide, AutoKroneckerLaplace):
         return reduce_by_laplace(guide, **floors, progress=run.progress)
-    return run.bound(reduce_structures(run.model, guide, settings.made_criterion(), **floors))
+    plan = reduce_structures(run.model, guide, settings.made_criterion(), **floors, known=known)
+    return run.bound(plan)
 
 
 def _row(

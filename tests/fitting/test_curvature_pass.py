@@ -150,7 +150,7 @@ def test_two_processes_share_a_pass(tmp_path):
     bmrs.fit(model, guide, tuple(part[:200] for part in data()), batch_size=50, progress=False)
     for path, (inputs, gradients) in numbers(guide).items():
         torch.testing.assert_close(first[path][0], inputs, rtol=1e-5, atol=1e-6)
-        # other labels are drawn
+        # other signs are drawn
         assert 0.5 < float(first[path][1].sum() / gradients.sum()) < 2
 
 
@@ -203,7 +203,7 @@ def test_what_does_not_count_has_no_curvature():
         per_token(10, ignored=True),
         per_token(10, ignored=False),
     )
-    assert ignored[0] == pytest.approx(alone[0], rel=0.1)  # other labels are drawn
+    assert ignored[0] == pytest.approx(alone[0], rel=0.1)  # other signs are drawn
     assert all_of_them[0] > 7 * alone[0]
     weighed = per_token(10, ignored=False, weights=torch.full((3,), 0.01))
     assert weighed[0] == pytest.approx(0.01 * all_of_them[0], rel=0.1)
@@ -285,3 +285,25 @@ def test_a_network_that_is_sure_has_the_same_curvature_in_each_pass(classes):
         bmrs.fit(model, guide, data(), seed=seed, progress=False)
         traces.append(guide.curvatures["2"].gradients.diagonal(dim1=-2, dim2=-1).sum())
     assert torch.stack(traces).std() < 0.05 * torch.stack(traces).mean()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_pass_sums_the_curvature_of_the_classes(classes):
+    """Signs of each example and class are their own: at the output G is the mean of diag p − p pᵀ, within 5 errors."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, classes, bias=False))
+    x = torch.randn(4000, 6)
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoKroneckerLaplace(model, examples=4000)
+    bmrs.fit(model, guide, (x, torch.zeros(4000, dtype=torch.long)), progress=False)
+    p = net(x).detach().double().softmax(1)
+    each = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    # the variance of g gᵀ over signs
+    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=classes)), dtype=torch.float64)
+    g = curvature_pass._signed(p.unsqueeze(1).expand(-1, len(signs), -1), signs.expand(len(p), -1, -1))
+    variance = (g.unsqueeze(3) * g.unsqueeze(2)).var(1, correction=0)
+    error = variance.sum(0).sqrt() / len(p)
+    off = guide.curvatures["0"].gradients[0] - each.mean(0)
+    assert (off.abs() <= 5 * error + 1e-6).all()
+    if classes == 3:
+        assert (error > 1e-4).any()  # or there was nothing to test

@@ -20,6 +20,7 @@ from pyro_bmrs.fitting.progress import EpochProgress
 from pyro_bmrs.fitting.stages import MOST_STAGES, Rise, Stages
 from pyro_bmrs.inference import evaluate
 from pyro_bmrs.inference.batches import Batches
+from pyro_bmrs.pruning import binding
 from pyro_bmrs.pruning.budgets import one_standard_error
 
 
@@ -386,3 +387,16 @@ def test_an_interrupted_fit_goes_on_with_a_model_that_it_has_trained(tmp_path, m
     assert again.settings == first.settings
     assert again.settings.learning_rate == 1e-3
     assert len(again.history) == 40
+
+
+@pytest.mark.parametrize("kl_weight", ["auto", 1.0])
+def test_structures_are_found_once_in_a_fit(kl_weight, monkeypatch):
+    """Inputs as structures are nested in what reads them, and each epoch counts what is kept."""
+    calls = []
+    found = binding.structure_groups
+    monkeypatch.setattr(binding, "structure_groups", lambda *given: calls.append(1) or found(*given))
+    net = nn.Sequential(
+        bmrs.InputSelection(6), nn.Linear(6, 12), nn.ReLU(), MultiplicativeNoise(12), nn.Linear(12, 2)
+    )
+    fitted(Classifier(net), epochs=6, kl_weight=kl_weight)
+    assert len(calls) == 1

@@ -234,14 +234,14 @@ def test_several_of_a_layer_at_once_are_as_one_after_the_other(by, monkeypatch):
         shifted.append(np.mean(shifts) / len(alone))
         ends = [19, 99, 199, len(alone) - 1]
         ratios.append(together.total_loss_rise.to_numpy()[ends] / alone.total_loss_rise.to_numpy()[ends])
+        # all of one layer: the rises of single steps add up to that of all at once
+        only = together[together.layer == "2"]
+        whole = LayerLoss(guide.curvatures["4"]).of_sets(torch.tensor([only.unit.tolist()]))
+        assert only.loss_rise.sum() == pytest.approx(float(whole), rel=1e-6)
     assert np.mean(shifted) < 0.02
     off = np.abs(np.array(ratios) - 1)
     assert off.mean() < 0.01
     assert off.max() < 0.05
-    # all of one layer: the rises of single steps add up to that of all at once
-    only = together[together.layer == "2"]
-    whole = LayerLoss(guide.curvatures["4"]).of_sets(torch.tensor([only.unit.tolist()]))
-    assert only.loss_rise.sum() == pytest.approx(float(whole), rel=1e-6)
 
 
 @pytest.mark.parametrize("per", [None, "parameter"])
