@@ -33,7 +33,8 @@ def draw() -> Figure:
         if len(full):
             axes.axhline(100 * full.mean(), color="#777777", lw=1, ls=":", label="full network")
         ours = 100 * mine[mine.way.isin(tables.OURS)].accuracy
-        axes.set_ylim(ours.min() - 2 * (ours.max() - ours.min()), None)
+        spread = ours.max() - ours.min()
+        axes.set_ylim(ours.min() - 2 * spread, max(ours.max(), 100 * full.max()) + spread / 5)
         axes.set_title(cell)
     for axes in panels[len(cells) :]:
         axes.axis("off")

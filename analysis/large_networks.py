@@ -123,6 +123,11 @@ class Study:
         ]
         return torch.cat(parts).contiguous(memory_format=torch.channels_last), y.to(device)
 
+    @staticmethod
+    def rate_of(way: str, case: Case, given: argparse.Namespace) -> float:
+        """Of learning: the full network has that of the case."""
+        return float(case.rate if way == "full" else given.rate or case.rate)
+
     def fit(self, net: nn.Module, epochs: int, rate: float, guide: Any = None, model: Any = None) -> None:
         images = Mirrored(*self.parts["train"])
         batches = BatchSampler(RandomSampler(images), self.case.batch, drop_last=False)
