@@ -68,6 +68,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     f"{IMAGES}/gallery_resnet20.svg": partial(gallery_figure.trained, "resnet20"),
     f"{IMAGES}/gallery_vit.svg": partial(gallery_figure.trained, "vit"),
     f"{IMAGES}/gallery_efficientnet.svg": partial(gallery_figure.large, "EfficientNet-Lite0"),
+    f"{IMAGES}/gallery_crepe.svg": gallery_figure.crepe,
     f"{IMAGES}/gallery_minilm.svg": gallery_figure.minilm,
     f"{IMAGES}/gallery_diabetes.svg": gallery_figure.diabetes,
     f"{IMAGES}/gallery_schools.svg": gallery_figure.schools,
