@@ -39,7 +39,7 @@ from typing import Any
 import peers
 import torch
 from torch import nn
-from trials import Rows, figures
+from trials import Rows, curvature, figures
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.fitting import Fit
@@ -129,12 +129,7 @@ class Cell:
         return self.curvature(self.start)
 
     def curvature(self, net: nn.Module) -> LaplacePlan:
-        model = bmrs.Classifier(copied(net))
-        guide = bmrs.AutoKroneckerLaplace(model)
-        bmrs.fit(model, guide, self.data.train, seed=self.seed, progress=False)
-        plan = bmrs.reduce(model, guide)
-        assert isinstance(plan, LaplacePlan)
-        return plan
+        return curvature(net, self.data, self.seed)
 
     def _at(self, size: str) -> LaplacePlan:
         return self.laplace_plan if size == OWN else self.laplace_plan.within(parameters=float(size))

@@ -105,8 +105,8 @@ def main() -> None:
             print(path)
     for page in tables.pages():
         text = page.read_text(encoding="utf-8")
-        if tables.written(text) != text:
-            made = tables.written(text)
+        made = tables.written(text)
+        if made != text:
             write_atomically(page, lambda beside, made=made: beside.write_text(made, encoding="utf-8"))
             print(page.relative_to(ROOT))
 

@@ -15,39 +15,25 @@ refitted_accuracy (test).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 
 import pandas as pd
 import tables
-import torch
 from matplotlib.figure import Figure
 from torch import nn
-from trials import Rows
+from trials import Rows, curvature, of_weights, parser_of_weights
 
 import pyro_bmrs as bmrs
 from pyro_bmrs.checks.data import some_of
 from pyro_bmrs.figures.style import BLACK, GREY, ORANGE
 from pyro_bmrs.inference.evaluate import Evaluation, evaluate
-from pyro_bmrs.networks.copies import copied
-from pyro_bmrs.networks.export import load_weights
-from pyro_bmrs.pruning.laplace_plan import LaplacePlan
-from pyro_bmrs.runs.recipe import Recipe
-from pyro_bmrs.runs.settings import RunSettings
 
 SIZES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-RESULTS = Path(__file__).parent / "results" / "foresight"
 
 
 def along(net: nn.Module, data: bmrs.Dataset, rows: Rows, name: str, seed: int) -> None:
     """A row at each size of the network's path."""
-    guide = bmrs.AutoKroneckerLaplace(model := bmrs.Classifier(copied(net)))
-    batch = int(min(500, 1.5e6 // data.train[:1][0].numel()))
-    bmrs.fit(model, guide, data.train, batch_size=batch, seed=seed, progress=False)
-    plan = bmrs.reduce(model, guide)
-    assert isinstance(plan, LaplacePlan)
+    plan = curvature(net, data, seed, batch_size=int(min(500, 1.5e6 // data.train[:1][0].numel())))
     full = plan.path.parameters.iloc[0] + plan.path.freed.iloc[0]
     some = some_of(data.train, len(data.validation))
     rises = [0.0, *plan.path.total_loss_rise]
@@ -60,8 +46,8 @@ def along(net: nn.Module, data: bmrs.Dataset, rows: Rows, name: str, seed: int) 
         cut = _measured(one.apply(), some, data)
         refitted = _measured(one.apply(refit=data.train, progress=False), some, data)
         rows.add(
-            name, seed, size, parameters=one.parameters_left(), examples=guide.dataset_size,
-            predicted=rises[number] / guide.dataset_size, evidence=evidence[number],
+            name, seed, size, parameters=one.parameters_left(), examples=len(data.train),
+            predicted=rises[number] / len(data.train), evidence=evidence[number],
             train_loss=cut["train"].loss, validation_loss=cut["validation"].loss, test_loss=cut["test"].loss,
             test_accuracy=cut["test"].accuracy, refitted_loss=refitted["validation"].loss,
             refitted_accuracy=refitted["test"].accuracy,
@@ -108,37 +94,13 @@ def draw() -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("data")
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--network", type=json.loads, default={}, help="sizes of the network as JSON")
-    parser.add_argument("--limit", type=int, help="of training examples; default: all")
-    parser.add_argument("--image-size", type=int, help="default: the recipe's")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the split (of trained_networks.py always 0), and of the curvature",
-    )
-    parser.add_argument("--data-root", type=Path)
+    parser = parser_of_weights(__doc__, "foresight")
+    seeds = "of the split (of trained_networks.py always 0), and of the curvature"
+    parser.add_argument("--seed", type=int, default=0, help=seeds)
     given = parser.parse_args()
-    torch.set_num_threads(1)
     rows = Rows(given.out / "foresight.csv", ("network", "seed", "removed"))
-    if rows.has(given.name, given.seed, "own"):
-        return
-    recipe = Recipe.read(given.recipe)
-    changes = {"network": given.network} if given.network else {}
-    settings = RunSettings.of(recipe, given.data, {"seed": given.seed, **changes})
-    data = bmrs.load_data(
-        given.data, data_root=given.data_root, image_size=given.image_size or settings.image_size,
-        seed=given.seed, validation_fraction=settings.validation_fraction, limit=given.limit,
-    )  # fmt: skip
-    net = bmrs.without_noise(recipe.network(data, settings.network or {}, given.seed))
-    net.load_state_dict(load_weights(given.weights))
-    along(net.eval(), data, rows, given.name, given.seed)
+    if not rows.has(given.name, given.seed, "own"):
+        along(*of_weights(given, given.seed), rows, given.name, given.seed)
 
 
 if __name__ == "__main__":

@@ -69,15 +69,18 @@ def _removed_and_accuracy(rows: pd.DataFrame) -> str:
     return f"{100 * rows.removed.mean():.1f} / {_mean(rows.accuracy, 2, 100)}" if len(rows) else ""
 
 
+def _published(cell: str) -> str:
+    return "{:.1f} / {:.2f}".format(*PUBLISHED[cell]) if cell in PUBLISHED else ""
+
+
 def own_sizes() -> str:
     """Nothing chosen: parameters removed and accuracy at the size that each way chooses itself."""
     table, lines = cells(), []
     own = table[table["size"] == "own"]
     for cell, rows in own.groupby("cell", sort=False):
-        published = "{:.1f} / {:.2f}".format(*PUBLISHED[cell]) if cell in PUBLISHED else ""
         full = rows[rows.way == "full"]
         lines.append([
-            cell, published, _mean(full.accuracy, 2, 100),
+            cell, _published(cell), _mean(full.accuracy, 2, 100),
             *(_removed_and_accuracy(rows[rows.way == way]) for way in OURS),
             str(rows[rows.way.isin(OURS)].seed.nunique()),
         ])  # fmt: skip
@@ -89,8 +92,7 @@ def in_short() -> str:
     table, lines = cells(), []
     own = table[(table["size"] == "own") & (table.way == "both")]
     for cell, rows in own.groupby("cell", sort=False):
-        published = "{:.1f} / {:.2f}".format(*PUBLISHED[cell]) if cell in PUBLISHED else ""
-        lines.append([cell, published, _removed_and_accuracy(rows), str(rows.seed.nunique())])
+        lines.append([cell, _published(cell), _removed_and_accuracy(rows), str(rows.seed.nunique())])
     return rows_of(["", "published BMRS_N", "ours", "seeds"], lines)
 
 

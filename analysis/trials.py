@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from torch import nn
 import pyro_bmrs as bmrs
 from pyro_bmrs.data import Dataset, load_data
 from pyro_bmrs.files import write_table
+from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
+from pyro_bmrs.networks.export import load_weights
+from pyro_bmrs.pruning.laplace_plan import LaplacePlan
 from pyro_bmrs.runs.recipe import Recipe
 from pyro_bmrs.runs.settings import RunSettings
 
@@ -117,3 +121,45 @@ def trials(given: argparse.Namespace) -> Iterator[Trial]:
             validation_fraction=settings.validation_fraction,
         )  # fmt: skip
         yield Trial(recipe, settings, data)
+
+
+def parser_of_weights(described: str, results: str) -> argparse.ArgumentParser:
+    """The command line of a script that looks at a network that another script has trained."""
+    parser = argparse.ArgumentParser(description=described.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / results)
+    parser.add_argument("--network", type=json.loads, default={}, help="sizes of the network as JSON")
+    parser.add_argument("--image-size", type=int, help="default: the recipe's")
+    parser.add_argument("--limit", type=int, help="of training examples; default: all")
+    parser.add_argument("--data-root", type=Path)
+    return parser
+
+
+def of_weights(given: argparse.Namespace, seed: int) -> tuple[nn.Module, Dataset]:
+    """That network, and its data, split by a seed; on one thread."""
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe.read(given.recipe)
+    changes = {"network": given.network} if given.network else {}
+    settings = RunSettings.of(recipe, given.data, {"seed": seed, **changes})
+    data = load_data(
+        given.data, data_root=given.data_root, image_size=given.image_size or settings.image_size, seed=seed,
+        validation_fraction=settings.validation_fraction, limit=given.limit,
+    )  # fmt: skip
+    net = bmrs.without_noise(recipe.network(data, settings.network or {}, seed))
+    net.load_state_dict(load_weights(given.weights))
+    return net.eval(), data
+
+
+def curvature(net: nn.Module, data: Dataset, seed: int, batch_size: int | None = None) -> LaplacePlan:
+    """The plan of a trained network, by one pass over the training data."""
+    model = bmrs.Classifier(copied(net))
+    guide = bmrs.AutoKroneckerLaplace(model)
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    bmrs.fit(model, guide, data.train, seed=seed, progress=False, **options)
+    plan = bmrs.reduce(model, guide)
+    assert isinstance(plan, LaplacePlan)
+    return plan

@@ -49,9 +49,9 @@ class Binding:
     ) -> None:
         self.network, self._find_input = network, find_input
         self.model, self.arguments, self.others = model, arguments, dict(others or {})
-        self._found: tuple[dict[str, torch.Size], dict[str, StructureGroup]] | None = None
-        if known is not None and known.network is network:
-            self._found = known._found
+        self._shapes: dict[str, torch.Size] = {}  # those of the network whose groups were found
+        if known is not None and known.network is network and known._shapes == shapes_of(network):
+            self._shapes, self.groups = known._shapes, known.groups
 
     @property
     def has_input(self) -> bool:
@@ -61,7 +61,7 @@ class Binding:
     @property
     def has_groups(self) -> bool:
         """Whether `groups` have been found already, which may take seconds."""
-        return self._found is not None
+        return "groups" in vars(self)
 
     @cached_property
     def example_input(self) -> Inputs:
@@ -74,13 +74,11 @@ class Binding:
             raise ValueError("example_input must be given: a batch of inputs of the network")
         return self._find_input()
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, StructureGroup]:
         """What is removed with the structures of each site. Found once: it tries each removal."""
-        shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
-        if self._found is None or self._found[0] != shapes:
-            self._found = shapes, structure_groups(self.network, self.example_input)
-        return self._found[1]
+        self._shapes = shapes_of(self.network)
+        return structure_groups(self.network, self.example_input)
 
     def cuts(self, kept: Mapping[str, Tensor]) -> Cuts:
         """The cuts that keep the structures where kept[site], a bool tensor (features,), is True."""
@@ -109,6 +107,11 @@ class Binding:
                 # a buffer of indices must be within range
                 buffer.fill_(1 if buffer.is_floating_point() else 0)
         return full
+
+
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Those of its parameters, by name."""
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 def check_examples(network: nn.Module, example_input: Inputs) -> int:
