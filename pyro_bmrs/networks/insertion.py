@@ -118,23 +118,39 @@ def _found(network: nn.Module, example_input: Inputs, leave_out: str | Sequence[
 def _called_once(
     network: nn.Module, copy: nn.Module, example_input: Inputs
 ) -> tuple[Inputs, list[Tensor], set[str]]:
-    """(a few examples, the outputs for them, paths of the modules with parameters that are not called)."""
+    """(a few examples, the outputs for them, paths of the modules with parameters that they do not reach).
+
+    All examples where a few fail, since they may need each other, or where all reach more modules, as in a mixture of
+    experts.
+    """
     few, count = example_input, 1 if parameters(network) > _LARGE else _EXAMPLES
     if batch_size(example_input) > count:
         with suppress(Exception):  # what is not a plain tensor may not be taken apart
             few = first_examples(example_input, count)
-    with torch.random.fork_rng(), _called(network) as original, left_alone(copy):
-        for some in (few, example_input):
-            torch.manual_seed(0)
-            try:
-                with _called(copy) as used:
-                    outputs = tensors_of(call(copy, some))
-            except Exception:
-                if some is few is not example_input:
-                    continue  # examples may need each other
-                with blamed_on_input(network):
-                    raise
-            break
+    # torch's attention uses the weights of its output projection and never calls it
+    inside = {
+        f"{path}.out_proj".lstrip(".")
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    looked_at = _with_parameters(network).keys() - inside
+
+    def outcome(some: Inputs) -> tuple[Inputs, list[Tensor], set[str]]:
+        torch.manual_seed(0)
+        with _reached(copy) as reached:
+            outputs = tensors_of(call(copy, some))
+        return some, outputs, looked_at - reached
+
+    with torch.random.fork_rng(), _reached(network) as original, left_alone(copy):
+        found = None
+        if few is not example_input:
+            with suppress(Exception):
+                found = outcome(few)
+        if found is None or found[2]:
+            with blamed_on_input(network):
+                of_all = outcome(example_input)
+            if found is None or len(of_all[2]) < len(found[2]):
+                found = of_all
         _check_batch(copy, example_input)
     if original:
         raise StructureError(
@@ -142,20 +158,14 @@ def _called_once(
             "the original, which a function holds that was set as its forward or as a hook. Take modules from "
             "the arguments of hooks, and write forward as a method"
         )
-    # torch's attention uses the weights of its output projection and never calls it
-    inside = {
-        f"{path}.out_proj".lstrip(".")
-        for path, module in network.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
-    return some, outputs, _with_parameters(network).keys() - used - inside
+    return found
 
 
 @torch.no_grad()
 def _in_training(network: nn.Module, example: Inputs) -> set[str]:
     """Paths of the modules with parameters that run in training; none if that fails on these examples."""
     looked_at = sharing_parameters(network).train()
-    with torch.random.fork_rng(), _called(looked_at) as used:
+    with torch.random.fork_rng(), _reached(looked_at) as used:
         try:
             call(looked_at, repeated(example, _EXAMPLES))
         except Exception:  # for example BatchNorm with one value per channel: no check is possible
@@ -299,15 +309,21 @@ def _check_batch(network: nn.Module, example_input: Inputs) -> None:
 
 
 @contextmanager
-def _called(network: nn.Module) -> Iterator[set[str]]:
-    """Collects paths of the modules with parameters that are called within the context."""
-    called: set[str] = set()
+def _reached(network: nn.Module) -> Iterator[set[str]]:
+    """Collects paths of the modules with parameters that are called within the context, not on empty inputs alone."""
+    reached: set[str] = set()
+
+    def note(path: str, inputs: object) -> None:
+        tensors = tensors_of(inputs)
+        if not tensors or any(tensor.numel() for tensor in tensors):
+            reached.add(path)
+
     handles = [
-        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        module.register_forward_pre_hook(lambda _, *given, path=path: note(path, given), with_kwargs=True)
         for path, module in _with_parameters(network).items()
     ]
     try:
-        yield called
+        yield reached
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,7 @@ from pyro_bmrs.networks.computed import computed, has_computed
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import hooked_noise, without_hooked_noise
-from pyro_bmrs.networks.inputs import Inputs, repeated
+from pyro_bmrs.networks.inputs import Inputs, batch_size, repeated
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
 from pyro_bmrs.networks.tracing.findings import matches
@@ -222,7 +222,7 @@ def traced(
         StructureError: if an operation fails under the trace.
     """
     network.eval()
-    # several, so that the first dimension is not taken for another; all, where examples need each other
+    # at least two, so that the first dimension is not taken for another
     for example in (*_several(example_input), example_input):
         trace = Trace(network, example, through_layer_norms=through_layer_norms)
         try:
@@ -244,9 +244,9 @@ def traced(
 
 
 def _several(example_input: Inputs) -> Iterator[Inputs]:
-    """Two examples, of a batch that is repeated, if it can be."""
+    """These examples, or two of a single one, if it can be repeated."""
     with suppress(Exception):  # what is not a plain tensor may not be taken apart
-        yield repeated(example_input, 2)
+        yield repeated(example_input, max(batch_size(example_input), 2))
 
 
 def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:

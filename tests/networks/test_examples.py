@@ -200,3 +200,53 @@ def test_images_of_a_list_are_counted_one_by_one():
     macs = 8 * 7 * 8 * 3 * 9 + 6 * 5 * 6 * 8 * 9 + 4 * 6
     assert multiply_accumulates(Detection(), pictures(5)) == macs
     assert multiply_accumulates(Detection(), {"images": pictures(2)}) == macs
+
+
+class Experts(nn.Module):
+    """Each example goes to the expert that its first input names."""
+
+    def __init__(self, pass_over):
+        super().__init__()
+        self.pass_over, self.first, self.last = pass_over, nn.Linear(6, 8), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 8)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        total = hidden
+        for number, expert in enumerate(self.experts):
+            mine = (x[:, 0] == number).nonzero().flatten()
+            if len(mine) or not self.pass_over:
+                total = total.index_add(0, mine, expert(hidden[mine]))
+        return self.last(total)
+
+
+def of_experts(numbers):
+    x = torch.randn(len(numbers), 6)
+    x[:, 0] = torch.tensor(numbers, dtype=torch.float32)
+    return x
+
+
+@pytest.mark.parametrize("pass_over", [False, True])
+def test_as_many_examples_are_looked_at_as_reach_every_expert(pass_over):
+    torch.manual_seed(0)
+    net, x = Experts(pass_over), of_experts([0, 0, 0, 1, 1, 2])
+    found = bmrs.structures(net, x)
+    assert [group.site for group in found] == ["first", *(f"experts.{number}.0" for number in range(3))]
+    assert all(reason.path == "last" for reason in found.refused)
+    model = bmrs.Classifier(bmrs.insert_noise(net, x))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    bmrs.fit(model, guide, (x, torch.randint(2, (6,))), epochs=1, draws_per_batch=1)
+    small = bmrs.reduce(model, guide, bmrs.Random(0.5)).apply()
+    assert small.experts[2][0].in_features == small.first.out_features < 8
+    for number in range(3):
+        assert small(of_experts([number])).isfinite().all()
+
+
+@pytest.mark.parametrize("pass_over", [False, True])
+def test_an_expert_that_no_example_reaches_stays(pass_over):
+    torch.manual_seed(0)
+    found = bmrs.structures(Experts(pass_over), of_experts([0, 0, 1, 1]))
+    assert {group.site for group in found} >= {"experts.0.0", "experts.1.0"}
+    assert "experts.2.0" in {reason.path for reason in found.refused}

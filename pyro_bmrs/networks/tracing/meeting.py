@@ -30,7 +30,7 @@ def pointwise(trace: Ledger, function: Any, args: Arguments, kwargs: dict[str, A
     if name in {"index_add", "index_add_"}:
         # entries at some places are added to: each other dimension is met one by one
         _, dim, _, source = args[:4]
-        tensors = [args[0], source]
+        tensors = [args[0], source] if source.numel() else [args[0]]
         merged = [
             tuple(None if some is None else trace.merge(some, [dim]) for some in trace.labels(tensor))
             for tensor in tensors

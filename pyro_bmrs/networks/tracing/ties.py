@@ -75,6 +75,8 @@ def _classes_that_stay(trace: Ledger) -> Tensor:
 def _end(trace: Ledger, atoms: Tensor, labels: Tensor) -> bool:
     """Each column belongs to the structure that it meets. labels: (lines, columns), or (lines, 1): the same for all."""
     found = trace.classes.find(labels)
+    if not len(found):  # an expert without tokens
+        return False
     whole = found.shape[1] == 1 or not varies(found, 1)
     if whole and varies(found, 0) and len(atoms) > 1:
         trace.pin((labels,), "read as a whole by a layer that reads others in the same way")
