@@ -11,15 +11,15 @@ blocks, which a convolution in groups has. All is in float64, ΔF in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# Fixed points of δ are repeated until they change by less than this share. δ is at least this.
-_STAYS, _MOST_ROUNDS, _LEAST = 1e-10, 10_000, 1e-12
+# δ is at least this, and found to this share. Weights have at least this size, ‖w‖².
+_LEAST, _PRECISE, _LEAST_SIZE = 1e-12, 1e-12, 1e-200
 
 
 def as_it_is(tensor: Tensor) -> Tensor:
@@ -123,30 +123,81 @@ def _mean_diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
 
 
-def prior_precision(curvatures: Sequence[KroneckerCurvature]) -> float:
-    """δ at which the Laplace marginal likelihood of these layers is largest, for one prior N(0, 1/δ) of all weights.
+@dataclass(frozen=True)
+class Spectrum:
+    """What the marginal likelihood of some layers' weights w depends on, beside log p(data | w).
 
-    δ = γ / ‖ŵ‖² with γ = Σ λ / (λ + δ) over the eigenvalues λ of N A ⊗ G, repeated until it stays (MacKay, 1992).
+    Attributes:
+        eigenvalues: λ, those of N A ⊗ G. Shape: (weights,).
+        size: ‖w‖².
     """
-    eigenvalues = torch.cat([one.eigenvalues.flatten() for one in curvatures])
-    size = sum(float(one.weights.square().sum()) for one in curvatures)
-    delta = 1.0
-    for _ in range(_MOST_ROUNDS):
-        before, effective = delta, float((eigenvalues / (eigenvalues + delta)).sum())
-        delta = max(effective / max(size, 1e-300), _LEAST)
-        if abs(delta - before) <= _STAYS * before:
-            break
-    return delta
+
+    eigenvalues: Tensor
+    size: float
+
+    @classmethod
+    def of(cls, curvature: KroneckerCurvature) -> Spectrum:
+        """Of a layer as it is."""
+        return cls(curvature.eigenvalues.flatten(), float(curvature.weights.square().sum()))
+
+    @classmethod
+    def together(cls, several: Iterable[Spectrum]) -> Spectrum:
+        """Of layers with one prior."""
+        every = [*several]
+        return cls(torch.cat([one.eigenvalues for one in every]), sum(one.size for one in every))
+
+    @classmethod
+    def without(
+        cls, curvature: KroneckerCurvature, weights: Tensor, inputs: Tensor, outputs: Tensor
+    ) -> Spectrum:
+        """Of a layer without some of its inputs and outputs.
+
+        Args:
+            weights: what the layer then has. Shape: that of its weights.
+            inputs, outputs: which are away, as in `evidence_without`.
+        """
+        stays, found = ~inputs, []
+        for block in range(curvature.shape[0]):
+            left, moment = ~outputs[block], curvature.inputs[block]
+            g = _values(curvature.gradients[block][left][:, left])
+            if curvature.of_positions is not None:
+                g = (g.unsqueeze(-1) * curvature.of_positions[0][block]).flatten()
+            a = moment[stays] if moment.dim() == 1 else _values(moment[stays][:, stays])
+            found.append((curvature.examples * g.unsqueeze(-1) * a).flatten())
+        return cls(torch.cat(found), float(weights[..., stays].flatten(2).square().sum(-1)[~outputs].sum()))
+
+    def prior_precision(self) -> float:
+        """δ at which the Laplace marginal likelihood is largest, for one prior N(0, 1/δ) of all these weights.
+
+        δ ‖w‖² = γ with γ = Σ λ / (λ + δ) (MacKay, 1992): the left side rises with δ, and the right one falls.
+        """
+        from scipy.optimize import brentq  # type: ignore[import-untyped]  # slow to import
+
+        size = max(self.size, _LEAST_SIZE)
+
+        def missing(log_delta: float) -> float:
+            delta = math.exp(log_delta)
+            return float((self.eigenvalues / (self.eigenvalues + delta)).sum()) - delta * size
+
+        least, most = math.log(_LEAST), math.log(max(len(self.eigenvalues), 1) / size)
+        if most <= least or missing(least) <= 0:
+            return _LEAST
+        return math.exp(brentq(missing, least, most, xtol=_PRECISE))
+
+    def log_marginal_likelihood(self, delta: float) -> float:
+        """−½ δ ‖w‖² + ½ n log δ − ½ log det(N A ⊗ G + δ I), with n weights, in nats."""
+        own = self.eigenvalues + delta
+        return 0.5 * (own.numel() * math.log(delta) - delta * self.size - float(own.log().sum()))
+
+
+def prior_precision(curvatures: Sequence[KroneckerCurvature]) -> float:
+    """δ at which the Laplace marginal likelihood of these layers is largest, for one prior N(0, 1/δ) of all weights."""
+    return Spectrum.together(map(Spectrum.of, curvatures)).prior_precision()
 
 
 def log_marginal_likelihood(curvature: KroneckerCurvature, delta: float) -> float:
-    """What a layer adds to the log marginal likelihood of its network, beside log p(data | ŵ), in nats.
-
-    −½ δ ‖ŵ‖² + ½ n log δ − ½ log det(N A ⊗ G + δ I), with n weights.
-    """
-    own = curvature.eigenvalues + delta
-    size = float(curvature.weights.square().sum())
-    return 0.5 * (own.numel() * math.log(delta) - delta * size - float(own.log().sum()))
+    """What a layer adds to the log marginal likelihood of its network, beside log p(data | ŵ), in nats."""
+    return Spectrum.of(curvature).log_marginal_likelihood(delta)
 
 
 def evidence_without(curvature: KroneckerCurvature, delta: float, inputs: Tensor, outputs: Tensor) -> float:
@@ -163,7 +214,10 @@ def evidence_without(curvature: KroneckerCurvature, delta: float, inputs: Tensor
         inputs: which inputs are away, in each block. Shape: (inputs,), bool.
         outputs: which outputs are away. Shape: (blocks, outputs), bool.
     """
-    n, stays, found = curvature.examples, ~inputs, occam_factor(curvature, delta, inputs, outputs)
+    n, stays, nothing = curvature.examples, ~inputs, torch.zeros_like(curvature.weights)
+    # of weights that are 0: Occam's factor
+    found = Spectrum.without(curvature, nothing, inputs, outputs).log_marginal_likelihood(delta)
+    found -= Spectrum(curvature.eigenvalues.flatten(), 0.0).log_marginal_likelihood(delta)
     for block in range(curvature.shape[0]):
         left, gone, w = ~outputs[block], outputs[block], curvature.weights[block]
         g, weights = curvature.rows(*eigen(curvature.gradients[block][left][:, left]), w[left], block)
@@ -176,28 +230,6 @@ def evidence_without(curvature: KroneckerCurvature, delta: float, inputs: Tensor
         found -= 0.5 * float((curved * (taken @ moment[inputs][:, inputs]) * taken).sum())
         mixed = curved * (taken @ moment[inputs][:, stays] @ vectors)
         found += 0.5 * float((mixed.square() / (curved * a + delta)).sum())
-    return found
-
-
-def occam_factor(curvature: KroneckerCurvature, delta: float, inputs: Tensor, outputs: Tensor) -> float:
-    """The part of ΔF that does not depend on the weights: −½ log det P_{R̄T̄} + ½ log det P − ½ m log δ, in nats.
-
-    With it, the log-likelihood and the prior of the smaller network's own weights, ΔF is the difference of two Laplace
-    approximations, each at its own weights, with the curvature of the larger one.
-
-    Args:
-        inputs, outputs: as in `evidence_without`.
-    """
-    found = 0.5 * float((curvature.eigenvalues + delta).log().sum())
-    for block in range(curvature.shape[0]):
-        left, stays = ~outputs[block], ~inputs
-        g, moment = _values(curvature.gradients[block][left][:, left]), curvature.inputs[block]
-        if curvature.of_positions is not None:
-            g = (g.unsqueeze(-1) * curvature.of_positions[0][block]).flatten()
-        a = moment[stays] if moment.dim() == 1 else _values(moment[stays][:, stays])
-        own = curvature.examples * g.unsqueeze(-1) * a + delta
-        away = curvature.weights[block].numel() - own.numel()
-        found -= 0.5 * (float(own.log().sum()) + away * math.log(delta))
     return found
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pyro_bmrs.evidence.kronecker import KroneckerCurvature, occam_factor
+from pyro_bmrs.evidence.kronecker import KroneckerCurvature, Spectrum, log_marginal_likelihood
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
@@ -55,6 +55,15 @@ class _State:
             self.outputs[part.path].view(-1)[part.places[structure]] = True
         return {part.path for part in (*parts.reads, *parts.brings)}
 
+    def spectrum(self, curvatures: Mapping[str, KroneckerCurvature], paths: Sequence[str]) -> Spectrum:
+        """Of what is left of some layers, with the weights that take over what they can."""
+        return Spectrum.together(
+            Spectrum.without(
+                one, reduced_weights(one, self.inputs[path]), self.inputs[path], self.outputs[path]
+            )
+            for path, one in ((path, curvatures[path]) for path in paths)
+        )
+
 
 @torch.no_grad()
 def evidence_path(
@@ -66,9 +75,9 @@ def evidence_path(
     """The path as a table: see `LaplacePlan`.
 
     ΔF is the difference of two Laplace approximations of log p(data), of the smaller network and of the full one, each
-    at its own weights, with the curvature of the full one. The rise of the loss is the predicted one, times what the
-    measured one is of it at the nearest places where that is known: second order and layers apart are not all that
-    happens where much is removed.
+    at its own weights and prior precisions, with the curvature of the full one. The rise of the loss is the predicted
+    one, times what the measured one is of it at the nearest places where that is known: second order and layers apart
+    are not all that happens where much is removed.
     """
     assert guide.shown is not None
     shown, before = guide.shown, parameters(guide.model.net)
@@ -98,21 +107,25 @@ def evidence_path(
     count = min(max(int(_WORK // work), 1), _PLACES, len(steps))
     places = {*np.linspace(1, len(steps), count).round().astype(int).tolist(), *looked_at}
     state, changed = _State(guide.curvatures), set[str]()
-    occam, size = dict.fromkeys(guide.curvatures, 0.0), dict.fromkeys(guide.curvatures, 0.0)
+    # layers of one δ
+    sets = [tuple(guide.curvatures)] if guide.shared_prior else [(path,) for path in guide.curvatures]
+    of_full = {
+        paths: sum(log_marginal_likelihood(guide.curvatures[path], guide.deltas[path]) for path in paths)
+        for paths in sets
+    }
+    change = dict.fromkeys(sets, 0.0)
     rest = np.full(len(steps), np.nan)
     measured = np.full(len(steps), np.nan)
     full = _loss(reduced_model(Cuts(), guide), shown)
     for number, step in enumerate(steps, 1):
         changed |= state.remove(parts[step.site], step.structure)
         if number in places:
-            for path in changed:
-                one, delta = guide.curvatures[path], guide.deltas[path]
-                inputs, outputs = state.inputs[path], state.outputs[path]
-                occam[path] = occam_factor(one, delta, inputs, outputs)
-                left = reduced_weights(one, inputs).square().flatten(2).sum(-1)[~outputs].sum()
-                size[path] = 0.5 * delta * float(one.weights.square().sum() - left)
+            for paths in sets:
+                if changed & {*paths}:
+                    left = state.spectrum(guide.curvatures, paths)
+                    change[paths] = left.log_marginal_likelihood(left.prior_precision()) - of_full[paths]
             changed.clear()
-            rest[number - 1] = sum(occam.values()) + sum(size.values())
+            rest[number - 1] = sum(change.values())
         if number in looked_at:
             smaller = reduced_model(plan.at(-float(number)).cuts, guide)
             measured[number - 1] = (_loss(smaller, shown) - full) * guide.dataset_size

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from pyro_bmrs.evidence.kronecker import (
     KroneckerCurvature,
+    Spectrum,
     evidence_of_inputs,
     evidence_of_outputs,
     evidence_without,
     log_marginal_likelihood,
-    occam_factor,
     prior_precision,
 )
 
@@ -181,13 +181,37 @@ def test_blocks_add_up():
     assert log_marginal_likelihood(both, 0.5) == pytest.approx(sum(parts), rel=1e-10)
 
 
-def test_the_occam_factor_is_the_evidence_where_all_weights_are_zero():
-    curvature = random_curvature(3, 4)
-    zero = KroneckerCurvature(curvature.inputs, curvature.gradients, 0 * curvature.weights, 7)
-    inputs, outputs = torch.tensor([True, False, True, False]), torch.tensor([[False, True, False]])
-    assert occam_factor(curvature, 2.0, inputs, outputs) == pytest.approx(
-        evidence_without(zero, 2.0, inputs, outputs), rel=1e-10
-    )
+def test_what_a_smaller_layer_is_worth_is_that_of_dense_matrices():
+    """−½ δ ‖w‖² + ½ n log δ − ½ log det P, of the rows and columns that are left, at the best δ of a grid."""
+    curvature = random_curvature(3, 5)
+    weights = torch.randn(1, 3, 5, dtype=F64)
+    inputs, outputs = torch.tensor([True, False, True, False, False]), torch.tensor([[False, True, False]])
+    a, g = curvature.inputs[0][~inputs][:, ~inputs], curvature.gradients[0][~outputs[0]][:, ~outputs[0]]
+    own = weights[0][~outputs[0]][:, ~inputs]
+
+    def dense(delta):
+        precision = 7 * torch.kron(g, a) + delta * torch.eye(6, dtype=F64)
+        return 0.5 * float(6 * math.log(delta) - delta * own.square().sum() - torch.logdet(precision))
+
+    left = Spectrum.without(curvature, weights, inputs, outputs)
+    assert left.log_marginal_likelihood(0.8) == pytest.approx(dense(0.8), rel=1e-10)
+    best = max(dense(math.exp(step / 50)) for step in range(-500, 500))
+    assert best - 1e-9 <= left.log_marginal_likelihood(left.prior_precision()) <= best + 1e-3
+    # without any output nothing is left, and nothing is worth nothing
+    none = Spectrum.without(curvature, weights, inputs, torch.ones_like(outputs))
+    assert none.log_marginal_likelihood(none.prior_precision()) == 0
+
+
+@given(seed=st.integers(0, 10_000), scale=st.floats(-6, 6))
+@settings(max_examples=50, deadline=None)
+def test_delta_is_a_fixed_point_whatever_the_scales(seed, scale):
+    """δ ‖w‖² = Σ λ / (λ + δ), MacKay's condition."""
+    generator = torch.Generator().manual_seed(seed)
+    eigenvalues = 10**scale * torch.rand(20, generator=generator, dtype=F64).square()
+    spectrum = Spectrum(eigenvalues, 10 ** float(4 * torch.rand((), generator=generator) - 2))
+    delta = spectrum.prior_precision()
+    known = float((eigenvalues / (eigenvalues + delta)).sum())
+    assert delta * spectrum.size == pytest.approx(known, rel=1e-8, abs=1e-10)
 
 
 @pytest.mark.parametrize("shared", [False, True])

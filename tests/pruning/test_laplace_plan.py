@@ -12,7 +12,7 @@ from trained_families import families, output_of
 from trained_families import trained as trained_family
 
 import pyro_bmrs as bmrs
-from pyro_bmrs.evidence.kronecker import KroneckerCurvature, evidence_without
+from pyro_bmrs.evidence.kronecker import KroneckerCurvature, Spectrum, evidence_without
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.pruning import evidence_path, laplace_plan, removal_path
 from pyro_bmrs.pruning.laplace_plan import LaplacePlan
@@ -523,3 +523,42 @@ def test_a_plan_stays_that_of_the_network_it_was_made_from(trained):
 def test_layers_off_the_path_stay_whatever_the_threshold(trained):
     _, _, plan = trained
     assert plan.at(-np.inf).table.removed.sum() == len(plan.path)
+
+
+def test_units_that_say_the_same_leave_though_the_others_get_larger_weights():
+    """25 copies of each of 4 units share their outgoing weight: one that has all of it needs another prior precision."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(2 * torch.eye(4).repeat(25, 1) + 0.01 * torch.randn(100, 4))
+        net[2].weight.copy_(torch.randn(2, 4).repeat(1, 25) / 25)
+        net[0].bias.zero_()
+    x = torch.randn(500, 4)
+    y = torch.distributions.Categorical(logits=4 * net(x).detach()).sample()
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, (x, y), progress=False)
+    plan = bmrs.reduce(model, guide)
+    assert len(plan.kept["0"]) <= 8
+
+
+def test_layers_may_share_one_prior_precision(trained):
+    model = trained[0]
+    guide = bmrs.AutoKroneckerLaplace(model, shared_prior=True)
+    bmrs.fit(model, guide, blobs(), progress=False)
+    assert len(set(guide.deltas.values())) == 1
+    path = bmrs.reduce(model, guide).path
+    place = int(path.total_evidence_change.first_valid_index())
+    away = {name: torch.zeros(one.shape[2], dtype=torch.bool) for name, one in guide.curvatures.items()}
+    gone = {name: torch.zeros(one.shape[:2], dtype=torch.bool) for name, one in guide.curvatures.items()}
+    for layer, unit in path.loc[:place, ["layer", "unit"]].itertuples(index=False):
+        away[{"0": "2", "2": "4"}[layer]][unit] = gone[layer][0, unit] = True
+    left = Spectrum.together(
+        Spectrum.without(one, reduced_weights(one, away[name]), away[name], gone[name])
+        for name, one in guide.curvatures.items()
+    )
+    full = Spectrum.together(map(Spectrum.of, guide.curvatures.values()))
+    of_weights = [one.log_marginal_likelihood(one.prior_precision()) for one in (left, full)]
+    found = path.total_evidence_change[place]
+    rise = of_weights[0] - of_weights[1] - found  # as predicted, or more where it was measured
+    assert path.total_loss_rise[place] - 1e-6 <= rise <= path.total_loss_rise[place] + 1
