@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -57,14 +59,28 @@ def on_a_screen(text: str, lines: int = 24) -> str:
 
 def is_floor(value: object, least: int = 1) -> bool:
     """Whether it says how many stay at least: an integer, `least` or more, or a share between 0 and 1."""
-    return is_whole(value, least) or (isinstance(value, float) and 0 < value < 1)
+    return is_whole(value, least) or (isinstance(value, Real) and 0 < float(value) < 1)
 
 
 def is_whole(value: object, least: int = 0) -> bool:
-    """Whether it is an integer, `least` or more. True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether it is an integer, `least` or more, which may be one of NumPy's. True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number. True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, which may be one of NumPy's. True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def plain(value: Any) -> Any:
+    """A number as Python's own, for JSON knows none of NumPy's; also those of a mapping. None stays.
+
+    >>> import numpy
+    >>> plain(numpy.int64(3)), plain({"macs": numpy.float32(0.5)}), plain(None)
+    (3, {'macs': 0.5}, None)
+    """
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    return int(value) if isinstance(value, Integral) else float(value)

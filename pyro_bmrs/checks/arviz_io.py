@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_whole, plain
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.joint_draws import JointDraws, joint_draws
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
@@ -96,6 +96,7 @@ def to_datatree(
     """
     check(is_whole(draws, 1), "draws", "an integer of at least 1", draws)
     check(is_whole(seed), "seed", "an integer of at least 0", seed)
+    draws, seed = plain(draws), plain(seed)
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     of_model = DataOfModel(model, data, batch_size)
     with untouched(model, guide, seed=seed):

@@ -25,7 +25,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood, Regressor
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import examples_for
 from pyro_bmrs.networks.curvature import Moments, moments, own_biases
-from pyro_bmrs.networks.inputs import Inputs, tensors_of
+from pyro_bmrs.networks.inputs import Inputs, check_numbers, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.progress import Progress
 
@@ -120,10 +120,13 @@ def curvature_pass(
         Whether Ctrl-C or SIGTERM ended the pass early. The guide is then as it was.
     """
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
+    few = batches.some(1, seed)
+    check_numbers("train", few)
+    with untouched(model), _without_priors(model):
+        model(*few)  # tells what is wrong with the data before anything changes
     _settle_scale(model, batches if held_out is None else held_out.shared(fabric.device, 0, 1), fabric)
     size = batches.size
     wanted = min(guide.examples, size)
-    few = batches.some(1, seed)
     identity = {
         "format": _FORMAT, "seed": seed, "examples": wanted, "size": size, "batch_size": batches.batch_size,
         "world": fabric.world_size, "widest": guide.widest, "label": label,
@@ -150,6 +153,10 @@ def curvature_pass(
                 return True
             found, examples, likelihood = _all(fabric, sums)
             log_likelihood = log_likelihood if number else likelihood
+            if not math.isfinite(log_likelihood):
+                raise ValueError(
+                    f"train must be finite: log p(y | x) of an example is {log_likelihood} on average"
+                )
             together |= {path: some.kept(guide.keep) for path, some in found.items()}
             del sums, found  # the next layers need their room
     guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
@@ -166,12 +173,15 @@ def _settle_scale(model: Likelihood, batches: Batches, fabric: Fabric) -> None:
     sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
     with untouched(model):
         for x, y in batches:
+            check_numbers("data", (x, y))
             given, weights = model.observed(y)
             squares = (given - model.predict(x)).double().square()
             weights = torch.ones_like(squares) if weights is None else weights.double()
             sums += torch.stack([(weights * squares).sum(), weights.sum()])
     total = fabric.all_reduce(sums, reduce_op="sum")
     assert isinstance(total, Tensor)
+    if not bool(total.isfinite().all()):
+        raise ValueError("data must be finite: the square error of the network is not")
     with torch.no_grad():
         model.log_scale.copy_((total[0] / total[1]).clamp(min=_LEAST_VARIANCE).log() / 2)
 
@@ -239,6 +249,7 @@ def _add(
     losses: bool,
 ) -> None:
     """Add a batch, with gradients that are drawn from the model, not those of its labels."""
+    check_numbers("train", (x, y))
     given, weights = model.observed(y)
     counted = torch.ones((), device=given.device) if weights is None else weights.sqrt()
     if not given.is_floating_point():

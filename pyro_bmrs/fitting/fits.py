@@ -97,7 +97,7 @@ class Fit:
             "parameters": parameters, "macs": macs, "bytes": bytes, "milliseconds": milliseconds,
             "accuracy_drop": accuracy_drop, "loss_rise": loss_rise,
         }  # fmt: skip
-        return self._known_stages().within(asked, batch_size=batch_size, progress=progress)
+        return self._known_stages().within(asked, batch_size=batch_size, progress=progress).settled()
 
     def restore(self, stage: int) -> None:
         """Put model and guide into the state of a stage, by its number in `stages`.
@@ -142,6 +142,10 @@ class Fit:
         if last.kept == last.kept:
             told.append(f"{last.kept:.0f} structures kept")
         return f"{text}; epoch {self.best_epoch} kept: {', '.join(told)}"
+
+
+# Settings of the one pass that makes a Laplace posterior.
+_OF_A_PASS = {"batch_size", "seed", "precision"}
 
 
 def fit(
@@ -221,6 +225,11 @@ def fit(
         guide = as_module(guide)
     if isinstance(guide, AutoKroneckerLaplace):
         check(model is guide.model, "model", "the one that the guide was made for", type(model))
+        unused = sorted(changes.keys() - _OF_A_PASS)
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} must be left out with an AutoKroneckerLaplace, which is made in one pass"
+            )
         return _laplace(
             guide,
             train,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pyro_bmrs.fitting.posterior_file import restore, state_of
 from pyro_bmrs.fitting.settings import Settings
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import Evaluation
-from pyro_bmrs.pruning.budgets import Budget, first, one_standard_error
+from pyro_bmrs.pruning.budgets import Budget, TooMuchLostError, first, one_standard_error
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 
 FORMAT, VERSION = "pyro_bmrs.stage", 1
@@ -32,6 +32,7 @@ MOST_STAGES = 24
 _EXAMPLES_PER_WEIGHT = 50
 # The first is 1, the ELBO, but no less than the last over this: below, nothing leaves a network of images.
 _RANGE = 100
+_UNITS = {"accuracy_drop": "points", "loss_rise": "nats an example"}
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,9 @@ class Stages:
         """As `NetworkPlan.within`, of the stage where the budget costs least; it is restored.
 
         Tried are the two stages whose own sizes lie around the budget, one halfway to them, whose weights have seen
-        less pressure, the one that the rule of one standard error takes, and the last. Losses are counted from the
-        least of all stages. If the budget can't be met, model and guide stay as they are.
+        less pressure, the one that the rule of one standard error takes, and the last. Where losses are asked for, what
+        the evidence keeps of any stage counts too. Losses are counted from the least of all stages. If the budget can't
+        be met, model and guide stay as they are.
         """
         before = state_of(self.model, self.guide), self.guide.kl_weight
         try:
@@ -195,30 +197,52 @@ class Stages:
             self.restore(numbers[place])
             return budget().meets(self.plan())
 
-        if budget().has_costs:
+        has_costs, has_losses = budget().has_costs, budget().has_losses
+        # they are known, and need not fall from stage to stage
+        losses = [Evaluation(row["validation_loss"], row["validation_accuracy"], math.nan) for row in rows]
+        good = [place for place, loss in enumerate(losses) if has_losses and budget().allows(loss)]
+        if has_costs:
             turn = first(len(rows), enough)
             tried = {turn // 2, turn - 1, turn, numbers.index(self.choice()), len(rows) - 1}
-        else:  # they are known, and need not fall from stage to stage
-            losses = [
-                Evaluation(row["validation_loss"], row["validation_accuracy"], math.nan) for row in rows
-            ]
-            turn = max((place for place, found in enumerate(losses) if budget().allows(found)), default=-1)
+        else:
+            turn = max(good, default=-1)
             tried = {turn, turn + 1}
-        found, refusal = [], None
+        found: list[tuple[float, int, NetworkPlan]] = []
+        lost, refusal = [], None
         for place in sorted(tried & set(range(len(rows)))):
             self.restore(numbers[place])
             try:
                 plan = self.plan().meeting(budget(), progress=progress)
+            except TooMuchLostError as error:
+                lost.append(error.nearest)
+                continue
             except ValueError as error:
                 refusal = error
                 continue
             loss = plan.evaluated(self.held_out)
-            if budget().has_costs or budget().allows(loss):
-                found.append((loss.loss if budget().has_costs else plan.parameters_left(), place, plan))
+            if has_costs or budget().allows(loss):
+                found.append((loss.loss if has_costs else plan.parameters_left(), place, plan))
+        # losses need not rise along a path: its places that were looked at may lose more than what the evidence keeps
+        wanted = "validation_loss" if has_costs else "parameters"
+        for place in sorted(good, key=lambda place: rows[place][wanted]):
+            self.restore(numbers[place])
+            plan = self.plan()
+            loss = plan.evaluated(self.held_out)
+            if budget().meets(plan) and budget().allows(loss):
+                allowed = {name: round(value, 10) for name, value in budget().allowed.items()}
+                plan = replace(plan, rule=replace(plan.rule, budget=allowed))
+                found.append((loss.loss if has_costs else plan.parameters_left(), place, plan))
+                break
+        if not found and not has_costs:
+            limits = budget().allowed
+            least = " and ".join(f"{value:g} {_UNITS[name]}" for name, value in limits.items())
+            raise ValueError(f"{' and '.join(limits)} must be larger: no stage loses as little as {least}")
+        if not found and lost:
+            lost += [losses[place] for place in range(len(rows)) if place not in good and enough(place)]
+            raise budget().too_much_lost(lost)
         if not found:
-            raise refusal or ValueError(
-                f"accuracy_drop and loss_rise must be larger: no stage loses as little as {dict(budget().allowed)}"
-            )
+            assert refusal is not None
+            raise refusal
         _, place, plan = min(found, key=lambda one: one[:2])
         self.restore(numbers[place])
         return plan

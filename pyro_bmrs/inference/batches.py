@@ -66,7 +66,7 @@ class Batches:
     """
 
     def __init__(self, data: Data, batch_size: int, device: torch.device, name: str) -> None:
-        self.name, self.batch_size, self.device = name, batch_size, device
+        self.name, self.batch_size, self.device = name, int(batch_size), device
         self.rank, self.world = 0, 1
         self.count = Counting(name)
         self.tensors: tuple[Inputs, Inputs] | None = None

@@ -98,7 +98,8 @@ class AutoKroneckerLaplace(nn.Module):
             raise ValueError(
                 "model must have linear layers, convolutions or embeddings: its network has none"
             )
-        self.examples, self.shared_prior, self.widest, self.memory = examples, shared_prior, widest, memory
+        self.examples, self.widest, self.memory = int(examples), int(widest), float(memory)
+        self.shared_prior = shared_prior
         self.store_name = unique_name(self)
         self._model = [model]  # no submodule: its parameters are not the guide's
         needs = {path: _need(layer, widest) for path, layer in layers.items()}

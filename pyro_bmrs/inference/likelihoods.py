@@ -15,7 +15,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_whole, plain
 from pyro_bmrs.inference.calls import unique_name
 from pyro_bmrs.networks import name_sites
 from pyro_bmrs.networks.copies import uncompiled
@@ -42,7 +42,7 @@ class Likelihood(nn.Module):
         check(good, "dataset_size", "a positive integer or None", dataset_size)
         net = uncompiled(net)
         name_sites(net)
-        self.net, self.output, self.dataset_size = net, output, dataset_size
+        self.net, self.output, self.dataset_size = net, output, plain(dataset_size)
         self.store_name = unique_name(self)
         # by name of a weight that is a latent of the model: the precision of its prior
         self.weight_priors: dict[str, float] = {}

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_whole, plain
 from pyro_bmrs.distributions import TruncatedLogNormal
 from pyro_bmrs.inference.batches import AT_ONCE, are_examples, to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
@@ -72,8 +73,8 @@ def predict(
 
     Raises:
         TypeError: if an argument has another type, or the model returns no tensor.
-        ValueError: for a bad number; if the guide has no posterior of a noise layer, or is missing; if it has latents
-            of single examples and `x` is more than one batch.
+        ValueError: for a bad number; if the guide is missing, is of another model, or has no posterior of a noise
+            layer; if it has latents of single examples and `x` is more than one batch.
         RuntimeError: if the guide has no parameters yet.
     """
     check(callable(model), "model", "a Pyro model or a network", type(model), TypeError)
@@ -81,22 +82,41 @@ def predict(
     check(draws is None or is_whole(draws, 1), "draws", "a positive integer or None", draws)
     check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
     check(is_whole(seed), "seed", "an integer of 0 or more", seed)
+    draws, batch_size, seed = plain(draws), plain(batch_size), plain(seed)  # torch takes none of NumPy's
     parts: list[Tensor] = []
     values: list[Values] = []
+    asked = _Asked()
     with untouched(model, *([] if guide is None else [guide]), seed=seed):
         for number, (batch, home) in enumerate(_batches(model, x, batch_size)):
             if number == 0:
                 values = _values(model, guide, batch, draws, seed)
             elif number == 1:
                 _check_global(guide, batch)
-            total = sum(
-                (_prediction(model, output_at(model, chosen, batch)) for chosen in values),
-                start=torch.zeros(()),
-            )
+            with asked:
+                total = sum(
+                    (_prediction(model, output_at(model, chosen, batch)) for chosen in values),
+                    start=torch.zeros(()),
+                )
+            if guide is not None and values[0] and not asked.names & values[0].keys():
+                raise ValueError(
+                    f"guide must be one of this model, or None: {type(model).__name__} has none of its latents "
+                    f"{list(values[0])[:10]}"
+                )
             parts.append((total / len(values)).to(home))
     if not parts:
         raise ValueError("x must not be empty")
     return torch.cat(parts)
+
+
+class _Asked(Messenger):  # type: ignore[misc]
+    """Effect handler that notes the sites of a model: a network asks for no values, and would ignore a guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        self.names.add(msg["name"])
 
 
 def output_at(model: Callable[..., Any], values: Mapping[str, Tensor], x: Inputs, *observed: Tensor) -> Any:

@@ -58,6 +58,7 @@ def untouched(
                 if isinstance(program, nn.Module):
                     stack.enter_context(in_mode(program, training=False))
             if seed is not None:
+                seed = int(seed)  # Python's generator takes none of NumPy's
                 torch.manual_seed(seed)
                 random.seed(seed)
                 np.random.seed(seed % 2**32)  # noqa: NPY002

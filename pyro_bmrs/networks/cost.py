@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,9 +62,24 @@ def _counted(network: nn.Module, inputs: Inputs) -> int:
 
 def _counter(network: nn.Module, inputs: Inputs) -> Any:
     inputs = map_tensors(Tensor.detach, inputs)
-    with _no_gradients(network), _attention_in_steps(), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=_FUSED_RECURRENT)
+    with _no_gradients(network), _attention_in_steps(), counting as counter:
         call(network, inputs)
     return counter
+
+
+def _recurrent(steps: Sequence[int], weights: Iterable[Sequence[int]]) -> int:
+    """Operations of a recurrent layer, by shapes: each step multiplies by each matrix once; biases have one axis."""
+    return 2 * math.prod(steps[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
+
+
+# Recurrent layers that are computed at once, which the counter does not know: on the CPU and on accelerators.
+_FUSED_RECURRENT = {
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, of_x, of_state, *_, **__: _recurrent(x, (of_x, of_state)),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, weights),
+    torch.ops.aten.miopen_rnn: lambda x, weights, *_, **__: _recurrent(x, weights),
+    torch.ops.aten._lstm_mps: lambda x, _state, weights, *_, **__: _recurrent(x, weights),
+}
 
 
 @torch.no_grad()

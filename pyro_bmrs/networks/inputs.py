@@ -39,16 +39,22 @@ def check_module(name: str, module: object) -> None:
 
 
 @contextmanager
-def blamed_on_input(network: nn.Module) -> Iterator[None]:
-    """Turns an error of a call of the network into a one-line ValueError about example_input."""
+def blamed_on_input(network: nn.Module, name: str = "example_input") -> Iterator[None]:
+    """Turns an error of a call of the network into a one-line ValueError about the argument of that name."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"example_input must be what network can be called with: {type(network).__name__} fails with "
+            f"{name} must be what network can be called with: {type(network).__name__} fails with "
             f"{type(error).__name__}: {reason}"
         ) from error
+
+
+def check_numbers(name: str, data: object) -> None:
+    """Raise ValueError, naming the argument, if a tensor of it holds NaN. Infinities may be those of a mask."""
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(data)):
+        raise ValueError(f"{name} must hold no NaN")
 
 
 def check_finite(name: str, module: nn.Module) -> None:

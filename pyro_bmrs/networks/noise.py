@@ -95,7 +95,7 @@ class MultiplicativeNoise(nn.Module):
         if dim == 0:
             raise ValueError("dim must not be 0, which counts examples: got 0")
         LogUniform(log_low, log_high)  # checks the bounds
-        self.features, self.dim = features, dim
+        self.features, self.dim = int(features), dim
         self.site: str | None = None
         self.register_buffer("log_low", torch.tensor(float(log_low)))
         self.register_buffer("log_high", torch.tensor(float(log_high)))

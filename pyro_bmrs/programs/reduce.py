@@ -133,6 +133,13 @@ def reduce(
         good = isinstance(order, RemovalOrder)
         check(good, "criterion", "a RemovalOrder for this guide, or None", order, TypeError)
         assert isinstance(order, RemovalOrder)
+        of_others = {
+            "model_args": model_args, "kl_weight": kl_weight is not None, "groups": groups is not None,
+            "prior_log_odds": prior_log_odds, "dependent_priors": dependent_priors != "raise",
+        }  # fmt: skip
+        given = [name for name, some in of_others.items() if some]
+        if given:
+            raise ValueError(f"{', '.join(given)} must be left out with an AutoKroneckerLaplace")
         return reduce_by_laplace(guide, order, min_kept=min_kept, round_to=round_to)
     criterion = BMRS_N() if criterion is None else criterion
     good = not isinstance(criterion, RemovalOrder)
@@ -148,7 +155,7 @@ def reduce(
             )
         return reduce_structures(
             model, guide, criterion, model_args, min_kept=min_kept, round_to=round_to, kl_weight=kl_weight
-        )
+        ).settled()
     log_odds = check_log_odds(prior_log_odds)
     latents = Latents(
         model, guide, criterion, model_args, dependent_priors=dependent_priors, draws=draws, seed=seed
@@ -184,7 +191,7 @@ def reduce_by_priors(
         min_kept=min_kept, round_to=round_to, kl_weight=kl_weight,
     )  # fmt: skip
     parts = {entry.name: getattr(plan, entry.name) for entry in fields(plan)}
-    return StructuresByPriors(**parts, **evidence_tables(latents, chosen), _latents=latents).at(0.0)
+    return StructuresByPriors(**parts, **evidence_tables(latents, chosen), _latents=latents).at(0.0).settled()
 
 
 # A reduced prior removes structures if it has this share of its mass below 2^-bits, the paper's largest interval.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -49,9 +49,25 @@ class Binding:
     ) -> None:
         self.network, self._find_input = network, find_input
         self.model, self.arguments, self.others = model, arguments, dict(others or {})
+        self._original = network  # what the network is a copy of
         self._shapes: dict[str, torch.Size] = {}  # those of the network whose groups were found
-        if known is not None and known.network is network and known._shapes == shapes_of(network):
+        if known is not None and known._original is network and known._shapes == shapes_of(network):
             self._shapes, self.groups = known._shapes, known.groups
+
+    def of_a_copy(self) -> Binding:
+        """The same of a copy of network and model: whatever is fitted later, a plan keeps to it."""
+        find_input = None if self._find_input is None else lambda: self.example_input
+        try:
+            model = copied(self.model) if self.model is not None else None
+            paths = [path for path, module in _modules(self.model) if module is self.network]
+            network = model.get_submodule(paths[0]) if model is not None and paths else copied(self.network)
+        except TypeError:  # a model may hold what has no copy, such as an open file
+            return self
+        own = Binding(network, find_input, model, self.arguments, self.others)
+        own._original = self._original
+        if self.has_groups:
+            own._shapes, own.groups = self._shapes, self.groups
+        return own
 
     @property
     def has_input(self) -> bool:
@@ -107,6 +123,10 @@ class Binding:
                 # a buffer of indices must be within range
                 buffer.fill_(1 if buffer.is_floating_point() else 0)
         return full
+
+
+def _modules(model: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    return iter(()) if model is None else model.named_modules()
 
 
 def shapes_of(network: nn.Module) -> dict[str, torch.Size]:

@@ -131,6 +131,18 @@ class Reduced(Protocol):
     def evaluated(self, data: Data | Batches) -> Evaluation: ...
 
 
+class TooMuchLostError(ValueError):
+    """No plan within the costs loses as little as is allowed.
+
+    Attributes:
+        nearest: what the one that exceeds it least evaluates to.
+    """
+
+    def __init__(self, message: str, nearest: Evaluation) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
 class Budget:
     """What smaller networks of one network may cost and lose.
 
@@ -176,6 +188,11 @@ class Budget:
         """Whether costs are asked for: then as little is removed as possible, else as much."""
         return bool(self._costs.names)
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether losses are asked for."""
+        return bool(self._limits)
+
     def meets(self, plan: Reduced) -> bool:
         """Whether a plan costs no more than is allowed."""
         return not self._over(plan)
@@ -183,6 +200,17 @@ class Budget:
     def allows(self, found: Evaluation) -> bool:
         """Whether no more is lost than is allowed."""
         return _is_allowed(self._lost(found), self._limits)
+
+    def too_much_lost(self, found: Sequence[Evaluation]) -> TooMuchLostError:
+        """The error where plans meet the costs, but all lose more than is allowed: it names the nearest loss."""
+        limits = self._limits
+        nearest = min(found, key=lambda one: max(self._lost(one)[name] - limits[name] for name in limits))
+        lost = self._lost(nearest)
+        over = next(name for name in limits if not _is_allowed(lost, {name: limits[name]}))
+        meeting = ", ".join(f"{cost} within {self.allowed[cost]:,.10g}" for cost in self._costs.names)
+        return TooMuchLostError(
+            f"{over} must be at least {lost[over]:.4g}, with {meeting}: got {limits[over]:g}", nearest
+        )
 
     def better[P: Reduced](self, plans: Sequence[P], data: Data | Batches | None) -> P:
         """Of plans that meet the costs the one with the least loss; of those that lose no more the smallest.
@@ -227,15 +255,10 @@ class Budget:
     def _losing_little[P: Reduced](self, found: Sequence[P]) -> list[P]:
         """Those of plans that lose no more than is allowed. Raises ValueError if there are none."""
         assert self.data is not None
-        limits, losses = self._limits, [self._lost(plan.evaluated(self.data)) for plan in found]
-        good = [plan for plan, one in zip(found, losses, strict=True) if _is_allowed(one, limits)]
+        losses = [plan.evaluated(self.data) for plan in found]
+        good = [plan for plan, one in zip(found, losses, strict=True) if self.allows(one)]
         if not good:
-            nearest = min(losses, key=lambda one: max(one[name] - limits[name] for name in limits))
-            over = next(name for name in limits if not _is_allowed(nearest, {name: limits[name]}))
-            meeting = ", ".join(f"{cost} within {self.allowed[cost]:,.10g}" for cost in self._costs.names)
-            raise ValueError(
-                f"{over} must be at least {nearest[over]:.4g}, with {meeting}: got {limits[over]:g}"
-            )
+            raise self.too_much_lost(losses)
         return good
 
     def _fewest[P: Reduced](self, path: Path[P]) -> int:

@@ -218,7 +218,7 @@ class Random:
         check(is_whole(self.seed), "seed", "an integer of 0 or more", self.seed)
 
     def __call__(self, layers: Layers) -> Scores:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         draws = {
             name: torch.rand(layer.kept.shape, generator=generator, dtype=torch.float64).to(layer.kept.device)
             for name, layer in layers.items()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -12,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pyro_bmrs.arguments import check
 from pyro_bmrs.evidence.kronecker import evidence_of_inputs, evidence_of_outputs
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import Evaluation, evaluate
@@ -22,7 +25,7 @@ from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.curvature import matrix_layers
 from pyro_bmrs.networks.groups import StructureGroup
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, batch_size, taken
+from pyro_bmrs.networks.inputs import Inputs, batch_size, blamed_on_input, check_numbers, taken
 from pyro_bmrs.networks.insertion import insert_noise
 from pyro_bmrs.networks.nesting import Nesting
 from pyro_bmrs.networks.noise import noise_layers
@@ -101,15 +104,16 @@ class LaplacePlan(NetworkPlan):
             progress: show a bar of the refit, on a terminal.
 
         Raises:
-            ValueError: as `NetworkPlan.apply`; also for `refit` of a plan that was loaded.
+            ValueError: as `NetworkPlan.apply`; also for a plan that was loaded, and lacks the posterior.
             EqualityError: as `NetworkPlan.apply`.
         """
-        small = super().apply(network, example_input, tolerance=tolerance)
         guide, cuts = self._guide, self.cuts
         if guide is None or cuts is None:
-            if refit is not None:
-                raise ValueError("refit needs the full network: this plan was loaded from disk")
-            return small
+            raise ValueError(
+                "plan must have its posterior: this one was loaded from disk. Give it with with_posterior(guide), or "
+                "rebuild the network from its saved weights"
+            )
+        small = super().apply(network, example_input, tolerance=tolerance)
         separate_attention(small)
         take_over(small, guide, cuts)
         if refit is not None:
@@ -128,6 +132,7 @@ class LaplacePlan(NetworkPlan):
         return 0 if threshold is None else int(min(max(-threshold, 0), len(self.path)))
 
     def at(self, threshold: float) -> Self:
+        check(isinstance(threshold, Real), "threshold", "a number", threshold)
         # structures that are not on the path stay, whose score is −∞
         return super().at(max(threshold, -float(len(self.table))))
 
@@ -151,6 +156,7 @@ class LaplacePlan(NetworkPlan):
         Raises:
             RuntimeError: if the guide has no posterior or no examples.
         """
+        guide = _of_a_copy(guide)
         return replace(self, _guide=guide, _binding=_binding(guide))
 
     def paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
@@ -234,9 +240,11 @@ def _inputs_of(data: Data, network: nn.Module, guide: AutoKroneckerLaplace) -> I
     """The inputs of some examples, in one batch on the network's device: as many as the guide's memory allows."""
     device = next(network.parameters()).device
     few, _ = Batches(data, 2, device, "refit").some(2, seed=0)
-    wanted = min(guide.examples, examples_within(network, few, guide.room()))
+    with blamed_on_input(network, "refit"):
+        wanted = min(guide.examples, examples_within(network, few, guide.room()))
     # in any order: data may be sorted by class
     x, _ = Batches(data, wanted, device, "refit").some(wanted, seed=0)
+    check_numbers("refit", x)
     count = batch_size(x)
     return taken(x, slice(0, wanted), count) if count > wanted else x
 
@@ -251,6 +259,7 @@ def reduce_by_laplace(
     progress: bool = True,
 ) -> LaplacePlan:
     """The plan of a trained network: see `pyro_bmrs.reduce`."""
+    guide = _of_a_copy(guide)
     binding = _binding(guide)
     noisy, groups = binding.network, list(binding.groups.values())
     nesting = Nesting.of(groups)
@@ -289,6 +298,13 @@ def reduce_by_laplace(
     path[["outgoing", "incoming"]] = np.array(rows).reshape(-1, 2)
     own = replace(plan, path=path).by_evidence()
     assert own is not None
+    return own
+
+
+def _of_a_copy(guide: AutoKroneckerLaplace) -> AutoKroneckerLaplace:
+    """The guide as it is now, of a copy of its model: whatever is trained later, a plan keeps to it."""
+    own = copy.copy(guide)
+    own._model = [copied(guide.model)]
     return own
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import is_whole
+from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.evaluate import Evaluation, evaluate
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
@@ -236,6 +236,10 @@ class NetworkPlan(Plan):
         """This plan, with a network to apply it to, a function that makes an example input, and its Pyro model."""
         return replace(self, _binding=Binding(network, find_input, model, known=self._binding))
 
+    def settled(self) -> Self:
+        """This plan, with a copy of its network and model, which later fits do not change."""
+        return self if self._binding is None else replace(self, _binding=self._binding.of_a_copy())
+
     def kinds(self) -> dict[str, str]:
         """By layer what makes its structures, such as "Conv2d 5×5"."""
         if self._binding is None:
@@ -296,8 +300,10 @@ class NetworkPlan(Plan):
             EqualityError: if the smaller network does not compute what the reduced model computes; the
                 message has the largest difference.
         """
+        check(is_number(tolerance) and tolerance > 0, "tolerance", "a positive number", tolerance)
         binding = self._bound(network, example_input)
         self._check_layers(binding.network)
+        check(examples_in(binding.example_input) > 0, "example_input", "one example or more", 0)
         collapsed = self._collapsed()
         if collapsed:
             warnings.warn(f"{', '.join(collapsed)}: {_FLOOR_ADVICE}", stacklevel=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -155,19 +155,28 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote: a plan of this kind, or of one that belongs to it.
 
         Raises:
             ValueError: if the file is no plan of this kind, is damaged, does not belong to its numbers, or was
                 written by a newer version.
         """
-        document, columns = read_plan(path, cls.kind)
+        kinds = {one.kind: one for one in cls._and_below()}
+        document, columns = read_plan(path, cls.kind, [*kinds])
         try:
             rule = Rule.from_json(document["rule"])
             table = _table(document["layers"], columns, rule.kl_weight)
-            return cls(table=table, rule=rule, **cls._parts(document))
+            own = kinds[document["kind"]]
+            return own(table=table, rule=rule, **own._parts(document))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"path must be a whole plan: {path}: {error}") from None
+
+    @classmethod
+    def _and_below(cls) -> Iterator[type[Self]]:
+        """The classes below it, and itself last."""
+        for one in cls.__subclasses__():
+            yield from one._and_below()
+        yield cls
 
 
 def _table(sizes: Mapping[str, int], columns: Mapping[str, Tensor], kl_weight: float) -> pd.DataFrame:

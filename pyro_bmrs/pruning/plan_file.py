@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,14 @@ def write_plan(path: Path | str, document: Mapping[str, Any], columns: Mapping[s
     return write_atomically(path, lambda beside: beside.write_text(text))
 
 
-def read_plan(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_plan(
+    path: Path | str, kind: str, known: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The document and the columns that `write_plan` wrote.
 
     Args:
-        kind: of plan, which the document must name.
+        kind: of plan, for a message.
+        known: the kinds of which the document must name one.
 
     Raises:
         ValueError: if the file is no plan of this kind, is damaged, does not belong to its numbers, or was written by
@@ -69,7 +72,7 @@ def read_plan(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str, Te
         raise ValueError(f"{wanted}: {path} is none")
     refuse_newer(path, "plan", document.get("version"), VERSION)
     found = document.get("kind")
-    if found != kind:
+    if found not in known:
         raise ValueError(f"path must be a plan of a {kind}: {path} is one of a {found}")
     beside = numbers_beside(path)
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any
 
-from pyro_bmrs.arguments import check, is_floor, is_number, is_whole
+from pyro_bmrs.arguments import check, is_floor, is_number, is_whole, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Rule:
         each = odds.values() if isinstance(odds, Mapping) else [odds]
         check(odds is None or all(map(is_number, each)), "prior_log_odds", "a finite number or None", odds)
         threshold = self.threshold
-        good = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        good = isinstance(threshold, Real) and not isinstance(threshold, bool)
         check(
             threshold is None or (good and not math.isnan(threshold)),
             "threshold", "a number or None", threshold,
@@ -63,6 +64,8 @@ class Rule:
         good = is_number(self.kl_weight) and self.kl_weight >= 0
         check(good, "kl_weight", "finite and not negative", self.kl_weight)
         check(isinstance(self.budget, Mapping), "budget", "a mapping of costs", self.budget)
+        for name in ("prior_log_odds", "threshold", "min_kept", "round_to", "kl_weight", "budget"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
     @property
     def has_evidence(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.inference.guides import AutoTruncatedLogNormal
-from pyro_bmrs.networks.copies import copied
+from pyro_bmrs.networks.copies import copied, without_values
 from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.groups import StructureGroup, after, cuts_of
@@ -85,7 +85,7 @@ def original_network(network: nn.Module) -> nn.Module:
     original = getattr(network, "_original", None)
     if isinstance(original, _Original):
         return original.network
-    return without_noise(copied(network)).to("meta")
+    return without_values(without_noise(copied(network)))  # .to("meta") would part tied weights
 
 
 def _shrink_network(network: nn.Module, kept: Mapping[str, Tensor], cuts: Cuts) -> None:

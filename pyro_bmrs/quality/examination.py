@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_whole, plain
 from pyro_bmrs.checks.arviz_io import loo, to_datatree
 from pyro_bmrs.checks.data import DataOfModel, some_of, spread
 from pyro_bmrs.checks.draws import draw_posterior
@@ -159,6 +159,7 @@ class Examination:
         check(is_whole(batch_size, 1), "batch_size", "an integer of at least 1", batch_size)
         good = examples is None or is_whole(examples, 1)
         check(good, "examples", "an integer of at least 1, or None", examples)
+        draws, examples, seed, batch_size = plain(draws), plain(examples), plain(seed), plain(batch_size)
         _check_programs(model, guide, plan, fine_tuned)
         _check_criteria(criteria)
         device, given = next(model.parameters()).device, {"train": train, "test": test}

@@ -69,6 +69,39 @@ def test_the_batch_size_is_a_matter_of_taste_and_examples_are_at_most_those_aske
     assert not torch.equal(some.curvatures["0"].inputs, inputs)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda x, y: (x, y[:, 0]), "y must have the output's shape"),
+        (lambda x, y: (x, torch.where(y > 1, torch.nan, y)), "NaN"),
+        (lambda x, y: (x, torch.where(y > 1, torch.inf, y)), "must be finite"),
+        (lambda x, y: (torch.where(x > 2, torch.nan, x), y), "NaN"),
+    ],
+)
+def test_data_that_can_not_be_used_leave_the_scale_of_a_regression(spoil, told):
+    torch.manual_seed(0)
+    x = torch.randn(200, 4)
+    y = 2 * x[:, :1] + 0.1 * torch.randn(200, 1)
+    model = bmrs.Regressor(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, (x, y), progress=False)
+    before, known = float(model.log_scale), dict(guide.curvatures)
+    with pytest.raises(ValueError, match=told) as caught:
+        bmrs.fit(model, guide, spoil(x, y), progress=False)
+    assert len(str(caught.value).splitlines()) == 1
+    assert float(model.log_scale) == before
+    assert guide.curvatures == known
+
+
+def test_settings_that_a_pass_does_not_have_are_refused():
+    model, guide = made()
+    with pytest.raises(ValueError, match="epochs, kl_weight must be left out with an AutoKroneckerLaplace"):
+        bmrs.fit(model, guide, data(), epochs=7, kl_weight=30, progress=False)
+    bmrs.fit(model, guide, data(), progress=False)
+    with pytest.raises(ValueError, match="kl_weight, groups must be left out with an AutoKroneckerLaplace"):
+        bmrs.reduce(model, guide, kl_weight=3, groups={})
+
+
 def test_interrupted_and_called_again_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
     model, guide = made()
     bmrs.fit(model, guide, data(), batch_size=20, progress=False)

@@ -113,7 +113,7 @@ def test_with_validation_data_weights_rise_and_a_stage_is_taken(rising):
     assert list(stages.kl_weight) == [float(f"{8 ** (n / 11):.3g}") for n in range(12)]
     assert list(result.history.kl_weight[4:]) == list(stages.kl_weight)
     assert stages.chosen.sum() == 1
-    result.restore(int(stages.stage[stages.chosen].iloc[0]))
+    result.restore(stages.stage[stages.chosen].iloc[0])  # one of NumPy's numbers
     row = stages[stages.chosen].iloc[0]
     plan = bmrs.reduce(model, guide)
     assert plan.rule.kl_weight == guide.kl_weight == row.kl_weight
@@ -167,8 +167,48 @@ def test_a_budget_out_of_reach_says_so(rising):
         result.within(parameters=3, progress=False)
     with pytest.raises(ValueError, match=r"accuracy_drop must be at least .*, with parameters within 12"):
         result.within(parameters=12, accuracy_drop=0.0, progress=False)
+    both = "accuracy_drop and loss_rise must be larger: no stage loses as little as 0 points and 0 nats an example"
+    with pytest.raises(ValueError, match=both):
+        result.within(accuracy_drop=0, loss_rise=0, progress=False)
     with pytest.raises(ValueError, match="a budget must be one of"):
         result.within()
+
+
+def harmful(useful):
+    """A network that is wrong with either of its last two units; without, right if the first is useful."""
+    net = nn.Sequential(nn.Linear(2, 3), MultiplicativeNoise(3), nn.Linear(3, 2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net[0].weight[:, 0] = 1.0
+        net[2].weight[1] = torch.tensor([useful, -3.0, -3.0])
+    return net
+
+
+def test_what_the_evidence_keeps_in_a_stage_can_be_had_where_each_place_on_the_path_to_it_loses_more():
+    x = data()[0][:, :2]
+    held_out = x, (x[:, 0] > 0).long()
+    model = Classifier(harmful(1.0))
+    guide = AutoTruncatedLogNormal(model)
+    guide(*held_out)
+
+    def scores(layers):
+        return {name: torch.tensor([-1.0, 1.0, 2.0]) for name in layers}
+
+    stages = Stages(model, guide, lambda: bmrs.reduce(model, guide, scores), held_out)
+    for number, useful in enumerate((1.0, -1.0), 1):  # in the second no unit is right
+        model.net.load_state_dict(harmful(useful).state_dict())
+        guide.kl_weight = float(number)
+        stages.add({"stage": number, "epoch": number, "kl_weight": float(number), **stages.measured()})
+    assert stages.table().validation_accuracy.tolist() == [1.0, 0.0]
+    for asked in (dict(accuracy_drop=0), dict(accuracy_drop=0.5), dict(accuracy_drop=0, parameters=15)):
+        plan = stages.within(asked, progress=False)
+        assert plan.evaluated(held_out).accuracy == 1.0
+        assert plan.parameters_left() == 7
+        assert plan.rule.budget == asked
+        # model and guide are in the state of the plan
+        assert guide.kl_weight == plan.rule.kl_weight == 1.0
+        assert bmrs.reduce(model, guide, scores).evaluated(held_out).accuracy == 1.0
 
 
 def test_a_network_without_classes():
@@ -400,3 +440,19 @@ def test_structures_are_found_once_in_a_fit(kl_weight, monkeypatch):
     )
     fitted(Classifier(net), epochs=6, kl_weight=kl_weight)
     assert len(calls) == 1
+
+
+def test_a_plan_for_a_budget_keeps_to_the_state_of_its_stage():
+    model, guide, result = fitted()
+    small = result.within(parameters=0.5)
+    before, loss = small.apply(), small.evaluated(VALIDATION).loss
+    result.restore(1)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(before.parameters(), small.apply().parameters(), strict=True)
+    )
+    assert small.evaluated(VALIDATION).loss == loss
+    own = bmrs.reduce(model, guide)
+    state = own.apply().state_dict()
+    result.restore(len(result.stages))
+    assert all(torch.equal(state[name], value) for name, value in own.apply().state_dict().items())

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -124,6 +125,14 @@ def test_every_kind_of_data_in_batches_gives_the_same(classifier, source, draws)
     torch.testing.assert_close(predict(model, guide, source, draws=draws, batch_size=20), expected)
 
 
+def test_numbers_of_numpy(classifier):
+    model, guide = classifier
+    whole = {"draws": 3, "batch_size": 20, "seed": 5}
+    for source in (X, Inputs()):
+        found = predict(model, guide, source, **{name: np.int64(value) for name, value in whole.items()})
+        assert torch.equal(found, predict(model, guide, source, **whole))
+
+
 def test_dimension_of_classes_and_half_precision(empty_store):
     class Tokens(nn.Module):
         def __init__(self):
@@ -148,6 +157,22 @@ def test_without_latents_no_guide_is_needed(classifier):
         logits = small.eval()(X)
     torch.testing.assert_close(predict(bmrs.Classifier(small), None, X), logits.softmax(1))
     torch.testing.assert_close(predict(small, None, X), logits)
+
+
+def test_a_guide_of_another_model_is_refused(classifier):
+    model, guide = classifier
+    torch.testing.assert_close(predict(model.net, guide, X).softmax(1), predict(model, guide, X))
+    small = bmrs.reduce(model, guide, bmrs.Random(fraction=0.5)).apply()
+    laplace = bmrs.AutoKroneckerLaplace(bmrs.Classifier(small))
+    bmrs.fit(laplace.model, laplace, (X, Y), progress=False)
+    predict(laplace.model, laplace, X)
+    for plain, of_another, latent in (
+        (small, guide, "'2'"), (bmrs.Classifier(small), guide, "'2'"), (small, laplace, "'0.weight'"),
+    ):  # fmt: skip
+        message = rf"guide must be one of this model, or None: {type(plain).__name__} has none of .*{latent}"
+        for draws in (None, 2):
+            with pytest.raises(ValueError, match=message):
+                predict(plain, of_another, X, draws=draws)
 
 
 def test_inputs_by_keyword(empty_store):

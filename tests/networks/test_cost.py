@@ -359,3 +359,48 @@ def test_work_of_entries_adds_up_to_the_work_of_the_network():
     assert found["attention.in_proj_weight"] > 5.0
     total = sum(each * net.get_parameter(name).numel() for name, each in found.items())
     assert total == pytest.approx(multiply_accumulates(net, x))
+
+
+class Recurrent(nn.Module):
+    """Of examples (batch, steps, features) what a recurrent layer says of each step."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x if self.layer.batch_first else x.transpose(0, 1))[0]
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_recurrent_layers_counted_by_hand(layer, gates, batch_first):
+    """The counter does not know torch's fused LSTM."""
+    # seven steps: the gates of 6 units read 5 inputs and the 6 units
+    x, each = torch.randn(3, 7, 5), 7 * gates * 6 * (5 + 6)
+    assert multiply_accumulates(Recurrent(layer(5, 6, batch_first=batch_first)), x) == each
+    both = Recurrent(layer(5, 6, batch_first=batch_first, bidirectional=True))
+    assert multiply_accumulates(both, x) == 2 * each
+    by_entry = {name: 7.0 for name, weight in both.named_parameters() if weight.dim() > 1}
+    assert multiply_accumulates_by_entry(both, x) == by_entry
+    # the second layer reads the units of both directions
+    deep = Recurrent(layer(5, 6, 2, batch_first=batch_first, bidirectional=True))
+    assert multiply_accumulates(deep, x) == 2 * each + 2 * 7 * gates * 6 * (12 + 6)
+
+
+def test_recurrent_layers_of_an_accelerator_counted_by_hand():
+    """As cuDNN computes them; on the meta device, where no accelerator is needed."""
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(5, 6, 2, bidirectional=True, device="meta")
+
+        def forward(self, x):
+            state, weights = torch.zeros(4, len(x), 6, device="meta"), [*self.layer.parameters()]
+            return torch.ops.aten._cudnn_rnn(
+                x, weights, 4, None, state, state, 2, 6, 0, 2, True, 0.0, False, True, [], None
+            )[0]
+
+    by_hand = 2 * 7 * 4 * 6 * (5 + 6) + 2 * 7 * 4 * 6 * (12 + 6)
+    assert multiply_accumulates(Fused(), torch.zeros(3, 7, 5, device="meta")) == by_hand

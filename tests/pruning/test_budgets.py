@@ -358,16 +358,18 @@ def test_a_plan_that_was_loaded_has_no_model(fitted, tmp_path):
         loaded.within(parameters=0.5)
 
 
-def test_a_network_that_has_shrunk_since_is_told_of():
+def test_a_plan_keeps_to_a_network_that_has_shrunk_since():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
     model = bmrs.Classifier(net)
     guide = bmrs.AutoTruncatedLogNormal(model)
     guide(*examples(20))
     plan = bmrs.reduce(model, guide, scored)
+    smaller = plan.within(parameters=0.3).apply()
     plan.within(parameters=0.5).shrink(model, guide)
+    assert str(plan.within(parameters=0.3).apply()) == str(smaller)
     with pytest.raises(ValueError, match="network must have the noise layers of the plan"):
-        plan.within(parameters=0.3)
+        plan.apply(net)
 
 
 @pytest.mark.parametrize("text", ["100%", "0%", "150%"])

@@ -378,7 +378,8 @@ def test_wide_convolutions_are_taken_apart_and_told_of():
 
 def test_a_plan_is_saved_and_loaded_and_cuts_a_fresh_network(trained, tmp_path):
     model, _, plan = trained
-    again = LaplacePlan.load(plan.save(tmp_path / "plan.json"))
+    again = bmrs.NetworkPlan.load(plan.save(tmp_path / "plan.json"))
+    assert type(again) is LaplacePlan
     assert again.kept == plan.kept
     assert again.rule == plan.rule
     assert list(again.path.columns) == list(plan.path.columns)
@@ -386,8 +387,26 @@ def test_a_plan_is_saved_and_loaded_and_cuts_a_fresh_network(trained, tmp_path):
         assert again.path[name].to_numpy() == pytest.approx(plan.path[name].to_numpy(), nan_ok=True)
     small = again.rebuild(copy.deepcopy(model.net))
     assert parameters(small) == plan.parameters_left()
-    with pytest.raises(ValueError, match="refit needs the full network: this plan was loaded from disk"):
-        again.apply(bmrs.insert_noise(model.net, blobs()[0][:2]), blobs()[0][:8], refit=blobs())
+    # the weights that are left have not taken anything over
+    with pytest.raises(ValueError, match="plan must have its posterior: this one was loaded from disk"):
+        again.apply(bmrs.insert_noise(model.net, blobs()[0][:2]), blobs()[0][:8])
+
+
+def test_a_plan_keeps_to_the_posterior_that_it_was_made_of():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    model = bmrs.Classifier(net)
+    bmrs.fit(model, None, blobs(), epochs=5, progress=False)
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, blobs(), progress=False)
+    plan = bmrs.reduce(model, guide).within(parameters=0.5)
+    x, y = blobs(200, seed=1)
+    before = plan.apply()(x)
+    bmrs.fit(bmrs.Classifier(net), None, blobs(), epochs=2, progress=False)
+    bmrs.fit(model, guide, blobs(100, seed=3), progress=False)
+    assert torch.equal(plan.apply()(x), before)
+    loss = float(nn.functional.cross_entropy(before, y))
+    assert plan.evaluated((x, y)).loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_curve_along_the_path(trained):
@@ -526,7 +545,7 @@ def test_layers_off_the_path_stay_whatever_the_threshold(trained):
 
 
 def test_units_that_say_the_same_leave_though_the_others_get_larger_weights():
-    """25 copies of each of 4 units share their outgoing weight: one that has all of it needs another prior precision."""
+    """25 copies of each of 4 units share an outgoing weight: one that has all of it needs another prior precision."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 2))
     with torch.no_grad():
@@ -562,3 +581,25 @@ def test_layers_may_share_one_prior_precision(trained):
     found = path.total_evidence_change[place]
     rise = of_weights[0] - of_weights[1] - found  # as predicted, or more where it was measured
     assert path.total_loss_rise[place] - 1e-6 <= rise <= path.total_loss_rise[place] + 1
+
+
+def test_a_refit_on_what_is_no_number_or_does_not_fit_is_refused(trained):
+    _, _, plan = trained
+    x, y = blobs(50)
+    for wrong, told in (
+        (torch.where(x > 2, torch.nan, x), "refit must hold no NaN"),
+        (x[:, :4], "refit must be what network can be called with"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            plan.apply(refit=(wrong, y))
+
+
+def test_what_apply_and_at_are_told_is_checked(trained):
+    _, _, plan = trained
+    for tolerance in ("x", 0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="tolerance must be a positive number"):
+            plan.apply(tolerance=tolerance)
+    with pytest.raises(ValueError, match="example_input must be one example or more: got 0"):
+        plan.apply(example_input=blobs()[0][:0])
+    with pytest.raises(ValueError, match="threshold must be a number: got 'x'"):
+        plan.at("x")

@@ -1,9 +1,11 @@
 """The rule is part of the plan: everything that speaks of a decision reads it, and none assumes a threshold of 0."""
 
+import json
 import math
 import pickle
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 from diagnosed import make_plan
@@ -39,11 +41,37 @@ def test_a_rule_survives_json(rule):
         (dict(min_kept=-1), "min_kept must be an integer of 0 or more, or a share between 0 and 1: got -1"),
         (dict(round_to=0), "round_to must be a positive integer or None: got 0"),
         (dict(kl_weight=-1.0), "kl_weight must be finite and not negative: got -1.0"),
+        (dict(threshold=np.float32("nan")), "threshold must be a number or None: got np.float32"),
+        (
+            dict(prior_log_odds=np.float64("inf")),
+            "prior_log_odds must be a finite number or None: got np.float64",
+        ),
+        (
+            dict(min_kept=np.int64(-1)),
+            "min_kept must be an integer of 0 or more, or a share between 0 and 1: got np",
+        ),
+        (dict(round_to=np.True_), "round_to must be a positive integer or None: got np.True_"),
+        (dict(kl_weight=True), "kl_weight must be finite and not negative: got True"),
     ],
 )
 def test_a_bad_rule_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(bmrs.Rule(criterion="SNR"), **change)
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.int32, int])
+@pytest.mark.parametrize("number", [np.float64, np.float32, float])
+def test_numbers_of_numpy_are_numbers(whole, number):
+    """As a table of pandas has them."""
+    rule = bmrs.Rule(
+        criterion="BMRS_N", prior_log_odds={"a": number(0.5)}, threshold=whole(-3), min_kept=whole(2),
+        round_to=whole(4), kl_weight=number(0.5), budget={"parameters": number(0.25), "macs": whole(7)},
+    )  # fmt: skip
+    text = json.dumps(rule.to_json())
+    assert bmrs.Rule.from_json(json.loads(text)) == rule
+    assert rule.floor(64) == 2
+    assert replace(rule, min_kept=number(0.125)).floor(64) == 8
+    assert json.dumps(rule.at(number(math.inf)).to_json()["threshold"]) == '"inf"'
 
 
 def plan_at(threshold):
@@ -101,9 +129,24 @@ def test_plans_of_networks_and_of_programs_have_one_protocol(tmp_path):
         assert loaded.kept == plan.kept == {layer: plan.kept[layer] for layer in plan.layers}
         assert loaded.widths().equals(plan.widths())
         assert str(plan.rule) in plan.summary()
-    for other in (plans[1], plans[2]):
-        with pytest.raises(ValueError, match=r"path must be a plan of a network: .* is one of a"):
-            bmrs.NetworkPlan.load(other.save(tmp_path / "other.json"))
+    with pytest.raises(ValueError, match=r"path must be a plan of a network: .* is one of a"):
+        bmrs.NetworkPlan.load(plans[1].save(tmp_path / "other.json"))
+    # by reduced priors, it is one of a network
+    assert type(bmrs.NetworkPlan.load(plans[2].save(tmp_path / "other.json"))) is type(plans[2])
+
+
+def test_numbers_of_numpy_decide_and_are_saved(tmp_path):
+    model, guide, _ = idle_and_needed()
+    plain = bmrs.reduce(model, guide, min_kept=2)
+    plan = bmrs.reduce(model, guide, min_kept=np.int64(2))
+    for found, wanted in (
+        (plan.at(np.int64(-3)), plain.at(-3)),
+        (plan.at(np.float32(-3)), plain.at(-3.0)),
+        (plan.within(parameters=np.float32(0.3)), plain.within(parameters=0.3)),
+    ):
+        assert found.kept == wanted.kept
+        assert str(found) == str(wanted)
+        assert bmrs.NetworkPlan.load(found.save(tmp_path / "plan.json")).rule == found.rule
 
 
 def test_a_search_decides_together_and_its_table_has_its_log_odds():

@@ -13,10 +13,11 @@ from torch import nn
 
 import pyro_bmrs as bmrs
 from pyro_bmrs import AutoTruncatedLogNormal, Classifier, MultiplicativeNoise, NetworkPlan
-from pyro_bmrs.networks.hooked_noise import hooked_noise
+from pyro_bmrs.networks.hooked_noise import hooked_noise, network_of
 from pyro_bmrs.networks.noise import fixed_scales, noise_layers
 from pyro_bmrs.networks.surgery import EqualityError
 from pyro_bmrs.pruning import NonFiniteScoreError
+from pyro_bmrs.pruning.shrink import original_network
 
 
 class Residual(nn.Module):
@@ -439,7 +440,7 @@ def test_a_second_time_is_refused():
     with pytest.raises(ValueError, match="model must have the structures of the plan"):
         plan.shrink(fit.model, fit.guide, fit.optimizer)
     with pytest.raises(ValueError, match="network must have the noise layers of the plan"):
-        plan.apply()
+        plan.apply(network_of(fit.model))
     assert same(fit.snapshot(), before)
 
 
@@ -603,3 +604,35 @@ def test_what_left_keeps_the_prior_of_its_layer():
     bmrs.reduce(model, guide, bmrs.Random(0.5)).shrink(model, guide)
     after = bmrs.reduce(model, guide).table
     assert after.log_evidence_change.tolist() == pytest.approx(before.log_evidence_change.tolist())
+
+
+class Tied(nn.Module):
+    """Behind a layer with noise two layers with one weight, and with one buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.noise, self.second = nn.Linear(6, 8), MultiplicativeNoise(8), nn.Linear(8, 5)
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.b.weight = self.a.weight
+        self.a.register_buffer("step", torch.zeros(3))
+        self.b.register_buffer("step", self.a.step)
+
+    def forward(self, x):
+        return self.b(self.a(self.second(self.noise(self.first(x).relu()))).relu())
+
+
+def test_weights_that_are_tied_count_once():
+    network = Tied()
+    original = original_network(network)
+    assert original.b.weight is original.a.weight
+    assert original.b.step is original.a.step
+    assert all(tensor.is_meta for tensor in original.state_dict().values())
+    model = Classifier(network)
+    guide = AutoTruncatedLogNormal(model)
+    guide(torch.randn(8, 6), torch.zeros(8, dtype=torch.long))
+    plan = bmrs.reduce(model, guide, bmrs.Random(0.5))
+    before = 6 * 8 + 8 + 8 * 5 + 5 + 5 * 5 + 2 * 5
+    assert plan.parameters_before() == plan.costs(plan.apply(), seconds=0).before["parameters"] == before
+    assert f"parameters: {before} →" in str(plan)
+    plan.shrink(model, guide)
+    assert bmrs.reduce(model, guide).parameters_before() == before

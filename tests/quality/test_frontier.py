@@ -28,14 +28,12 @@ def plan(request):
     if request.param == "fitted":
         model = Classifier(bmrs.insert_noise(net, SEEN[0][:4]))
         guide = AutoTruncatedLogNormal(model)
-        options = dict(kl_weight=3.0, posterior_learning_rate=0.1)
+        options = dict(kl_weight=3.0, posterior_learning_rate=0.1, epochs=12, learning_rate=1e-2)
     else:
         model = Classifier(net)
         bmrs.fit(model, None, data(400, 0), epochs=20, learning_rate=1e-2, progress=False)
         guide, options = bmrs.AutoKroneckerLaplace(model), {}
-    bmrs.fit(
-        model, guide, data(400, 0), epochs=12, batch_size=25, learning_rate=1e-2, progress=False, **options
-    )
+    bmrs.fit(model, guide, data(400, 0), batch_size=25, progress=False, **options)
     return bmrs.reduce(model, guide)
 
 

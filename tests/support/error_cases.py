@@ -247,10 +247,10 @@ def reduce(criterion=None, **options):
 
 
 def outlived():
-    """A plan whose network has shrunk since."""
+    """A plan of a network that it was bound to, which has shrunk since."""
     small = SmallFit("plain")
     small.guide(X, Y)
-    plan = bmrs.reduce(small.model, small.guide, bmrs.Random(0.5))
+    plan = bmrs.reduce(small.model, small.guide, bmrs.Random(0.5)).bound_to(small.model.net, lambda: X)
     plan.shrink(small.model, small.guide)
     return plan
 
@@ -701,6 +701,10 @@ NETWORKS = [
         "AutoKroneckerLaplace", "posterior() before the fit",
         lambda: bmrs.AutoKroneckerLaplace(bmrs.Classifier(plain())).posterior(), RuntimeError,
         r"^guide has no posterior yet: call fit\(model, guide, train\)$",
+    ),
+    function(
+        "predict", "a guide with a plain network", lambda: bmrs.predict(plain(), fitted().guide, X), ValueError,
+        r"^guide must be one of this model, or None: Sequential has none of its latents \[",
     ),
     function(
         "recalibrate", "a network with noise",

@@ -637,8 +637,8 @@ SETTINGS = [
     refused("lr=0.1", "^settings must be among epochs, .*: got 'lr'$", lambda: fit((X, Y), lr=0.1)),
     refused('settings={"epochs": 1}', "^settings must be a Settings or None: got {'epochs': 1}$",
             lambda: fit((X, Y), settings={"epochs": 1})),
-    refused("draws=np.int64(3) for predict", r"^draws must be a positive integer or None: got np\.int64\(3\)$",
-            lambda: predicted(X, draws=np.int64(3)), "refused at once; int(…) of it is taken"),
+    works("draws=np.int64(3) for predict", "as 3",
+          lambda: equal(*(float(predicted(X, draws=draws).sum()) for draws in (np.int64(3), 3)))),
     works("checkpoints of a fit that is done", "its result again", lambda: equal(
         *(loss((X, Y), checkpoints="kept") for _ in range(2)))),
     refused("checkpoints of other data", r"^checkpoints kept holds another fit \(first_batch (?P<library>.*)\): choose "
