@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -246,12 +245,10 @@ def _rarest(raw: RawData, count: int) -> str:
 
 
 def _whole(name: str, value: object, least: int) -> int:
-    """An integer, which may be one of NumPy's."""
-    given = int(value) if isinstance(value, np.integer) else value
     # torch's seeds and sizes end at 2**63.
-    good = is_whole(given, least) and given < 2**63  # type: ignore[operator]
+    good = is_whole(value, least) and int(value) < 2**63  # type: ignore[call-overload]
     check(good, name, f"an integer of at least {least}, below 2**63", value, DataError)
-    return int(given)  # type: ignore[call-overload, no-any-return]
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _channel_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,8 @@ class Spectrum:
             delta = math.exp(log_delta)
             return float((self.eigenvalues / (self.eigenvalues + delta)).sum()) - delta * size
 
-        least, most = math.log(_LEAST), math.log(max(len(self.eigenvalues), 1) / size)
+        # γ is at most n; a little above n / ‖w‖² rounding does not matter
+        least, most = math.log(_LEAST), math.log(max(len(self.eigenvalues), 1) / size) + 1.0
         if most <= least or missing(least) <= 0:
             return _LEAST
         return math.exp(brentq(missing, least, most, xtol=_PRECISE))

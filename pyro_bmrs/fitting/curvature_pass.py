@@ -173,7 +173,6 @@ def _settle_scale(model: Likelihood, batches: Batches, fabric: Fabric) -> None:
     sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
     with untouched(model):
         for x, y in batches:
-            check_numbers("data", (x, y))
             given, weights = model.observed(y)
             squares = (given - model.predict(x)).double().square()
             weights = torch.ones_like(squares) if weights is None else weights.double()
@@ -181,7 +180,7 @@ def _settle_scale(model: Likelihood, batches: Batches, fabric: Fabric) -> None:
     total = fabric.all_reduce(sums, reduce_op="sum")
     assert isinstance(total, Tensor)
     if not bool(total.isfinite().all()):
-        raise ValueError("data must be finite: the square error of the network is not")
+        raise ValueError(f"{batches.name} must be finite: the square error of the network is not")
     with torch.no_grad():
         model.log_scale.copy_((total[0] / total[1]).clamp(min=_LEAST_VARIANCE).log() / 2)
 

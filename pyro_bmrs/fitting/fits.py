@@ -292,7 +292,7 @@ def _laplace(
     if file is not None and overwrite:
         for old in file.parent.glob(f"{file.stem}-*{file.suffix}"):
             old.unlink()
-    with _without_tables_of_sites():
+    with _without_tables_of_sites(), _kept_if_it_fails(model):
         interrupted = curvature_pass(
             model, guide, batches, held_out, fabric, seed=settings.seed, checkpoint=file, label=label,
             progress=progress,
@@ -315,6 +315,19 @@ def _laplace(
         history=pd.DataFrame([row], columns=HISTORY_COLUMNS), removals=pd.DataFrame(columns=LEDGER_COLUMNS),
         settings=settings, best_epoch=0 if interrupted else 1, interrupted=interrupted,
     )  # fmt: skip
+
+
+@contextmanager
+def _kept_if_it_fails(model: Likelihood) -> Iterator[None]:
+    """Puts a model's own parameters, such as the scale of a regression, back after an error."""
+    before = [(one, one.detach().clone()) for one in model.parameters(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        raise
 
 
 @contextmanager

@@ -227,8 +227,10 @@ class Stages:
         for place in sorted(good, key=lambda place: rows[place][wanted]):
             self.restore(numbers[place])
             plan = self.plan()
+            if not budget().meets(plan):
+                continue
             loss = plan.evaluated(self.held_out)
-            if budget().meets(plan) and budget().allows(loss):
+            if budget().allows(loss):
                 allowed = {name: round(value, 10) for name, value in budget().allowed.items()}
                 plan = replace(plan, rule=replace(plan.rule, budget=allowed))
                 found.append((loss.loss if has_costs else plan.parameters_left(), place, plan))

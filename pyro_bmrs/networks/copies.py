@@ -42,12 +42,15 @@ def _bare(module: nn.Module) -> nn.Module:
     return module
 
 
-def copied[Network: nn.Module](module: Network) -> Network:
+def copied[Network: nn.Module](module: Network, memo: dict[int, Any] | None = None) -> Network:
     """A deep copy, not compiled. Tensors with a graph, which torch refuses to copy, lose it.
 
     A module has such tensors where it remembers an activation, or computes its weight by a hook.
+
+    Args:
+        memo: takes the copy of each part, by its identity, as of `copy.deepcopy`.
     """
-    return _copied(module, {})
+    return _copied(module, {} if memo is None else memo)
 
 
 def _copied[Network: nn.Module](module: Network, memo: dict[int, Any]) -> Network:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ from pyro_bmrs.networks.trial import Trial
 # So many of the given examples are looked at, if the network can be called with them; of a large network, whose passes
 # are dear, one.
 _EXAMPLES, _LARGE = 2, 10_000_000
+# (examples, outputs, paths of modules that were not reached)
+type _Outcome = tuple[Inputs, list[Tensor], set[str]]
 
 
 def structures(
@@ -115,13 +117,11 @@ def _found(network: nn.Module, example_input: Inputs, leave_out: str | Sequence[
 
 
 @torch.no_grad()
-def _called_once(
-    network: nn.Module, copy: nn.Module, example_input: Inputs
-) -> tuple[Inputs, list[Tensor], set[str]]:
+def _called_once(network: nn.Module, copy: nn.Module, example_input: Inputs) -> _Outcome:
     """(a few examples, the outputs for them, paths of the modules with parameters that they do not reach).
 
-    All examples where a few fail, since they may need each other, or where all reach more modules, as in a mixture of
-    experts.
+    All examples where a few fail, since they may need each other; more where these reach more modules, as in a mixture
+    of experts.
     """
     few, count = example_input, 1 if parameters(network) > _LARGE else _EXAMPLES
     if batch_size(example_input) > count:
@@ -135,7 +135,7 @@ def _called_once(
     }
     looked_at = _with_parameters(network).keys() - inside
 
-    def outcome(some: Inputs) -> tuple[Inputs, list[Tensor], set[str]]:
+    def outcome(some: Inputs) -> _Outcome:
         torch.manual_seed(0)
         with _reached(copy) as reached:
             outputs = tensors_of(call(copy, some))
@@ -146,11 +146,12 @@ def _called_once(
         if few is not example_input:
             with suppress(Exception):
                 found = outcome(few)
-        if found is None or found[2]:
+        if found is None:
             with blamed_on_input(network):
-                of_all = outcome(example_input)
-            if found is None or len(of_all[2]) < len(found[2]):
-                found = of_all
+                found = outcome(example_input)
+        elif found[2]:
+            with suppress(Exception):  # all may be more than there is memory for
+                found = _fewest(outcome, example_input, found)
         _check_batch(copy, example_input)
     if original:
         raise StructureError(
@@ -159,6 +160,15 @@ def _called_once(
             "the arguments of hooks, and write forward as a method"
         )
     return found
+
+
+def _fewest(outcome: Callable[[Inputs], _Outcome], example_input: Inputs, found: _Outcome) -> _Outcome:
+    """The outcome of as few examples as reach what all reach."""
+    of_all, count = outcome(example_input), batch_size(example_input)
+    some = 2 * batch_size(found[0])
+    while len(of_all[2]) < len(found[2]) and some < count:
+        found, some = outcome(first_examples(example_input, some)), 2 * some
+    return of_all if len(of_all[2]) < len(found[2]) else found
 
 
 @torch.no_grad()

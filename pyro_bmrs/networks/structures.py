@@ -146,7 +146,7 @@ def structure_groups(network: nn.Module, example_input: Inputs) -> dict[str, Str
     }
     by_hand = [site for site in noise_layers(network) if site not in groups]
     if by_hand:
-        grouping = traced(without_hooked_noise(copied(network)), example_input)
+        grouping = traced(without_hooked_noise(copied(network)), example_input, most=2)
         layers = noise_layers(grouping.trace.network)
         paths = {layer: path for path, layer in grouping.trace.network.named_modules()}
         groups |= {site: _group_of_layer(grouping, site, paths[layers[site]]) for site in by_hand}
@@ -210,11 +210,13 @@ def traced(
     leave_out: Sequence[str] = (),
     in_training: AbstractSet[str] = frozenset(),
     *,
+    most: int | None = None,
     through_layer_norms: bool = False,
 ) -> Grouping:
     """The classes of a network's rows, columns and entries, from one pass in evaluation mode.
 
     Args:
+        most: so many of the examples, if the network can be called with them.
         through_layer_norms: whether the channels that a LayerNorm reads are followed one by one, as if it did not mix
             them.
 
@@ -223,7 +225,7 @@ def traced(
     """
     network.eval()
     # at least two, so that the first dimension is not taken for another
-    for example in (*_several(example_input), example_input):
+    for example in (*_several(example_input, most), example_input):
         trace = Trace(network, example, through_layer_norms=through_layer_norms)
         try:
             trace.run()
@@ -243,10 +245,11 @@ def traced(
     return Grouping(trace, leave_out)
 
 
-def _several(example_input: Inputs) -> Iterator[Inputs]:
-    """These examples, or two of a single one, if it can be repeated."""
+def _several(example_input: Inputs, most: int | None) -> Iterator[Inputs]:
+    """These examples, or some of them; two of a single one, if it can be repeated."""
     with suppress(Exception):  # what is not a plain tensor may not be taken apart
-        yield repeated(example_input, max(batch_size(example_input), 2))
+        count = batch_size(example_input)
+        yield repeated(example_input, max(count if most is None else min(count, most), 2))
 
 
 def _group_of_layer(grouping: Grouping, site: str, path: str) -> StructureGroup:

@@ -211,7 +211,7 @@ def _precise(network: nn.Module) -> AbstractContextManager[Any]:
 
 def difference(wanted: Tensor, found: Tensor) -> tuple[float, float]:
     """(largest difference, spread of `wanted` over the examples); (0, 1) for outputs without entries."""
-    if not wanted.numel():
+    if wanted.shape == found.shape and not wanted.numel():
         return 0.0, 1.0
     finite = wanted.isfinite()
     # infinities, such as those of a mask, must be in the same places

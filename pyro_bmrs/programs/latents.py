@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_whole, plain
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
@@ -95,7 +95,8 @@ class Latents:
         known = dependent_priors in get_args(DependentPriors)
         check(known, "dependent_priors", "'raise' or 'average'", dependent_priors)
         check(is_whole(draws, 100), "draws", "an integer of at least 100", draws)
-        check(isinstance(seed, int), "seed", "an integer", seed)
+        check(is_whole(seed), "seed", "an integer of 0 or more", seed)
+        draws, seed = plain(draws), plain(seed)
         for name, program in (("model", model), ("guide", guide)):
             check(callable(program), name, "a Pyro program", type(program), TypeError)
         args = arguments_of(guide, args)

@@ -27,7 +27,7 @@ from pyro_bmrs.programs.reduction import (
 from pyro_bmrs.programs.second_opinion import choices, second_opinion
 from pyro_bmrs.programs.sites import elementary_law
 from pyro_bmrs.pruning.criteria import BMRS_N, ReducedPriors, text_of
-from pyro_bmrs.pruning.laplace_plan import reduce_by_laplace
+from pyro_bmrs.pruning.laplace_plan import of_a_copy, reduce_by_laplace
 from pyro_bmrs.pruning.network_plan import NetworkPlan
 from pyro_bmrs.pruning.reduce import reduce_structures
 from pyro_bmrs.pruning.removal_path import RemovalOrder
@@ -140,7 +140,7 @@ def reduce(
         given = [name for name, some in of_others.items() if some]
         if given:
             raise ValueError(f"{', '.join(given)} must be left out with an AutoKroneckerLaplace")
-        return reduce_by_laplace(guide, order, min_kept=min_kept, round_to=round_to)
+        return reduce_by_laplace(of_a_copy(guide), order, min_kept=min_kept, round_to=round_to)
     criterion = BMRS_N() if criterion is None else criterion
     good = not isinstance(criterion, RemovalOrder)
     check(good, "guide", "an AutoKroneckerLaplace for a RemovalOrder", type(guide), TypeError)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+import weakref
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -49,25 +50,33 @@ class Binding:
     ) -> None:
         self.network, self._find_input = network, find_input
         self.model, self.arguments, self.others = model, arguments, dict(others or {})
-        self._original = network  # what the network is a copy of
+        self._originals: tuple[weakref.ref[nn.Module] | None, ...] = (weakref.ref(network), None)
         self._shapes: dict[str, torch.Size] = {}  # those of the network whose groups were found
-        if known is not None and known._original is network and known._shapes == shapes_of(network):
+        if known is not None and known.belongs_to(network) and known._shapes == shapes_of(network):
             self._shapes, self.groups = known._shapes, known.groups
 
     def of_a_copy(self) -> Binding:
-        """The same of a copy of network and model: whatever is fitted later, a plan keeps to it."""
-        find_input = None if self._find_input is None else lambda: self.example_input
+        """The same of a copy of network and model: whatever is fitted later, a plan keeps to it.
+
+        What has no copy, such as a model that holds an open file, stays as it is.
+        """
+        find_input, memo = self._find_input, dict[int, Any]()
         try:
-            model = copied(self.model) if self.model is not None else None
-            paths = [path for path, module in _modules(self.model) if module is self.network]
-            network = model.get_submodule(paths[0]) if model is not None and paths else copied(self.network)
-        except TypeError:  # a model may hold what has no copy, such as an open file
+            model = None if self.model is None else copied(self.model, memo)
+            network = memo[id(self.network)] if id(self.network) in memo else copied(self.network)
+        except Exception:
             return self
+        if model is not None and self.arguments:
+            find_input = partial(input_of, model, self.arguments)
         own = Binding(network, find_input, model, self.arguments, self.others)
-        own._original = self._original
+        own._originals = self._originals[0], None if self.model is None else weakref.ref(self.model)
         if self.has_groups:
             own._shapes, own.groups = self._shapes, self.groups
         return own
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Whether it is of this network, or this model, or of a copy of it."""
+        return any(one is not None and one() is module for one in self._originals)
 
     @property
     def has_input(self) -> bool:
@@ -123,10 +132,6 @@ class Binding:
                 # a buffer of indices must be within range
                 buffer.fill_(1 if buffer.is_floating_point() else 0)
         return full
-
-
-def _modules(model: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    return iter(()) if model is None else model.named_modules()
 
 
 def shapes_of(network: nn.Module) -> dict[str, torch.Size]:

@@ -156,7 +156,7 @@ class LaplacePlan(NetworkPlan):
         Raises:
             RuntimeError: if the guide has no posterior or no examples.
         """
-        guide = _of_a_copy(guide)
+        guide = of_a_copy(guide)
         return replace(self, _guide=guide, _binding=_binding(guide))
 
     def paths(self, asked: Collection[str], progress: bool) -> Iterator[Path[Self]]:
@@ -259,7 +259,6 @@ def reduce_by_laplace(
     progress: bool = True,
 ) -> LaplacePlan:
     """The plan of a trained network: see `pyro_bmrs.reduce`."""
-    guide = _of_a_copy(guide)
     binding = _binding(guide)
     noisy, groups = binding.network, list(binding.groups.values())
     nesting = Nesting.of(groups)
@@ -301,10 +300,15 @@ def reduce_by_laplace(
     return own
 
 
-def _of_a_copy(guide: AutoKroneckerLaplace) -> AutoKroneckerLaplace:
-    """The guide as it is now, of a copy of its model: whatever is trained later, a plan keeps to it."""
-    own = copy.copy(guide)
-    own._model = [copied(guide.model)]
+def of_a_copy(guide: AutoKroneckerLaplace) -> AutoKroneckerLaplace:
+    """The guide as it is now, of a copy of its model's parameters: whatever is trained later, a plan keeps to it."""
+    own, model = copy.copy(guide), copy.copy(guide.model)
+    model._modules = {**model._modules, "net": copied(model.net)}
+    model._parameters = {
+        name: one if one is None else nn.Parameter(one.detach().clone(), one.requires_grad)
+        for name, one in model._parameters.items()
+    }
+    own._model = [model]
     return own
 
 

@@ -220,8 +220,9 @@ class NetworkPlan(Plan):
         Raises:
             ValueError: for a plan that was loaded, or made of a network alone, without a model.
         """
-        if model is None and self._binding is not None:
-            model = self._binding.model
+        own = self._binding
+        if own is not None and own.model is not None and (model is None or own.belongs_to(model)):
+            model = own.model  # as it was
         if model is None:
             raise ValueError("plan must know its model: this one was loaded from disk")
         device = next(model.parameters()).device
@@ -263,7 +264,7 @@ class NetworkPlan(Plan):
                 raise ValueError("example_input must be given: a batch of inputs of the network")
             if network is own.network:
                 return own
-            return Binding(network, lambda: own.example_input)
+            return Binding(network, lambda: own.example_input, known=own)
         return Binding(network, lambda: example_input)
 
     @property
@@ -286,7 +287,7 @@ class NetworkPlan(Plan):
         """The smaller network: a plain module with E[θ] folded into its weights, proved equal to the reduced model.
 
         Args:
-            network: the network with noise layers; default the one that was reduced.
+            network: the network with noise layers; default the one that was reduced, as it was then.
             example_input: a batch of inputs: a tensor, a tuple of arguments, or a mapping of keyword
                 arguments; default what the guide was first called with.
             tolerance: allowed difference in float64, of the outputs and of every layer that reads

@@ -91,6 +91,9 @@ def test_data_that_can_not_be_used_leave_the_scale_of_a_regression(spoil, told):
     assert len(str(caught.value).splitlines()) == 1
     assert float(model.log_scale) == before
     assert guide.curvatures == known
+    with pytest.raises(ValueError, match=told):
+        bmrs.fit(model, guide, spoil(x, y), (x + 1, y), progress=False)
+    assert float(model.log_scale) == before
 
 
 def test_settings_that_a_pass_does_not_have_are_refused():

@@ -235,6 +235,13 @@ def test_as_many_examples_are_looked_at_as_reach_every_expert(pass_over):
     found = bmrs.structures(net, x)
     assert [group.site for group in found] == ["first", *(f"experts.{number}.0" for number in range(3))]
     assert all(reason.path == "last" for reason in found.refused)
+    # and as few: 4 of them reach what all reach
+    sizes = []
+    watched = Experts(pass_over)
+    watched.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    assert len(bmrs.structures(watched, of_experts([0, 1, 0, 2] * 50))) == 4
+    assert sizes.count(200) <= 2
+    assert 4 in sizes
     model = bmrs.Classifier(bmrs.insert_noise(net, x))
     guide = bmrs.AutoTruncatedLogNormal(model)
     bmrs.fit(model, guide, (x, torch.randint(2, (6,))), epochs=1, draws_per_batch=1)

@@ -1,6 +1,7 @@
 """Plans within a budget."""
 
 import math
+import threading
 from bisect import bisect_left
 from dataclasses import replace
 
@@ -376,3 +377,42 @@ def test_a_plan_keeps_to_a_network_that_has_shrunk_since():
 def test_a_share_on_the_command_line_is_a_part(text):
     with pytest.raises(ValueError, match=f"a share must be between 0% and 100%: got {text}"):
         RunSettings.read("parameters", text)
+
+
+def test_a_plan_is_of_a_copy_whatever_becomes_of_the_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
+    model = bmrs.Classifier(net)
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(*examples(20))
+    plan = bmrs.reduce(model, guide, scored).within(parameters=0.5)
+    x, y = examples(50)
+    before = plan.evaluated((x, y)).loss
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    # the model, where it is named, is that of the plan
+    assert plan.evaluated((x, y), model).loss == before
+    curve = bmrs.compression_curve(model, plan, (x, y), points=4)
+    assert float(curve.loss[curve.is_plan].iloc[0]) == pytest.approx(before)
+    model.double()
+    assert plan.apply()(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "spoil", [torch.compile, lambda model: setattr(model, "lock", threading.Lock()) or model]
+)
+def test_a_compiled_model_and_one_without_a_copy_are_reduced(spoil):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
+    model = spoil(bmrs.Classifier(net))
+    guide = bmrs.AutoTruncatedLogNormal(model)
+    guide(*examples(20))
+    assert bmrs.reduce(model, guide, bmrs.Random(0.5)).apply()[0].out_features == 10
+
+
+def test_the_model_of_a_trained_network_may_hold_what_has_no_copy():
+    model = bmrs.Classifier(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    model.lock = threading.Lock()
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, examples(50), progress=False)
+    assert bmrs.reduce(model, guide).within(parameters=0.8).apply()[2].in_features < 8
