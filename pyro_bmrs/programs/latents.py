@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyro.distributions as dist
@@ -95,7 +96,7 @@ class Latents:
         known = dependent_priors in get_args(DependentPriors)
         check(known, "dependent_priors", "'raise' or 'average'", dependent_priors)
         check(is_whole(draws, 100), "draws", "an integer of at least 100", draws)
-        check(is_whole(seed), "seed", "an integer of 0 or more", seed)
+        check(isinstance(seed, Integral), "seed", "an integer", seed)
         draws, seed = plain(draws), plain(seed)
         for name, program in (("model", model), ("guide", guide)):
             check(callable(program), name, "a Pyro program", type(program), TypeError)
