@@ -20,9 +20,10 @@ has --epochs after the training, at --rate:
 Every other image of a batch, at random, is seen in a mirror while a network is trained.
 
 Rows that FOLDER/results.csv has are passed over, and what was trained is kept, so the command can be called again.
-Columns: network, device, images (of training), way, epochs, rate (of learning), parameters, removed (share),
-accuracy_untrained (before these epochs) and accuracy of the test images, their negative_log_likelihood (nats), seconds
-(of the clock, the part without the training of the full network; for full with it).
+Columns: network, device, images (of training), way, epochs, rate (of learning), asked and removed (shares of the
+parameters), parameters, accuracy_untrained (before these epochs) and accuracy of the test images, their
+negative_log_likelihood (nats), seconds (of the clock, the part without the training of the full network; for full with
+it).
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ from pyro_bmrs.runs.recipe import Recipe
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
 WAYS = "full", "Laplace", "variational", "torch-pruning"
-# Of the table: what tells whether a row is there. Shares removed are the same within so much.
-_KEYS, _NEAR = ["network", "way", "rate", "images", "epochs", "removed"], 0.01
+# What tells whether a row is there.
+KEYS = ["network", "way", "rate", "images", "epochs", "asked"]
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,12 @@ class Study:
     def epochs_of(self, way: str) -> int:
         return int(self.train if way == "full" else self.epochs)
 
-    def has(self, table: pd.DataFrame, way: str) -> bool:
-        """Whether a table has this way: as many images and epochs, the same rate, and that share removed."""
+    def key(self, way: str) -> dict[str, Any]:
+        """What tells the row of a way from others."""
         asked = 0.0 if way == "full" else self.given.removed
-        same = (table.network == self.name) & (table.way == way) & (table.rate == self.rate_of(way))
-        same &= (table.images == len(self.parts["train"][0])) & (table.epochs == self.epochs_of(way))
-        return bool((same & ((table.removed - asked).abs() < _NEAR)).any())
+        images = len(self.parts["train"][0])
+        values = (self.name, way, self.rate_of(way), images, self.epochs_of(way), asked)
+        return dict(zip(KEYS, values, strict=True))
 
     def fit(self, net: nn.Module, epochs: int, rate: float, guide: Any = None, model: Any = None) -> None:
         images = Mirrored(*self.parts["train"])
@@ -210,8 +211,7 @@ class Study:
             if left:
                 self.fit(small, left, rate)
         return {
-            "network": self.name, "device": str(self.device.type), "images": len(self.parts["train"][0]), "way": way,
-            "epochs": self.epochs_of(way), "rate": rate, "parameters": parameters(small),
+            **self.key(way), "device": str(self.device.type), "parameters": parameters(small),
             "removed": round(1 - parameters(small) / full, 4), "accuracy_untrained": untrained,
             **self.measured(small), "seconds": round(time.perf_counter() - begin, 1),
         }  # fmt: skip
@@ -242,8 +242,8 @@ def main() -> None:
     for name in given.networks or (ON_CUDA if device.type == "cuda" else ON_CPU):
         study = Study(name, cases[name], device, given)
         for way in given.ways:
-            table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=_KEYS)
-            if study.has(table, way):
+            table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEYS)
+            if (table[KEYS] == pd.Series(study.key(way))).all(axis=1).any():
                 continue
             row = study.run(way)
             print(row, flush=True)
