@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -231,9 +231,8 @@ class Stages:
                 continue
             loss = plan.evaluated(self.held_out)
             if budget().allows(loss):
-                allowed = {name: round(value, 10) for name, value in budget().allowed.items()}
-                plan = replace(plan, rule=replace(plan.rule, budget=allowed))
-                found.append((loss.loss if has_costs else plan.parameters_left(), place, plan))
+                size_or_loss = loss.loss if has_costs else plan.parameters_left()
+                found.append((size_or_loss, place, plan.told(budget())))
                 break
         if not found and not has_costs:
             limits = budget().allowed

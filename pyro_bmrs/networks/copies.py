@@ -50,10 +50,7 @@ def copied[Network: nn.Module](module: Network, memo: dict[int, Any] | None = No
     Args:
         memo: takes the copy of each part, by its identity, as of `copy.deepcopy`.
     """
-    return _copied(module, {} if memo is None else memo)
-
-
-def _copied[Network: nn.Module](module: Network, memo: dict[int, Any]) -> Network:
+    memo = {} if memo is None else memo
     computed = [
         tensor
         for part in module.modules()
@@ -69,7 +66,7 @@ def _copied[Network: nn.Module](module: Network, memo: dict[int, Any]) -> Networ
 def sharing_parameters[Network: nn.Module](module: Network) -> Network:
     """A copy, not compiled, with the same parameters: for passes that may change attributes and buffers."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
-    return _copied(module, memo)
+    return copied(module, memo)
 
 
 def without_values[Network: nn.Module](module: Network) -> Network:

@@ -57,12 +57,11 @@ class _State:
 
     def spectrum(self, curvatures: Mapping[str, KroneckerCurvature], paths: Sequence[str]) -> Spectrum:
         """Of what is left of some layers, with the weights that take over what they can."""
-        return Spectrum.together(
-            Spectrum.without(
-                one, reduced_weights(one, self.inputs[path]), self.inputs[path], self.outputs[path]
-            )
-            for path, one in ((path, curvatures[path]) for path in paths)
-        )
+        several = []
+        for path in paths:
+            one, inputs, outputs = curvatures[path], self.inputs[path], self.outputs[path]
+            several.append(Spectrum.without(one, reduced_weights(one, inputs), inputs, outputs))
+        return Spectrum.together(several)
 
 
 @torch.no_grad()

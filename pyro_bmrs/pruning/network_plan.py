@@ -148,9 +148,12 @@ class NetworkPlan(Plan):
 
     def meeting(self, budget: Budget, *, progress: bool = True) -> Self:
         """As `within`."""
-        plan = budget.nearest(self.paths(budget.allowed.keys(), progress), self._examples())
+        return budget.nearest(self.paths(budget.allowed.keys(), progress), self._examples()).told(budget)
+
+    def told(self, budget: Budget) -> Self:
+        """This plan, whose rule names what was asked."""
         allowed = {name: round(value, 10) for name, value in budget.allowed.items()}
-        return replace(plan, rule=replace(plan.rule, budget=allowed))
+        return replace(self, rule=replace(self.rule, budget=allowed))
 
     def budget(
         self,

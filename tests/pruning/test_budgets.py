@@ -359,12 +359,18 @@ def test_a_plan_that_was_loaded_has_no_model(fitted, tmp_path):
         loaded.within(parameters=0.5)
 
 
-def test_a_plan_keeps_to_a_network_that_has_shrunk_since():
+def with_noise(wrapped=lambda model: model):
+    """A small network with noise, its model, and a guide that has seen a batch."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
-    model = bmrs.Classifier(net)
+    model = wrapped(bmrs.Classifier(net))
     guide = bmrs.AutoTruncatedLogNormal(model)
     guide(*examples(20))
+    return net, model, guide
+
+
+def test_a_plan_keeps_to_a_network_that_has_shrunk_since():
+    net, model, guide = with_noise()
     plan = bmrs.reduce(model, guide, scored)
     smaller = plan.within(parameters=0.3).apply()
     plan.within(parameters=0.5).shrink(model, guide)
@@ -380,11 +386,7 @@ def test_a_share_on_the_command_line_is_a_part(text):
 
 
 def test_a_plan_is_of_a_copy_whatever_becomes_of_the_model():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
-    model = bmrs.Classifier(net)
-    guide = bmrs.AutoTruncatedLogNormal(model)
-    guide(*examples(20))
+    net, model, guide = with_noise()
     plan = bmrs.reduce(model, guide, scored).within(parameters=0.5)
     x, y = examples(50)
     before = plan.evaluated((x, y)).loss
@@ -402,11 +404,7 @@ def test_a_plan_is_of_a_copy_whatever_becomes_of_the_model():
     "spoil", [torch.compile, lambda model: setattr(model, "lock", threading.Lock()) or model]
 )
 def test_a_compiled_model_and_one_without_a_copy_are_reduced(spoil):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), bmrs.MultiplicativeNoise(20), nn.Linear(20, 3))
-    model = spoil(bmrs.Classifier(net))
-    guide = bmrs.AutoTruncatedLogNormal(model)
-    guide(*examples(20))
+    _, model, guide = with_noise(spoil)
     assert bmrs.reduce(model, guide, bmrs.Random(0.5)).apply()[0].out_features == 10
 
 
