@@ -1,6 +1,6 @@
 """Tables of README and docs that are made of committed CSVs. `python analysis/figures.py` writes them into their pages.
 
-Two lists are typed: what others have published, and what study 1 had at weights that it chose.
+One list is typed: what others have published.
 
 A table stands between the comments `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -36,16 +36,24 @@ PUBLISHED = {
     "LeNet5, Fashion-MNIST": (88.0, 77.90),
     "LeNet5 × 3, CIFAR-10": (62.9, 66.14),
 }
-# Of study 1, whose KL weight was chosen for each cell: docs/results/kl_weight.md.
-CHOSEN = {
-    "MLP, MNIST": [(80.3, 97.47), (89.0, 97.32)],
-    "MLP, Fashion-MNIST": [(92.1, 87.55), (93.8, 87.19)],
-    "MLP, CIFAR-10": [(87.9, 49.36)],
-    "LeNet5, MNIST": [(89.9, 99.05), (94.7, 98.74)],
-    "LeNet5, Fashion-MNIST": [(91.2, 90.09)],
-    "LeNet5 × 3, CIFAR-10": [(96.1, 69.84)],
-    "LeNet-5-Caffe, MNIST": [(98.72, 98.94), (99.11, 98.82)],
-}
+# Reductions of study 1, whose KL weight was chosen for each cell (docs/results/kl_weight.md): files, and rows of them.
+STUDY_1 = [
+    ("MLP, MNIST", "mlp_inputs/reductions", "data == 'mnist' and kl_weight == 10"),
+    ("MLP, MNIST", "mlp_inputs/reductions", "data == 'mnist' and kl_weight == 18"),
+    ("MLP, Fashion-MNIST", "mlp_inputs/reductions", "data == 'fashion-mnist' and kl_weight == 15"),
+    (
+        "MLP, Fashion-MNIST",
+        "mlp_inputs/reductions",
+        "data == 'fashion-mnist' and kl_weight == 20 and epochs == 50",
+    ),
+    ("MLP, CIFAR-10", "mlp_inputs/reductions", "data == 'cifar10' and kl_weight == 7"),
+    ("LeNet5, MNIST", "compression_curves/lenet5_mnist*/reductions", "kl_weight == 80"),
+    ("LeNet5, MNIST", "compression_curves/lenet5_mnist*/reductions", "kl_weight == 240"),
+    ("LeNet5, Fashion-MNIST", "weight_decay/weight_decay", "recipe == 'lenet5.py' and kl_weight == 130"),
+    ("LeNet5 × 3, CIFAR-10", "compression_curves/lenet5_cifar10/reductions", "kl_weight == 140"),
+    ("LeNet-5-Caffe, MNIST", "weight_decay/weight_decay", "recipe == 'lenet5_caffe.py' and kl_weight == 70"),
+    ("LeNet-5-Caffe, MNIST", "weight_decay/weight_decay", "recipe == 'lenet5_caffe.py' and kl_weight == 80"),
+]
 
 
 def cells() -> pd.DataFrame:
@@ -132,16 +140,16 @@ def calibration() -> str:
 def chosen_weights() -> str:
     """What study 1 had with a KL weight chosen for the cell, and what today's defaults have at that size."""
     table, lines = cells(), []
-    for cell, points in CHOSEN.items():
-        mine = table[(table.cell == cell) & table.way.isin(OURS)]
-        for removed, accuracy in points:
-            told = []
-            for way in OURS:
-                curve = 100 * mine[mine.way == way].groupby("size")[["removed", "accuracy"]].mean()
-                between = _between(curve.sort_values("removed"), removed)
-                told.append("" if between is None else f"{between:.2f}")
-            if any(told):
-                lines.append([cell, f"{removed:.1f} %", f"{accuracy:.2f}", *told])
+    for cell, files, which in STUDY_1:
+        runs = pd.concat(map(pd.read_csv, sorted(RESULTS.glob(f"{files}.csv")))).query(which)
+        removed, accuracy = 100 * runs[["removed", "accuracy"]].mean()
+        mine, told = table[(table.cell == cell) & table.way.isin(OURS)], []
+        for way in OURS:
+            curve = 100 * mine[mine.way == way].groupby("size")[["removed", "accuracy"]].mean()
+            between = _between(curve.sort_values("removed"), removed)
+            told.append("" if between is None else f"{between:.2f}")
+        if any(told):
+            lines.append([cell, f"{removed:.1f} %", f"{accuracy:.2f}", *told])
     return rows_of(["", "removed", "study 1, weight chosen", *OURS.values()], lines)
 
 

@@ -67,6 +67,22 @@ def is_whole(value: object, least: int = 0) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
+def whole_number(name: str, value: object, least: int = 0, kind: type[Exception] = ValueError) -> int:
+    """An integer as Python's own, for torch takes none of NumPy's.
+
+    >>> import numpy
+    >>> whole_number("draws", numpy.int64(3), 1)
+    3
+
+    Raises:
+        kind: unless it is `least` or more, and below 2**63, where torch's integers end.
+    """
+    check(is_whole(value, least), name, f"an integer of at least {least}", value, kind)
+    number = int(value)  # type: ignore[call-overload]
+    check(number < 2**63, name, "below 2**63", value, kind)
+    return number  # type: ignore[no-any-return]
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number, which may be one of NumPy's. True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

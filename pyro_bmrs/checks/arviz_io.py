@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from pyro_bmrs.arguments import check, is_whole, plain
+from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.joint_draws import JointDraws, joint_draws
 from pyro_bmrs.evidence.importance import LEAST_DRAWS, khat_threshold, pareto_khat
@@ -94,9 +94,7 @@ def to_datatree(
         ValueError: for a bad number, arguments that the model does not take, a guide that lacks a latent of the model,
             or latents of single examples in data that come in batches.
     """
-    check(is_whole(draws, 1), "draws", "an integer of at least 1", draws)
-    check(is_whole(seed), "seed", "an integer of at least 0", seed)
-    draws, seed = plain(draws), plain(seed)
+    draws, seed = whole_number("draws", draws, 1), whole_number("seed", seed)
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     of_model = DataOfModel(model, data, batch_size)
     with untouched(model, guide, seed=seed):

@@ -15,7 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import biject_to, kl_divergence
 
-from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.arguments import check, is_number, is_whole, whole_number
 from pyro_bmrs.checks.data import DataOfModel
 from pyro_bmrs.checks.densities import LogDensities, Values, log_densities
 from pyro_bmrs.checks.draws import draw_posterior, parts_of
@@ -122,8 +122,7 @@ def check_posterior(
     Source: Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?" (2018); Vehtari et al., "Pareto smoothed
     importance sampling" (2024).
     """
-    check(is_whole(draws, LEAST_DRAWS), "draws", f"an integer of at least {LEAST_DRAWS}", draws)
-    check(is_whole(seed), "seed", "an integer of at least 0", seed)
+    draws, seed = whole_number("draws", draws, LEAST_DRAWS), whole_number("seed", seed)
     check(callable(guide), "guide", "a Pyro guide", type(guide), TypeError)
     weight = kl_weight_of(guide) if kl_weight is None else kl_weight
     check(is_number(weight) and weight >= 0, "kl_weight", "a number from 0 on", weight)

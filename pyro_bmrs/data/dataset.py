@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from pyro_bmrs.arguments import check, is_number, is_whole
+from pyro_bmrs.arguments import check, is_number, whole_number
 from pyro_bmrs.data.arrays import Array, DataError
 from pyro_bmrs.data.preparation import Preparation, Targets, resize, scale
 from pyro_bmrs.data.sources import KNOWN_NAMES, read_source
@@ -176,9 +176,9 @@ def load_data(
     """
     name = str(name) if isinstance(name, Path) else name
     check(isinstance(name, str) and name != "", "name", KNOWN_NAMES, name, DataError)
-    size = None if image_size is None else _whole("image_size", image_size, 1)
-    limit = None if limit is None else _whole("limit", limit, 2)
-    seed = _whole("seed", seed, 0)
+    size = None if image_size is None else whole_number("image_size", image_size, 1, DataError)
+    limit = None if limit is None else whole_number("limit", limit, 2, DataError)
+    seed = whole_number("seed", seed, kind=DataError)
     inside = is_number(validation_fraction) and 0.0 < validation_fraction < 1.0
     check(inside, "validation_fraction", "strictly between 0 and 1", validation_fraction, DataError)
 
@@ -242,13 +242,6 @@ def _rarest(raw: RawData, count: int) -> str:
         return ""
     order = torch.bincount(raw.train[1]).argsort(stable=True)
     return ", ".join(raw.class_names[label] for label in order[:count].tolist())
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    # torch's seeds and sizes end at 2**63.
-    good = is_whole(value, least) and int(value) < 2**63  # type: ignore[call-overload]
-    check(good, name, f"an integer of at least {least}, below 2**63", value, DataError)
-    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _channel_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_bmrs.arguments import whole_number
 from pyro_bmrs.evidence.unwrapping import (
     batch_shape_of,
     check_distributions,
@@ -250,10 +251,7 @@ def estimate_log_evidence_change(
         ValueError: if draws of the reduced prior lie outside the support of posterior or prior. Then the draws
             miss a part of the expectation.
     """
-    if not isinstance(draws, int):
-        raise ValueError(f"draws must be an integer of at least 100: got {draws!r}")
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer: got {seed!r}")
+    draws, seed = whole_number("draws", draws, 100), whole_number("seed", seed)
     check_distributions((posterior, prior, reduced_prior))
     wide = (in_float64(posterior), in_float64(prior), in_float64(reduced_prior))
     # masked elements don't count; each element is drawn

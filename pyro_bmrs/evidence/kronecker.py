@@ -154,7 +154,8 @@ class Spectrum:
 
         Args:
             weights: what the layer then has. Shape: that of its weights.
-            inputs, outputs: which are away, as in `evidence_without`.
+            inputs: which are away, in each block. Shape: (inputs,), bool.
+            outputs: which are away. Shape: (blocks, outputs), bool.
         """
         stays, found = ~inputs, []
         for block in range(curvature.shape[0]):
@@ -199,39 +200,6 @@ def prior_precision(curvatures: Sequence[KroneckerCurvature]) -> float:
 def log_marginal_likelihood(curvature: KroneckerCurvature, delta: float) -> float:
     """What a layer adds to the log marginal likelihood of its network, beside log p(data | ŵ), in nats."""
     return Spectrum.of(curvature).log_marginal_likelihood(delta)
-
-
-def evidence_without(curvature: KroneckerCurvature, delta: float, inputs: Tensor, outputs: Tensor) -> float:
-    """ΔF of a layer without some of its inputs and outputs, in nats.
-
-    Of outputs R that nothing reads any more the likelihood does not depend on the weights: the smaller model does not
-    have them. The weights of inputs T are 0 for the others, R̄. With P = N A ⊗ G + δ I,
-
-        ΔF = ½ δ ‖ŵ_R‖² − ½ ŵ_TᵀΣ_TT⁻¹ŵ_T − ½ log det P_{R̄T̄} + ½ log det P − ½ m log δ,
-
-    where Σ is the inverse of P_{R̄}, ŵ_T those of R̄, and m weights are away. It does not depend on an order.
-
-    Args:
-        inputs: which inputs are away, in each block. Shape: (inputs,), bool.
-        outputs: which outputs are away. Shape: (blocks, outputs), bool.
-    """
-    n, stays, nothing = curvature.examples, ~inputs, torch.zeros_like(curvature.weights)
-    # of weights that are 0: Occam's factor
-    found = Spectrum.without(curvature, nothing, inputs, outputs).log_marginal_likelihood(delta)
-    found -= Spectrum(curvature.eigenvalues.flatten(), 0.0).log_marginal_likelihood(delta)
-    for block in range(curvature.shape[0]):
-        left, gone, w = ~outputs[block], outputs[block], curvature.weights[block]
-        g, weights = curvature.rows(*eigen(curvature.gradients[block][left][:, left]), w[left], block)
-        taken, moment, curved = weights[:, inputs], curvature.inputs[block], n * g.unsqueeze(-1)
-        found += 0.5 * delta * float(w[gone].square().sum() - taken.square().sum())
-        if moment.dim() == 1:
-            found -= 0.5 * float((curved * moment[inputs] * taken.square()).sum())
-            continue
-        a, vectors = eigen(moment[stays][:, stays])
-        found -= 0.5 * float((curved * (taken @ moment[inputs][:, inputs]) * taken).sum())
-        mixed = curved * (taken @ moment[inputs][:, stays] @ vectors)
-        found += 0.5 * float((mixed.square() / (curved * a + delta)).sum())
-    return found
 
 
 def evidence_of_inputs(curvature: KroneckerCurvature, delta: float, sets: Tensor) -> Tensor:

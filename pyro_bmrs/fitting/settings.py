@@ -247,7 +247,7 @@ class Settings(Checked):
         "draw's.",
     )
     seed: int = Field(
-        default=0, ge=0, description="Seed of initial weights, split, order of examples and noise."
+        default=0, ge=0, lt=2**63, description="Seed of initial weights, split, order of examples and noise."
     )
     precision: Literal["32", "bf16-mixed"] = Field(
         default="32", description="Precision of the network. Noise, KL and evidence are always float64."

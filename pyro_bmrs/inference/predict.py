@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_bmrs.arguments import check, is_whole, plain
+from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.distributions import TruncatedLogNormal
 from pyro_bmrs.inference.batches import AT_ONCE, are_examples, to_device
 from pyro_bmrs.inference.calls import check_ready, without_observations
@@ -79,10 +79,8 @@ def predict(
     """
     check(callable(model), "model", "a Pyro model or a network", type(model), TypeError)
     check(guide is None or callable(guide), "guide", "a Pyro guide or None", type(guide), TypeError)
-    check(draws is None or is_whole(draws, 1), "draws", "a positive integer or None", draws)
-    check(is_whole(batch_size, 1), "batch_size", "a positive integer", batch_size)
-    check(is_whole(seed), "seed", "an integer of 0 or more", seed)
-    draws, batch_size, seed = plain(draws), plain(batch_size), plain(seed)  # torch takes none of NumPy's
+    draws = None if draws is None else whole_number("draws", draws, 1)
+    batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
     parts: list[Tensor] = []
     values: list[Values] = []
     asked = _Asked()

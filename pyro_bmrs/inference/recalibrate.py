@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import whole_number
 from pyro_bmrs.inference.batches import Batches, Data
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.inputs import batch_size as examples_in
@@ -47,9 +47,8 @@ def recalibrate[Network: nn.Module](
     check_module("network", network)
     if noise_layers(network):
         raise ValueError("network must have no noise layers: apply the reduction first")
-    for name, value in (("examples", examples), ("batch_size", batch_size)):
-        check(is_whole(value, 2), name, "an integer of at least 2", value)
-    check(isinstance(seed, int), "seed", "an integer", seed)
+    examples, batch_size = whole_number("examples", examples, 2), whole_number("batch_size", batch_size, 2)
+    seed = whole_number("seed", seed)
     layers = [
         module
         for module in network.modules()

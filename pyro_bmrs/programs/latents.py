@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyro.distributions as dist
@@ -19,7 +18,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_bmrs.arguments import check, is_whole, plain
+from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, log_ratio
 from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
@@ -95,9 +94,7 @@ class Latents:
             )
         known = dependent_priors in get_args(DependentPriors)
         check(known, "dependent_priors", "'raise' or 'average'", dependent_priors)
-        check(is_whole(draws, 100), "draws", "an integer of at least 100", draws)
-        check(isinstance(seed, Integral), "seed", "an integer", seed)
-        draws, seed = plain(draws), plain(seed)
+        draws, seed = whole_number("draws", draws, 100), whole_number("seed", seed)
         for name, program in (("model", model), ("guide", guide)):
             check(callable(program), name, "a Pyro program", type(program), TypeError)
         args = arguments_of(guide, args)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_bmrs.arguments import check, is_whole, name_of
+from pyro_bmrs.arguments import check, name_of, whole_number
 from pyro_bmrs.distributions import LogUniform, TruncatedLogNormal
 from pyro_bmrs.evidence import log_evidence_change
 from pyro_bmrs.pruning.layers import Layers, Scores, by_layer, joined
@@ -215,7 +215,7 @@ class Random:
 
     def __post_init__(self) -> None:
         _check("fraction", self.fraction, lambda share: 0 <= share <= 1, "in [0, 1]")
-        check(is_whole(self.seed), "seed", "an integer of 0 or more", self.seed)
+        whole_number("seed", self.seed)
 
     def __call__(self, layers: Layers) -> Scores:
         generator = torch.Generator().manual_seed(int(self.seed))

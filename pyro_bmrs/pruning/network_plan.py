@@ -26,7 +26,7 @@ from pyro_bmrs.networks.cuts import Cuts
 from pyro_bmrs.networks.examples import at_most
 from pyro_bmrs.networks.export import load_weights
 from pyro_bmrs.networks.hooked_noise import without_noise
-from pyro_bmrs.networks.inputs import Inputs, check_finite, tensors_of
+from pyro_bmrs.networks.inputs import Inputs, check_finite, check_module, tensors_of
 from pyro_bmrs.networks.inputs import batch_size as examples_in
 from pyro_bmrs.networks.matrices import kind_of
 from pyro_bmrs.networks.nesting import Nesting
@@ -337,7 +337,11 @@ class NetworkPlan(Plan):
         Returns:
             Rows parameters, multiply_accumulates (of one example), file_bytes, peak_bytes…, milliseconds…; columns
             before, after and error, of after/before.
+
+        Raises:
+            TypeError: if `small` is no network.
         """
+        check_module("small", small)
         binding = self._bound(network, example_input)
         return compare_costs(binding.full_network(), small, binding.example_input, seconds=seconds)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bmrs.arguments import check, is_whole, plain
+from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.checks.arviz_io import loo, to_datatree
 from pyro_bmrs.checks.data import DataOfModel, some_of, spread
 from pyro_bmrs.checks.draws import draw_posterior
@@ -154,12 +154,9 @@ class Examination:
         progress: bool = True,
         seen: float = math.inf,
     ) -> None:
-        check(is_whole(draws, LEAST_DRAWS), "draws", f"an integer of at least {LEAST_DRAWS}", draws)
-        check(is_whole(seed), "seed", "an integer of at least 0", seed)
-        check(is_whole(batch_size, 1), "batch_size", "an integer of at least 1", batch_size)
-        good = examples is None or is_whole(examples, 1)
-        check(good, "examples", "an integer of at least 1, or None", examples)
-        draws, examples, seed, batch_size = plain(draws), plain(examples), plain(seed), plain(batch_size)
+        draws, seed = whole_number("draws", draws, LEAST_DRAWS), whole_number("seed", seed)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        examples = None if examples is None else whole_number("examples", examples, 1)
         _check_programs(model, guide, plan, fine_tuned)
         _check_criteria(criteria)
         device, given = next(model.parameters()).device, {"train": train, "test": test}

@@ -446,7 +446,7 @@ def test_saved_and_loaded(tmp_path):
         (dict(prior_log_odds=math.nan), ValueError, "prior_log_odds must be a finite number"),
         (dict(groups=["a"]), TypeError, "groups must map names to"),
         (dict(groups={"a": {"weights": True}}), ValueError, "must give numbers below 10"),
-        (dict(seed="x"), ValueError, "seed must be an integer: got 'x'"),
+        (dict(seed="x"), ValueError, "seed must be an integer of at least 0: got 'x'"),
         (dict(groups={"a": [0]}), TypeError, "groups must map 'a' to a mapping of sites"),
         (dict(groups={"a": {"bias": 0}}), ValueError, r"groups must name sites of \['weights'\]"),
         (dict(groups={"a": {"weights": torch.tensor([0, 1])}}), None, ""),

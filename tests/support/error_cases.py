@@ -487,12 +487,12 @@ EVIDENCE = [
     function(
         "estimate_log_evidence_change", "fewer than 100 draws",
         lambda: bmrs.estimate_log_evidence_change(Q, P, P, draws=99), ValueError,
-        r"^draws must be at least 100: got 99$",
+        r"^draws must be an integer of at least 100: got 99$",
     ),
     function(
         "estimate_log_evidence_change", "seed is text",
         lambda: bmrs.estimate_log_evidence_change(Q, P, P, seed="a"), ValueError,
-        r"^seed must be an integer: got 'a'$",
+        r"^seed must be an integer of at least 0: got 'a'$",
     ),
     function(
         "estimate_log_evidence_change", "posterior is None",
@@ -731,8 +731,13 @@ NETWORKS = [
         r"^data must be \(x, y\) tensors, a Dataset or a DataLoader: got a list of Tensor, Tensor$",
     ),
     function(
+        "recalibrate", "a seed that torch does not take",
+        lambda: bmrs.recalibrate(plain(nn.BatchNorm1d(8)), (X, Y), seed=2**63), ValueError,
+        r"^seed must be below 2\*\*63: got 9223372036854775808$",
+    ),
+    function(
         "recalibrate", "seed is text", lambda: bmrs.recalibrate(plain(nn.BatchNorm1d(8)), (X, Y), seed="a"),
-        ValueError, r"^seed must be an integer: got 'a'$",
+        ValueError, r"^seed must be an integer of at least 0: got 'a'$",
     ),
     function(
         "recalibrate", "NaN in the data", lambda: bmrs.recalibrate(plain(nn.BatchNorm1d(8)), (HOLE, Y)),
@@ -773,6 +778,10 @@ FITS = [
     function(
         "fit", "validation without examples", lambda: fit(validation=(X[:0], Y[:0])), ValueError,
         r"^validation must not be empty$",
+    ),
+    function(
+        "fit", "a seed that torch does not take", lambda: fit(seed=2**63), ValueError,
+        r"^seed must be less than 9223372036854775808: got 9223372036854775808$",
     ),
     function("fit", "NaN in the inputs", lambda: fit((HOLE, Y)), FloatingPointError, LOSS),
     function(
@@ -887,7 +896,7 @@ REDUCTIONS = [
     ),
     function(
         "Random", "seed is a fraction", lambda: bmrs.Random(seed=1.5), ValueError,
-        r"^seed must be an integer of 0 or more: got 1\.5$",
+        r"^seed must be an integer of at least 0: got 1\.5$",
     ),
     function(
         "reduce", "model is None", lambda: bmrs.reduce(None, fitted().guide, bmrs.BMRS_N()), TypeError,
@@ -1009,7 +1018,7 @@ REDUCTIONS = [
     ),
     function(
         "greedy_reduction", "seed is text", lambda: search(bmrs.greedy_reduction, seed="a"), ValueError,
-        r"^seed must be an integer: got 'a'$",
+        r"^seed must be an integer of at least 0: got 'a'$",
     ),
     function(
         "evidence_curve", "no parameter",
@@ -1091,6 +1100,10 @@ REDUCTIONS = [
         "NetworkPlan.apply", "example_input of another width",
         lambda: fitted().plan.apply(fitted().model.net, X[:, :5]), ValueError,
         r"^example_input must be what network can be called with: Sequential fails with RuntimeError: (?P<library>.*)$",
+    ),
+    function(
+        "NetworkPlan.costs", "small is a text", lambda: fitted().plan.costs("small.pt2"), TypeError,
+        r"^small must be a torch\.nn\.Module: got str$",
     ),
     function(
         "NetworkPlan.costs", "seconds is negative",
@@ -1288,7 +1301,7 @@ DATA = [
     ),
     on_disk(
         "load_data", "seed is negative", lambda: load(seed=-1), ValueError,
-        r"^seed must be an integer of at least 0, below 2\*\*63: got -1$",
+        r"^seed must be an integer of at least 0: got -1$",
     ),
     on_disk("load_data", "limit beyond the data", lambda: load(limit=5000), WORKS, ""),
     on_disk(
