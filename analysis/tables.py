@@ -137,6 +137,19 @@ def calibration() -> str:
     return _by_size(lambda rows: rows.calibrated_error, 4, pd.Series.min)
 
 
+def chance() -> str:
+    """What calibration errors are of the full networks, and of networks whose probabilities are true."""
+    rows = pd.read_csv(RESULTS / "calibration" / "chance.csv")
+    lines = [
+        [
+            row.cell, f"{100 * row.accuracy:.2f}", f"{row.calibrated_error:.4f}",
+            f"{row.by_chance:.4f} ± {row.deviation:.4f}",
+        ]
+        for row in rows.itertuples()
+    ]  # fmt: skip
+    return rows_of(["full network", "accuracy", "calibration error", "by chance"], lines)
+
+
 def chosen_weights() -> str:
     """What study 1 had with a KL weight chosen for the cell, and what today's defaults have at that size."""
     table, lines = cells(), []
@@ -196,6 +209,7 @@ TABLES = {
     "accuracies": accuracies,
     "losses": losses,
     "calibration": calibration,
+    "chance": chance,
     "chosen weights": chosen_weights,
 }
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n\n?).*?(\n?<!-- end of table -->)", re.S)
