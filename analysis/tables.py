@@ -113,12 +113,12 @@ def _by_size(
     for (cell, size), rows in table.groupby(["cell", "size"], sort=False):
         found = {way: value(rows[rows.way == way]) for way in LABELS}
         means = pd.Series({way: round(values.mean(), digits) for way, values in found.items()})
-        told = [
-            "" if values.empty
-            else f"**{_mean(values, digits)}**" if means.count() > 1 and means[way] == best(means)
-            else _mean(values, digits)
-            for way, values in found.items()
-        ]  # fmt: skip
+        seeds, told = rows.seed.nunique(), []
+        for way, values in found.items():
+            text = _mean(values, digits) if len(values) else ""
+            if means.count() > 1 and means[way] == best(means):
+                text = f"**{text}**"
+            told.append(text + (f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""))
         lines.append([cell, f"{100 * (1 - float(size)):.0f} %", *told])
     order = {cell: place for place, cell in enumerate(dict.fromkeys(table.cell))}
     lines.sort(key=lambda line: (order[line[0]], line[1]))

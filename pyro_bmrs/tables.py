@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pyro_bmrs.arguments import check
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -72,12 +74,14 @@ def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> N
         columns: the names it must have.
 
     Raises:
+        TypeError: unless it is a DataFrame.
         ValueError: names the missing columns and all that are needed.
 
     Example:
         >>> import pandas as pd
         >>> require_columns("curve", pd.DataFrame({"accuracy": [0.9]}), ("accuracy",))
     """
+    check(hasattr(table, "columns"), name, "a DataFrame", type(table), TypeError)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise ValueError(

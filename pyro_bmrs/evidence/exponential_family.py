@@ -84,8 +84,9 @@ def _as_beta(member: Any) -> Beta:
     if isinstance(member, Beta):
         return member
     if not member.low.is_meta and not bool(((member.low == 0) & (member.high == 1)).all()):
-        raise ValueError(
-            f"a Uniform beside a Beta must be that on [0, 1], Beta(1, 1): got [{member.low}, {member.high}]"
+        raise NotImplementedError(
+            "no closed form for a Uniform beside a Beta, but that on [0, 1], which is Beta(1, 1): got "
+            f"[{member.low}, {member.high}]"
         )
     ones = torch.ones_like(member.low)
     return Beta(ones, ones, validate_args=False)
@@ -168,6 +169,9 @@ def _log_probabilities(member: Any) -> Tensor:
 
 def _log_weights(q: Any, p: Any, reduced: Any) -> Tensor:
     of_q, of_p, of_reduced = map(_log_probabilities, (q, p, reduced))
+    counts = [member.shape[-1] for member in (of_q, of_p, of_reduced)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"the three must have the same number of values: got {counts}")
     if not of_q.is_meta:
         for name, of_outer in (("prior", of_p), ("posterior", of_q)):
             if bool(((of_outer == -math.inf) & (of_reduced > -math.inf)).any()):

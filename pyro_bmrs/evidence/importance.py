@@ -276,7 +276,10 @@ def log_ratio(prior: Distribution, reduced_prior: Distribution, theta: Tensor) -
 
 def check_support(posterior: Any, prior: Any, reduced_prior: Any, *, draws: int = 1000) -> None:
     """Raise ValueError if draws of the reduced prior lie where posterior or prior have no density."""
-    theta = reduced_prior.sample((draws,))
+    try:
+        theta = reduced_prior.sample((draws,))
+    except NotImplementedError:
+        raise ValueError(f"reduced_prior must be a law that can be drawn from: got {reduced_prior}") from None
     for name, member in (("posterior", posterior), ("prior", prior)):
         outside = float((log_density(member, theta) == -math.inf).double().mean())
         if outside:

@@ -49,6 +49,10 @@ class GroupReduction:
     prior_covariance: Tensor | None = None
     log_prior_density: Tensor | None = None
 
+    def at(self, coordinates: Tensor) -> GroupReduction:
+        """The same group at other indices."""
+        return replace(self, coordinates=coordinates)
+
     def change(self, loc: Tensor, covariance: Tensor) -> MultivariateChange:
         """ΔF and the reduced posterior, for posteriors of these coordinates. Shapes: (batch, n), (batch, n, n)."""
         if self.prior_loc is None or self.prior_covariance is None:
@@ -75,12 +79,49 @@ class GroupReduction:
         )
 
 
-def as_one(groups: Sequence[GroupReduction]) -> GroupReduction:
-    """Several groups as one.
+@dataclass(frozen=True)
+class Chain:
+    """Two groups, one after the other: points where priors are not normal, and then normals.
 
-    Raises:
-        NotImplementedError: if some priors are not normal and some groups are not reduced to points.
+    Attributes:
+        first, second: the groups.
     """
+
+    first: GroupReduction
+    second: GroupReduction
+
+    @property
+    def coordinates(self) -> Tensor:
+        """Of both, the first ones first."""
+        return torch.cat([self.first.coordinates, self.second.coordinates])
+
+    def at(self, coordinates: Tensor) -> Chain:
+        """As `GroupReduction.at`."""
+        count = len(self.first.coordinates)
+        return Chain(self.first.at(coordinates[:count]), self.second.at(coordinates[count:]))
+
+    def change(self, loc: Tensor, covariance: Tensor) -> MultivariateChange:
+        """As `GroupReduction.change`."""
+        _, (first, second) = by_themselves([self.first, self.second])
+        change, loc, covariance = reduce_group(loc, covariance, first)
+        further, loc, covariance = reduce_group(loc, covariance, second)
+        return MultivariateChange(change + further, loc, covariance)
+
+
+type Group = GroupReduction | Chain
+
+
+def as_one(groups: Sequence[GroupReduction]) -> Group:
+    """Several groups as one."""
+    if any(group.log_prior_density is not None for group in groups):
+        spread = [group for group in groups if bool((group.reduced_factor != 0).any())]
+        points = [group for group in groups if all(group is not other for other in spread)]
+        if spread:
+            return Chain(_as_one(points), _as_one(spread))
+    return _as_one(groups)
+
+
+def _as_one(groups: Sequence[GroupReduction]) -> GroupReduction:
     coordinates = torch.cat([group.coordinates for group in groups])
     loc = torch.cat([group.reduced_loc for group in groups])
     factor = torch.block_diag(*(group.reduced_factor for group in groups))  # type: ignore[no-untyped-call]
@@ -95,32 +136,24 @@ def as_one(groups: Sequence[GroupReduction]) -> GroupReduction:
     return GroupReduction(coordinates, loc, factor, log_prior_density=torch.stack(densities).sum(0))
 
 
-def by_themselves(groups: Sequence[GroupReduction]) -> tuple[Tensor, list[GroupReduction]]:
+def by_themselves[G: (GroupReduction, Group)](groups: Sequence[G]) -> tuple[Tensor, list[G]]:
     """(coordinates of all groups, the groups with indices into these coordinates)."""
     coordinates = torch.cat([group.coordinates for group in groups])
     numbers = torch.arange(len(coordinates), device=coordinates.device)
     own = numbers.tensor_split(torch.tensor([len(group.coordinates) for group in groups]).cumsum(0)[:-1])
-    return coordinates, [replace(g, coordinates=o) for g, o in zip(groups, own, strict=True)]
+    return coordinates, [g.at(o) for g, o in zip(groups, own, strict=True)]
 
 
 def _as_density(group: GroupReduction) -> GroupReduction:
-    """The group of a point, with the prior's density there in place of the prior.
-
-    Raises:
-        NotImplementedError: if the reduced prior is no point.
-    """
+    """The group of a point, with the prior's density there in place of the prior."""
     if group.prior_loc is None or group.prior_covariance is None:
         return group
-    if bool((group.reduced_factor != 0).any()):
-        raise NotImplementedError(
-            "no closed form where some priors are not normal and not all is reduced to points"
-        )
     prior = MultivariateNormal(group.prior_loc, group.prior_covariance, validate_args=False)
     density: Tensor = prior.log_prob(group.reduced_loc)  # type: ignore[no-untyped-call]
     return replace(group, prior_loc=None, prior_covariance=None, log_prior_density=density)
 
 
-def reduce_group(loc: Tensor, covariance: Tensor, group: GroupReduction) -> tuple[Tensor, Tensor, Tensor]:
+def reduce_group(loc: Tensor, covariance: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """(ΔF, loc, covariance) of all coordinates after a group is reduced. Batches are allowed."""
     n = loc.shape[-1]
     others = torch.ones(n, dtype=torch.bool, device=loc.device).index_fill(0, group.coordinates, False)
@@ -141,9 +174,7 @@ class _Rest:
     regression: Tensor
 
 
-def _split(
-    loc: Tensor, covariance: Tensor, group: GroupReduction
-) -> tuple[Tensor, MultivariateChange, _Rest]:
+def _split(loc: Tensor, covariance: Tensor, group: Group) -> tuple[Tensor, MultivariateChange, _Rest]:
     """Reduce the first coordinates. Returns ΔF, their reduced posterior, and that of the others."""
     n = len(group.coordinates)
     own_loc, own_covariance = loc[..., :n], covariance[..., :n, :n]
@@ -160,7 +191,7 @@ def _split(
 def all_subsets(
     loc: Tensor,
     covariance: Tensor,
-    groups: Sequence[GroupReduction],
+    groups: Sequence[Group],
     on_models: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """ΔF in nats of each of the 2ⁿ models of n disjoint groups. Model i reduces group k if bit k of i is 1.

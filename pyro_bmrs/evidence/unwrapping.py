@@ -293,11 +293,13 @@ def device_of(distribution: Distribution) -> torch.device:
 
 def log_density(member: Distribution, value: Tensor) -> Tensor:
     """log_prob in nats, with -inf outside the support, for a distribution that checks nothing. Shape: draws + batch."""
-    density: Tensor = member.log_prob(value)
     support = member.support
     if support is None:
-        return density
+        return member.log_prob(value)
     inside = support.check(value)  # type: ignore[no-untyped-call]
+    if support.is_discrete and not support.event_dim:  # a table has no place for other numbers
+        value = torch.where(inside, value, 0)
+    density: Tensor = member.log_prob(value)
     # a support of single entries checks each entry; an event is inside if all its entries are
     missing = len(member.event_shape) - support.event_dim
     inside = inside.flatten(-missing).all(-1) if missing > 0 else inside

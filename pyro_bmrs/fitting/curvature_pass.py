@@ -25,7 +25,7 @@ from pyro_bmrs.inference.likelihoods import Likelihood, Regressor
 from pyro_bmrs.inference.untouched import untouched
 from pyro_bmrs.networks.cost import examples_for
 from pyro_bmrs.networks.curvature import Moments, moments, own_biases
-from pyro_bmrs.networks.inputs import Inputs, check_numbers, tensors_of
+from pyro_bmrs.networks.inputs import Inputs, check_finite, check_numbers, tensors_of
 from pyro_bmrs.networks.modes import in_mode
 from pyro_bmrs.progress import Progress
 
@@ -122,6 +122,7 @@ def curvature_pass(
     batches = batches.shared(fabric.device, fabric.global_rank, fabric.world_size)
     few = batches.some(1, seed)
     check_numbers("train", few)
+    check_finite("model", model.net)
     with untouched(model), _without_priors(model):
         model(*few)  # tells what is wrong with the data before anything changes
     _settle_scale(model, batches if held_out is None else held_out.shared(fabric.device, 0, 1), fabric)
@@ -159,7 +160,8 @@ def curvature_pass(
                 )
             together |= {path: some.kept(guide.keep) for path, some in found.items()}
             del sums, found  # the next layers need their room
-    guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
+    with untouched(model):
+        guide.shown = batches.some(shown_examples(model.net, few[0]), seed)
     guide.set_moments(together, examples, size, size * log_likelihood)
     return False
 

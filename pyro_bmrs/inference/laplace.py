@@ -179,7 +179,11 @@ class AutoKroneckerLaplace(nn.Module):
         return self.log_likelihood + sum(layers)
 
     def check_ready(self) -> None:
-        """Raise RuntimeError before the fit."""
+        """Raise RuntimeError before the fit, or where no layer has a posterior."""
+        if not self.paths:
+            raise RuntimeError(
+                f"guide has no layer with a posterior: none fits into memory={self.memory:g} GiB"
+            )
         if not self.curvatures:
             raise RuntimeError("guide has no posterior yet: call fit(model, guide, train)")
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution, Unit
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, TransformedDistribution
+from torch.distributions import Distribution, Independent
 
 Node = Mapping[str, Any]
+# Others with a base, such as zero-inflated ones, are laws of their own.
+_WRAPPERS = Independent | MaskedDistribution | ExpandedDistribution
 
 
 class MaskedLatentWarning(UserWarning):
@@ -223,15 +225,15 @@ def weights_of(node: Node) -> Tensor | None:
 
 def elementary(distribution: Distribution) -> Distribution:
     """The distribution of single elements: Independent, Masked and Expanded taken off."""
-    while hasattr(distribution, "base_dist") and not isinstance(distribution, TransformedDistribution):
+    while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
 
 
 def mask_of(distribution: Distribution) -> object:
     """The mask of a distribution, under any Independent; None if it has none."""
-    while not isinstance(distribution, MaskedDistribution):
-        if not hasattr(distribution, "base_dist"):
-            return None
+    while isinstance(distribution, _WRAPPERS):
+        if isinstance(distribution, MaskedDistribution):
+            return distribution._mask
         distribution = distribution.base_dist
-    return distribution._mask
+    return None

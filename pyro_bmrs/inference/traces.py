@@ -81,7 +81,7 @@ def parents_of(
 def _other_values(name: str, first: Trace, others: Sequence[Trace]) -> list[Tensor]:
     node = first.nodes[name]
     law = elementary(node["fn"])
-    if getattr(law, "has_enumerate_support", False):
+    if law.has_enumerate_support and law.support is not None and law.support.is_discrete:
         with suppress(NotImplementedError):  # of elements that have different supports
             support = law.enumerate_support(expand=False)
             return [value.expand(node["value"].shape) for value in support]

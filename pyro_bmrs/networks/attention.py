@@ -222,6 +222,10 @@ def separate_attention(network: nn.Module) -> None:
                 if module not in separate:
                     separate[module] = SeparateAttention.of(module)
                 network.set_submodule(path, separate[module])
+    for module in _encoders(network, apart=True):
+        if getattr(module, "use_nested_tensor", False):
+            # torch's fast path hands ragged tensors to torch's own attention only
+            module.use_nested_tensor, module.nested_when_joined = False, True
 
 
 def join_attention(network: nn.Module) -> None:
@@ -232,3 +236,16 @@ def join_attention(network: nn.Module) -> None:
             if module not in joined:
                 joined[module] = module.joined()
             network.set_submodule(path, joined[module])
+    for module in _encoders(network, apart=False):
+        if getattr(module, "nested_when_joined", False):
+            module.use_nested_tensor, module.nested_when_joined = True, False
+
+
+def _encoders(network: nn.Module, *, apart: bool) -> list[Any]:
+    """Encoders that have, or have not, attention that is separate."""
+    return [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.TransformerEncoder)
+        and apart == any(isinstance(part, SeparateAttention) for part in module.modules())
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bmrs.networks.cost import peak_bytes
-from pyro_bmrs.networks.curvature import matrix_layers
+from pyro_bmrs.networks.curvature import matrix_layers, own_biases
 from pyro_bmrs.networks.cuts import Cuts, joined
 from pyro_bmrs.networks.inputs import Inputs, batch_size, call, taken, tensors_of
 from pyro_bmrs.networks.matrices import (
@@ -72,7 +72,8 @@ def refit(
     Of a layer with inputs X as `small` makes them, where those before are refitted, and with Y as `full` has at its
     output, [W b] minimises ‖X Wᵀ + b − Y‖² + λ ‖[W b] − [W₀ b₀]‖², λ a thousandth of the mean of the Gram matrix's
     diagonal, W₀ the weights before. Where a stream is added to the output, Y is what makes the sum that of `full`: the
-    layer makes up for what the stream lacks. Statistics of BatchNorm are those of its inputs in `small`.
+    layer makes up for what the stream lacks. Statistics of BatchNorm are those of its inputs in `small`. What is called
+    several times in a pass stays as it is, and so does a bias that several layers share.
 
     Args:
         small: the smaller network; it is left in evaluation mode.
@@ -88,7 +89,7 @@ def refit(
         path: module for path, module in matrix_layers(small).items() if not isinstance(module, nn.Embedding)
     }
     chunk = examples_within(full, inputs, memory, _FULL)
-    besides = added(full, layers, inputs)
+    besides, biased = added(full, layers, inputs), own_biases(small)
     most = _rows_within(layers, _KEPT * memory * 2**30)
     targets = _targets(full, most, besides, cuts, inputs, chunk)
     too_wide: list[str] = []
@@ -103,10 +104,10 @@ def refit(
                 if _COPIES * _gram_bytes(module) > _GRAM * memory * 2**30:
                     too_wide.append(path)
                 else:
-                    _solve(module, x, target, _PATCHES * memory * 2**30)
+                    _solve(module, x, target, _PATCHES * memory * 2**30, with_bias=path in biased)
             advance()
 
-        with _before_each(small, layers, solve):
+        with _before_each(small, layers, solve, _norms_called_once(small, inputs)):
             call(small, inputs)
     if too_wide:
         warnings.warn(
@@ -139,9 +140,10 @@ def examples_within(network: nn.Module, inputs: Inputs, memory: float, share: fl
     count = batch_size(inputs)
     if count == 1:
         return 1
+    few = min(2, count - 1)  # of one a norm without running statistics has no variance
     with in_mode(network, training=False):
-        one, two = (peak_bytes(network, taken(inputs, slice(0, some), count)) for some in (1, 2))
-    return max(int(share * memory * 2**30 / max(two - one, 1)), 1)
+        fewer, more = (peak_bytes(network, taken(inputs, slice(0, some), count)) for some in (few, few + 1))
+    return max(int(share * memory * 2**30 / max(more - fewer, 1)), 1)
 
 
 def _targets(
@@ -225,15 +227,19 @@ def _left(module: nn.Module, rows: Tensor, left: list[int]) -> Tensor:
     return torch.stack([rows[group][:, own] for group, own in enumerate(per_group) if len(own)])
 
 
-def _solve(module: nn.Module, x: Tensor, target: _Target, memory: float) -> None:
+def _solve(module: nn.Module, x: Tensor, target: _Target, memory: float, *, with_bias: bool) -> None:
     """Ridge regression of what the full network has on the inputs of a layer.
 
     Args:
         memory: bytes for patches.
+        with_bias: whether the bias, if there is one, is the layer's own; else it stays.
     """
     weight = module.get_parameter("weight")
     before = as_matrix(module, weight.detach()).double()
     bias = module._parameters.get("bias")
+    if bias is not None and not with_bias:
+        target.outputs -= bias.view(before.shape[0], 1, -1).to(target.outputs)
+        bias = None
     if bias is not None:
         before = torch.cat([before, bias.detach().double().view(*before.shape[:2], 1)], dim=-1)
     if row_count(module, x) != target.rows:  # not the same examples and positions
@@ -259,11 +265,32 @@ def _solve(module: nn.Module, x: Tensor, target: _Target, memory: float) -> None
     weight.copy_(as_weight(module, found))
 
 
+def _norms_called_once(network: nn.Module, inputs: Inputs) -> list[nn.Module]:
+    """Each BatchNorm that has one input in a pass, whose statistics can be its own."""
+    calls: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, *_: Any) -> None:
+        calls[module] = calls.get(module, 0) + 1
+
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return []
+    with ExitStack() as hooks:
+        for module in norms:
+            hooks.callback(module.register_forward_pre_hook(count).remove)
+        examples = batch_size(inputs)
+        call(network, taken(inputs, slice(0, min(2, examples)), examples))
+    return [module for module, times in calls.items() if times == 1]
+
+
 @contextmanager
 def _before_each(
-    small: nn.Module, layers: Mapping[str, nn.Module], solve: Callable[[str, nn.Module, Tensor], None]
+    small: nn.Module,
+    layers: Mapping[str, nn.Module],
+    solve: Callable[[str, nn.Module, Tensor], None],
+    norms: Collection[nn.Module],
 ) -> Iterator[None]:
-    """Calls `solve` before each layer, once; and gives BatchNorm the statistics of its input."""
+    """Calls `solve` before each layer, once; and gives each BatchNorm of `norms` the statistics of its input."""
 
     def fit(path: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -285,11 +312,7 @@ def _before_each(
     handles = [
         module.register_forward_pre_hook(fit(path), with_kwargs=True) for path, module in layers.items()
     ]
-    handles += [
-        module.register_forward_pre_hook(normalise, with_kwargs=True)
-        for module in small.modules()
-        if isinstance(module, _BatchNorm)
-    ]
+    handles += [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in norms]
     try:
         yield
     finally:

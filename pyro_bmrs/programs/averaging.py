@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_bmrs.evidence import estimate_log_mean, log_evidence_change, reduced_posterior
 from pyro_bmrs.evidence.importance import ImportanceEstimate, log_ratio
-from pyro_bmrs.evidence.joint_normal import GroupReduction
+from pyro_bmrs.evidence.joint_normal import Group
 from pyro_bmrs.evidence.normal import MultivariateChange
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
 from pyro_bmrs.inference.traces import guide_values, model_at
@@ -37,7 +37,7 @@ class Asked(Protocol):
 
     def by_block(self, chosen: Selection) -> list[tuple[Block, dict[str, Tensor]]]: ...
 
-    def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> GroupReduction: ...
+    def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> Group: ...
 
 
 # The priors at all draws are of one type: the support of so many is compared with that of the reduced prior.

@@ -33,7 +33,7 @@ def evidence_curve(
     prior_log_odds: float | None = None,
     **parameter: Sequence[float] | Tensor,
 ) -> pd.DataFrame:
-    """The evidence for many values of one parameter of the reduced prior, computed in one vectorised call.
+    """The evidence for many values of one parameter of the reduced prior.
 
     >>> import torch
     >>> from torch import nn
@@ -50,7 +50,7 @@ def evidence_curve(
     Args:
         model, guide, model_args: as in `reduce`.
         criterion: `BMRS_N()` or `BMRS_U()`, for the structures of a network; or a mapping from sites of any Pyro
-            program to functions that make a reduced prior of a tensor of values.
+            program to functions that make a reduced prior of a value, a tensor without dimensions.
         prior_log_odds: per structure or element. None: the criterion's own; 0 for a mapping. Several values make it
             the parameter.
         parameter: one keyword with its values: a field of the criterion (scale, loc, bits, floor_bits),
@@ -198,10 +198,23 @@ class _Joint:
         return group.change(self.block.loc[own], self.block.covariance(own)).log_evidence_change
 
 
+def _made(site: str, make: Callable[[Tensor], Distribution], name: str, value: Tensor) -> Distribution:
+    try:
+        return make(value)
+    except ValueError as error:
+        raise ValueError(
+            f"criterion must make a reduced prior of {site!r} with {name} {float(value):g}: {error}"
+        ) from None
+
+
+def _reduced_prior(site: LatentSite, reduced: Any) -> Any:
+    """Of the elements of a site."""
+    return per_element(elementary_law(site.name, reduced), site.shape, site.event_dim, site.value_shape)
+
+
 def _groups_of(site: LatentSite, reduced: Any) -> list[GroupReduction]:
     """Each element of a site as a group of its coordinates, under a reduced prior."""
-    law = per_element(elementary_law(site.name, reduced), site.shape, site.event_dim, site.value_shape)
-    at_value = replace(site, reduced_prior=law)
+    at_value = replace(site, reduced_prior=_reduced_prior(site, reduced))
     single = torch.eye(site.shape.numel(), dtype=torch.bool, device=site.kept.device)
     masks = [mask.reshape(site.shape) for mask, kept in zip(single, site.kept.flatten(), strict=True) if kept]
     return [group_of(at_value, mask, site.prior) for mask in masks]
@@ -217,9 +230,10 @@ def _of_latents(
 ) -> list[_Independent | _Joint]:
     """The elements of the sites, in parts that are independent of each other."""
     for key, make in criterion.items():
-        if not callable(make):
+        if not callable(make) or isinstance(make, Distribution):
             raise TypeError(f"criterion must map {key!r} to a function of values of {name}: got {make!r}")
-    first = {key: make(values[0]) for key, make in criterion.items()}
+    laws = {key: [_made(key, make, name, value) for value in values] for key, make in criterion.items()}
+    first = {key: several[0] for key, several in laws.items()}
     latents = Latents(model, guide, first, args, dependent_priors="average")
     alone: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -228,12 +242,11 @@ def _of_latents(
                 raise NotImplementedError(
                     f"no curve of {site.name!r}, whose prior depends on {', '.join(site.parents)}"
                 )
-            spread = values.reshape(-1, *(1 for _ in range(len(site.shape) + site.event_dim)))
-            law = elementary_law(site.name, criterion[site.name](spread))
-            many = torch.Size((len(values),))
-            reduced = per_element(law, many + site.shape, site.event_dim, many + site.value_shape)
-            change = log_evidence_change(site.posterior, site.prior, reduced)
-            alone[site.name] = change.reshape(len(values), -1)[:, site.kept.flatten()]
+            several = [
+                log_evidence_change(site.posterior, site.prior, _reduced_prior(site, law))
+                for law in laws[site.name]
+            ]
+            alone[site.name] = torch.stack([change[site.kept] for change in several])
         parts: list[_Independent | _Joint] = []
         whole = {name: site.kept for name, site in latents.sites.items()}
         for block, masks in latents.by_block(whole):
@@ -242,8 +255,8 @@ def _of_latents(
                 parts.append(_Independent(changes))
                 continue
             groups = [
-                [group for name in masks for group in _groups_of(latents.sites[name], criterion[name](value))]
-                for value in values
+                [group for name in masks for group in _groups_of(latents.sites[name], laws[name][number])]
+                for number in range(len(values))
             ]
             parts.append(_Joint(block, groups, changes))
     return parts

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_bmrs.arguments import check, is_whole
+from pyro_bmrs.arguments import check, is_number, is_whole
 from pyro_bmrs.evidence.importance import DRAWS
 from pyro_bmrs.evidence.joint_normal import all_subsets
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
@@ -64,7 +64,7 @@ class ModelPosterior:
     def reduced(self, model: int) -> list[str]:
         """The groups that a model reduces."""
         count = len(self.log_evidence_change)
-        check(0 <= model < count, "model", f"a number below {count}", model)
+        check(is_whole(model) and model < count, "model", f"a number below {count}", model)
         return [name for k, name in enumerate(self.groups) if model >> k & 1]
 
     def table(self, count: int = 10) -> pd.DataFrame:
@@ -93,7 +93,7 @@ class ModelPosterior:
         Returns:
             As `table`, the most probable first.
         """
-        check(ratio > 1, "ratio", "above 1", ratio)
+        check(is_number(ratio) and ratio > 1, "ratio", "a number above 1", ratio)
         log_probability = self.log_probability
         near = torch.nonzero(log_probability >= log_probability.max() - torch.tensor(ratio).log()).flatten()
         if simpler_first:

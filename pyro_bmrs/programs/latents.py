@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
 from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, log_ratio
-from pyro_bmrs.evidence.joint_normal import GroupReduction, as_one
+from pyro_bmrs.evidence.joint_normal import Group, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
 from pyro_bmrs.inference.calls import check_arguments
@@ -88,6 +88,10 @@ class Latents:
         draws: int = DRAWS,
         seed: int = 0,
     ) -> None:
+        check(
+            isinstance(reduced_priors, Mapping), "reduced_priors", "a mapping of sites to reduced priors",
+            type(reduced_priors), TypeError,
+        )  # fmt: skip
         if not reduced_priors:
             raise ValueError(
                 "criterion must name at least one site and its reduced prior: got an empty mapping"
@@ -264,7 +268,7 @@ class Latents:
         ratios = [self._ratios(self.sites[name])[:, mask].sum(-1) for name, mask in masks.items()]
         return estimate_log_mean(torch.stack(ratios).sum(0))
 
-    def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> GroupReduction:
+    def group(self, masks: Selection, priors: Mapping[str, Any] | None = None) -> Group:
         """The chosen elements of sites of one joint normal as a group of its coordinates.
 
         Args:

@@ -50,7 +50,15 @@ class _ReducedPriors(Messenger):  # type: ignore[misc]
         )
         change = torch.where(self.chosen[name], reduced - own, 0.0)
         events = len(msg["fn"].event_shape) - site.event_dim
-        pyro.factor(f"_{name}_reduced", change.flatten(change.dim() - events).sum(-1) if events else change)
+        if events > 0:
+            change = change.flatten(change.dim() - events).sum(-1)
+        if (
+            events < 0
+        ):  # an element that the model draws in plates, where each entry counts: it gets its share
+            entries = value.shape[change.dim() : change.dim() - events]
+            change = change.reshape(change.shape + (1,) * -events).expand(change.shape + entries)
+            change = change / entries.numel()
+        pyro.factor(f"_{name}_reduced", change)
 
 
 class LogJoint:
@@ -95,7 +103,7 @@ class LogJoint:
             if mask_of(node["fn"]) is not None or node["mask"] is not None:
                 raise UncheckableError(f"{name!r} is masked")
             shape = node["value"].shape
-            if not node["value"].is_floating_point():
+            if node["fn"].support.is_discrete:
                 discrete[name] = _all_values(name, elementary(node["fn"]), shape)
                 continue
             transform = ComposeTransform(flat([fixed(biject_to(node["fn"].support))]))

@@ -56,8 +56,16 @@ class SitePart:
         return (self.site,)
 
     def sample(self, plates: _Plates) -> dict[str, Tensor]:
+        law: Any = self.distribution
+        if len(law.event_shape) > self.kind.event_dim:  # it couples what the model draws in plates
+            whole = law.to_event(len(law.batch_shape))
+            name = f"_reduced_{self.site}"
+            drawn = pyro.sample(name, whole, infer={"is_auxiliary": True})
+            shape = whole.event_shape
+            batch = drawn.shape[: drawn.dim() - len(shape)]
+            return {self.site: _at(self.site, drawn.reshape(-1, *shape), batch, self.kind, plates)}
         with plates.around(self.kind):
-            value: Tensor = pyro.sample(self.site, self.distribution)
+            value: Tensor = pyro.sample(self.site, law)
         return {self.site: value}
 
 
@@ -168,7 +176,8 @@ class ReducedPosterior:
 
     >>> predictive = pyro.infer.Predictive(model, guide=plan.reduced_posterior(), num_samples=100)  # doctest: +SKIP
 
-    Call it as the guide is called. It draws sites that were not asked about from the guide itself.
+    Call it as the guide is called. It draws sites that were not asked about from the guide itself, given those that
+    were.
     """
 
     def __init__(self, guide: Callable[..., Any], parts: Sequence[Part], sites: Collection[str]) -> None:
@@ -180,12 +189,13 @@ class ReducedPosterior:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        if self._asks_guide:
-            seen = poutine.block(self.guide, hide=self._hidden)
-            values = {name: node["value"] for name, node in latents(seen, *args, **kwargs).items()}
         plates = _Plates()
         for part in self.parts:
             values |= part.sample(plates)
+        if self._asks_guide:
+            given = poutine.condition(self.guide, data=values)
+            seen = poutine.block(given, hide=self._hidden)
+            values |= {name: node["value"] for name, node in latents(seen, *args, **kwargs).items()}
         return values
 
     def draw(self, draws: int, *args: Any, seed: int = 0) -> dict[str, Tensor]:

@@ -176,6 +176,8 @@ def _mask(group: str, site: LatentSite, elements: Elements) -> Tensor:
             f"groups must give numbers below {count}, a slice, a bool tensor, or ... for elements of {site.name!r}: "
             f"{group!r} has {elements!r}"
         ) from None
+    if isinstance(elements, slice) and not len(numbers):
+        raise ValueError(f"groups must give elements of {site.name!r}: {group!r} has none with {elements!r}")
     return torch.isin(site.units, numbers.to(device)).reshape(site.shape)
 
 

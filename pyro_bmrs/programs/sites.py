@@ -69,12 +69,11 @@ class LatentSite:
         assert isinstance(self.block, JointNormalBlock)
         transform = self.block.layout[self.name].transform
         if covariance.shape[-1] == 1 and not self.event_dim:
-            normal = dist.Normal(loc[:, 0], covariance[:, 0, 0].sqrt(), validate_args=False)
-            law = on_support(normal, transform, 0)
-        else:
-            normal = dist.MultivariateNormal(loc, covariance_matrix=covariance, validate_args=False)
-            law = on_support(normal, transform, self.event_dim)
-        return _reshaped(law, self.shape)
+            scale = covariance[:, 0, 0].sqrt().reshape(self.shape)
+            normal = dist.Normal(loc.reshape(self.shape), scale, validate_args=False)
+            return on_support(normal, transform, 0)
+        normal = dist.MultivariateNormal(loc, covariance_matrix=covariance, validate_args=False)
+        return _reshaped(on_support(normal, transform, self.event_dim), self.shape)
 
     @cached_property
     def posterior(self) -> Any:
@@ -95,8 +94,18 @@ def latent_site(
     units: Tensor | None = None,
 ) -> LatentSite:
     value, prior = node["value"], elementary(node["fn"])
+    of_model = node["fn"].batch_shape + node["fn"].event_shape
+    if value.shape != of_model:
+        raise ValueError(
+            f"guide must give {name!r} the shape that it has in the model, {tuple(of_model)}: got {tuple(value.shape)}"
+        )
     reduced = elementary_law(name, reduced, value.device)
     laws = [prior, reduced]
+    if not isinstance(reduced, dist.Delta) and _is_discrete(prior) != _is_discrete(reduced):
+        kind = "whole" if _is_discrete(prior) else "real"
+        raise ValueError(
+            f"criterion must give {name!r} a reduced prior of {kind} numbers, as its prior is: got {reduced}"
+        )
     if not isinstance(block, JointNormalBlock):
         laws.append(elementary(block.distribution))
     event_dim = max(len(law.event_shape) for law in laws)
@@ -126,6 +135,10 @@ def latent_site(
     )
 
 
+def _is_discrete(law: Any) -> bool:
+    return bool(law.support is not None and law.support.is_discrete)
+
+
 def check_estimable(site: LatentSite, prior: Any) -> None:
     """Raise ImportanceError unless draws of the posterior can tell of the reduced prior."""
     if isinstance(site.reduced_prior, dist.Delta):
@@ -139,12 +152,18 @@ def elementary_law(name: str, given: Any, device: torch.device | None = None) ->
     """A reduced prior as a distribution of single elements. Numbers and tensors are points."""
     if isinstance(given, int | float | Tensor) and not isinstance(given, bool):
         at = torch.as_tensor(given, dtype=torch.float64, device=device)
-        if not bool(torch.isfinite(at).all()):
+        if not bool(torch.isfinite(at).all()) or (isinstance(given, Tensor) and given.is_complex()):
             raise ValueError(f"criterion must give {name!r} a finite point: got {given}")
         return dist.Delta(at, validate_args=False)
     if not isinstance(given, Distribution):
         raise TypeError(
             f"criterion must give {name!r} a distribution or a number (a point mass): got {type(given).__name__}"
+        )
+    mask = mask_of(given)
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ValueError(
+            f"criterion must give {name!r} a reduced prior without a mask, since `reduce` chooses the elements, or "
+            f"`groups` does: got one with {mask}"
         )
     law = elementary(given)
     if isinstance(law, dist.Delta):

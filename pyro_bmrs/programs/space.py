@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bmrs.evidence.joint_normal import GroupReduction, by_themselves
+from pyro_bmrs.evidence.joint_normal import Group, by_themselves
 from pyro_bmrs.inference.blocks import JointNormalBlock
 from pyro_bmrs.programs.latents import Latents
 from pyro_bmrs.programs.plan import ProgramPlan, StructuresByPriors
@@ -28,7 +28,7 @@ class Joint:
 
     loc: Tensor
     covariance: Tensor
-    groups: dict[int, GroupReduction]  # by the group's number
+    groups: dict[int, Group]  # by the group's number
 
 
 class Space:
@@ -88,7 +88,7 @@ class Space:
                 )
 
     def _read(self) -> list[Joint]:
-        members: dict[int, tuple[JointNormalBlock, dict[int, GroupReduction]]] = {}
+        members: dict[int, tuple[JointNormalBlock, dict[int, Group]]] = {}
         for number, chosen in enumerate(self.selections.values()):
             for block, masks in self.latents.by_block(self.latents.chosen(chosen)):
                 if isinstance(block, JointNormalBlock):
@@ -100,7 +100,7 @@ class Space:
         return [_joint(block, groups) for block, groups in members.values()]
 
 
-def _joint(block: JointNormalBlock, groups: dict[int, GroupReduction]) -> Joint:
+def _joint(block: JointNormalBlock, groups: dict[int, Group]) -> Joint:
     coordinates, own = by_themselves(list(groups.values()))
     return Joint(block.loc[coordinates], block.covariance(coordinates), dict(zip(groups, own, strict=True)))
 

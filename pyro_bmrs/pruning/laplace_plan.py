@@ -239,7 +239,7 @@ class LaplacePlan(NetworkPlan):
 def _inputs_of(data: Data, network: nn.Module, guide: AutoKroneckerLaplace) -> Inputs:
     """The inputs of some examples, in one batch on the network's device: as many as the guide's memory allows."""
     device = next(network.parameters()).device
-    few, _ = Batches(data, 2, device, "refit").some(2, seed=0)
+    few, _ = Batches(data, 3, device, "refit").some(3, seed=0)
     with blamed_on_input(network, "refit"):
         wanted = min(guide.examples, examples_within(network, few, guide.room()))
     # in any order: data may be sorted by class

@@ -78,6 +78,9 @@ def touched(
             reads.append(Part(member.path, channels))
         elif known and member.role != "selection" and member.dim == 1 - input_dim(module):
             brings.append(Part(member.path, _by_structure(member, group.features)))
+    several = {part.path for part in reads if sum(part.path == other.path for other in reads) > 1}
+    if several:
+        raise NoCurvatureError(f"read several times by the weight of {min(several)!r}")
     if not reads:
         raise NoCurvatureError("read by nothing that has curvature")
     return Touched(tuple(reads), tuple(brings))

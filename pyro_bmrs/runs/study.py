@@ -71,7 +71,7 @@ class Cell:
     Attributes:
         recipe: the recipe's file.
         settings: the run's settings, complete.
-        folder: the run's folder; its name says recipe, data, KL weight, criterion and seed.
+        folder: the run's folder; its name says recipe, data, KL weight and criterion or weights, and seed.
         fit: the folder of the cell whose fit this one uses; its own folder if it makes the fit.
     """
 
@@ -83,9 +83,10 @@ class Cell:
     @classmethod
     def of(cls, recipe: Path, settings: RunSettings, out: Path) -> Cell:
         """The cell with its folder in `out`. The folder's name depends on the cell alone."""
-        criterion = settings.criterion.replace("=", "")
-        weight = f"w{settings.kl_weight}".removesuffix(".0")
-        parts = (recipe.stem, Path(settings.data).name, weight, criterion, f"seed{settings.seed}")
+        posterior = f"w{settings.kl_weight}".removesuffix(".0"), settings.criterion.replace("=", "")
+        if settings.weights is not None:
+            posterior = "weights", Path(settings.weights).stem
+        parts = (recipe.stem, Path(settings.data).name, *posterior, f"seed{settings.seed}")
         folder = out / "-".join(re.sub(r"[^\w.+]+", "-", part) for part in parts)
         return cls(recipe, settings, folder, fit=folder)
 
@@ -179,7 +180,7 @@ class Study:
             recipe = Recipe.read(os.path.normpath(find_recipe(given, place)))
             for values in product(*axes.values()):
                 varied = dict(zip(axes, values, strict=True))
-                settings = RunSettings.of(recipe, varied.pop("data"), varied).changed(**asked.settings)
+                settings = RunSettings.of(recipe, varied.pop("data"), {**asked.settings, **varied})
                 cells.append(Cell.of(recipe.path, settings, Path(asked.out)))
         cells = _with_fits(cells)
         return cls(Path(asked.out), tuple(cells), asked.jobs, asked.threads, asked.backend)

@@ -46,13 +46,13 @@ _KILLED = (
 
 def _row(cell: Cell, status: str, **rest: Any) -> Row:
     """A row of the results. What is not given in `rest` counts as not measured."""
-    settings = cell.settings
+    settings, fitted = cell.settings, cell.settings.weights is None
     return {
         "recipe": cell.recipe.as_posix(),
         "data": settings.data,
         "seed": settings.seed,
-        "criterion": settings.criterion,
-        "kl_weight": settings.kl_weight,
+        "criterion": settings.criterion if fitted else "",
+        "kl_weight": settings.kl_weight if fitted else math.nan,
         "status": status,
         "error": "",
         **dict.fromkeys(_MEASURED, math.nan),

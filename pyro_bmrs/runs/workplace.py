@@ -115,6 +115,8 @@ class Workplace(Served):
         self.device = _usable_device(device)
         self.dataset = dataset_of(settings, data_root)
         self.preparation = self.dataset.preparation
+        if settings.accuracy_drop is not None and self.preparation.targets is not None:
+            raise ValueError("accuracy_drop must be left out for targets of a regression: give loss_rise")
         if stored is not None and self.has("posterior.safetensors"):
             check(
                 self.preparation.is_like(stored["inputs"]),

@@ -305,6 +305,21 @@ def guide_of(kind):
     return guide
 
 
+@pytest.mark.usefixtures("own_parameters")
+def test_a_reduced_posterior_of_weighted_draws():
+    """A site of several elements whose ΔF was estimated: its values are no support to go through one by one."""
+
+    def rates():
+        with pyro.plate("places", 3):
+            pyro.sample("rate", dist.Gamma(2.0, 1.0))
+
+    guide = AutoNormal(rates, init_scale=0.3)
+    guide()
+    plan = bmrs.reduce(rates, guide, {"rate": dist.Gamma(3.0, 2.0)}, prior_log_odds=5.0)
+    tree = bmrs.to_datatree(rates, plan.reduced_posterior(), (), draws=20)
+    assert tree.posterior.rate.shape == (1, 20, 3)
+
+
 KINDS = ["AutoMultivariateNormal", "AutoNormal", "by hand", "reduced"]
 
 

@@ -228,7 +228,7 @@ def test_weights_that_are_no_numbers(bad):
 def test_too_few_draws():
     with pytest.raises(ValueError, match=r"draws must be an integer of at least 100: got 1000\.0"):
         estimate_log_evidence_change(*NORMAL, draws=1000.0)
-    with pytest.raises(ValueError, match="draws must be at least 100: got 99"):
+    with pytest.raises(ValueError, match="draws must be an integer of at least 100: got 99"):
         estimate_log_evidence_change(*NORMAL, draws=99)
     with pytest.raises(ImportanceError, match="only 0 of 200"):
         estimate_log_mean(torch.full((200,), -math.inf))

@@ -11,7 +11,7 @@ from mpmath import mp, mpf
 
 from pyro_bmrs import log_evidence_change
 from pyro_bmrs.evidence import joint_normal
-from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, reduce_group
+from pyro_bmrs.evidence.joint_normal import GroupReduction, all_subsets, as_one, by_themselves, reduce_group
 from pyro_bmrs.evidence.normal import multivariate_change, normal_change
 
 
@@ -84,10 +84,12 @@ def test_a_prior_known_by_its_density_alone():
     torch.testing.assert_close(known, density, atol=1e-10, rtol=0)
     mixed, both = as_one([group(0), density_group(3)]), as_one([group(0), group(3)])
     torch.testing.assert_close(reduce_group(loc, covariance, mixed), reduce_group(loc, covariance, both))
-    with pytest.raises(
-        NotImplementedError, match="some priors are not normal and not all is reduced to points"
-    ):
-        as_one([group(0, width=0.1), density_group(3)])
+    # points first, then what is reduced to a normal
+    mixed, both = as_one([group(0, width=0.1), density_group(3)]), as_one([group(0, width=0.1), group(3)])
+    torch.testing.assert_close(reduce_group(loc, covariance, mixed), reduce_group(loc, covariance, both))
+    trees = [all_subsets(loc, covariance, [one, group(5)]) for one in (mixed, both)]
+    torch.testing.assert_close(*trees)
+    assert by_themselves([mixed])[1][0].coordinates.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("budget", [1, 300, 10**4])

@@ -1,6 +1,7 @@
 """The pass that makes a Laplace posterior: interrupted it goes on, and nothing in the process is changed."""
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -343,3 +344,47 @@ def test_a_pass_sums_the_curvature_of_the_classes(classes):
     assert (off.abs() <= 5 * error + 1e-6).all()
     if classes == 3:
         assert (error > 1e-4).any()  # or there was nothing to test
+
+
+class Counting(nn.Sequential):
+    """Counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 2)
+        )
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_stay_and_a_norm_without_statistics_is_no_obstacle():
+    torch.manual_seed(0)
+    model = bmrs.Classifier(Counting())
+    guide = bmrs.AutoKroneckerLaplace(model)
+    x = torch.randn(100, 4)
+    train = x, (x[:, 0] > 0).long()
+    bmrs.fit(model, guide, train, progress=False)
+    assert float(model.net.calls) == 0
+    small = bmrs.reduce(model, guide).at(-3).apply(refit=train)
+    assert small(x).shape == (100, 2)
+
+
+def test_weights_that_are_not_finite_are_told_in_a_line():
+    model, guide = made()
+    with torch.no_grad():
+        next(model.net.parameters()).view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match=r"^model must have finite parameters: got NaN or inf in '") as error:
+        bmrs.fit(model, guide, data(), progress=False)
+    assert len(str(error.value)) < 100
+
+
+def test_a_guide_without_room_for_any_layer_says_so():
+    model, _ = made()
+    with pytest.warns(UserWarning, match="no curvature of"):
+        guide = bmrs.AutoKroneckerLaplace(model, memory=1e-9)
+    bmrs.fit(model, guide, data(), progress=False)
+    with pytest.raises(RuntimeError, match="no layer with a posterior: none fits into memory=1e-09 GiB"):
+        bmrs.reduce(model, guide)

@@ -345,3 +345,31 @@ def test_torchs_whole_encoder_and_decoder_work():
     want, have = network.state_dict(), separate.state_dict()
     assert list(have) == list(want)
     assert all(torch.equal(have[name], want[name]) for name in want)
+
+
+def test_an_encoder_that_makes_ragged_tensors():
+    """Of padding at the end torch's encoder makes nested tensors, which its own attention alone takes."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(EMBEDDING, 4, 16, batch_first=True)
+            self.embedding, self.encoder = nn.Embedding(9, EMBEDDING), nn.TransformerEncoder(layer, 1)
+
+        def forward(self, tokens):
+            there = tokens != 0
+            found = self.encoder(self.embedding(tokens), src_key_padding_mask=~there)
+            return (found * there[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    network = Tagger().eval()
+    tokens = torch.randint(1, 9, (6, 5))
+    tokens[1, 3:] = tokens[2, 2:] = 0
+    with torch.no_grad():
+        expected = network(tokens)
+        separate_attention(network)
+        assert not network.encoder.use_nested_tensor
+        torch.testing.assert_close(network(tokens), expected)
+        join_attention(network)
+        assert network.encoder.use_nested_tensor
+        torch.testing.assert_close(network(tokens), expected)

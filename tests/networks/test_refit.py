@@ -137,6 +137,50 @@ def test_batch_norm_has_the_statistics_of_its_inputs():
     torch.testing.assert_close(small[1].running_var, variance)
 
 
+class Siamese(nn.Module):
+    """One block for two inputs on different scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.head = nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.inner(self.norm(part)) for part in (x, 5 * x + 1)], 1))
+
+
+def test_batch_norm_that_is_called_twice_keeps_its_statistics():
+    torch.manual_seed(0)
+    net, x = Siamese(), torch.randn(300, 4)
+    net(x)
+    net.eval()
+    small = copy.deepcopy(net)
+    refit(small, net, Cuts(), x)
+    assert torch.equal(small.norm.running_mean, net.norm.running_mean)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_that_layers_share_stays():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 2)
+            self.two.bias = self.one.bias
+
+        def forward(self, x):
+            return self.head(torch.cat([torch.relu(self.one(x)), torch.tanh(self.two(x) + 1)], 1))
+
+    torch.manual_seed(0)
+    net, x = Shared(), torch.randn(300, 4) + 1
+    small = copy.deepcopy(net)
+    with torch.no_grad():
+        small.one.weight += 0.1
+        small.two.weight -= 0.1
+    refit(small, net, Cuts(), x)
+    assert torch.equal(small.one.bias, net.one.bias)
+    assert small.two.bias is small.one.bias
+    torch.testing.assert_close(small(x), net(x), rtol=0.01, atol=0.01)
+
+
 def test_the_full_network_stays_and_the_smaller_is_in_evaluation():
     net, small, cuts = twins()
     before = copy.deepcopy(net.state_dict())

@@ -153,6 +153,31 @@ def test_priors_of_single_entries_and_points_for_sites_of_vectors(kind):
                 assert row.log_evidence_change == pytest.approx(plan.sites.log_evidence_change[0], abs=1e-6)
 
 
+def test_each_value_makes_a_law_of_its_own():
+    """A matrix of one value is no row of matrices."""
+
+    def model():
+        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide():
+        pyro.sample("w", dist.Normal(torch.tensor([0.2, 0.5]), 0.3).to_event(1))
+
+    def make(scale):
+        return dist.MultivariateNormal(torch.zeros(2), scale * torch.eye(2))
+
+    scales = [0.1, 0.5, 0.7]
+    found = evidence_curve(model, guide, {"w": make}, scale=scales).log_evidence_change
+    one_by_one = [
+        reduce(model, guide, {"w": make(scale)}).sites.log_evidence_change[0]
+        for scale in torch.tensor(scales)
+    ]
+    assert found.to_numpy() == pytest.approx(one_by_one, abs=1e-6)
+    with pytest.raises(ValueError, match="a reduced prior of 'w' with scale -1: "):
+        evidence_curve(model, guide, {"w": make}, scale=[0.1, -1.0])
+    with pytest.raises(TypeError, match="criterion must map 'w' to a function of values of scale: got Multi"):
+        evidence_curve(model, guide, {"w": make(torch.tensor(1.0))}, scale=scales)
+
+
 def test_it_is_one_call(monkeypatch):
     from pyro_bmrs.programs import evidence_curve as module
 

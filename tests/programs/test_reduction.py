@@ -478,3 +478,196 @@ def test_a_guide_that_is_a_point_is_told():
     guide(X, Y)
     with pytest.raises(UnreadablePosteriorError, match="is a Delta there"):
         reduce(regression.model, guide, {"weights": 0.0}, X, Y)
+
+
+# --- laws of their own, and laws that depend on others ------------------------------------------------
+
+
+def test_a_law_with_a_base_is_no_wrapper():
+    """Zero-inflated: the sum over all counts is exact."""
+    q, p = dist.Poisson(2.0), dist.ZeroInflatedPoisson(torch.tensor(3.0), gate=torch.tensor(0.7))
+    counts = torch.arange(0.0, 60.0, dtype=torch.float64)
+
+    def sites(prior, reduced):
+        found = reduce(
+            lambda: pyro.sample("n", prior), lambda: pyro.sample("n", q), {"n": reduced}, draws=20_000
+        ).sites
+        exact = (q.log_prob(counts) + reduced.log_prob(counts) - prior.log_prob(counts)).logsumexp(0)
+        return found.log_evidence_change[0], found.standard_error[0], float(exact)
+
+    for prior, reduced in ((p, dist.Poisson(1.0)), (dist.Poisson(3.0), p)):
+        change, error, exact = sites(prior, reduced)
+        assert 0 < error < 0.05
+        assert change == pytest.approx(exact, abs=4 * error)
+
+
+def test_what_depends_on_a_reduced_site_moves_with_it():
+    """q(a) q(b | a) is the exact posterior; under a = 0 the posterior of b is known."""
+    covariance = torch.tensor([[101.0, 100.0], [100.0, 101.0]]).inverse()
+    loc = covariance @ torch.tensor([200.0, 200.0])
+    slope = covariance[0, 1] / covariance[0, 0]
+
+    def model():
+        a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+        pyro.sample("y", dist.Normal(a + b, 0.1), obs=torch.tensor(2.0))
+
+    def guide():
+        a = pyro.sample("a", dist.Normal(loc[0], covariance[0, 0].sqrt()))
+        left = (covariance[1, 1] - slope * covariance[0, 1]).sqrt()
+        pyro.sample("b", dist.Normal(loc[1] + slope * (a - loc[0]), left))
+
+    plan = reduce(model, guide, {"a": 0.0}, prior_log_odds=5.0)
+    b = plan.reduced_posterior().draw(1000)["b"]
+    assert float(b.mean()) == pytest.approx(200 / 101, abs=5 * 101**-0.5 / 1000**0.5)
+    assert float(b.std()) == pytest.approx(101**-0.5, rel=0.12)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_a_reduced_prior_may_couple_what_a_plate_holds(kind):
+    """Three independent effects, or one that all share: exact for a normal guide."""
+    shared = 0.1 * torch.eye(3) + 0.9
+
+    def model():
+        with pyro.plate("groups", 3):
+            effect = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(effect, 1.0), obs=torch.tensor([0.3, 0.5, 0.4]))
+
+    guide = kind(model, init_scale=0.7)
+    guide()
+    plan = reduce(model, guide, {"w": dist.MultivariateNormal(torch.zeros(3), shared)}, prior_log_odds=9.0)
+    if kind is AutoMultivariateNormal:
+        posterior = dist.MultivariateNormal(guide.loc, scale_tril=guide.scale[:, None] * guide.scale_tril)
+    else:
+        posterior = dist.MultivariateNormal(guide.locs.w, covariance_matrix=torch.eye(3) * guide.scales.w**2)
+    laws = (
+        posterior,
+        dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
+        dist.MultivariateNormal(torch.zeros(3), shared),
+    )
+    assert plan.sites.log_evidence_change[0] == pytest.approx(float(log_evidence_change(*laws)), abs=1e-5)
+    guide_of_reduced = plan.reduced_posterior()
+    assert guide_of_reduced.draw(2)["w"].shape == (2, 3)
+    for parallel in (False, True):
+        found = Predictive(model, guide=guide_of_reduced, num_samples=50, parallel=parallel)()
+        assert found["w"].shape == (50, 3)
+
+
+def test_the_second_opinion_on_a_reduced_prior_that_couples_a_plate(monkeypatch):
+    """Its integral is exact: y is normal under both priors."""
+    monkeypatch.undo()  # no_second_opinion
+    y, shared = torch.tensor([0.3, 0.5, 0.4]), 0.1 * torch.eye(3) + 0.9
+
+    def model():
+        with pyro.plate("groups", 3):
+            effect = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+
+    def guide():
+        with pyro.plate("groups", 3):
+            pyro.sample("w", dist.Normal(y / 2, 0.5**0.5))
+
+    plan = reduce(model, guide, {"w": dist.MultivariateNormal(torch.zeros(3), shared)})
+    of_y = [
+        dist.MultivariateNormal(torch.zeros(3), c + torch.eye(3)).log_prob(y) for c in (shared, torch.eye(3))
+    ]
+    assert plan.checked is not None
+    assert plan.checked.checked[0] == pytest.approx(float(of_y[0] - of_y[1]), abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (3,)])
+def test_bounds_for_each_element_in_a_joint_normal(shape):
+    high = torch.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+
+    def model():
+        pyro.sample("x", dist.Uniform(torch.zeros(shape), high).to_event(len(shape)))
+
+    joint, apart = (kind(model, init_scale=0.5) for kind in (AutoMultivariateNormal, AutoDiagonalNormal))
+    joint()
+    apart()
+    with torch.no_grad():
+        apart.loc.copy_(joint.loc)
+    changes = [
+        reduce(model, guide, {"x": 0.5}).table.log_evidence_change.to_numpy() for guide in (joint, apart)
+    ]
+    assert changes[0] == pytest.approx(changes[1], rel=1e-4)
+
+
+def test_a_point_beside_a_normal_where_a_prior_is_not_normal():
+    """ΔF of both by a sum over a grid of w, at the point of s."""
+
+    def model():
+        w, s = pyro.sample("w", dist.Normal(0.0, 1.0)), pyro.sample("s", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(w, s), obs=torch.tensor(0.3))
+
+    guide = AutoMultivariateNormal(model, init_scale=0.4)
+    guide()
+    guide.loc.data, guide.scale_tril = torch.tensor([0.2, -0.1]), torch.tensor([[1.0, 0.0], [0.6, 1.0]])
+    priors = {"w": dist.Normal(0.0, 0.3), "s": 1.0}
+    plan = reduce(model, guide, priors, prior_log_odds=9.0, groups={"both": {"w": ..., "s": ...}})
+    covariance = 0.4**2 * torch.tensor([[1.0, 0.6], [0.6, 1.36]], dtype=torch.float64)
+    q = torch.distributions.MultivariateNormal(torch.tensor([0.2, -0.1], dtype=torch.float64), covariance)
+    w = torch.linspace(-6, 6, 20_001, dtype=torch.float64)
+    log_q = q.log_prob(torch.stack([w, torch.zeros_like(w)], -1))  # log s = 0, where its Jacobian is 1
+    ratio = dist.Normal(0.0, 0.3).log_prob(w) - dist.Normal(0.0, 1.0).log_prob(w)
+    width = float(w[1] - w[0])
+    exact = (log_q + ratio).logsumexp(0) + math.log(width) - dist.HalfNormal(1.0).log_prob(torch.tensor(1.0))
+    assert plan.groups.log_evidence_change[0] == pytest.approx(float(exact), abs=1e-5)
+    drawn = plan.reduced_posterior().draw(500)
+    assert bool((drawn["s"] == 1).all())
+    weights = (log_q + ratio).softmax(0)
+    mean = float((weights * w).sum())
+    spread = float((weights * (w - mean) ** 2).sum().sqrt())
+    assert float(drawn["w"].mean()) == pytest.approx(mean, abs=5 * spread / 500**0.5)
+
+
+def test_a_share_below_one_half():
+    """A uniform prior of a part of [0, 1] beside a Beta has no closed form here: it is estimated."""
+
+    def model():
+        p = pyro.sample("p", dist.Uniform(0.0, 1.0))
+        pyro.sample("y", dist.Binomial(10, p), obs=torch.tensor(3.0))
+
+    found = reduce(model, lambda: pyro.sample("p", dist.Beta(4.0, 8.0)), {"p": dist.Uniform(0.0, 0.5)}).sites
+    p = torch.linspace(0, 0.5, 100_001, dtype=torch.float64)[1:]
+    exact = math.log(2 * float(dist.Beta(4.0, 8.0).log_prob(p).exp().mean()) * 0.5)
+    assert 0 < found.standard_error[0] < 0.02
+    assert found.log_evidence_change[0] == pytest.approx(exact, abs=4 * found.standard_error[0])
+
+
+def _vector():
+    pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+
+def _choice():
+    pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.8])))
+
+
+def _guide_of(name, law):
+    return lambda: pyro.sample(name, law)
+
+
+W, K = dist.Normal(torch.zeros(3), 0.5).to_event(1), dist.Categorical(torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "given", "message"),
+    [
+        (_vector, W, {"w": dist.Normal(torch.zeros(3), 0.1).mask(torch.arange(3) == 0)}, "without a mask"),
+        (_vector, W, {"w": torch.tensor(1j)}, "criterion must give 'w' a finite point: got"),
+        (_vector, W, {"w": dist.Bernoulli(0.5)}, "a reduced prior of real numbers, as its prior is: got Bernoulli"),
+        (_vector, W, {"w": dist.ImproperUniform(dist.constraints.real, (), ())}, "'w': reduced_prior must be a law"),
+        (_vector, dist.Normal(torch.zeros(1), 0.5).to_event(1), {"w": 0.0}, r"in the model, \(3,\): got \(1,\)"),
+        (_choice, dist.Categorical(torch.ones(3, 2)), {"k": 1}, r"that it has in the model, \(\): got \(3,\)"),
+        (_choice, K, {"k": dist.Categorical(torch.ones(3))}, r"the same number of values: got \[2, 2, 3\]"),
+        (_choice, K, {"k": 2}, "must be a point where the posterior has a positive, finite density"),
+    ],
+)  # fmt: skip
+def test_reduced_priors_that_do_not_fit(model, guide, given, message):
+    (name,) = given
+    with pytest.raises(ValueError, match=message):
+        reduce(model, _guide_of(name, guide), given)
+
+
+def test_an_empty_group_is_refused():
+    with pytest.raises(ValueError, match="groups must give elements of 'w': 'g' has none with slice"):
+        reduce(_vector, _guide_of("w", W), {"w": 0.0}, groups={"g": {"w": slice(5, 9)}})

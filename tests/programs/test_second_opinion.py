@@ -202,6 +202,24 @@ def test_a_discrete_latent_is_summed_out():
     assert any("site 'kind'" in text for text in messages)
 
 
+def test_a_discrete_latent_of_floating_point_numbers_is_summed_out():
+    def model(y):
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        kind = pyro.sample("kind", dist.Bernoulli(share))
+        pyro.sample("y", dist.Normal(2 * kind, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("share", dist.Beta(2.4, 2.1))
+        pyro.sample("kind", dist.Bernoulli(0.7))
+
+    y, reduced = torch.tensor(1.4), dist.Beta(8.0, 2.0)
+    likelihood = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(y).exp()
+    exact = math.log(float(likelihood @ torch.tensor([0.2, 0.8]))) - math.log(float(likelihood.mean()))
+    plan, _ = asked(model, guide, {"share": reduced}, y)
+    assert plan.checked is not None
+    assert plan.checked.checked[0] == pytest.approx(exact, abs=4 * plan.checked.standard_error[0] + 1e-3)
+
+
 def test_a_model_that_can_not_be_asked():
     """It looks at a value, which vmap does not allow: the guide's reach alone is judged."""
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from trained_families import families, output_of
 from trained_families import trained as trained_family
@@ -602,3 +603,21 @@ def test_what_apply_and_at_are_told_is_checked(trained):
         plan.apply(example_input=blobs()[0][:0])
     with pytest.raises(ValueError, match="threshold must be a number: got 'x'"):
         plan.at("x")
+
+
+def test_a_weight_that_is_used_again_by_a_function_stays():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.own = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 5)
+            self.head = nn.Linear(10, 3)
+
+        def forward(self, x):
+            other = F.linear(torch.tanh(self.two(x)), self.own.weight, self.own.bias)
+            return self.head(torch.relu(torch.cat([self.own(torch.relu(self.one(x))), other], 1)))
+
+    torch.manual_seed(0)
+    model = bmrs.Classifier(Again())
+    guide = bmrs.AutoKroneckerLaplace(model)
+    bmrs.fit(model, guide, (torch.randn(50, 4), torch.arange(50) % 3), progress=False)
+    assert bmrs.reduce(model, guide).kept_back["one"] == "read several times by the weight of 'own'"

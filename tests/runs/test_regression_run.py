@@ -133,6 +133,9 @@ def test_points_of_accuracy_are_refused(trained, place, tmp_path, capsys):
     more = ("--weights", trained[0], "--out", tmp_path / "run", "--quiet", "--accuracy-drop", 1)
     assert call("run", MLP, "--data", place / "friedman.npz", "--network", '{"widths": [12]}', *more) == 2
     assert "give loss_rise" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "posterior.safetensors").exists()  # before any work
+    assert run(place / "friedman.npz", tmp_path / "fit", "--epochs", 1, "--accuracy-drop", 1) != 0
+    assert not (tmp_path / "fit" / "history.csv").exists()
 
 
 def test_the_smaller_of_two_level_regressions_is_named(finished, place, tmp_path, capsys):

@@ -479,6 +479,11 @@ BAD = [
     ({"settings": {"network": [3]}}, "network must be a mapping or None: got [3]"),
     ({"settings": {"min_kept": 0}}, "min_kept", "got 0"),
     ({"settings": {"prior_log_odds": 1.0}, "criteria": ["BMRS_N", "SNR"]}, "prior_log_odds", "SNR"),
+    (
+        {"settings": {"weights": "w.pt"}, "kl_weights": [1, 3]},
+        "kl_weight must be left out where weights are given",
+    ),
+    ({"settings": {"weights": "w.pt"}}, "criterion must be left out where weights are given"),
     ({"seeds": [0, -1]}, "seed must be greater than or equal to 0: got -1"),
     ({"kl_weights": [1, -0.5]}, "kl_weight must be greater than or equal to 0: got -0.5"),
     ({"kl_weights": float("nan")}, "kl_weight", "finite", "nan"),
