@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ LEAST_DRAWS = 100
 CARRIED = 0.99
 # Weights whose relative difference is at most this are equal: the rest is rounding.
 EQUAL = 1e-8
+# Weights that have a bound make no tail if the logarithms of the largest, half of what a tail would be, differ by less.
+FLAT = 0.05
 
 
 class ImportanceError(ArithmeticError):
@@ -42,7 +45,7 @@ class UnreliableEstimateWarning(UserWarning):
 
 @dataclass(frozen=True)
 class ImportanceEstimate:
-    """An estimate of ΔF = log E_q[p̃/p] from draws of q, and its reliability. All tensors: float64, batch shape.
+    """An estimate of ΔF = log E_q[p̃/p] from draws, and its reliability. All tensors: float64, batch shape.
 
     Attributes:
         estimate: ΔF in nats, from Pareto-smoothed weights (Vehtari et al., 2024).
@@ -51,7 +54,7 @@ class ImportanceEstimate:
             weights are equal, for example if the reduced prior is the prior.
         effective_sample_size: 1/Σw² of the normalised weights, in draws.
         carrying_draws: the smallest number of draws that hold 99 % of the weight.
-        draws: number S of posterior draws.
+        draws: number S of draws.
         log_weights: normalised and smoothed; -inf for draws without weight. Shape: (draws, *batch).
     """
 
@@ -83,7 +86,7 @@ def khat_threshold(draws: int) -> float:
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
-def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
+def estimate_log_mean(log_weights: Tensor, control: Tensor | None = None) -> ImportanceEstimate:
     """Log of the mean of weights, given their logarithms, with Pareto-smoothed tails.
 
     >>> _ = torch.manual_seed(0)
@@ -94,6 +97,8 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
 
     Args:
         log_weights: in nats. Shape: (draws, *batch).
+        control: a quantity of mean 0 at the same draws, of weights that have a bound: what the weights and it share is
+            no error of the mean. Same shape.
 
     Warns:
         UnreliableEstimateWarning: if k̂ is above min(1 - 1/log10 S, 0.7).
@@ -114,23 +119,23 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
         where = torch.nonzero(carrying < LEAST_CARRYING).flatten().tolist()
         of = "" if flat.shape[1] == 1 else f" of elements {where[:10]}"
         raise ImportanceError(
-            f"only {least} of {draws} posterior draws carry weight{of}, fewer than {LEAST_CARRYING}: the reduced "
+            f"only {least} of {draws} draws carry weight{of}, fewer than {LEAST_CARRYING}: the reduced "
             "prior lies where the posterior has hardly any mass, or is far narrower. A spike can't be estimated from "
             "draws: as a point mass (pyro.distributions.Delta) it has a closed form"
         )
-    columns = [_smoothed(*column) for column in zip(flat.unbind(-1), carrying.tolist(), strict=True)]
+    bounded = control is not None
+    columns = [_smoothed(*column, bounded) for column in zip(flat.unbind(-1), carrying.tolist(), strict=True)]
     smoothed = torch.stack([weights for weights, _ in columns], -1)
     total = smoothed.logsumexp(0)
     normalised = smoothed - total
-    concentration = (2 * normalised).logsumexp(0).exp()
     batch = log_weights.shape[1:]
+    mean, error = _mean(draws * normalised.exp(), None if control is None else control.reshape(draws, -1))
+    khat = torch.tensor([khat for _, khat in columns], dtype=torch.float64, device=flat.device)
     result = ImportanceEstimate(
-        estimate=(total - math.log(draws)).reshape(batch),
-        standard_error=(concentration - 1 / draws).clamp(min=0).sqrt().reshape(batch),
-        khat=torch.tensor([khat for _, khat in columns], dtype=torch.float64, device=flat.device).reshape(
-            batch
-        ),
-        effective_sample_size=(1 / concentration).reshape(batch),
+        estimate=(total - math.log(draws) + mean.log()).reshape(batch),
+        standard_error=error.reshape(batch),
+        khat=torch.where(error <= EQUAL, -math.inf, khat).reshape(batch),
+        effective_sample_size=(-(2 * normalised).logsumexp(0)).exp().reshape(batch),
         carrying_draws=carrying.reshape(batch),
         draws=draws,
         log_weights=normalised.reshape(log_weights.shape),
@@ -146,6 +151,19 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
     return result
 
 
+def _mean(weights: Tensor, control: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(mean of weights whose sample mean is 1, its relative standard error). Shape: (draws, batch) → (batch,)."""
+    draws = len(weights)
+    mean, rest = torch.ones_like(weights[0]), weights - 1
+    if control is not None:
+        away = control - control.mean(0)
+        slope = (away * rest).sum(0) / away.square().sum(0).clamp(min=EQUAL)
+        corrected = 1 - slope * control.mean(0)
+        good = corrected > 0
+        mean, rest = torch.where(good, corrected, mean), torch.where(good, rest - slope * away, rest)
+    return mean, rest.square().mean(0).sqrt() / draws**0.5 / mean
+
+
 def _carrying(log_weights: Tensor) -> Tensor:
     """The smallest number of draws that hold 99 % of the weight. Shape: (draws, batch) → (batch,)."""
     ordered = log_weights.softmax(0).nan_to_num(0.0).sort(0, descending=True).values
@@ -153,19 +171,22 @@ def _carrying(log_weights: Tensor) -> Tensor:
     return torch.where((log_weights > -math.inf).any(0), carrying, 0)
 
 
-def _smoothed(log_weights: Tensor, carrying: int) -> tuple[Tensor, float]:
+def _smoothed(log_weights: Tensor, carrying: int, bounded: bool) -> tuple[Tensor, float]:
     """Log-weights whose largest are replaced by quantiles of a generalised Pareto distribution, and its shape k̂.
 
     The distribution is fitted to the largest min(S/5, 3 √S) weights. If at most twice as many draws carry weight,
-    most of these weights are nearly 0 and the fit is wrong about the others. Then the weights stay unsmoothed.
+    most of these weights are nearly 0 and the fit is wrong about the others. Then the weights stay unsmoothed. So do
+    weights that have a bound; where they reach it there is no tail.
     """
     positive = log_weights > -math.inf
     values = log_weights[positive]
+    tail = min(len(values) / 5, 3 * len(values) ** 0.5)
+    if bounded and float(values.max() - values.topk(math.ceil(tail / 2)).values[-1]) <= FLAT:
+        return log_weights, -math.inf
     smoothed, khat = _pareto(values)
     if smoothed is None:
         return log_weights, khat
-    tail = min(len(values) / 5, 3 * len(values) ** 0.5)
-    if carrying <= 2 * tail:
+    if bounded or carrying <= 2 * tail:
         return log_weights, float(khat)
     lowest = values.argmin()  # not in the tail: only the normalisation changes it
     result = log_weights.clone()
@@ -233,7 +254,7 @@ def estimate_log_evidence_change(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> ImportanceEstimate:
-    """ΔF = log E_q[p̃(θ)/p(θ)] in nats, estimated from draws of the posterior, for any three densities.
+    """ΔF = log E_q[p̃(θ)/p(θ)] in nats, estimated from draws of posterior and reduced prior, for any three densities.
 
     >>> from torch.distributions import Laplace, Normal
     >>> found = estimate_log_evidence_change(Normal(1.0, 0.3), Laplace(0.0, 1.0), Normal(0.0, 1.0))
@@ -242,12 +263,11 @@ def estimate_log_evidence_change(
 
     Args:
         posterior, prior, reduced_prior: as in `log_evidence_change`. Each element is estimated separately.
-        draws: number S of posterior draws, at least 100.
+        draws: number S of draws, at least 100: one half of the posterior, one of the reduced prior.
         seed: of the draws; torch's own generator is unchanged.
 
     Raises:
-        ImportanceError: if fewer than 50 draws carry weight. A reduced prior much narrower than
-            the posterior, or a point, can't be estimated this way.
+        ImportanceError: if fewer than 50 draws carry weight. A point can't be estimated this way.
         ValueError: if draws of the reduced prior lie outside the support of posterior or prior. Then the draws
             miss a part of the expectation.
     """
@@ -262,10 +282,60 @@ def estimate_log_evidence_change(
     with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         check_support(q, p, reduced)
-        ratio = log_ratio(p, reduced, q.sample((draws,)))
-        for wrapping in reversed(wrappings):
-            ratio = wrapping.of_change(ratio, 1)
-        return estimate_log_mean(ratio)
+
+        def of_elements(density: Tensor) -> Tensor:
+            for wrapping in reversed(wrappings):
+                density = wrapping.of_change(density, 1)
+            return density
+
+        return half_and_half(q, p, reduced, draws, of_elements).estimate()
+
+
+@dataclass(frozen=True)
+class HalfAndHalf:
+    """Draws, one half of the posterior and one of the reduced prior, and what they weigh. See `half_and_half`.
+
+    Attributes:
+        values: Shape: (draws, *batch, *event).
+        log_weights: Shape: (draws, *batch).
+        control: a quantity of mean 0. Shape: (draws, *batch).
+    """
+
+    values: Tensor
+    log_weights: Tensor
+    control: Tensor
+
+    def estimate(self) -> ImportanceEstimate:
+        """ΔF."""
+        return estimate_log_mean(self.log_weights, self.control)
+
+
+def half_and_half(
+    posterior: Any,
+    prior: Any,
+    reduced_prior: Any,
+    draws: int,
+    of_elements: Callable[[Tensor], Tensor] = lambda density: density,
+) -> HalfAndHalf:
+    """Draws of m = ½ q + ½ p̃, with weights q p̃ / (p m), whose mean is e^ΔF, and q/m − 1, whose mean is 0.
+
+    A weight is at most 2 min(p̃/p, q/p). Draws of q alone have weights p̃/p, of which no variance is finite where p̃ has
+    heavier tails than p: they then miss what counts, and k̂ does not tell. Less its regression on q/m − 1 the mean
+    weight is exact where p̃ is p, and where q is p: the data say nothing.
+
+    Source: Owen and Zhou, "Safe and effective importance sampling" (2000).
+
+    Args:
+        of_elements: from log-densities of entries to those of elements.
+    """
+    theta = torch.cat([posterior.sample((draws - draws // 2,)), reduced_prior.sample((draws // 2,))])
+    of_q, of_p, of_reduced = (
+        of_elements(log_density(member, theta)) for member in (posterior, prior, reduced_prior)
+    )
+    of_mixture = torch.logaddexp(of_q, of_reduced) - math.log(2)
+    outside = (of_q == -math.inf) | (of_reduced == -math.inf)
+    log_weights = torch.where(outside, -math.inf, of_q + of_reduced - of_p - of_mixture)
+    return HalfAndHalf(theta, log_weights, (of_q - of_mixture).expm1())
 
 
 def log_ratio(prior: Distribution, reduced_prior: Distribution, theta: Tensor) -> Tensor:

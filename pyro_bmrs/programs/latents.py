@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import DRAWS, ImportanceEstimate, log_ratio
+from pyro_bmrs.evidence.importance import DRAWS, HalfAndHalf, ImportanceEstimate, half_and_half, log_ratio
 from pyro_bmrs.evidence.joint_normal import Group, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
@@ -166,7 +166,7 @@ class Latents:
                 try:
                     found = _exact(log_evidence_change(site.posterior, site.prior, site.reduced_prior))
                 except NotImplementedError:
-                    found = _estimated(estimate_log_mean(self._ratios(site)))
+                    found = _estimated(self._of_element_draws(site).estimate())
         nothing = _exact(torch.zeros_like(found.log_evidence_change))
         return Evidence(*(torch.where(site.kept, *pair) for pair in zip(found, nothing, strict=True)))
 
@@ -188,6 +188,11 @@ class Latents:
                         else {site.name: block.distribution.sample((self.draws,))}
                     )
         return drawn
+
+    def _of_element_draws(self, site: LatentSite) -> HalfAndHalf:
+        """Draws of each element alone."""
+        check_estimable(site, site.prior)
+        return half_and_half(site.posterior, site.prior, site.reduced_prior, self.draws)
 
     def _ratios(self, site: LatentSite) -> Tensor:
         """log p̃(θ) - log p(θ) at draws of the posterior. Shape: (draws, *elements)."""
@@ -262,6 +267,9 @@ class Latents:
                 own = group.coordinates
                 return _exact(group.change(block.loc[own], block.covariance(own)).log_evidence_change)
             except NotImplementedError:
+                if sum(int(mask.sum()) for mask in masks.values()) == 1:
+                    ((name, mask),) = masks.items()
+                    return Evidence(*(part[mask].squeeze() for part in self.elements[name]))
                 return _estimated(self._block_estimate(masks))
 
     def _block_estimate(self, masks: Mapping[str, Tensor]) -> ImportanceEstimate:
@@ -326,10 +334,12 @@ class Latents:
         try:
             after: Any = reduced_posterior(site.posterior, site.prior, site.reduced_prior)
         except NotImplementedError:
-            drawn = self._block_draws[id(site.block)][site.name]
-            weights = estimate_log_mean(self._ratios(site)).log_weights
+            drawn = self._of_element_draws(site)
+            weights = drawn.estimate().log_weights
             elements = len(site.shape)  # Pyro wants the draws behind them
-            after = dist.Empirical(drawn.movedim(0, elements), weights.movedim(0, -1), validate_args=False)
+            after = dist.Empirical(
+                drawn.values.movedim(0, elements), weights.movedim(0, -1), validate_args=False
+            )
         law: Any = after if bool(mask.all()) else dist.MaskedMixture(mask, before, after, validate_args=False)
         kind = self._kind_of(site.name)
         missing = kind.event_dim - len(law.event_shape)

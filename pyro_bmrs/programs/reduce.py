@@ -82,7 +82,7 @@ def reduce(
 
     The plan has ΔF of each element (`table`), of each site (`sites`) and of groups of elements (`groups`).
     `reduced_posterior()` is a guide that predicts from the reduced model. ΔF has a closed form for most laws; elsewhere
-    it is estimated from draws of the guide, with a standard error and k̂. The model itself gives a second opinion
+    it is estimated from draws, with a standard error and k̂. The model itself gives a second opinion
     (`checked`), and a warning where the guide is wrong: see docs/evidence.md.
 
     With an `AutoKroneckerLaplace` of a trained network the plan is a `LaplacePlan`: a path of removals, and the place
@@ -107,7 +107,7 @@ def reduce(
             are numbers (in a network those of the original one), a slice, a bool tensor, or ... for all.
         dependent_priors: with a mapping, what to do where a site's prior depends on another latent: "raise", or
             "average" over joint draws of the guide.
-        draws, seed: with a mapping, number and seed of posterior draws, used only where ΔF has no closed form.
+        draws, seed: with a mapping, number and seed of draws, used only where ΔF has no closed form.
 
     Returns:
         The plan. With a mapping, `apply()` makes a smaller network if all sites belong to noise layers and each

@@ -140,7 +140,7 @@ def _is_discrete(law: Any) -> bool:
 
 
 def check_estimable(site: LatentSite, prior: Any) -> None:
-    """Raise ImportanceError unless draws of the posterior can tell of the reduced prior."""
+    """Raise ImportanceError unless draws can tell of the reduced prior."""
     if isinstance(site.reduced_prior, dist.Delta):
         raise ImportanceError(
             "a point mass can't be estimated from draws: beside others it has no closed form here"

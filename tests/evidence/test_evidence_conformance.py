@@ -330,7 +330,9 @@ def test_equal_to_the_importance_estimate_within_its_error(case):
     trusted = found.khat < 0.5
     off = (found.estimate - log_evidence_change(q, p, reduced)).abs()
     assert bool(trusted.any())
-    assert bool((off <= 4.5 * found.standard_error + 1e-9)[trusted].all()), (off, found.standard_error)
+    # of what no draw has shown the share may be 3/n (95 %), and no error tells of it
+    unseen = 3 / found.draws
+    assert bool((off <= 4.5 * found.standard_error + unseen)[trusted].all()), (off, found.standard_error)
 
 
 @each

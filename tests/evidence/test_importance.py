@@ -64,9 +64,8 @@ def test_expanded_elements_are_estimated_alike(shape):
     p, reduced = dist.Normal(0.0, 1.0), dist.Normal(0.0, 0.5)
     found = estimate_log_evidence_change(q, p, reduced, draws=200)
     assert found.estimate.shape == shape
-    assert bool((found.estimate == found.estimate[0]).all())
     single = estimate_log_evidence_change(q.base_dist, p, reduced, draws=200)
-    assert torch.equal(found.estimate[0], single.estimate)
+    torch.testing.assert_close(found.estimate, single.estimate.expand(shape), rtol=1e-12, atol=1e-14)
     wrapped = [law.to_event(1) for law in (q, p.expand(shape), reduced.expand(shape))]
     whole = estimate_log_evidence_change(*wrapped, draws=2000)
     assert whole.estimate.shape == shape[:1]
@@ -113,11 +112,13 @@ def test_khat_has_its_sign_the_right_way_round():
 def test_equal_weights_are_perfect():
     q, p, _ = NORMAL
     found = estimate_log_evidence_change(q, p, p)
-    assert float(found.estimate) == 0
-    assert float(found.standard_error) == 0
+    assert float(found.estimate) == pytest.approx(0, abs=1e-12)
+    assert float(found.standard_error) < 1e-12
     assert float(found.khat) == -math.inf
     assert bool(found.reliable)
-    assert float(found.effective_sample_size) == pytest.approx(found.draws)
+    same = estimate_log_mean(torch.full((400,), 2.0))
+    assert float(same.estimate) == pytest.approx(2.0)
+    assert float(same.effective_sample_size) == pytest.approx(400)
     # equal but for rounding: what an exact posterior gives
     noisy = estimate_log_mean(1e-12 * torch.randn(4000, dtype=torch.float64) - 3.0)
     assert float(noisy.khat) == -math.inf
@@ -125,7 +126,7 @@ def test_equal_weights_are_perfect():
 
 
 def test_weights_of_an_interval_are_zero_or_equal():
-    """A reduced prior that is the prior cut to a part: no tail, and the error of a share."""
+    """A reduced prior that is the prior cut to a part: no tail, and less than the error of a share among draws of q."""
     q, p, reduced = (
         TruncatedLogNormal(t(-3.0), t(2.0)),
         LogUniform(*t(-20.0, 0.0)),
@@ -134,7 +135,7 @@ def test_weights_of_an_interval_are_zero_or_equal():
     found = estimate_log_evidence_change(q, p, reduced, draws=4000)
     share = float(q.cdf(t(-1.0).exp()) - q.cdf(t(-4.0).exp()))
     assert float(found.khat) == -math.inf
-    assert float(found.standard_error) == pytest.approx(math.sqrt((1 - share) / share / 4000), rel=0.1)
+    assert 0 < float(found.standard_error) < math.sqrt((1 - share) / share / 4000) / 3
     assert abs(float(found.estimate - log_evidence_change(q, p, reduced))) < 4.5 * float(found.standard_error)
     assert float(found.log_weights.exp().sum()) == pytest.approx(1.0)
 
@@ -147,12 +148,40 @@ def test_a_bounded_tail_of_equal_weights():
 
 
 @pytest.mark.parametrize("width", [1e-6, 1e-3])
-def test_a_spike_is_refused(width):
+def test_a_spike_is_estimated_from_its_own_draws(width):
+    """The density ratio at its place; to the first order in its width."""
     q, p, _ = NORMAL
-    with pytest.raises(
-        ImportanceError, match=r"only \d+ of 4000 posterior draws carry weight, fewer than 50.*Delta"
-    ):
-        estimate_log_evidence_change(q, p, dist.Normal(t(0.3), t(width)))
+    found = estimate_log_evidence_change(q, p, dist.Normal(t(0.3), t(width)))
+    ratio = float(q.log_prob(t(0.3)) - p.log_prob(t(0.3)))
+    assert float(found.estimate) == pytest.approx(ratio, abs=4.5 * float(found.standard_error) + width**2)
+    assert float(found.standard_error) < 0.01
+    assert bool(found.reliable)
+
+
+# posterior, prior, reduced prior with heavier tails, exact ΔF
+HEAVY = [
+    (dist.Normal(0.0, 1.0), dist.Normal(0.0, 1.0), dist.Cauchy(0.0, 1.0), 0.0),
+    (dist.Normal(0.0, 1.0), dist.Normal(0.0, 1.0), dist.Cauchy(0.0, 0.3), 0.0),
+    (dist.Gamma(2.0, 1.0), dist.Gamma(2.0, 1.0), dist.HalfCauchy(1.0), 0.0),
+    (dist.Normal(0.0, 0.9), dist.Normal(0.0, 1.0), dist.Cauchy(0.0, 1.0), None),
+    (dist.Normal(0.0, 0.6), dist.Normal(0.0, 1.0), dist.StudentT(3.0, 0.0, 1.0), None),
+    (dist.Normal(0.0, 0.8), dist.Normal(0.0, 1.0), dist.Laplace(0.0, 1.0), None),
+]
+
+
+@pytest.mark.parametrize(("q", "p", "reduced", "exact"), HEAVY)
+def test_heavier_tails_than_the_priors(q, p, reduced, exact):
+    """Exact where the data say nothing. Else at 4.5 standard errors one false alarm in 2,400 runs of 60."""
+    if exact is None:
+        x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+        density = q.log_prob(x) + reduced.log_prob(x) - p.log_prob(x)
+        exact = float(density.logsumexp(0) + math.log(float(x[1] - x[0])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):
+            found = estimate_log_evidence_change(q, p, reduced, seed=seed)
+            assert float(found.standard_error) < 0.005
+            assert abs(float(found.estimate) - exact) < 4.5 * float(found.standard_error) + 1e-6
 
 
 def test_a_reduced_prior_where_the_posterior_has_hardly_any_mass_is_refused():
@@ -164,7 +193,7 @@ def test_a_reduced_prior_where_the_posterior_has_hardly_any_mass_is_refused():
 def test_only_the_elements_that_fail_are_named():
     q, p, _ = NORMAL
     with pytest.raises(ImportanceError, match=r"of elements \[1\]"):
-        estimate_log_evidence_change(q, p, dist.Normal(t(0.2, 0.3), t(0.6, 1e-6)))
+        estimate_log_evidence_change(q, p, dist.Normal(t(0.2, 9.0), t(0.6, 0.2)))
 
 
 @pytest.mark.parametrize(
@@ -192,10 +221,10 @@ def test_the_reduced_prior_must_lie_within_both_supports(q, p, reduced, name):
 
 
 def test_warned_above_the_threshold():
-    """A posterior that the narrow prior made, and a wide reduced prior: theory has k = 0.8."""
-    q, p = dist.Normal(torch.zeros(5), 1 / 3).to_event(1), dist.Normal(torch.zeros(5), 0.35).to_event(1)
+    """Weights of a Pareto distribution with k = 0.9."""
+    torch.manual_seed(0)
     with pytest.warns(UnreliableEstimateWarning, match=r"k̂ is \d\.\d+, above 0\.70"):
-        found = estimate_log_evidence_change(q, p, dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        found = estimate_log_mean(-0.9 * torch.rand(4000, dtype=torch.float64).log())
     assert not bool(found.reliable)
 
 

@@ -180,8 +180,7 @@ def test_a_guide_too_narrow_for_the_reduced_prior(prior):
     plan, messages = asked(rate, narrow, {"rate": dist.Gamma(*prior)}, COUNTS)
     exact = conjugate(*prior) - conjugate(2.0, 1.0)
     assert_honest(plan, messages, {"site 'rate'": exact})
-    found = plan.sites.log_evidence_change[0]
-    if abs(found - exact) > 1 + 0.3 * abs(exact):
+    if plan is not None and abs(plan.sites.log_evidence_change[0] - exact) > 1 + 0.3 * abs(exact):
         assert messages
 
 

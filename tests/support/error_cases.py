@@ -501,8 +501,8 @@ EVIDENCE = [
     ),
     function(
         "estimate_log_evidence_change", "reduced_prior where the posterior has hardly any mass",
-        lambda: bmrs.estimate_log_evidence_change(NORMAL, dist.Normal(0.0, 9.0), dist.Normal(30.0, 1e-3)),
-        bmrs.ImportanceError, r"^only \d+ of 4000 posterior draws carry weight, fewer than \d+",
+        lambda: bmrs.estimate_log_evidence_change(NORMAL, dist.Normal(0.0, 9.0), dist.Normal(30.0, 1.0)),
+        bmrs.ImportanceError, r"^only \d+ of 4000 draws carry weight, fewer than \d+",
     ),
     function(
         "register_log_evidence_change", "a distribution, not its type",
@@ -1044,7 +1044,7 @@ REDUCTIONS = [
     ),
     function(
         "ModelPosterior.occams_window", "ratio is 1", lambda: model_posterior().occams_window(1.0),
-        ValueError, r"^ratio must be above 1: got 1\.0$",
+        ValueError, r"^ratio must be a number above 1: got 1\.0$",
     ),
     function(
         "ModelPosterior.table", "count is negative", lambda: model_posterior().table(-1), ValueError,
