@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pyro_bmrs.arguments import check
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -81,7 +79,8 @@ def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> N
         >>> import pandas as pd
         >>> require_columns("curve", pd.DataFrame({"accuracy": [0.9]}), ("accuracy",))
     """
-    check(hasattr(table, "columns"), name, "a DataFrame", type(table), TypeError)
+    if not hasattr(table, "columns"):
+        raise TypeError(f"{name} must be a DataFrame: got {type(table).__name__}")
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise ValueError(
