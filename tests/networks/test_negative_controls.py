@@ -321,6 +321,17 @@ def rows_that_are_an_output_elsewhere():
     return network, images(6)
 
 
+def decoded_with_the_encoders_weight():
+    """An autoencoder whose decoder is the encoder's weight, transposed: it makes what the encoder reads."""
+
+    def forward(s, x):
+        code = torch.relu(s.encoder(torch.relu(s.first(x))))
+        return s.head(torch.relu(F.linear(code, s.encoder.weight.t())))
+
+    network = Of(forward, first=nn.Linear(8, 12), encoder=nn.Linear(12, 7), head=nn.Linear(12, 3))
+    return network, images(8)
+
+
 CONTROLS = [
     Control(halves_normalised_together, {"units": 10}, {"both": NORMALISED, "head": OUTPUT}),
     Control(one_half_normalised, {"units": 10}, {"both": "", "head": OUTPUT}),
@@ -365,6 +376,10 @@ CONTROLS = [
     Control(talking_heads, {"heads": 4, "units": 16}, {"head": OUTPUT}),
     Control(weight_of_two_streams, {}, {"first": "", "head": OUTPUT}, unsupported=None),
     Control(tied_the_wrong_way_round, {"units": 8 + 12}, {"head": OUTPUT}),
+    Control(
+        decoded_with_the_encoders_weight, {"units": 7},
+        {"first": "read by 'encoder.weight', with which another module makes them", "head": OUTPUT}, unsupported=True,
+    ),
     Control(rows_that_are_an_output_elsewhere, {"units": 10}, {"first": OUTPUT, "head": OUTPUT}),
 ]  # fmt: skip
 NAMES = [control.build.__qualname__.split(".")[0] for control in CONTROLS]

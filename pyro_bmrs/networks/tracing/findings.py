@@ -109,6 +109,10 @@ class Findings:
                 self.lines.append(Line(parameter, dim, "between", classes))
             if makes and reads:
                 self.at_writers |= set(distinct(classes))
+                if (key, dim) in trace.noted.made_elsewhere:  # where θ would have to act, too
+                    for one in distinct(classes):
+                        reason = f"read by {key!r}, with which another module makes them"
+                        self.weak.setdefault(one, (reason, True))
             if key in trace.entries and not bool(alone[trace.entries[key]].all()):
                 for one in distinct(classes):
                     self.weak.setdefault(one, (f"tied to {key!r}, which is used in two ways", True))

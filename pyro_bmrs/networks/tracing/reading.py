@@ -110,6 +110,8 @@ def note_producer(trace: Ledger, parameter: Parameter, dim: int) -> None:
     module = trace.stack[-1] if trace.stack else trace.network
     here = any(tensor is parameter.tensor for tensor in module._parameters.values())
     trace.noted.producers.setdefault((parameter.key, dim), trace.here if here else parameter.path)
+    if not here:
+        trace.noted.made_elsewhere.add((parameter.key, dim))
 
 
 def note_reader(trace: Ledger, parameter: Parameter, dim: int, size: int, input_dim: int = -1) -> None:
