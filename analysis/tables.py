@@ -56,6 +56,10 @@ STUDY_1 = [
 ]
 
 
+# Points of parameters removed: where seeds differ by as much, the range is told.
+_TOLD = 10
+
+
 def cells() -> pd.DataFrame:
     """Rows of the cells that were begun: with a way of ours beside the full network."""
     table = pd.read_csv(RESULTS / "cells" / "cells.csv", dtype={"size": str})
@@ -74,7 +78,13 @@ def _mean(values: pd.Series, digits: int, factor: float = 1.0) -> str:
 
 
 def _removed_and_accuracy(rows: pd.DataFrame) -> str:
-    return f"{100 * rows.removed.mean():.1f} / {_mean(rows.accuracy, 2, 100)}" if len(rows) else ""
+    if rows.empty:
+        return ""
+    least, mean, most = (
+        100 * value for value in (rows.removed.min(), rows.removed.mean(), rows.removed.max())
+    )
+    spread = f" ({least:.0f} to {most:.0f})" if most - least >= _TOLD else ""
+    return f"{mean:.1f}{spread} / {_mean(rows.accuracy, 2, 100)}"
 
 
 def _published(cell: str) -> str:
@@ -100,7 +110,8 @@ def in_short() -> str:
     table, lines = cells(), []
     own = table[(table["size"] == "own") & (table.way == "both")]
     for cell, rows in own.groupby("cell", sort=False):
-        lines.append([cell, _published(cell), _removed_and_accuracy(rows), str(rows.seed.nunique())])
+        ours = f"{100 * rows.removed.mean():.1f} / {100 * rows.accuracy.mean():.2f}"
+        lines.append([cell, _published(cell), ours, str(rows.seed.nunique())])
     return rows_of(["", "published BMRS_N", "ours", "seeds"], lines)
 
 
