@@ -9,7 +9,7 @@ from pyro_bmrs.figures.style import SERIES
 
 
 def draw() -> Figure:
-    """Accuracy against the share removed, a panel for each cell."""
+    """Accuracy against the share removed, a panel for each cell: means at the sizes asked for, and each seed's own."""
     table = tables.cells()
     cells = [*dict.fromkeys(table.cell)]
     figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -20,7 +20,10 @@ def draw() -> Figure:
             rows = mine[mine.way == way]
             if rows.empty:
                 continue
-            curve = rows.groupby("size")[["removed", "accuracy"]].mean().sort_values("removed")
+            own, asked = rows[rows["size"] == "own"], rows[rows["size"] != "own"]
+            hollow = {**style, "linestyle": "none", "mfc": "none"}
+            axes.plot(100 * own.removed, 100 * own.accuracy, **hollow, ms=5)
+            curve = asked.groupby("size")[["removed", "accuracy"]].mean().sort_values("removed")
             axes.plot(
                 100 * curve.removed,
                 100 * curve.accuracy,
