@@ -401,7 +401,11 @@ def test_a_plan_is_of_a_copy_whatever_becomes_of_the_model():
 
 
 @pytest.mark.parametrize(
-    "spoil", [torch.compile, lambda model: setattr(model, "lock", threading.Lock()) or model]
+    "spoil",
+    [
+        pytest.param(torch.compile, marks=pytest.mark.slow),
+        lambda model: setattr(model, "lock", threading.Lock()) or model,
+    ],
 )
 def test_a_compiled_model_and_one_without_a_copy_are_reduced(spoil):
     _, model, guide = with_noise(spoil)
