@@ -271,7 +271,7 @@ def estimate_log_evidence_change(
         ValueError: if draws of the reduced prior lie outside the support of posterior or prior. Then the draws
             miss a part of the expectation.
     """
-    draws, seed = whole_number("draws", draws, 100), whole_number("seed", seed)
+    draws, seed = whole_number("draws", draws, LEAST_DRAWS), whole_number("seed", seed)
     check_distributions((posterior, prior, reduced_prior))
     wide = (in_float64(posterior), in_float64(prior), in_float64(reduced_prior))
     # masked elements don't count; each element is drawn

@@ -114,8 +114,10 @@ type Group = GroupReduction | Chain
 def as_one(groups: Sequence[GroupReduction]) -> Group:
     """Several groups as one."""
     if any(group.log_prior_density is not None for group in groups):
-        spread = [group for group in groups if bool((group.reduced_factor != 0).any())]
-        points = [group for group in groups if all(group is not other for other in spread)]
+        points: list[GroupReduction] = []
+        spread: list[GroupReduction] = []
+        for group in groups:
+            (spread if bool((group.reduced_factor != 0).any()) else points).append(group)
         if spread:
             return Chain(_as_one(points), _as_one(spread))
     return _as_one(groups)

@@ -230,6 +230,12 @@ def elementary(distribution: Distribution) -> Distribution:
     return distribution
 
 
+def is_discrete(distribution: Distribution) -> bool:
+    """Whether its values can be counted; of a law that does not tell, they can't."""
+    support = distribution.support
+    return support is not None and bool(support.is_discrete)
+
+
 def mask_of(distribution: Distribution) -> object:
     """The mask of a distribution, under any Independent; None if it has none."""
     while isinstance(distribution, _WRAPPERS):

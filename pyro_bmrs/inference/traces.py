@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bmrs.evidence.unwrapping import in_float64
-from pyro_bmrs.inference.sites import Node, elementary, read_sites
+from pyro_bmrs.inference.sites import Node, elementary, is_discrete, read_sites
 from pyro_bmrs.networks.noise import FixedScales
 
 NOTHING_KNOWN = "something drawn anew in each call"
@@ -81,7 +81,7 @@ def parents_of(
 def _other_values(name: str, first: Trace, others: Sequence[Trace]) -> list[Tensor]:
     node = first.nodes[name]
     law = elementary(node["fn"])
-    if law.has_enumerate_support and law.support is not None and law.support.is_discrete:
+    if law.has_enumerate_support and is_discrete(law):
         with suppress(NotImplementedError):  # of elements that have different supports
             support = law.enumerate_support(expand=False)
             return [value.expand(node["value"].shape) for value in support]

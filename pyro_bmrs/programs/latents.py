@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from pyro_bmrs.arguments import check, whole_number
 from pyro_bmrs.evidence import ImportanceError, estimate_log_mean, log_evidence_change, reduced_posterior
-from pyro_bmrs.evidence.importance import DRAWS, HalfAndHalf, ImportanceEstimate, half_and_half, log_ratio
+from pyro_bmrs.evidence.importance import (
+    DRAWS,
+    LEAST_DRAWS,
+    HalfAndHalf,
+    ImportanceEstimate,
+    half_and_half,
+    log_ratio,
+)
 from pyro_bmrs.evidence.joint_normal import Group, as_one
 from pyro_bmrs.evidence.unwrapping import with_tensors
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
@@ -98,7 +105,7 @@ class Latents:
             )
         known = dependent_priors in get_args(DependentPriors)
         check(known, "dependent_priors", "'raise' or 'average'", dependent_priors)
-        draws, seed = whole_number("draws", draws, 100), whole_number("seed", seed)
+        draws, seed = whole_number("draws", draws, LEAST_DRAWS), whole_number("seed", seed)
         for name, program in (("model", model), ("guide", guide)):
             check(callable(program), name, "a Pyro program", type(program), TypeError)
         args = arguments_of(guide, args)
@@ -176,18 +183,11 @@ class Latents:
 
     @cached_property
     def _block_draws(self) -> dict[int, dict[str, Tensor]]:
-        """Values of the sites of each block asked about, float64. Shape: (draws, *site)."""
-        drawn: dict[int, dict[str, Tensor]] = {}
+        """Values of the sites of each joint normal asked about, float64. Shape: (draws, *site)."""
+        every = [site.block for site in self.sites.values()]
+        blocks = {id(block): block for block in every if isinstance(block, JointNormalBlock)}
         with self.looking():
-            for site in self.sites.values():
-                block = site.block
-                if id(block) not in drawn:
-                    drawn[id(block)] = (
-                        block.values(block.draw(self.draws))
-                        if isinstance(block, JointNormalBlock)
-                        else {site.name: block.distribution.sample((self.draws,))}
-                    )
-        return drawn
+            return {number: block.values(block.draw(self.draws)) for number, block in blocks.items()}
 
     def _of_element_draws(self, site: LatentSite) -> HalfAndHalf:
         """Draws of each element alone."""
@@ -195,7 +195,7 @@ class Latents:
         return half_and_half(site.posterior, site.prior, site.reduced_prior, self.draws)
 
     def _ratios(self, site: LatentSite) -> Tensor:
-        """log p̃(θ) - log p(θ) at draws of the posterior. Shape: (draws, *elements)."""
+        """log p̃(θ) - log p(θ) at draws of the site's joint normal. Shape: (draws, *elements)."""
         check_estimable(site, site.prior)
         return log_ratio(site.prior, site.reduced_prior, self._block_draws[id(site.block)][site.name])
 

@@ -16,7 +16,7 @@ from torch.distributions import ComposeTransform, biject_to
 
 from pyro_bmrs.evidence.unwrapping import fixed, flat
 from pyro_bmrs.inference.blocks import UnconstrainedSite
-from pyro_bmrs.inference.sites import elementary, mask_of, plate_scale, read_sites
+from pyro_bmrs.inference.sites import elementary, is_discrete, mask_of, plate_scale, read_sites
 from pyro_bmrs.inference.traces import model_at
 from pyro_bmrs.programs.sites import LatentSite, Selection
 
@@ -52,9 +52,8 @@ class _ReducedPriors(Messenger):  # type: ignore[misc]
         events = len(msg["fn"].event_shape) - site.event_dim
         if events > 0:
             change = change.flatten(change.dim() - events).sum(-1)
-        if (
-            events < 0
-        ):  # an element that the model draws in plates, where each entry counts: it gets its share
+        elif events < 0:
+            # the model draws the element in plates, where each entry counts: each gets its share
             entries = value.shape[change.dim() : change.dim() - events]
             change = change.reshape(change.shape + (1,) * -events).expand(change.shape + entries)
             change = change / entries.numel()
@@ -103,7 +102,7 @@ class LogJoint:
             if mask_of(node["fn"]) is not None or node["mask"] is not None:
                 raise UncheckableError(f"{name!r} is masked")
             shape = node["value"].shape
-            if node["fn"].support.is_discrete:
+            if is_discrete(node["fn"]):
                 discrete[name] = _all_values(name, elementary(node["fn"]), shape)
                 continue
             transform = ComposeTransform(flat([fixed(biject_to(node["fn"].support))]))

@@ -19,7 +19,7 @@ from pyro_bmrs.evidence.normal import normal_of_vectors
 from pyro_bmrs.evidence.unwrapping import expanded_to, fixed, flat, point
 from pyro_bmrs.inference.blocks import Block, JointNormalBlock
 from pyro_bmrs.inference.posteriors import on_support
-from pyro_bmrs.inference.sites import elementary, mask_of
+from pyro_bmrs.inference.sites import elementary, is_discrete, mask_of
 
 Selection = Mapping[str, Tensor]  # for each site a bool per element, of its shape
 
@@ -101,8 +101,8 @@ def latent_site(
         )
     reduced = elementary_law(name, reduced, value.device)
     laws = [prior, reduced]
-    if not isinstance(reduced, dist.Delta) and _is_discrete(prior) != _is_discrete(reduced):
-        kind = "whole" if _is_discrete(prior) else "real"
+    if not isinstance(reduced, dist.Delta) and is_discrete(prior) != is_discrete(reduced):
+        kind = "whole" if is_discrete(prior) else "real"
         raise ValueError(
             f"criterion must give {name!r} a reduced prior of {kind} numbers, as its prior is: got {reduced}"
         )
@@ -133,10 +133,6 @@ def latent_site(
         parents=parents,
         units=torch.arange(shape.numel(), device=value.device) if units is None else units,
     )
-
-
-def _is_discrete(law: Any) -> bool:
-    return bool(law.support is not None and law.support.is_discrete)
 
 
 def check_estimable(site: LatentSite, prior: Any) -> None:

@@ -112,6 +112,7 @@ class Noted:
     heads: set[int] = field(default_factory=set)
     readers: dict[tuple[str, int, str, str], Reader] = field(default_factory=dict)
     producers: dict[tuple[str, int], str] = field(default_factory=dict)
+    # of these, those that a module uses which does not hold the parameter
     made_elsewhere: set[tuple[str, int]] = field(default_factory=set)
     # by path of an InputSelection: (atoms of what it passes on, labels of these before, labels of its input)
     selected: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
