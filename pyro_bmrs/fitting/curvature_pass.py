@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # Examples on which the loss of smaller networks is measured: at most, at least, and by the work that they make.
-_SHOWN, _FEW, _WORK = 500, 50, 1e11
+_SHOWN, _FEW, _WORK = 2000, 50, 1e11
 # A subclass may have another log p.
 _OF_CLASSES = torch.distributions.Categorical, Categorical
 # Of a file of sums.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from pyro_bmrs.networks.attention import separate_attention
 from pyro_bmrs.networks.copies import copied
 from pyro_bmrs.networks.cost import parameters
 from pyro_bmrs.networks.cuts import Cuts, joined
-from pyro_bmrs.networks.inputs import Inputs, batch_size
+from pyro_bmrs.networks.inputs import Inputs, batch_size, taken, tensors_of
 from pyro_bmrs.networks.matrices import as_weight, input_dim, positions_of, together
 from pyro_bmrs.pruning.layer_states import reduced_weights
 from pyro_bmrs.pruning.removal_path import Step, Touched
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 
 PATH_COLUMNS = [
     "layer", "unit", "outgoing", "incoming", "loss_rise", "freed", "parameters", "total_loss_rise",
-    "measured_loss_rise", "total_evidence_change",
+    "measured_loss_rise", "measured_loss_error", "total_evidence_change",
 ]  # fmt: skip
 # Places of a path where the evidence is computed: so many at most, and multiplications for all; and shares of the
 # parameters at which the loss is measured, every other one of large networks.
 _PLACES, _WORK = 100, 2.5e10
 _MEASURED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
+# Parts of the examples, whose losses tell how far chance goes.
+_PARTS = 40
 
 
 class _State:
@@ -114,8 +117,8 @@ def evidence_path(
     }
     change = dict.fromkeys(sets, 0.0)
     rest = np.full(len(steps), np.nan)
-    measured = np.full(len(steps), np.nan)
-    full = _loss(reduced_model(Cuts(), guide), shown)
+    measured, error = np.full((2, len(steps)), np.nan)
+    full = _losses(reduced_model(Cuts(), guide), shown)
     for number, step in enumerate(steps, 1):
         changed |= state.remove(parts[step.site], step.structure)
         if number in places:
@@ -127,8 +130,9 @@ def evidence_path(
             rest[number - 1] = sum(change.values())
         if number in looked_at:
             smaller = reduced_model(plan.at(-float(number)).cuts, guide)
-            measured[number - 1] = (_loss(smaller, shown) - full) * guide.dataset_size
-    table["measured_loss_rise"] = measured
+            rise = (_losses(smaller, shown) - full) * guide.dataset_size
+            measured[number - 1], error[number - 1] = _mean_and_error(rise)
+    table["measured_loss_rise"], table["measured_loss_error"] = measured, error
     table["total_evidence_change"] = rest - table.total_loss_rise * _times(
         table.total_loss_rise.to_numpy(), measured
     )
@@ -158,11 +162,25 @@ def reduced_model(cuts: Cuts | None, guide: AutoKroneckerLaplace) -> Likelihood:
     return model
 
 
-def _loss(model: Likelihood, shown: tuple[Inputs, Any]) -> float:
-    """−log p(y | x) of each example on average, in nats."""
+def _losses(model: Likelihood, shown: tuple[Inputs, Any]) -> Tensor:
+    """−log p(y | x) of an example on average, in nats, in each of some equal parts of the examples. Shape: (parts,).
+
+    Where something else than examples comes first in a tensor, such as time, there is one part.
+    """
     x, y = shown
+    count = batch_size(y)
+    apart = all(len(tensor) == count for tensor in tensors_of((x, y)) if tensor.dim())
+    size = count // min(_PARTS, count // 2) if apart and count > 1 else count
+    parts = [slice(start, start + size) for start in range(0, count - size + 1, size)]
     with untouched(model):
-        return -float(model.log_likelihood(x, y)) / batch_size(x)
+        sums = [model.log_likelihood(taken(x, part, count), taken(y, part, count)) for part in parts]
+        return -torch.stack(sums).double().cpu() / size
+
+
+def _mean_and_error(each: Tensor) -> tuple[float, float]:
+    """The mean of some values, and its standard error: NaN of one."""
+    error = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+    return float(each.mean()), error
 
 
 @torch.no_grad()

@@ -53,8 +53,9 @@ if TYPE_CHECKING:
 
 # A prediction of the rise of the loss that is off by more than this is told of.
 _BELIEVED = 2.0
-# Where it is off by more, and by more nats an example than this, the evidence chooses no size.
-_TOLERATED = 0.02
+# Where it is off by more, and by more nats an example than this and so many standard errors, the evidence chooses no
+# size.
+_TOLERATED, _CHANCE = 0.02, 2.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -63,14 +64,14 @@ class LaplacePlan(NetworkPlan):
 
     The score of a structure is minus its place on the path, so that `at(-n)` removes the first n. The plan of `reduce`
     stands where the total evidence is largest, of the sizes up to which the loss, as measured, rises by no more than
-    twice what is predicted and 0.02 nats an example.
+    twice what is predicted, 0.02 nats an example and two of its standard errors.
 
     Attributes:
         path: a row for each structure in the order of removal: layer, unit, outgoing and incoming (the parts of its ΔF
             alone, in nats: what it costs where it is read, and what its own weights cost), loss_rise (predicted, of the
             whole data set, nats), freed (parameters), parameters (left after it), total_loss_rise, measured_loss_rise
-            (the same, on some examples of the fit), total_evidence_change (ΔF of all so far, nats). The last two are
-            NaN between the places where they were looked at.
+            (the same, on some examples of the fit), measured_loss_error (its standard error), total_evidence_change (ΔF
+            of all so far, nats). The last three are NaN between the places where they were looked at.
         kept_back: by layer that the path can't touch: why.
         taken_apart: layers whose curvature is a product of channels and positions, since they are wide.
     """
@@ -324,8 +325,9 @@ def _binding(guide: AutoKroneckerLaplace) -> Binding:
 
 
 def _believed(path: pd.DataFrame, examples: int) -> int:
-    """Up to which step the loss rises as predicted, so that the evidence can be believed."""
-    off = path.measured_loss_rise - _BELIEVED * path.total_loss_rise > _TOLERATED * examples
+    """Up to which step the loss rises as predicted, but for chance, so that the evidence can be believed."""
+    chance = _CHANCE * path.measured_loss_error.fillna(0.0)
+    off = path.measured_loss_rise - _BELIEVED * path.total_loss_rise - chance > _TOLERATED * examples
     return int(off.to_numpy().argmax()) if off.any() else len(path)
 
 
