@@ -174,7 +174,7 @@ def _losses(model: Likelihood, shown: tuple[Inputs, Any]) -> Tensor:
     parts = [slice(start, start + size) for start in range(0, count - size + 1, size)]
     with untouched(model):
         sums = [model.log_likelihood(taken(x, part, count), taken(y, part, count)) for part in parts]
-        return -torch.stack(sums).double().cpu() / size
+        return -torch.stack(sums).cpu().double() / size
 
 
 def _mean_and_error(each: Tensor) -> tuple[float, float]:
