@@ -103,10 +103,12 @@ def by_example(nodes: Iterable[Mapping[str, Any]], count: int) -> Tensor | None:
 def _standard_error(each: list[Tensor | None]) -> float:
     """Of the mean over all examples."""
     known = [part for part in each if part is not None]
-    if len(known) < len(each) or sum(map(len, known)) < 2:
-        return float("nan")
-    found = torch.cat(known)
-    return float(found.std() / math.sqrt(len(found)))
+    return math.nan if len(known) < len(each) else standard_error(torch.cat(known))
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of some values; NaN of a single one. Shape: (values,)."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _count_correct(model: nn.Module, output: object, y: object) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bmrs.evidence.kronecker import KroneckerCurvature, Spectrum, log_marginal_likelihood
+from pyro_bmrs.inference.evaluate import standard_error
 from pyro_bmrs.inference.laplace import AutoKroneckerLaplace
 from pyro_bmrs.inference.likelihoods import Likelihood
 from pyro_bmrs.inference.untouched import untouched
@@ -131,7 +131,7 @@ def evidence_path(
         if number in looked_at:
             smaller = reduced_model(plan.at(-float(number)).cuts, guide)
             rise = (_losses(smaller, shown) - full) * guide.dataset_size
-            measured[number - 1], error[number - 1] = _mean_and_error(rise)
+            measured[number - 1], error[number - 1] = float(rise.mean()), standard_error(rise)
     table["measured_loss_rise"], table["measured_loss_error"] = measured, error
     table["total_evidence_change"] = rest - table.total_loss_rise * _times(
         table.total_loss_rise.to_numpy(), measured
@@ -175,12 +175,6 @@ def _losses(model: Likelihood, shown: tuple[Inputs, Any]) -> Tensor:
     with untouched(model):
         sums = [model.log_likelihood(taken(x, part, count), taken(y, part, count)) for part in parts]
         return -torch.stack(sums).cpu().double() / size
-
-
-def _mean_and_error(each: Tensor) -> tuple[float, float]:
-    """The mean of some values, and its standard error: NaN of one."""
-    error = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return float(each.mean()), error
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from pyro_bmrs.arguments import check, is_whole
 from pyro_bmrs.inference.batches import AT_ONCE, Batches, Data
+from pyro_bmrs.inference.evaluate import standard_error
 from pyro_bmrs.inference.likelihoods import Regressor
 from pyro_bmrs.inference.predict import output_at
 from pyro_bmrs.inference.untouched import untouched
@@ -68,7 +69,7 @@ def regression_quality(
     squares = error.square().reshape(examples, -1).mean(1)
     rmse = float(squares.mean().sqrt())
     # of a root, by its slope
-    spread = float(squares.std()) / math.sqrt(examples) / (2 * rmse) if examples > 1 and rmse else math.nan
+    spread = standard_error(squares) / (2 * rmse) if rmse else math.nan
     return {
         "examples": examples,
         "rmse": rmse,
