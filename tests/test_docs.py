@@ -307,6 +307,13 @@ def test_the_readme_is_short():
     assert len(PAGES["README.md"].split()) <= 1000
 
 
+def test_citation_and_changelog_have_the_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+    assert cited == bmrs.__version__
+    assert newest in (cited, "Unreleased")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table:" in PAGES[page]])
 def test_tables_of_figures_are_those_of_their_csvs(page):
     written = runpy.run_path(str(ROOT / "analysis" / "tables.py"))["written"]
