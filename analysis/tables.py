@@ -118,16 +118,18 @@ def in_short() -> str:
 def _by_size(
     value: Callable[[pd.DataFrame], pd.Series], digits: int, best: Callable[[pd.Series], float]
 ) -> str:
-    """A column for each way, a row for each cell and size asked for; the best of a row is bold."""
+    """A column for each way, a row for each cell and size asked for; the best of those with all seeds is bold."""
     table, lines = cells(), []
     table = table[(table.way != "full") & (table["size"] != "own")]
     for (cell, size), rows in table.groupby(["cell", "size"], sort=False):
         found = {way: value(rows[rows.way == way]) for way in LABELS}
-        means = pd.Series({way: round(values.mean(), digits) for way, values in found.items()})
         seeds, told = rows.seed.nunique(), []
+        # a mean over other seeds is no match
+        whole = {way: round(values.mean(), digits) for way, values in found.items() if len(values) == seeds}
+        means = pd.Series(whole)
         for way, values in found.items():
             text = _mean(values, digits) if len(values) else ""
-            if means.count() > 1 and means[way] == best(means):
+            if len(means) > 1 and whole.get(way) == best(means):
                 text = f"**{text}**"
             told.append(text + (f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""))
         lines.append([cell, f"{100 * (1 - float(size)):.0f} %", *told])
