@@ -17,7 +17,7 @@ the recipe's epochs of fit and fine-tuning together, E + F (24 + 12, on CIFAR-10
 
 Sizes: the evidence's own, and `within` 25, 10 and 5 % of the parameters (LeNet-5-Caffe: 3 and 1 % as well). A peer is
 pruned to the parameters of laplace at each of them. Training, fine-tuning and peers have cosine rates and the epoch of
-the best validation loss. Rows that FOLDER/cells.csv has are passed over, and trained networks are kept.
+the highest validation accuracy. Rows that FOLDER/cells.csv has are passed over, and trained networks are kept.
 
 Columns: cell, seed, way, size (asked for), epochs (in all), parameters, removed (share), widths, kl_weight, accuracy,
 negative_log_likelihood, expected_calibration_error (test, 15 bins), calibrated_error (the same at the temperature of

@@ -115,23 +115,23 @@ def in_short() -> str:
     return rows_of(["", "published BMRS_N", "ours", "seeds"], lines)
 
 
-def _by_size(
-    value: Callable[[pd.DataFrame], pd.Series], digits: int, best: Callable[[pd.Series], float]
-) -> str:
-    """A column for each way, a row for each cell and size asked for; the best of those with all seeds is bold."""
+def _by_size(column: str, factor: float, digits: int, best: Callable[[pd.Series], float]) -> str:
+    """A column for each way, a row for each cell and size asked for.
+
+    Bold is the best way over the seeds that it has, of the ways that have these seeds.
+    """
     table, lines = cells(), []
     table = table[(table.way != "full") & (table["size"] != "own")]
     for (cell, size), rows in table.groupby(["cell", "size"], sort=False):
-        found = {way: value(rows[rows.way == way]) for way in LABELS}
-        seeds, told = rows.seed.nunique(), []
-        # a mean over other seeds is no match
-        whole = {way: round(values.mean(), digits) for way, values in found.items() if len(values) == seeds}
-        means = pd.Series(whole)
-        for way, values in found.items():
+        by_seed, told = factor * rows.pivot(index="seed", columns="way", values=column), []
+        for way in LABELS:
+            values = by_seed[way].dropna() if way in by_seed else pd.Series()
             text = _mean(values, digits) if len(values) else ""
-            if len(means) > 1 and whole.get(way) == best(means):
+            rivals = by_seed.loc[values.index].dropna(axis="columns").mean().round(digits)
+            if len(values) and len(rivals) > 1 and rivals[way] == best(rivals):
                 text = f"**{text}**"
-            told.append(text + (f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""))
+            part = f" ({len(values)} of {len(by_seed)})" if 0 < len(values) < len(by_seed) else ""
+            told.append(text + part)
         lines.append([cell, f"{100 * (1 - float(size)):.0f} %", *told])
     order = {cell: place for place, cell in enumerate(dict.fromkeys(table.cell))}
     lines.sort(key=lambda line: (order[line[0]], line[1]))
@@ -139,15 +139,15 @@ def _by_size(
 
 
 def accuracies() -> str:
-    return _by_size(lambda rows: 100 * rows.accuracy, 2, pd.Series.max)
+    return _by_size("accuracy", 100, 2, pd.Series.max)
 
 
 def losses() -> str:
-    return _by_size(lambda rows: rows.negative_log_likelihood, 3, pd.Series.min)
+    return _by_size("negative_log_likelihood", 1, 3, pd.Series.min)
 
 
 def calibration() -> str:
-    return _by_size(lambda rows: rows.calibrated_error, 4, pd.Series.min)
+    return _by_size("calibrated_error", 1, 4, pd.Series.min)
 
 
 def chance() -> str:
