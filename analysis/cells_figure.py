@@ -41,8 +41,11 @@ def draw() -> Figure:
         axes.set_title(cell)
     for axes in panels[len(cells) :]:
         axes.axis("off")
-    handles, labels = panels[0].get_legend_handles_labels()
-    panels[-1].legend(handles, labels, loc="center", frameon=False)
+    drawn = {
+        label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    labels = [label for label in (*tables.LABELS.values(), "full network") if label in drawn]
+    panels[-1].legend([drawn[label] for label in labels], labels, loc="center", frameon=False)
     figure.supxlabel("parameters removed (%)")
     figure.supylabel("test accuracy (%)")
     return figure
