@@ -419,3 +419,25 @@ def test_rounding_that_a_network_amplifies_is_told_from_a_mistake(depth, right, 
         return
     found = remove_structures(noisy, kept, theta, torch.randn(4, 48)).difference
     assert found <= 1e-10 if depth == 6 else 1e-10 < found <= 1e-6
+
+
+class Constant(nn.Module):
+    """An output that does not depend on its input."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, x):
+        return self.value.expand(len(x), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_bit_of_an_output_that_is_constant_is_no_mistake(dtype):
+    x, value = torch.randn(5, 3, dtype=dtype), torch.tensor([0.67, -0.2], dtype=dtype)
+    wanted = surgery.Expected({"the network": [Constant(value)(x)]}, frozenset(), "")
+    tolerance = 0.1 * torch.finfo(dtype).eps
+    rounded = torch.nextafter(value, torch.ones_like(value))
+    surgery.check_equal(Constant(rounded), wanted, x, tolerance=tolerance)
+    with pytest.raises(EqualityError, match="differs from the reduced model"):
+        surgery.check_equal(Constant(value * (1 + 1e-4)), wanted, x, tolerance=surgery.OWN_TOLERANCE)
