@@ -123,15 +123,22 @@ def _by_size(column: str, factor: float, digits: int, best: Callable[[pd.Series]
     table, lines = cells(), []
     table = table[(table.way != "full") & (table["size"] != "own")]
     for (cell, size), rows in table.groupby(["cell", "size"], sort=False):
-        by_seed, told = factor * rows.pivot(index="seed", columns="way", values=column), []
+        by_seed = factor * rows.pivot(index="seed", columns="way", values=column).reindex(
+            columns=list(LABELS)
+        )
+        told = []
         for way in LABELS:
-            values = by_seed[way].dropna() if way in by_seed else pd.Series()
-            text = _mean(values, digits) if len(values) else ""
+            values = by_seed[way].dropna()
+            if values.empty:
+                told.append("")
+                continue
+            text = _mean(values, digits)
             rivals = by_seed.loc[values.index].dropna(axis="columns").mean().round(digits)
-            if len(values) and len(rivals) > 1 and rivals[way] == best(rivals):
+            if len(rivals) > 1 and rivals[way] == best(rivals):
                 text = f"**{text}**"
-            part = f" ({len(values)} of {len(by_seed)})" if 0 < len(values) < len(by_seed) else ""
-            told.append(text + part)
+            if len(values) < len(by_seed):
+                text += f" ({len(values)} of {len(by_seed)})"
+            told.append(text)
         lines.append([cell, f"{100 * (1 - float(size)):.0f} %", *told])
     order = {cell: place for place, cell in enumerate(dict.fromkeys(table.cell))}
     lines.sort(key=lambda line: (order[line[0]], line[1]))

@@ -441,3 +441,10 @@ def test_the_last_bit_of_an_output_that_is_constant_is_no_mistake(dtype):
     surgery.check_equal(Constant(rounded), wanted, x, tolerance=tolerance)
     with pytest.raises(EqualityError, match="differs from the reduced model"):
         surgery.check_equal(Constant(value * (1 + 1e-4)), wanted, x, tolerance=surgery.OWN_TOLERANCE)
+
+
+def test_the_last_bits_of_half_precision_are_more_than_is_allowed():
+    x, value = torch.randn(5, 3), torch.tensor([0.67, -0.2], dtype=torch.bfloat16)
+    wanted = surgery.Expected({"the network": [Constant(value)(x)]}, frozenset(), "")
+    with pytest.raises(EqualityError, match="differs from the reduced model"):
+        surgery.check_equal(Constant(value * 1.05), wanted, x, tolerance=surgery.OWN_TOLERANCE)
